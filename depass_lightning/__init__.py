@@ -1,0 +1,11 @@
+"""What does a language model base its answer on? Decomposed forward passes, for Lightning."""
+
+from pathlib import Path
+
+__version__ = "0.1.0.dev0"
+
+# In a bare checkout callbacks/ and conf/ stand beside the package, not inside it.
+if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__init__.py").is_file():
+    __path__.append(str(_root))
+
+__all__ = ["__version__"]

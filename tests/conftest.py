@@ -1,0 +1,54 @@
+"""Set the stage for every test: one thread, no network, no window, and (if asked) a clean tree."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before torch, transformers, wandb or matplotlib are imported; subprocesses of tests inherit it.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",  # tiny models otherwise spin
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    MPLBACKEND="Agg",
+    PYTHONDONTWRITEBYTECODE="1",
+)
+
+_BEFORE = pytest.StashKey[set[str]]()
+_OWN_CACHES = (".venv/", ".pytest_cache/", ".ruff_cache/")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--clean-tree",
+        action="store_true",
+        help="fail the run if it changed or left a file in the repository (as `make test` does)",
+    )
+
+
+def _tree() -> set[str]:
+    """What git sees beside the last commit, ignored files too, without pytest's and Python's own caches."""
+    command = ["git", "status", "--porcelain", "--ignored=matching", "--untracked-files=all"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line for line in lines if "__pycache__/" not in line and line[3:] not in _OWN_CACHES}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("--clean-tree") and "PYTEST_XDIST_WORKER" not in os.environ:
+        session.config.stash[_BEFORE] = _tree()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    before = session.config.stash.get(_BEFORE, None)
+    if before is not None and (new := _tree() - before):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        written = "\n  ".join(sorted(new))
+        print(f"\nERROR: tests wrote into the repository (use tmp_path):\n  {written}")
