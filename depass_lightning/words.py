@@ -1,0 +1,113 @@
+"""Where the words of a text begin and end, in any script, without a language model or a word list."""
+
+import unicodedata
+
+# Scripts that are written without spaces: every letter stands for itself, since a run of them is a sentence.
+UNSPACED = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x2E80, 0x2FDF),  # radicals
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x3400, 0x9FFF),  # Han
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
+JOINERS = "'’-‐"
+DECIMALS = ".,"
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Return the character span of every word and punctuation mark in `text`, in order, white space left out.
+
+    Letters and digits in a row are one word, and so are words joined by an apostrophe or a hyphen ("don't",
+    "well-known") and digits joined by a point or a comma ("3.14"). Every other mark is a word of its own, a
+    repeated one ("...") once. In scripts without spaces every letter is a word.
+    """
+    kinds = [_kind(character) for character in text]
+    for i in range(1, len(text) - 1):
+        around = text[i - 1], text[i + 1]
+        letters = kinds[i - 1] == kinds[i + 1] == "word"
+        joins = text[i] in JOINERS and letters
+        if joins or (text[i] in DECIMALS and all(character.isdecimal() for character in around)):
+            kinds[i] = "word"
+    spans: list[tuple[int, int]] = []
+    for i, kind in enumerate(kinds):
+        if kind == "space":
+            continue
+        if spans and spans[-1][1] == i and _continues(text, kinds, i):
+            spans[-1] = (spans[-1][0], i + 1)
+        else:
+            spans.append((i, i + 1))
+    return spans
+
+
+def _kind(character: str) -> str:
+    """Name what a character does in a word: a mark extends the character before it."""
+    category = unicodedata.category(character)
+    if character.isspace():
+        return "space"
+    if category[0] == "M" or category == "Cf":
+        return "mark"
+    if category[0] in "LN" or category == "Pc":
+        point = ord(character)
+        return "letter" if any(low <= point <= high for low, high in UNSPACED) else "word"
+    return "sign"
+
+
+def _continues(text: str, kinds: list[str], i: int) -> bool:
+    """Say whether the character at `i` belongs to the word that the one before it is in."""
+    if kinds[i] == "mark":
+        return True
+    before = i - 1
+    while before > 0 and kinds[before] == "mark":
+        before -= 1
+    joined = text[i - 1] == "\u200d"  # an emoji that is put together from several
+    if kinds[i] == "sign":
+        return joined or text[before] == text[i]
+    return kinds[i] == "word" and kinds[before] in ("word", "mark")
+
+
+def word_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """Return, for every token, the number of the word that it is a piece of; equal numbers are neighbours.
+
+    A token that reaches over several words makes one of them. A single space goes with what follows it; other
+    white space, and a token that stands for no text (a special token), is a word of its own.
+
+    Args:
+        text: the text that was tokenised.
+        offsets: the character span of each token in `text`.
+    """
+    word_of = [-1] * len(text)
+    for number, (start, end) in enumerate(word_spans(text)):
+        word_of[start:end] = [number] * (end - start)
+    groups: list[int] = []
+    last, waiting = -1, False  # the last word reached, and whether a space waits for the word behind it
+    for start, end in offsets:
+        words = [word for word in word_of[start:end] if word >= 0]
+        group = groups[-1] if groups else -1
+        if not words:
+            groups.append(group + 1)
+            waiting, last = text[start:end] == " ", -1
+            continue
+        same = waiting or (last >= 0 and words[0] <= last)
+        groups.append(group if same and groups else group + 1)
+        waiting, last = False, max(last, words[-1])
+    return groups
+
+
+def word_tokens_by_space(tokens: list[str]) -> list[int]:
+    """Return, for every token, the number of its word, where only the tokens' own text is known.
+
+    A token that begins with white space, or that follows white space alone, begins a word. Bracketed special
+    tokens ("<s>", "[CLS]", "<|end|>") are words of their own.
+    """
+    groups: list[int] = []
+    alone = True
+    for token in tokens:
+        special = len(token) > 2 and token[0] + token[-1] in ("<>", "[]")
+        begins = alone or special or token[:1].isspace()
+        group = groups[-1] if groups else -1
+        groups.append(group + 1 if begins else group)
+        alone = special or (token.isspace() and token != " ")
+    return groups
