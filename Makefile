@@ -1,0 +1,67 @@
+# The first of these that is 3.11 or newer makes the environment; PYTHON=/path/to/python names one.
+PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3 python
+# Installed before everything else, because an open range would take the newest build for the newest GPU.
+# TORCH=... takes another version or a wheel's path.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+# What `make demo` hands to analyze.py, and `make test` to pytest.
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(RUN)/python -m pip --disable-pip-version-check
+export PIP_DEFAULT_TIMEOUT ?= 60
+export PIP_RETRIES ?= 5
+
+.PHONY: help setup demo test lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## create .venv and install everything into it
+
+demo: $(READY) ## explain the embedded model's answers: a table here, a page to open
+	$(RUN)/python analyze.py $(ARGS)
+
+test: $(READY) ## run the tests
+	$(RUN)/python -m pytest --clean-tree $(ARGS)
+
+lint: $(READY) ## ruff and pyright
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/pyright
+
+format: $(READY) ## let ruff write
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+bench: $(READY) ## time the decomposed pass beside a plain one
+	$(RUN)/python benchmarks/engine.py $(ARGS)
+
+clean: ## remove the environment, caches and builds; results in logs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each is run first: a version manager's shim may be on PATH with no Python behind it.
+$(RUN)/python:
+	@for python in $(PYTHON); do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \
+	    for module in venv virtualenv; do \
+	        rm -rf $(VENV); \
+	        $$python -m $$module $(VENV) && echo "$(VENV) made with $$($@ --version)" && exit 0; \
+	    done; \
+	done; \
+	rm -rf $(VENV); \
+	echo "DePass-Lightning needs Python 3.11 or newer with its venv module; none of these is: $(PYTHON)." >&2; \
+	echo "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python ..." >&2; \
+	exit 1
+
+$(READY): pyproject.toml constraints.txt | $(RUN)/python
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install "$(TORCH)" setuptools -c $(VENV)/constraints.txt
+	$(PIP) install --no-build-isolation -e '.[dev]' -c $(VENV)/constraints.txt
+	@# pyright cannot see that pyproject.toml maps these two folders into the package.
+	mkdir -p $(VENV)/mapped/depass_lightning
+	ln -sfn ../../../callbacks ../../../conf $(VENV)/mapped/depass_lightning/
+	touch $@
