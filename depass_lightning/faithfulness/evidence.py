@@ -1,0 +1,41 @@
+"""Whether scores point at the tokens that are known to be right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.faithfulness.removal import text_components
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How an attribution stands to the evidence of its prompt.
+
+    Attributes:
+        first: whether the component with the highest score is evidence.
+        chance: how often a random order puts evidence first: the share of the components that are evidence.
+    """
+
+    first: bool
+    chance: float
+
+
+def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) -> Evidence | None:
+    """Compare scores with known evidence, among the components that stand for text.
+
+    Args:
+        attribution: the scores; a bias and special tokens are no candidates.
+        ranges: the character ranges of the text that are the evidence.
+
+    Returns:
+        None where there is nothing to compare: no range is given, the tokens' places in the text are not
+        known, or no candidate overlaps the ranges.
+    """
+    if not ranges or attribution.offsets is None:
+        return None
+    candidates = text_components(attribution)
+    right = set(attribution.overlapping(ranges)) & set(candidates)
+    if not right:
+        return None
+    first = max(candidates, key=lambda i: attribution.scores[i].item())
+    return Evidence(first=first in right, chance=len(right) / len(candidates))

@@ -1,0 +1,88 @@
+"""One attribution as one row of a table, and back."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.storage.shards import read_rows
+
+RANGES = pa.list_(pa.list_(pa.int32()))
+CURVE = pa.list_(pa.float64())
+
+ATTRIBUTION_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("id", pa.string()),
+        # the attribution
+        ("text", pa.string()),
+        ("tokens", pa.list_(pa.string())),
+        ("token_ids", pa.list_(pa.int64())),
+        ("offsets", RANGES),
+        ("target", pa.string()),
+        ("value", pa.float64()),
+        ("scores", pa.list_(pa.float32())),
+        ("names", pa.list_(pa.string())),
+        ("positions", RANGES),
+        ("source", pa.string()),
+        ("rule", pa.string()),
+        ("layer", pa.int32()),
+        ("position", pa.int32()),
+        ("prediction", pa.string()),
+        ("probability", pa.float64()),
+        ("rank", pa.int32()),
+        ("completeness", pa.float64()),
+        ("metadata", pa.string()),
+        # what is known of the prompt, and measured on it
+        ("answer", pa.string()),
+        ("foil", pa.string()),
+        ("correct", pa.bool_()),
+        ("evidence", RANGES),
+        ("evidence_first", pa.bool_()),
+        ("evidence_chance", pa.float64()),
+        ("removed", CURVE),
+        ("patch_top", CURVE),
+        ("recover_top", CURVE),
+        ("patch_random", CURVE),
+        ("recover_random", CURVE),
+        # the run
+        ("model", pa.string()),
+        ("fingerprint", pa.string()),
+    ]
+)
+"""The columns of a run's attributions; ranges are pairs of first and one past last, in characters or
+tokens."""
+
+
+def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
+    """Return the attribution's fields, and its completeness error, as values of `ATTRIBUTION_SCHEMA`."""
+    row = {field.name: getattr(attribution, field.name) for field in dataclasses.fields(attribution)}
+    row["scores"] = attribution.scores.tolist()
+    row["completeness"] = attribution.completeness
+    row["metadata"] = json.dumps(attribution.metadata, ensure_ascii=False)
+    return row
+
+
+def attribution_from_row(row: Mapping[str, Any]) -> Attribution:
+    """Return the attribution that `attribution_to_row` made a row of."""
+    fields = {field.name: row[field.name] for field in dataclasses.fields(Attribution)}
+    fields["scores"] = torch.tensor(row["scores"], dtype=torch.float32)
+    fields["metadata"] = json.loads(row["metadata"])
+    for name in ("offsets", "positions"):
+        pairs = row[name]
+        fields[name] = None if pairs is None else [None if pair is None else tuple(pair) for pair in pairs]
+    return Attribution(**fields)
+
+
+def read_attributions(path: str | Path) -> list[Attribution]:
+    """Read the attributions of a run, in the order of its prompts.
+
+    Args:
+        path: a run's `attributions` folder, or a Parquet file in it.
+    """
+    return [attribution_from_row(row) for row in read_rows(path)]
