@@ -1,0 +1,107 @@
+"""One prompt of a task, and the task that holds many."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, Features, Value
+
+if TYPE_CHECKING:
+    from depass_lightning.targets import Contrast, Token
+
+Span = tuple[int, int]
+
+_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "prompt": Value("string"),
+        "answer": Value("string"),
+        "foil": Value("string"),
+        "roles": [{"name": Value("string"), "start": Value("int32"), "end": Value("int32")}],
+        "evidence": [Value("string")],
+    }
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its right answer, and where in the prompt the reason for the answer stands.
+
+    Args:
+        id: a name that no other example of the task has.
+        prompt: the text whose continuation is asked for, without a space at its end.
+        answer: the right continuation, with its leading space: `" Mary"`.
+        foil: the wrong continuation to compare with, where the task has one: `" John"`.
+        roles: named character ranges `[start, end)` in the prompt, for example
+            `{"indirect_object": ((5, 9),), "subject": ((14, 18),)}`.
+        evidence: the roles that an attribution should find first; empty where that is not known.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    foil: str | None = None
+    roles: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    evidence: tuple[str, ...] = ()
+
+    def evidence_ranges(self) -> list[Span]:
+        """Return the character ranges of all evidence, in the order of the text."""
+        return sorted(span for role in self.evidence for span in self.roles[role])
+
+    def target(self) -> "Token | Contrast":
+        """Return what to explain: the answer against the foil, or the answer alone where there is no foil."""
+        from depass_lightning.targets import Contrast, Token
+
+        return Token(self.answer) if self.foil is None else Contrast(self.answer, self.foil)
+
+
+class Task:
+    """A sequence of examples by name, held in memory as a `datasets.Dataset`.
+
+    Args:
+        name: what the task is called in results.
+        examples: the examples, in order; their ids must differ.
+        skipped: the rows of a file that could not be used, each with its `row` number and the `reason`.
+    """
+
+    def __init__(
+        self, name: str, examples: Sequence[Example], skipped: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self.name = name
+        self.dataset = Dataset.from_list([_to_row(example) for example in examples], features=_FEATURES)
+        self.skipped = [dict(row) for row in skipped]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        return _from_row(self.dataset[index])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (_from_row(row) for row in self.dataset)
+
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, {len(self)} examples, {len(self.skipped)} rows skipped)"
+
+
+def _to_row(example: Example) -> dict[str, Any]:
+    roles = [
+        {"name": name, "start": start, "end": end}
+        for name, spans in example.roles.items()
+        for start, end in spans
+    ]
+    return {
+        "id": example.id,
+        "prompt": example.prompt,
+        "answer": example.answer,
+        "foil": example.foil,
+        "roles": roles,
+        "evidence": list(example.evidence),
+    }
+
+
+def _from_row(row: Mapping[str, Any]) -> Example:
+    roles: dict[str, tuple[Span, ...]] = {}
+    for role in row["roles"]:
+        roles[role["name"]] = (*roles.get(role["name"], ()), (role["start"], role["end"]))
+    return Example(row["id"], row["prompt"], row["answer"], row["foil"], roles, tuple(row["evidence"]))

@@ -1,0 +1,54 @@
+"""Anybody's own prompts: one JSON object a line.
+
+`{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` and
+`target` must be there. The target is taken as it is written: for most models a word begins with its space.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from depass_lightning.errors import DePassError
+from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.rows import load_rows, text_field
+
+
+def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
+    """Read a file of rows `{prompt, target, foil, id, evidence}`.
+
+    Args:
+        size: how many prompts at most, from the top; None means all.
+        seed, split: without meaning here.
+        path: the file. `evidence` lists strings (wherever they occur in the prompt) or `[start, end]` ranges.
+    """
+    if path is None:
+        raise DePassError("the jsonl task reads a file; give its path (path=prompts.jsonl)")
+    return load_rows("jsonl", path, _example, size)
+
+
+def _example(row: dict[str, Any], number: int) -> Example:
+    prompt, answer = text_field(row, "prompt"), text_field(row, "target")
+    foil = text_field(row, "foil") if row.get("foil") is not None else None
+    if foil == answer:
+        raise DePassError(f"the foil is the same as the target: {foil!r}")
+    evidence = row.get("evidence") or []
+    if not isinstance(evidence, list):
+        raise DePassError(f"evidence must be a list of strings or [start, end] ranges, not {evidence!r}")
+    spans = tuple(sorted({span for item in evidence for span in _spans(item, prompt)}))
+    roles = {"evidence": spans} if spans else {}
+    return Example(str(row.get("id", number)), prompt, answer, foil, roles, tuple(roles))
+
+
+def _spans(item: Any, prompt: str) -> list[Span]:
+    """Return the ranges that one piece of evidence stands for."""
+    if isinstance(item, str) and item:
+        spans = [match.span() for match in re.finditer(re.escape(item), prompt)]
+        if not spans:
+            raise DePassError(f"the evidence {item!r} does not occur in the prompt {prompt!r}")
+        return spans
+    if isinstance(item, list) and len(item) == 2 and all(type(edge) is int for edge in item):
+        start, end = item
+        if 0 <= start < end <= len(prompt):
+            return [(start, end)]
+        raise DePassError(f"the evidence range {item} is not inside the prompt's {len(prompt)} characters")
+    raise DePassError(f"evidence must be strings or [start, end] ranges, not {item!r}")

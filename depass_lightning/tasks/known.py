@@ -1,0 +1,62 @@
+"""Facts that a model knows by heart: "The capital of France is" → " Paris".
+
+Without a file, the prompts are about the embedded model's own facts. With a file, they are those of the
+public Known_1000 collection (Meng et al. 2022, "Locating and Editing Factual Associations in GPT",
+arXiv:2202.05262).
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from depass_lightning.errors import DePassError
+from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.facts import FACTS, NEW_FACTS
+from depass_lightning.tasks.rows import load_rows, text_field
+
+SPLITS = ("train", "test", "new-train", "new-test")
+
+
+def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
+    """Ask the embedded model's facts, or read rows in the layout of Known_1000.
+
+    Args:
+        size: how many prompts at most; None means all.
+        seed: the order of the embedded model's facts.
+        split: "test" asks every fact in the one way that the embedded model has not read, "train" in the ways
+            that it has; "new-train" and "new-test" do so for facts that it has never read in any way.
+        path: a JSON file of rows with `subject`, `attribute` and `prompt`; seed and split have no meaning.
+    """
+    if path is not None:
+        return load_rows("known", path, _from_public, size)
+    if split not in SPLITS:
+        raise DePassError(f"the known task has no split {split!r}; it has {', '.join(SPLITS)}")
+    examples = generate(seed, split)
+    if size is not None and size > len(examples):
+        raise DePassError(f"the split {split!r} of the known task has {len(examples)} prompts, not {size}")
+    return Task("known", examples[:size])
+
+
+def generate(seed: int, split: str) -> list[Example]:
+    """Return all prompts of a split, in an order drawn from the seed."""
+    facts, part = (NEW_FACTS if split.startswith("new-") else FACTS), split.removeprefix("new-")
+    examples = []
+    for number, fact in enumerate(facts):
+        for way, (prompt, span) in enumerate(fact.prompts(part)):
+            name = f"known-{split}-{fact.relation}-{number}-{way}"
+            examples.append(_example(name, prompt, fact.answer, span))
+    random.Random(f"known {split} {seed}").shuffle(examples)
+    return examples
+
+
+def _example(name: str, prompt: str, answer: str, span: Span) -> Example:
+    return Example(name, prompt, f" {answer}", roles={"subject": (span,)}, evidence=("subject",))
+
+
+def _from_public(row: dict[str, Any], number: int) -> Example:
+    prompt, answer = text_field(row, "prompt").rstrip(), text_field(row, "attribute").strip()
+    subject = text_field(row, "subject").strip()
+    start = prompt.find(subject)
+    if start < 0:
+        raise DePassError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
+    return _example(str(row.get("known_id", number)), prompt, answer, (start, start + len(subject)))
