@@ -1,0 +1,115 @@
+"""How numbers, and the characters of a token, are written for a reader."""
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PERCENT_WORDS = frozenset(
+    ["accuracy", "chance", "correct", "evidence", "first", "hit", "on", "probability", "rate", "share"]
+)
+ERROR_WORDS = frozenset(("completeness", "error"))
+
+# Signs without a look of their own that turn the direction of the text round them.
+TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+
+
+def plain(number: float) -> str:
+    """Write a number with three significant digits and a real minus sign: 0.0213, 3.81, 12,400, 6.1e−8."""
+    if not math.isfinite(number):
+        return "not a number" if math.isnan(number) else "∞" if number > 0 else "−∞"
+    size = abs(number)
+    if size >= 1e9 or 0 < size < 1e-3:
+        digits, exponent = f"{number:.1e}".split("e")
+        written = f"{digits.removesuffix('.0')}e{int(exponent)}"
+    elif size >= 1000:
+        written = f"{number:,.0f}"
+    else:
+        before = math.floor(math.log10(size)) if size else 0
+        written = f"{number:.{min(max(2 - before, 0), 4)}f}"
+        written = written.rstrip("0").rstrip(".") if size in (0, round(size)) else written
+    return written.replace("-", "−")
+
+
+def signed(number: float) -> str:
+    """Write a number as `plain` does, with its sign also where it is positive."""
+    return f"+{plain(number)}" if number > 0 else plain(number)
+
+
+def percent(fraction: float) -> str:
+    """Write a part of one in percent: 71.2%, 100%, <0.1%."""
+    if not math.isfinite(fraction):
+        return plain(fraction)
+    if 0 < fraction < 0.001:
+        return "<0.1%"
+    return f"{fraction:.1%}".replace(".0%", "%")
+
+
+def visible(text: str) -> str:
+    """Write the characters that have no look of their own as signs: ↵ for a line's end, ⇥ for a tab.
+
+    Control characters become their pictures (␛), so no token can steer a terminal; spaces alone become ␣,
+    and what would turn the text's direction round becomes �.
+    """
+    if text and not text.strip(" "):
+        return "␣" * len(text)
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    if character in "\n\t":
+        return "↵" if character == "\n" else "⇥"
+    category = unicodedata.category(character)
+    if category == "Cc":
+        point = ord(character)
+        return chr(0x2400 + point) if point < 0x20 else "␡"
+    return "�" if category == "Cs" or character in TURNING else character
+
+
+@dataclass(frozen=True)
+class Card:
+    """One number of a run, ready to be shown: what it is, how much, and what to hold it against."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
+    """Write the numbers of a run's summary for a reader.
+
+    Args:
+        summary: names and values. A value is a number, a text, a truth value, or a mapping of its own with
+            the `value` and, where known, the value by `chance`, an `interval` of two numbers and a `note`.
+            What is neither (lists, curves, settings) is left out: it is no single number.
+    """
+    cards = []
+    for key, entry in summary.items():
+        parts = entry if isinstance(entry, Mapping) else {"value": entry}
+        value = parts.get("value")
+        if not isinstance(value, int | float | str):
+            continue
+        notes = [str(parts["note"])] if parts.get("note") else []
+        if parts.get("interval") is not None:
+            notes.insert(0, " to ".join(_amount(key, bound) for bound in parts["interval"]))
+        if parts.get("chance") is not None:
+            notes.insert(0, f"by chance {_amount(key, parts['chance'])}")
+        cards.append(Card(key.replace("_", " "), _amount(key, value), ", ".join(notes)))
+    return cards
+
+
+def _amount(key: str, value: float | str) -> str:
+    """Write one value of a summary in the unit that its name tells."""
+    words = set(key.lower().split("_"))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    if words & ERROR_WORDS:
+        return plain(value)
+    if words & PERCENT_WORDS and 0 <= value <= 1:
+        return percent(value)
+    return f"{plain(value)} s" if "seconds" in words else plain(value)

@@ -1,0 +1,166 @@
+"""Attributions and summaries in a terminal, in colours that can be read on a dark and on a light one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
+from depass_lightning.reports.palette import Colour, hexadecimal, mixed
+
+# A terminal does not tell its ground. Weak scores colour the letters alone, in a tone between light and dark;
+# strong ones bring a ground of their own, with white letters on it.
+LETTERS: tuple[Colour, Colour] = ((58, 124, 246), (224, 96, 32))
+GROUNDS: tuple[tuple[Colour, Colour], tuple[Colour, Colour]] = (
+    ((82, 104, 150), (22, 84, 240)),
+    ((146, 100, 78), (200, 66, 0)),
+)
+BAR_WIDTH = 24
+
+
+def attribution_text(attribution: Attribution, top: int = 8) -> RenderableType:
+    """Return the prompt with its tokens coloured by score, and a table of the strongest components.
+
+    Args:
+        attribution: what to show.
+        top: how many components the table lists.
+    """
+    return Group(_headline(attribution), Text(), _tokens(attribution), Text(), _components(attribution, top))
+
+
+def _headline(attribution: Attribution) -> Text:
+    """Return the target and its value, what the model itself would say, and how the scores were made."""
+    said = f"the model says {visible(attribution.prediction)!r}"
+    if attribution.probability is not None:
+        said += f", and gives the target {percent(attribution.probability)}"
+    if attribution.rank is not None:
+        said += f" (rank {attribution.rank + 1:,})"
+    value = f"{visible(attribution.target)} = {signed(attribution.value)}"
+    return Text.assemble((value, "bold"), "\n", said, "\n", (_settings(attribution), "dim"))
+
+
+def _settings(attribution: Attribution) -> str:
+    return (
+        f"{attribution.source} at layer {attribution.layer}, rule {attribution.rule}, "
+        f"completeness {plain(attribution.completeness)}"
+    )
+
+
+def _tokens(attribution: Attribution) -> Text:
+    """Return the prompt, each piece of it in the colour of the component that stands for it."""
+    strongest = attribution.scores.abs().max().item() if len(attribution) else 0.0
+    strength = [0.0] * len(attribution.tokens)
+    for span, score in zip(attribution.positions, attribution.scores.tolist(), strict=True):
+        for position in range(*span) if span else ():
+            strength[position] = score / strongest if strongest else 0.0
+    text = Text()
+    for token, part in zip(attribution.tokens, strength, strict=True):
+        bare = token.lstrip(" ") or token
+        text.append(token[: len(token) - len(bare)])
+        text.append(visible(bare), _style(part))
+        if "\n" in bare:
+            text.append("\n")
+    return text
+
+
+def _style(strength: float) -> Style:
+    """Return how a token with a part of the strongest score, from -1 to 1, is printed."""
+    size, sign = abs(strength), int(strength < 0)
+    if size < 0.05:
+        return Style()
+    if size < 0.25:
+        return Style(color=hexadecimal(LETTERS[sign]))
+    weak, strong = GROUNDS[sign]
+    return Style(
+        color="#ffffff", bgcolor=hexadecimal(mixed(weak, strong, (size - 0.25) / 0.75)), bold=size > 0.6
+    )
+
+
+def _components(attribution: Attribution, top: int) -> Table:
+    """Return the strongest components, whatever their sign, with bars."""
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("component")
+    table.add_column("score", justify="right")
+    table.add_column("", no_wrap=True)
+    rows = attribution.top(top, absolute=True)
+    strongest = abs(rows[0][1]) if rows else 0.0
+    for name, score in rows:
+        bar = _bar(abs(score) / strongest if strongest else 0.0)
+        table.add_row(_name(name), signed(score), Text(bar, hexadecimal(LETTERS[int(score < 0)])))
+    if left := len(attribution) - len(rows):
+        table.caption = f"and {left:,} more"
+        table.caption_justify = "left"
+    return table
+
+
+def _name(name: str) -> Text:
+    """Return a component's name without the space that a token begins with."""
+    return Text(visible(name.strip(" ") or name), overflow="ellipsis", no_wrap=True)
+
+
+def _bar(part: float) -> str:
+    """Return a bar, in eighths of a letter, for a part of the whole width."""
+    eighths = round(part * BAR_WIDTH * 8)
+    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
+
+
+def attributions_table(
+    attributions: Sequence[Attribution], ids: Sequence[str] | None = None, limit: int = 20
+) -> Table:
+    """Return one row a prompt: what was explained, and what it rests on most.
+
+    Args:
+        attributions: in the order to show them.
+        ids: a name for each of them; their numbers if not given.
+        limit: how many rows at most; the rest are counted below the table.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    table.add_column("", style="dim", no_wrap=True)
+    table.add_column("prompt")  # the only one that may wrap is what a narrow terminal cuts first
+    table.add_column("target", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("model says", no_wrap=True)
+    table.add_column("rests on", no_wrap=True)
+    for number, attribution in enumerate(attributions[:limit]):
+        name = str(number) if ids is None else ids[number]
+        table.add_row(Text(name), *_row(attribution))
+    if len(attributions) > limit:
+        table.caption = f"and {len(attributions) - limit:,} more"
+        table.caption_justify = "left"
+    return table
+
+
+def _row(attribution: Attribution) -> tuple[Text, ...]:
+    """Return one attribution as cells: prompt, target, value, the model's own word, strongest component."""
+    says = Text(visible(attribution.prediction.strip(" ")))
+    if attribution.correct is not None:
+        says.append(" ✓" if attribution.correct else " ✗", "green" if attribution.correct else "red")
+    strongest = attribution.top(1)
+    rests = f"{_name(strongest[0][0]).plain} {signed(strongest[0][1])}" if strongest else "nothing"
+    return (
+        Text(visible(attribution.text or "".join(attribution.tokens)), overflow="ellipsis", no_wrap=True),
+        Text(visible(attribution.target)),
+        Text(signed(attribution.value)),
+        says,
+        Text(rests),
+    )
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Return the numbers of a run's summary, one a row, with what to hold each against.
+
+    Args:
+        summary: as `summary_cards` reads it.
+    """
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right", style="bold")
+    table.add_column(style="dim")
+    for card in summary_cards(summary):
+        table.add_row(Text(card.label), Text(card.value), Text(card.note))
+    return table
