@@ -9,6 +9,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+MAPPED := $(VENV)/mapped/depass_lightning
 PIP := $(RUN)/python -m pip --disable-pip-version-check
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 5
@@ -25,7 +26,7 @@ demo: $(READY) ## explain the embedded model's answers: a table here, a page to 
 	$(RUN)/python analyze.py $(ARGS)
 
 test: $(READY) ## run the tests
-	$(RUN)/python -m pytest --clean-tree $(ARGS)
+	$(RUN)/python -m pytest --numprocesses=2 --dist=worksteal --clean-tree $(ARGS)
 
 lint: $(READY) ## ruff and pyright
 	$(RUN)/ruff check .
@@ -59,9 +60,9 @@ $(RUN)/python:
 
 $(READY): pyproject.toml constraints.txt | $(RUN)/python
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install "$(TORCH)" setuptools -c $(VENV)/constraints.txt
+	$(PIP) install "$(TORCH)" setuptools wheel -c $(VENV)/constraints.txt
 	$(PIP) install --no-build-isolation -e '.[dev]' -c $(VENV)/constraints.txt
-	@# pyright cannot see that pyproject.toml maps these two folders into the package.
-	mkdir -p $(VENV)/mapped/depass_lightning
-	ln -sfn ../../../callbacks ../../../conf $(VENV)/mapped/depass_lightning/
+	@# pyright does not see that pyproject.toml maps callbacks/ and conf/ into the package: it reads it here.
+	mkdir -p $(MAPPED)
+	ln -sfn ../../../depass_lightning/__init__.py ../../../callbacks ../../../conf $(MAPPED)/
 	touch $@
