@@ -8,4 +8,19 @@ __version__ = "0.1.0.dev0"
 if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__init__.py").is_file():
     __path__.append(str(_root))
 
-__all__ = ["__version__"]
+from depass_lightning.attribution import Attribution
+from depass_lightning.depass import Decomposition, DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.sources import Tokens
+from depass_lightning.targets import Contrast, Token
+
+__all__ = [
+    "Attribution",
+    "Contrast",
+    "DePass",
+    "DePassError",
+    "Decomposition",
+    "Token",
+    "Tokens",
+    "__version__",
+]

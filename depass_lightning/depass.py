@@ -1,0 +1,431 @@
+"""DePass: attribution by one decomposed forward pass (Hong et al., NeurIPS 2025, arXiv 2510.18462).
+
+1. Tokenise, and pad prompts of similar length into batches.
+2. Record one plain pass (`engine/record.py`).
+3. Split a state into components (`sources.py`).
+4. Carry them through the remaining blocks (`engine/propagate.py`).
+5. Read each component's part of the target (`targets.py`) into an `Attribution`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.propagate import Carry, propagate
+from depass_lightning.engine.record import Recording, record, recorded_bytes
+from depass_lightning.engine.release import release_rule
+from depass_lightning.engine.rules import Rule, RuleName, Taylor, rule_named
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.load import load_model
+from depass_lightning.prompts import Prompt, pad, prompts_of_ids, prompts_of_texts
+from depass_lightning.sources import Source, Tokens, dense_components, resolve_layer
+from depass_lightning.targets import Contrast, Target, TargetLike, as_target, token_id
+
+BiasMode = Literal["component", "drop"]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Every component's state at one layer.
+
+    Attributes:
+        states: `[component, position, hidden]`; they sum to the model's residual stream there.
+        names: the components' names.
+        layer: the block that this state enters; the number of blocks means behind the last one.
+    """
+
+    states: Float[Tensor, "component position hidden"]
+    names: list[str]
+    layer: int
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a pass is made: the same for every prompt of a call."""
+
+    source: Source
+    rule: Rule
+    rule_name: str
+    bias: bool
+    compat: str | None
+
+    @property
+    def competing(self) -> bool:
+        return not isinstance(self.rule, Taylor)
+
+
+class DePass:
+    """Explains what a causal language model says by carrying components through one frozen pass.
+
+    The model is left exactly as it was found: its mode, hooks, attention implementation, gradients and random state.
+
+    Args:
+        model: a Hugging Face causal language model of a supported family.
+        tokenizer: its tokenizer; without one, prompts are given as ids and targets too.
+        memory_budget: bytes of working memory for one step of the engine, beside the components themselves; by
+            default chosen for the device.
+
+    Raises:
+        DePassError: the model's architecture is not supported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.memory_budget = memory_budget
+        self._decoder = Decoder(model)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str = "tiny", *, memory_budget: int | None = None, **options: Any
+    ) -> "DePass":
+        """Load a model and its tokenizer.
+
+        Args:
+            name: `tiny` for the embedded model, a hub name, a folder, or the path of a `.gguf` file.
+            memory_budget: as for `DePass`.
+            options: as for `depass_lightning.models.load.load_model`: `revision`, `dtype`, `device`, `device_map`.
+
+        Raises:
+            DePassError: the model cannot be loaded, or its architecture is not supported.
+        """
+        return cls(*load_model(name, **options), memory_budget=memory_budget)
+
+    @overload
+    def attribute(self, prompt: str, target: TargetLike = None, **options: Any) -> Attribution: ...
+
+    @overload
+    def attribute(
+        self, prompt: Sequence[str], target: TargetLike | Sequence[TargetLike] = None, **options: Any
+    ) -> list[Attribution]: ...
+
+    @overload
+    def attribute(
+        self, prompt: None = None, target: TargetLike | Sequence[TargetLike] = None, **options: Any
+    ) -> list[Attribution]: ...
+
+    def attribute(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] = None,
+        *,
+        source: Source | None = None,
+        rule: RuleName = "softmax",
+        temperature: float = 0.1,
+        bias: BiasMode = "component",
+        compat: Literal["release"] | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+        input_ids: Int[Tensor, "batch position"] | None = None,
+        attention_mask: Int[Tensor, "batch position"] | None = None,
+    ) -> Attribution | list[Attribution]:
+        """Say how much each component of a prompt contributes to a target.
+
+        Args:
+            prompt: one prompt, or several.
+            target: what is explained, one for all or one a prompt; None for the model's own next token.
+            source: what the state is split into; by default `Tokens()`.
+            rule: how neurons are shared: softmax, max, relu, linear or taylor.
+            temperature: of the softmax rule.
+            bias: `component` gives constants a component of their own, so that scores sum to the value; `drop`
+                leaves them out.
+            compat: `release` reproduces the published code, with its quirks.
+            batch_size: how many prompts go through the model at once.
+            progress: show a progress bar.
+            input_ids: token ids instead of prompts, padded on either side.
+            attention_mask: 1 at the real positions of `input_ids`.
+
+        Returns:
+            One `Attribution` for one prompt, a list for several or for ids, in their order.
+
+        Raises:
+            DePassError: a prompt is empty or too long, a target is not one token, a layer is out of range, a setting
+                is unknown, or the model's values are not finite.
+        """
+        settings = self._settings(source, rule, temperature, bias, compat)
+        prompts = self._prompts(prompt, input_ids, attention_mask)
+        targets = _one_each(target, len(prompts))
+        for entry, aim in zip(prompts, targets, strict=True):
+            self._check_target(entry, aim)
+
+        def explain(batch: list[int]) -> list[Attribution]:
+            return self._attribute_batch([prompts[i] for i in batch], [targets[i] for i in batch], settings)
+
+        results = _in_batches([len(entry.ids) for entry in prompts], batch_size, explain, progress)
+        return results[0] if isinstance(prompt, str) else results
+
+    @overload
+    def decompose(self, prompt: str, **options: Any) -> Decomposition: ...
+
+    @overload
+    def decompose(self, prompt: Sequence[str] | None = None, **options: Any) -> list[Decomposition]: ...
+
+    def decompose(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        source: Source | None = None,
+        rule: RuleName = "softmax",
+        temperature: float = 0.1,
+        bias: BiasMode = "component",
+        compat: Literal["release"] | None = None,
+        to_layer: int | None = None,
+        batch_size: int = 16,
+        input_ids: Int[Tensor, "batch position"] | None = None,
+        attention_mask: Int[Tensor, "batch position"] | None = None,
+    ) -> Decomposition | list[Decomposition]:
+        """Give every component's state at a layer.
+
+        Args:
+            prompt: one prompt, or several.
+            source, rule, temperature, bias, compat, batch_size, input_ids, attention_mask: as for `attribute`.
+            to_layer: the block whose input is meant; None for what leaves the last block, before the final norm.
+
+        Returns:
+            One `Decomposition` for one prompt, a list for several or for ids, in their order.
+
+        Raises:
+            DePassError: as for `attribute`; or the layer is out of range or before the source's.
+        """
+        settings = self._settings(source, rule, temperature, bias, compat)
+        layers = len(self._decoder.blocks)
+        stop = layers if to_layer in (None, layers) else resolve_layer(to_layer, layers, "to_layer")  # type: ignore[arg-type]
+        first = resolve_layer(settings.source.layer, layers, type(settings.source).__name__)
+        if stop < first:
+            raise DePassError(f"to_layer={stop} lies before layer {first}, where the state is split")
+        prompts = self._prompts(prompt, input_ids, attention_mask)
+
+        def states(batch: list[int]) -> list[Decomposition]:
+            return self._decompose_batch([prompts[i] for i in batch], settings, stop)
+
+        results = _in_batches([len(entry.ids) for entry in prompts], batch_size, states, progress=False)
+        return results[0] if isinstance(prompt, str) else results
+
+    # What goes in ----------------------------------------------------------------------------------------------
+
+    def _settings(
+        self, source: Source | None, rule: str, temperature: float, bias: str, compat: str | None
+    ) -> _Settings:
+        chosen = rule_named(rule, temperature)
+        if bias not in ("component", "drop"):
+            raise DePassError(f"bias={bias!r} is unknown; choose 'component' or 'drop'")
+        if compat not in (None, "release"):
+            raise DePassError(f"compat={compat!r} is unknown; choose None or 'release'")
+        split = Tokens() if source is None else source
+        resolve_layer(split.layer, len(self._decoder.blocks), type(split).__name__)
+        carries_bias = bias == "component" and compat is None and self._decoder.has_biases
+        return _Settings(split, release_rule(chosen) if compat else chosen, rule, carries_bias, compat)
+
+    def _prompts(
+        self, prompt: str | Sequence[str] | None, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> list[Prompt]:
+        limit = self._decoder.max_positions
+        if prompt is None:
+            if input_ids is None:
+                raise DePassError(
+                    "there is nothing to explain: pass a prompt, a list of prompts, or input_ids"
+                )
+            return prompts_of_ids(
+                input_ids, attention_mask, self.tokenizer, limit, self._decoder.vocabulary_size
+            )
+        if input_ids is not None:
+            raise DePassError("pass either prompts or input_ids, not both")
+        if self.tokenizer is None:
+            raise DePassError(
+                "prompts are text, but there is no tokenizer; use DePass(model, tokenizer) or input_ids"
+            )
+        return prompts_of_texts([prompt] if isinstance(prompt, str) else list(prompt), self.tokenizer, limit)
+
+    def _check_target(self, prompt: Prompt, target: Target) -> None:
+        """Refuse what cannot be explained before anything expensive starts."""
+        prompt.resolve_position(target.position)
+        self._target_ids(prompt, target)
+
+    def _target_ids(self, prompt: Prompt, target: Target, own: int = 0) -> list[int]:
+        """The token that is explained and, for a contrast, its foil; `own` is the model's own next token."""
+        text = prompt.text_until(prompt.resolve_position(target.position))
+        wanted = [target.token, target.foil] if isinstance(target, Contrast) else [target.token]
+        size = self._decoder.vocabulary_size
+        return [own if token is None else token_id(token, text, self.tokenizer, size) for token in wanted]
+
+    # What happens ----------------------------------------------------------------------------------------------
+
+    def _record(self, prompts: list[Prompt], positions: list[int], lengths: list[int]) -> Recording:
+        device = self._decoder.device
+        ids = pad([prompt.ids[:length] for prompt, length in zip(prompts, lengths, strict=True)]).to(device)
+        budget = Budget.default(device, self.memory_budget)
+        return record(
+            self._decoder,
+            ids,
+            torch.tensor(lengths, device=device),
+            torch.tensor(positions, device=device)[:, None],
+            keep_everything=recorded_bytes(self._decoder, *ids.shape) <= budget.recording,
+        )
+
+    def _carry(
+        self, recording: Recording, settings: _Settings, stop: int, positions: Tensor | None = None
+    ) -> Carry:
+        budget = Budget.default(recording.final_state.device, self.memory_budget)
+        first = resolve_layer(settings.source.layer, recording.layers, type(settings.source).__name__)
+        carry = settings.source.split(
+            recording, bias=settings.bias, competing=settings.competing, budget=budget
+        )
+        for _, reached in propagate(
+            recording, carry, settings.rule, first=first, stop=stop, positions=positions
+        ):
+            carry = reached
+        return carry
+
+    @torch.no_grad()
+    def _attribute_batch(
+        self, prompts: list[Prompt], targets: list[Target], settings: _Settings
+    ) -> list[Attribution]:
+        at = [
+            prompt.resolve_position(target.position) for prompt, target in zip(prompts, targets, strict=True)
+        ]
+        # Nothing behind the target's position can reach it: it is cut off.
+        recording = self._record(prompts, at, [position + 1 for position in at])
+        positions = torch.tensor(at, device=self._decoder.device)[:, None]
+        logits = torch.stack(
+            [recording.logits[i, recording.kept.index(position)] for i, position in enumerate(at)]
+        ).to(self._decoder.dtype)
+        wanted = [
+            self._target_ids(prompt, target, int(row.argmax()))
+            for prompt, target, row in zip(prompts, targets, logits, strict=True)
+        ]
+        carry = self._carry(recording, settings, recording.layers, positions)
+        states = carry.read(recording.final_norm)[:, :, 0]
+        scores, constants = self._scores(states, wanted)
+        if settings.bias:
+            scores[:, 0] += constants
+            scores = torch.cat([scores[:, 1:], scores[:, :1]], 1)
+        return [
+            self._attribution(prompt, target, settings, position, ids, row, score)
+            for prompt, target, position, ids, row, score in zip(
+                prompts, targets, at, wanted, logits, scores, strict=True
+            )
+        ]
+
+    def _scores(
+        self, states: Float[Tensor, "batch component hidden"], wanted: list[list[int]]
+    ) -> tuple[Float[Tensor, "batch component"], Float[Tensor, "batch"]]:
+        """Each component's part of its prompt's target, and what the unembedding's bias adds."""
+        signs = (1.0, -1.0)
+        vectors, constants = [], []
+        for ids in wanted:
+            rows, biases = self._decoder.readout(torch.tensor(ids, device=states.device))
+            weights = rows.new_tensor(signs[: len(ids)])
+            vectors.append(weights @ rows)
+            constants.append(weights @ biases)
+        return (states @ torch.stack(vectors)[:, :, None])[:, :, 0], torch.stack(constants)
+
+    def _attribution(
+        self,
+        prompt: Prompt,
+        target: Target,
+        settings: _Settings,
+        position: int,
+        ids: list[int],
+        logits: Float[Tensor, "vocabulary"],
+        scores: Float[Tensor, "component"],
+    ) -> Attribution:
+        count = len(prompt.ids)
+        own = scores[:-1] if settings.bias else scores
+        full = scores.new_zeros(count + int(settings.bias))
+        # Tokens behind the target's position stay at zero: they cannot have contributed.
+        full[: min(len(own), position + 1)] = own[: position + 1]
+        if settings.bias:
+            full[-1] = scores[-1]
+        value = logits[ids[0]] - (logits[ids[1]] if len(ids) == 2 else 0)
+        layers = len(self._decoder.blocks)
+        metadata: dict[str, Any] = {
+            "model": str(getattr(self._decoder.config, "_name_or_path", ""))
+            or type(self._decoder.model).__name__,
+            "bias": "component" if settings.bias else "drop",
+            "target_ids": ids,
+        }
+        if settings.rule_name == "softmax":
+            metadata["temperature"] = settings.rule.temperature  # type: ignore[union-attr]
+        if settings.compat:
+            metadata["compat"] = settings.compat
+        return Attribution(
+            scores=full.float().cpu(),
+            names=settings.source.names(prompt.tokens) + (["bias"] if settings.bias else []),
+            value=float(value),
+            target=" − ".join(repr(self._text_of(token)) for token in ids),
+            text=prompt.text,
+            tokens=prompt.tokens,
+            token_ids=prompt.ids,
+            offsets=prompt.offsets,
+            positions=settings.source.positions(count) + ([None] if settings.bias else []),
+            source=settings.source.kind,
+            rule=settings.rule_name,
+            layer=resolve_layer(settings.source.layer, layers, ""),
+            position=position,
+            prediction=self._text_of(int(logits.argmax())),
+            probability=float(logits.softmax(-1)[ids[0]]),
+            rank=int((logits > logits[ids[0]]).sum()),
+            metadata=metadata,
+        )
+
+    def _text_of(self, token: int) -> str:
+        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+
+    @torch.no_grad()
+    def _decompose_batch(self, prompts: list[Prompt], settings: _Settings, stop: int) -> list[Decomposition]:
+        lengths = [len(prompt.ids) for prompt in prompts]
+        recording = self._record(prompts, [length - 1 for length in lengths], lengths)
+        states = dense_components(self._carry(recording, settings, stop), settings.bias)
+        results = []
+        for prompt, own in zip(prompts, states, strict=True):
+            count = len(prompt.ids)
+            kept = torch.cat([own[:count], own[-1:]]) if settings.bias else own[:count]
+            names = settings.source.names(prompt.tokens) + (["bias"] if settings.bias else [])
+            results.append(Decomposition(kept[:, :count], names, stop))
+        return results
+
+
+def _one_each(target: Any, count: int) -> list[Target]:
+    """One target a prompt; a single one serves all."""
+    if isinstance(target, (list, tuple)):
+        if len(target) != count:
+            raise DePassError(
+                f"there are {len(target)} targets for {count} prompts; pass one a prompt, or one for all"
+            )
+        return [as_target(entry) for entry in target]
+    return [as_target(target)] * count
+
+
+def _in_batches(
+    lengths: list[int], batch_size: int, work: Callable[[list[int]], list[Any]], progress: bool
+) -> list[Any]:
+    """Work in batches of similar length, so that little is padding, and put the results back in order."""
+    if batch_size < 1:
+        raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    if progress:
+        from rich.progress import track
+
+        batches = list(batches)
+        iterator = track(batches, description="attributing")
+    else:
+        iterator = batches
+    results: dict[int, Any] = {}
+    for batch in iterator:
+        results.update(zip(batch, work(batch), strict=True))
+    return [results[index] for index in range(len(lengths))]

@@ -1,0 +1,173 @@
+"""What one plain pass leaves behind of each sublayer: everything that is not linear, held at its true value.
+
+With these fixed, norms and attention act linearly on the residual stream's components, and an MLP is left with one
+question, how each neuron's value is shared (`engine/rules.py`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Linear
+
+
+@dataclass(frozen=True)
+class NormProbe:
+    """What a norm does besides scaling, learnt from the module itself by feeding it known vectors.
+
+    So neither the name of its epsilon nor whether its weight is stored as `w` or `1 + w` matters.
+    """
+
+    weight: Float[Tensor, "hidden"]
+    bias: Float[Tensor, "hidden"] | None
+    centred: bool
+
+    @classmethod
+    def of(cls, norm: nn.Module, hidden: int, like: Tensor, dtype: torch.dtype) -> "NormProbe":
+        """Probe a norm.
+
+        Args:
+            norm: the model's norm module.
+            hidden: the size of the residual stream.
+            like: a tensor with the device and dtype that the module expects.
+            dtype: the precision of the result.
+        """
+        probes = like.new_ones(1, 3, hidden)
+        probes[0, 0] = 0
+        probes[0, 2, 1::2] = -1
+        at_zero, at_ones, at_signs = norm(probes)[0].to(dtype)
+        signs = probes[0, 2].to(dtype)
+        centred = bool((at_ones - at_zero).abs().max() < 1e-2 * (at_signs - at_zero).abs().max())
+        if centred:
+            signs = signs - signs.mean()
+        bias = at_zero if bool(at_zero.any()) else None
+        return cls((at_signs - at_zero) / signs, bias, centred)
+
+    def direction(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """The norm's linear part, before the per-position scale."""
+        if self.centred:
+            states = states - states.mean(-1, keepdim=True)
+        return states * self.weight
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A norm with its per-position scale held fixed: `x -> scale * weight * (x - mean x) + bias`.
+
+    The mean is subtracted by layer norms only.
+    """
+
+    probe: NormProbe
+    scale: Float[Tensor, "batch position"]
+
+    @classmethod
+    def fit(cls, probe: NormProbe, states: Tensor, normed: Tensor, name: str) -> "FrozenNorm":
+        """Fit the scale that maps a norm's recorded input to its recorded output.
+
+        Args:
+            probe: what the norm does besides scaling.
+            states: `[batch, position, hidden]`, its input.
+            normed: `[batch, position, hidden]`, its output.
+            name: what the norm is called in an error.
+
+        Raises:
+            DePassError: no scale explains the output, so the module is no RMSNorm or LayerNorm.
+        """
+        dtype = probe.weight.dtype
+        states, normed = states.to(dtype), normed.to(dtype)
+        direction = probe.direction(states)
+        if probe.bias is not None:
+            normed = normed - probe.bias
+        scale = (normed * direction).sum(-1) / direction.square().sum(-1).clamp_min(torch.finfo(dtype).tiny)
+        residual = (normed - scale[..., None] * direction).norm() / normed.norm().clamp_min(
+            torch.finfo(dtype).tiny
+        )
+        # Half-precision outputs are rounded to 2^-9; anything beyond is another kind of norm.
+        if residual > 2e-2:
+            raise DePassError(f"{name} is neither an RMSNorm nor a LayerNorm (misfit {residual:.1e})")
+        return cls(probe, scale)
+
+    def __call__(
+        self, rows: Float[Tensor, "row hidden"], scale: Float[Tensor, "row"]
+    ) -> Float[Tensor, "row hidden"]:
+        """Norm components; the bias is not theirs.
+
+        Args:
+            rows: `[row, hidden]` components.
+            scale: `[row]` this norm's scale at each row's position.
+        """
+        if self.probe.centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        return (rows * scale[:, None]).mul_(self.probe.weight)
+
+    def constant_through(self, linear: Linear) -> Tensor | None:
+        """The constant that reaches the output of a linear map behind this norm: its own bias and the norm's."""
+        if self.probe.bias is None:
+            return linear.bias
+        pushed = linear.weight @ self.probe.bias
+        return pushed if linear.bias is None else pushed + linear.bias
+
+
+@dataclass(frozen=True)
+class FrozenAttention:
+    """Attention with its probabilities held fixed: a linear map over positions.
+
+    Grouped queries follow from the shapes: `heads * head_dim` is the output map's width, `key-value heads *
+    head_dim` the value map's height.
+    """
+
+    norm: FrozenNorm
+    probabilities: Float[Tensor, "batch head query key"]
+    value: Linear
+    output: Linear
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads."""
+        return self.probabilities.shape[1]
+
+    @property
+    def head_size(self) -> int:
+        """The size of one head's value."""
+        return self.output.weight.shape[1] // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """The number of value heads, each shared by a group of query heads."""
+        return self.value.weight.shape[0] // self.head_size
+
+
+@dataclass(frozen=True)
+class FrozenMLP:
+    """An MLP with its neurons' values held fixed; components share each of them.
+
+    Args:
+        pre_activations: the activation's true input, biases included.
+        neurons: the neurons' true values, which the down map reads.
+    """
+
+    norm: FrozenNorm
+    gate: Linear
+    down: Linear
+    pre_activations: Float[Tensor, "batch position neuron"]
+    neurons: Float[Tensor, "batch position neuron"]
+
+
+@dataclass(frozen=True)
+class FrozenBlock:
+    """One block of the recorded pass.
+
+    Args:
+        index: the block's number.
+        state: the residual stream that enters it.
+        attention: its first sublayer.
+        mlp: its second sublayer.
+    """
+
+    index: int
+    state: Float[Tensor, "batch position hidden"]
+    attention: FrozenAttention
+    mlp: FrozenMLP

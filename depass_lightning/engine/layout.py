@@ -1,0 +1,246 @@
+"""Where each component's state at each position is stored: packed rows without causal zeros.
+
+A token's component is zero before the token itself, so half of `[component, position]` need never be stored nor
+multiplied. The rows that live are packed position by position, so that a *segment*, the components of one position
+that compete for its neurons, is one contiguous run, and the MLP works on contiguous chunks of rows. Rows that carry a
+component which takes no share at its position are stored last, behind all segments.
+
+Components may come in groups that compete among themselves only (all layers' heads in one sweep): a segment then is
+one position of one group.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of whole segments, as the MLP takes them.
+
+    Args:
+        rows: the run of rows.
+        cells: `[row]` where each row stands in a dense `[segment, component]` table, flattened.
+        shape: that table's shape.
+        at: `[segment]` the flat `batch * position` index of each segment.
+        row_at: `[row]` the same for each row.
+        bias: rows of the bias component, counted from the run's start.
+    """
+
+    rows: slice
+    cells: Int[Tensor, "row"]
+    shape: tuple[int, int]
+    at: Int[Tensor, "segment"]
+    row_at: Int[Tensor, "row"]
+    bias: Int[Tensor, "row"]
+
+    @property
+    def dense(self) -> bool:
+        """Whether every cell of the table holds a row, so that it is a view of the rows."""
+        return self.shape[0] * self.shape[1] == len(self.cells)
+
+
+@dataclass(frozen=True)
+class ComponentBlock:
+    """Some components at all positions where any of them lives, as attention takes them.
+
+    Args:
+        rows: `[row]` their rows.
+        at: `[row]` the flat `batch * position` index of each row.
+        where: the rows' places in a dense `[batch, position, component]` table, one index tensor an axis.
+        first: the first position that the table covers.
+        shape: the table's shape.
+        bias: which of `rows` belong to the bias component.
+    """
+
+    rows: Int[Tensor, "row"]
+    at: Int[Tensor, "row"]
+    where: tuple[Tensor, Tensor, Tensor]
+    first: int
+    shape: tuple[int, int, int]
+    bias: Int[Tensor, "row"]
+
+
+@dataclass
+class Layout:
+    """Maps `(prompt, position, component)` to a row.
+
+    Args:
+        alive: `[batch, position, group, component]` which components live where.
+        competes: the same shape; which of the living take part in sharing neurons.
+        bias: the bias component's index inside each group, or None.
+        fallback: the component, inside each group, that takes a neuron for which no component competes.
+        device: where the indices are needed.
+    """
+
+    alive: Bool[Tensor, "batch position group component"]
+    competes: Bool[Tensor, "batch position group component"]
+    bias: int | None
+    fallback: int
+    device: torch.device
+    rows: int = field(init=False)
+    competing_rows: int = field(init=False)
+    index: Int[Tensor, "batch position component"] = field(init=False)
+    _counts: Tensor = field(init=False, repr=False)
+    _segments: Tensor = field(init=False, repr=False)
+    _row_segment: Tensor = field(init=False, repr=False)
+    _row_component: Tensor = field(init=False, repr=False)
+    _chunks: dict[int, list[Chunk]] = field(init=False, repr=False, default_factory=dict)
+    _blocks: dict[int, list[ComponentBlock]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        batch, positions, groups, members = self.alive.shape
+        # Segments of equal size stand together: a chunk of them is a dense table and needs no gathering.
+        competing = self.competes.transpose(2, 1).reshape(batch * groups * positions, members)
+        counts = competing.sum(1)
+        order = counts.sort(stable=True).indices
+        order = order[counts[order] > 0]
+        segment, component = competing[order].nonzero(as_tuple=True)
+        flat = order[segment]
+        prompt, rest = flat // (groups * positions), flat % (groups * positions)
+        group, position = rest // positions, rest % positions
+        quiet = (self.alive & ~self.competes).nonzero(as_tuple=True)
+        prompt, position, group, component = (
+            torch.cat([loud, silent])
+            for loud, silent in zip((prompt, position, group, component), quiet, strict=True)
+        )
+        self.rows, self.competing_rows = len(prompt), len(segment)
+        index = torch.full((batch, positions, groups, members), self.rows)
+        index[prompt, position, group, component] = torch.arange(self.rows)
+        self.index = index.flatten(2)
+        self._counts, self._segments = counts[order], order
+        self._row_segment, self._row_component = segment, component[: self.competing_rows]
+
+    @property
+    def components(self) -> int:
+        """The number of components, over all groups."""
+        return self.index.shape[2]
+
+    @property
+    def positions(self) -> int:
+        """The number of positions that the layout covers."""
+        return self.index.shape[1]
+
+    def chunks(self, rows: int) -> list[Chunk]:
+        """Cut the segments into runs of about so many rows; a segment is never cut here.
+
+        Args:
+            rows: how many rows a run may have; a single larger segment is a run of its own.
+        """
+        if rows not in self._chunks:
+            self._chunks[rows] = list(self._cut(rows))
+        return self._chunks[rows]
+
+    def _cut(self, rows: int) -> Iterator[Chunk]:
+        ends = self._counts.cumsum(0).tolist()
+        first = 0
+        while first < len(ends):
+            start = ends[first - 1] if first else 0
+            last = first + 1
+            while last < len(ends) and ends[last] - start <= rows:
+                last += 1
+            yield self._chunk(slice(first, last), slice(start, ends[last - 1]))
+            first = last
+
+    def _chunk(self, segments: slice, rows: slice) -> Chunk:
+        batch, positions, groups, _ = self.alive.shape
+        counts = self._counts[segments]
+        widest = int(counts.max())
+        segment = self._row_segment[rows] - segments.start
+        within = torch.arange(rows.start, rows.stop) - (counts.cumsum(0) - counts)[segment] - rows.start
+        flat = self._segments[segments]
+        at = flat // (groups * positions) * positions + flat % positions
+        bias = (
+            (self._row_component[rows] == self.bias).nonzero()[:, 0] if self.bias is not None else segment[:0]
+        )
+        return Chunk(
+            rows=rows,
+            cells=(segment * widest + within).to(self.device),
+            shape=(len(counts), widest),
+            at=at.to(self.device),
+            row_at=at[segment].to(self.device),
+            bias=bias.to(self.device),
+        )
+
+    def fallback_rows(self, chunk_at: Tensor) -> Tensor:
+        """The rows, one a segment, that take what no competitor takes (one group only)."""
+        prompt, position = chunk_at.cpu() // self.positions, chunk_at.cpu() % self.positions
+        return self.index[prompt, position, self.fallback].to(self.device)
+
+    def component_blocks(self, rows: int) -> list[ComponentBlock]:
+        """Cut the components into runs of about so many rows.
+
+        Args:
+            rows: how many rows a run may have; a single component's may be more.
+        """
+        if rows not in self._blocks:
+            self._blocks[rows] = list(self._cut_components(rows))
+        return self._blocks[rows]
+
+    def _cut_components(self, rows: int) -> Iterator[ComponentBlock]:
+        lives = self.index < self.rows
+        ends = lives.sum((0, 1)).cumsum(0).tolist()
+        first = 0
+        while first < len(ends):
+            start = ends[first - 1] if first else 0
+            last = first + 1
+            while last < len(ends) and ends[last] - start <= rows:
+                last += 1
+            block = self._component_block(slice(first, last), lives[:, :, first:last])
+            if block is not None:
+                yield block
+            first = last
+
+    def _component_block(self, components: slice, lives: Tensor) -> ComponentBlock | None:
+        prompt, position, component = lives.nonzero(as_tuple=True)
+        if len(prompt) == 0:
+            return None
+        first = int(position.min())
+        rows = self.index[prompt, position, component + components.start]
+        members = self.alive.shape[3]
+        is_bias = (component + components.start) % members == (-1 if self.bias is None else self.bias)
+        batch, positions, count = lives.shape
+        to = self.device
+        return ComponentBlock(
+            rows=rows.to(to),
+            at=(prompt * positions + position).to(to),
+            where=(prompt.to(to), (position - first).to(to), component.to(to)),
+            first=first,
+            shape=(batch, positions - first, count),
+            bias=is_bias.nonzero()[:, 0].to(to),
+        )
+
+
+def token_layout(
+    births: Int[Tensor, "batch component"],
+    lengths: Int[Tensor, "batch"],
+    positions: int,
+    *,
+    bias: int | None,
+    first: int,
+    exclude_first: bool,
+    device: torch.device,
+) -> Layout:
+    """Lay out components that begin at a position and live from there on.
+
+    Args:
+        births: the position where each component begins; a padding component begins behind the last position.
+        lengths: real positions of each prompt.
+        positions: the number of positions, padding included.
+        bias: the bias component's index, or None.
+        first: the index of the first position's component.
+        exclude_first: that component takes no share of any neuron behind its own position.
+        device: where the indices are needed.
+    """
+    births, lengths = births.cpu(), lengths.cpu()
+    position = torch.arange(positions)
+    alive = (position[None, :, None] >= births[:, None, :]) & (position[None, :] < lengths[:, None])[
+        :, :, None
+    ]
+    competes = alive.clone()
+    if exclude_first:
+        competes[:, 1:, first] = False
+    return Layout(alive[:, :, None], competes[:, :, None], bias, first, device)

