@@ -1,0 +1,183 @@
+"""Patch top, recover top and known evidence, against cases worked out by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness import (
+    area,
+    evidence_found,
+    removal_curves,
+    summarise,
+    text_components,
+)
+
+BOS, KEY, ANSWER = 1, 5, 7
+
+
+class KeyModel(torch.nn.Module):
+    """Gives the answer a probability of 0.9 while the key token is in the prompt, else 0.1.
+
+    It insists on the beginning-of-sequence token in front, and notes what it was asked.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.asked = []
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep):
+        probabilities = torch.full((len(input_ids), logits_to_keep, 10), 0.0)
+        for i, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+            prompt = ids[mask].tolist()
+            self.asked.append(prompt)
+            assert position_ids[i][mask].tolist() == list(range(len(prompt)))
+            answer = 0.9 if KEY in prompt else 0.1
+            probabilities[i] = (1 - answer) / 9
+            probabilities[i, :, ANSWER] = answer
+        return SimpleNamespace(logits=probabilities.log())
+
+
+def attribution(scores, *, bos=True, ids=(2, 3, 4, KEY, 6)):
+    """A prompt "a b c d e" whose "d" is the key; the bias must never count as text."""
+    letters = "abcde"[: len(ids)]
+    tokens = ["<s>"] * bos + [f" {letter}" for letter in letters]
+    offsets = [(0, 0)] * bos + [(2 * i, 2 * i + 1) for i in range(len(letters))]
+    return Attribution(
+        scores=torch.tensor([*([9.0] * bos), *scores, 99.0]),
+        names=[*tokens, "bias"],
+        value=1.0,
+        target="x",
+        text=" ".join(letters),
+        tokens=tokens,
+        token_ids=[BOS] * bos + list(ids),
+        offsets=offsets,
+        positions=[*((i, i + 1) for i in range(len(tokens))), None],
+        source="tokens",
+        rule="softmax",
+        layer=0,
+        position=len(tokens) - 1,
+        prediction=" y",
+    )
+
+
+def test_the_answer_leaves_with_the_key_and_comes_back_with_it():
+    """With the key ranked second of five, removing 40% or keeping 40% reaches it, and 20% does not."""
+    model = KeyModel().train()
+    percents = [0, 20, 40, 60, 80, 100]
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    (curves,) = removal_curves(model, [scored], [ANSWER], percents=percents, draws=3, batch_size=4)
+    assert curves.percents == percents
+    assert curves.patch_top == pytest.approx([0.9, 0.9, 0.1, 0.1, 0.1, 0.1])
+    assert curves.recover_top == pytest.approx([0.1, 0.1, 0.9, 0.9, 0.9, 0.9])
+    assert model.training, "the model's mode is put back"
+    assert all(prompt[0] == BOS for prompt in model.asked), "special tokens stay"
+    assert [BOS, 3, KEY] in model.asked, "what is kept stays in the prompt's order"
+    assert len(model.asked) == len(set(map(tuple, model.asked))), "no prompt is run twice"
+
+
+def test_random_orders_begin_and_end_where_the_scores_do():
+    """Each draw loses the key once, so the mean steps down in parts; and both curves mirror each other."""
+    percents = [0, 20, 40, 60, 80, 100]
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    (curves,) = removal_curves(KeyModel(), [scored], [ANSWER], percents=percents, draws=40)
+    assert curves.patch_random[0] == curves.recover_random[-1] == pytest.approx(0.9)
+    assert curves.patch_random[-1] == curves.recover_random[0] == pytest.approx(0.1)
+    assert curves.patch_random == pytest.approx(curves.recover_random[::-1])
+    assert area(percents, curves.patch_random) == pytest.approx(0.5, abs=0.08)
+    again = removal_curves(KeyModel(), [scored], [ANSWER], percents=percents, draws=40)
+    other = removal_curves(KeyModel(), [scored], [ANSWER], percents=percents, draws=40, seed=1)
+    assert again == [curves]
+    assert other != [curves]
+
+
+def test_prompts_do_not_disturb_each_other():
+    """Together or alone, in any batch: the same curves."""
+    together = [attribution([0.1, 0.5, 0.2, 0.4, 0.3]), attribution([3.0, 2.0], ids=(KEY, 4), bos=False)]
+    apart = [removal_curves(KeyModel(), [a], [ANSWER])[0] for a in together]
+    assert removal_curves(KeyModel(), together, [ANSWER] * 2, batch_size=3) == apart
+
+
+def test_one_token_always_remains():
+    """Without a special token in front, removing everything leaves the last token, in any order."""
+    model = KeyModel()
+    scored = attribution([1.0, 2.0], ids=(KEY, 4), bos=False)
+    (curves,) = removal_curves(model, [scored], [ANSWER], percents=[0, 100])
+    assert curves.patch_top == pytest.approx([0.9, 0.1])
+    assert [4] in model.asked
+
+
+def test_without_an_answer_the_models_own_token_is_followed():
+    """The key model's own token is the answer while the whole prompt is there."""
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    own = removal_curves(KeyModel(), [scored], [None], percents=[0, 100])
+    assert own == removal_curves(KeyModel(), [scored], [ANSWER], percents=[0, 100])
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(DePassError, match="between 0 and 100"):
+        removal_curves(KeyModel(), [], [], percents=[0, 120])
+    with pytest.raises(DePassError, match="as many answers"):
+        removal_curves(KeyModel(), [attribution([1.0] * 5)], [])
+    with pytest.raises(DePassError, match="two points"):
+        area([50], [0.5])
+
+
+def test_area_is_a_mean_height():
+    assert area([0, 100], [1.0, 0.0]) == pytest.approx(0.5)
+    assert area([0, 50, 100], [1.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert area([0, 10, 100], [0.3, 0.3, 0.3]) == pytest.approx(0.3)
+
+
+def test_evidence_is_compared_among_text_alone():
+    """The bias and the special token score highest here, and are no candidates."""
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    assert text_components(scored) == [1, 2, 3, 4, 5]
+    found = evidence_found(scored, [(2, 3)])  # "b", the highest
+    assert found is not None
+    assert (found.first, found.chance) == (True, pytest.approx(1 / 5))
+    missed = evidence_found(scored, [(0, 1), (6, 7)])  # "a" and "d"
+    assert missed is not None
+    assert (missed.first, missed.chance) == (False, pytest.approx(2 / 5))
+    assert evidence_found(scored, []) is None
+
+
+def test_tokens_behind_the_target_do_not_count():
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    scored.position = 3
+    assert text_components(scored) == [1, 2, 3]
+
+
+def test_a_summary_is_the_mean_over_what_rows_know():
+    """Two rows by hand; the second knows neither evidence nor curves."""
+    known = {
+        "correct": True,
+        "completeness": 1e-7,
+        "evidence_first": True,
+        "evidence_chance": 0.2,
+        "removed": [0.0, 100.0],
+        "patch_top": [1.0, 0.0],
+        "recover_top": [0.0, 1.0],
+        "patch_random": [1.0, 0.5],
+        "recover_random": [0.5, 1.0],
+    }
+    unknown = dict.fromkeys(known) | {"correct": False, "completeness": 3e-7}
+    summary = summarise([known, unknown])
+    assert summary["prompts"] == 2
+    assert summary["correct"] == 0.5
+    assert summary["completeness"] == {"max": 3e-7, "mean": pytest.approx(2e-7)}
+    assert summary["evidence"] == {"prompts": 1, "first": 1.0, "chance": 0.2}
+    assert summary["faithfulness"]["prompts"] == 1
+    assert summary["faithfulness"]["area"]["patch_top"] == pytest.approx(0.5)
+    assert summary["faithfulness"]["area"]["patch_random"] == pytest.approx(0.75)
+    assert summarise([unknown])["evidence"] is None
+    assert summarise([]) == {
+        "prompts": 0,
+        "correct": None,
+        "completeness": None,
+        "evidence": None,
+        "faithfulness": None,
+    }

@@ -1,0 +1,124 @@
+"""Rows on disk: shards are whole or absent, a merge leaves no trace of who wrote what."""
+
+import dataclasses
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.errors import DePassError
+from depass_lightning.storage import (
+    ATTRIBUTION_SCHEMA,
+    attribution_from_row,
+    attribution_to_row,
+    merge_shards,
+    read_attributions,
+    read_rows,
+    weights_fingerprint,
+    write_shard,
+)
+
+SCHEMA = pa.schema([("index", pa.int64()), ("word", pa.string())])
+
+
+def rows(*indices):
+    return [{"index": i, "word": f"word {i}"} for i in indices]
+
+
+def test_the_merge_leaves_no_trace_of_the_shards(tmp_path):
+    """Other shards, in another order, with a row done twice: the same bytes."""
+    write_shard(tmp_path / "a" / "rank0.parquet", rows(0, 1, 2, 3), SCHEMA)
+    write_shard(tmp_path / "b" / "rank0.parquet", rows(3, 1), SCHEMA)
+    write_shard(tmp_path / "b" / "rank1.parquet", rows(2, 0, 1), SCHEMA)
+    for name in "ab":
+        count = merge_shards((tmp_path / name).glob("*"), tmp_path / f"{name}.parquet", expected=range(4))
+        assert count == 4
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert read_rows(tmp_path / "a.parquet") == rows(0, 1, 2, 3)
+
+
+def test_the_merge_names_what_is_missing(tmp_path):
+    shard = write_shard(tmp_path / "rank0.parquet", rows(0, 2), SCHEMA)
+    with pytest.raises(DePassError, match=r"2 rows are in no shard: 1, 3"):
+        merge_shards([shard], tmp_path / "all.parquet", expected=range(4))
+    assert not (tmp_path / "all.parquet").exists()
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """A full disk, say: the file that was there stays, and no half of a new one."""
+    path = write_shard(tmp_path / "rank0.parquet", rows(0), SCHEMA)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write_shard(path, rows(0, 1), SCHEMA)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_column_that_the_schema_lacks_is_refused(tmp_path):
+    with pytest.raises(DePassError, match="colour"):
+        write_shard(tmp_path / "rank0.parquet", [{"index": 0, "colour": "red"}], SCHEMA)
+
+
+def test_an_empty_folder_says_what_belongs_there(tmp_path):
+    with pytest.raises(DePassError, match="attributions folder"):
+        read_rows(tmp_path)
+
+
+def test_columns_can_be_chosen_and_files_read_together(tmp_path):
+    write_shard(tmp_path / "one.parquet", rows(2), SCHEMA)
+    write_shard(tmp_path / "two.parquet", rows(1), SCHEMA)
+    assert read_rows(tmp_path, columns=["word"]) == rows(1, 2)
+    assert read_rows(tmp_path, columns=[]) == [{"index": 1}, {"index": 2}]
+
+
+def test_an_attribution_comes_back_as_it_was(tmp_path):
+    """Every field, with ranges of pairs and without, through the file."""
+    full = Attribution(
+        scores=torch.tensor([0.25, -1.5, 3.0]),
+        names=["<s>", " Mary", "bias"],
+        value=1.7500001,
+        target="' Mary' − ' John'",
+        text="Mary",
+        tokens=["<s>", " Mary"],
+        token_ids=[1, 17],
+        offsets=[(0, 0), (0, 4)],
+        positions=[(0, 1), (1, 2), None],
+        source="tokens",
+        rule="softmax",
+        layer=0,
+        position=1,
+        prediction=" Mary",
+        probability=0.5,
+        rank=0,
+        metadata={"model": "tiny", "temperature": 0.1},
+    )
+    bare = dataclasses.replace(full, text="", offsets=None, probability=None, rank=None, metadata={})
+    shard = [{"index": i, **attribution_to_row(a)} for i, a in enumerate((full, bare))]
+    write_shard(tmp_path / "attributions.parquet", shard, ATTRIBUTION_SCHEMA)
+    for written, read in zip((full, bare), read_attributions(tmp_path), strict=True):
+        assert torch.equal(written.scores, read.scores)
+        for field in dataclasses.fields(Attribution):
+            if field.name != "scores":
+                assert getattr(written, field.name) == getattr(read, field.name), field.name
+    stored = pq.read_table(tmp_path / "attributions.parquet").to_pylist()[0]
+    assert stored["completeness"] == pytest.approx(full.completeness)
+    assert attribution_from_row(stored).completeness == full.completeness
+
+
+def test_the_fingerprint_follows_every_weight():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model) == before
+    with torch.no_grad():
+        model[1].running_mean[1] += 1e-6
+    changed = weights_fingerprint(model)
+    assert changed != before
+    assert weights_fingerprint(model.to(torch.bfloat16)) not in (before, changed)
