@@ -110,13 +110,6 @@ def test_one_token_always_remains():
     assert [4] in model.asked
 
 
-def test_without_an_answer_the_models_own_token_is_followed():
-    """The key model's own token is the answer while the whole prompt is there."""
-    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
-    own = removal_curves(KeyModel(), [scored], [None], percents=[0, 100])
-    assert own == removal_curves(KeyModel(), [scored], [ANSWER], percents=[0, 100])
-
-
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(DePassError, match="between 0 and 100"):
         removal_curves(KeyModel(), [], [], percents=[0, 120])

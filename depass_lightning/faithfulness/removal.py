@@ -89,7 +89,7 @@ def removal_curves(
     Args:
         model: the causal LM that was attributed.
         attributions: what is judged; each brings its prompt's token ids.
-        answers: the token id of each prompt's answer.
+        answers: the token id whose probability is followed, one a prompt.
         percents: the K to measure at.
         draws: how many random orders a prompt.
         seed: of the random orders, which depend on it and on the prompt alone: not on its place, batch or
@@ -104,12 +104,11 @@ def removal_curves(
     if len(answers) != len(attributions):
         raise DePassError(f"{len(attributions)} attributions need as many answers; got {len(answers)}")
     plans = [_plan(attribution, percents, draws, seed) for attribution in attributions]
-    prompts = [
-        ([attribution.token_ids[i] for i in kept], answer)
-        for attribution, answer, plan in zip(attributions, answers, plans, strict=True)
-        for kept in plan.sequences
-    ]
-    probabilities = _answer_probabilities(model, prompts, batch_size)
+    prompts, wanted = [], []
+    for attribution, answer, plan in zip(attributions, answers, plans, strict=True):
+        prompts += [[attribution.token_ids[i] for i in kept] for kept in plan.sequences]
+        wanted += [answer] * len(plan.sequences)
+    probabilities = _answer_probabilities(model, prompts, wanted, batch_size)
     curves, start = [], 0
     for plan in plans:
         curves.append(plan.read(probabilities[start : start + len(plan.sequences)]))
@@ -173,25 +172,27 @@ def _kept(attribution: Attribution, candidates: list[int], left: list[int]) -> t
 
 @torch.no_grad()
 def _answer_probabilities(
-    model: nn.Module, prompts: list[tuple[list[int], int]], batch_size: int
+    model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[int], batch_size: int
 ) -> list[float]:
-    """Return the probability of each prompt's answer after its last token."""
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
+    """Return the probability of each prompt's answer, running prompts of like length together."""
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [0.0] * len(prompts)
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(by_length), batch_size):
             numbers = by_length[start : start + batch_size]
-            probabilities = _next_token(model, [prompts[i][0] for i in numbers])
-            for row, i in enumerate(numbers):
-                found[i] = probabilities[row, prompts[i][1]].item()
+            next_token = _next_token(model, [prompts[i] for i in numbers])
+            wanted = torch.tensor([answers[i] for i in numbers], device=next_token.device)
+            probabilities = next_token.gather(1, wanted[:, None])[:, 0].tolist()
+            for i, probability in zip(numbers, probabilities, strict=True):
+                found[i] = probability
     finally:
         model.train(was_training)
     return found
 
 
-def _next_token(model: nn.Module, prompts: list[list[int]]) -> Float[Tensor, "batch vocabulary"]:
+def _next_token(model: nn.Module, prompts: Sequence[list[int]]) -> Float[Tensor, "batch vocabulary"]:
     """Return the probabilities of the token after each prompt.
 
     Padded on the left, so that only the last position's logits are ever computed; causality and the mask

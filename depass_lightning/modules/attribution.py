@@ -1,0 +1,157 @@
+"""Attributes the prompts of a task, batch by batch, as a LightningModule for `Trainer.predict`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness import PERCENTS, RemovalCurves, evidence_found, removal_curves
+from depass_lightning.modules.prompts import PromptBatch
+from depass_lightning.storage import attribution_to_row
+from depass_lightning.targets import Contrast, Token
+from depass_lightning.tasks import Example
+
+TARGETS = ("contrast", "token", "own")
+
+
+@dataclass
+class Predictions:
+    """What one batch came to.
+
+    Attributes:
+        rows: a row of `depass_lightning.storage.ATTRIBUTION_SCHEMA` for every prompt that was attributed.
+        skipped: `index`, `id` and `reason` of every prompt that could not be.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """How patch top and recover top are measured; see `depass_lightning.faithfulness.removal_curves`."""
+
+    percents: Sequence[float] = PERCENTS
+    draws: int = 1
+    seed: int = 0
+    batch_size: int = 64
+
+
+class AttributionModule(LightningModule):
+    """Attribute batches of examples with DePass, and measure what the scores are worth.
+
+    Args:
+        depass: the model to attribute, with its tokenizer.
+        settings: what `DePass.attribute` takes beside prompt and target: `source`, `rule` and the like.
+        target: what is explained: "contrast", the answer against the task's foil (the answer alone where
+            there is none); "token", the answer; "own", whatever the model itself finds most likely.
+        removal: how patch top and recover top are measured; None leaves them out, which is much faster.
+        run: what every row says about the run: `model`, its name, and `fingerprint`, its weights'.
+        trial: a prompt that is attributed once at the start: a wrong setting then ends the run at once,
+            instead of failing at every prompt.
+    """
+
+    def __init__(
+        self,
+        depass: DePass,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        target: Literal["contrast", "token", "own"] = "contrast",
+        removal: Removal | None = None,
+        run: Mapping[str, Any] | None = None,
+        trial: str | None = None,
+    ) -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise DePassError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+        self.depass = depass
+        # A model that is spread over devices has been placed already, and may not be moved again.
+        placed = getattr(depass.model, "hf_device_map", None) is not None
+        self.model = None if placed else depass.model
+        self.settings = dict(settings or {})
+        self.target = target
+        self.removal = removal
+        self.run = dict(run or {})
+        self.trial = trial
+
+    def transfer_batch_to_device(self, batch: PromptBatch, device: Any, dataloader_idx: int) -> PromptBatch:
+        """Leave the batch as it is: it holds text."""
+        return batch
+
+    def on_predict_start(self) -> None:
+        """Try the settings on one prompt."""
+        if self.trial is not None:
+            self.depass.attribute(self.trial, **self.settings)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int = 0) -> Predictions:
+        """Attribute a batch; a prompt that cannot be attributed costs only itself.
+
+        Args:
+            batch: the examples and their indices.
+            batch_idx: not used: the batch carries its indices.
+        """
+        try:
+            return Predictions(rows=self._rows(batch.indices, batch.examples))
+        except DePassError as error:
+            if len(batch) == 1:
+                index, example = batch.indices[0], batch.examples[0]
+                return Predictions(skipped=[{"index": index, "id": example.id, "reason": str(error)}])
+        found = Predictions()
+        for index, example in zip(batch.indices, batch.examples, strict=True):
+            one = self.predict_step(PromptBatch([index], [example]))
+            found.rows += one.rows
+            found.skipped += one.skipped
+        return found
+
+    def _rows(self, indices: Sequence[int], examples: Sequence[Example]) -> list[dict[str, Any]]:
+        attributions = self.depass.attribute(
+            [example.prompt for example in examples],
+            target=[self._explained(example) for example in examples],
+            **{"batch_size": len(examples), **self.settings},
+        )
+        curves = self._curves(attributions)
+        return [
+            {"index": index, **attribution_to_row(attribution), **self._measured(example, attribution,
+            curve)} for index, example, attribution, curve in zip( indices, examples, attributions, curves,
+            strict=True ) ]
+
+    def _explained(self, example: Example) -> Token | Contrast:
+        """Return the target of one example."""
+        if self.target == "own":
+            return Token(None)
+        return Token(example.answer) if self.target == "token" else example.target()
+
+    def _curves(self, attributions: Sequence[Attribution]) -> Sequence[RemovalCurves | None]:
+        """Follow the probability of what was explained (the answer, not the foil) as tokens go."""
+        if self.removal is None:
+            return [None] * len(attributions)
+        answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
+        return removal_curves(self.depass.model, attributions, answers, **dataclasses.asdict(self.removal))
+
+    def _measured(
+        self, example: Example, attribution: Attribution, curves: RemovalCurves | None
+    ) -> dict[str, Any]:
+        """Return what a row says beside the attribution itself."""
+        ranges = example.evidence_ranges()
+        evidence = evidence_found(attribution, ranges)
+        own = self.target == "own"
+        row = {
+            "id": example.id,
+            "answer": example.answer,
+            "foil": example.foil,
+            "correct": attribution.prediction == example.answer if own else attribution.correct,
+            "evidence": ranges,
+            "evidence_first": evidence.first if evidence else None,
+            "evidence_chance": evidence.chance if evidence else None,
+            **self.run,
+        }
+        if curves is not None:
+            row["removed"] = curves.percents
+            row |= {name: getattr(curves, name) for name in ("patch_top", "recover_top")}
+            row |= {name: getattr(curves, name) for name in ("patch_random", "recover_random")}
+        return row

@@ -1,0 +1,76 @@
+"""A task's prompts in batches of like length, shared out over the processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import LightningDataModule
+
+from depass_lightning.errors import DePassError
+from depass_lightning.tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Examples that are attributed together, each with its index in the task."""
+
+    indices: list[int]
+    examples: list[Example]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class PromptBatches:
+    """One process's batches, in the order in which it does them.
+
+    It has no length on purpose: Lightning refuses a loader that is empty on one process and not on another,
+    which is what fewer batches than processes come to.
+    """
+
+    def __init__(self, task: Task, plan: Sequence[Sequence[int]]) -> None:
+        self.task = task
+        self.plan = plan
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the batches hold in all."""
+        return sum(map(len, self.plan))
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for indices in self.plan:
+            yield PromptBatch(list(indices), [self.task[i] for i in indices])
+
+
+class PromptData(LightningDataModule):
+    """The prompts of a task, for `Trainer.predict`.
+
+    Batches are planned for all processes at once, by length, the longest first: little is padding,
+    processes end at about the same time, and what needs most memory comes first. A batch is the same
+    whatever the number of processes, so results are too.
+
+    Args:
+        task: the prompts.
+        batch_size: how many are attributed together.
+        length: the length of a prompt, in whatever unit memory follows (characters where None).
+    """
+
+    def __init__(self, task: Task, batch_size: int = 16, length: Callable[[str], int] | None = None) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise DePassError(f"batch_size must be at least 1; got {batch_size}")
+        self.task = task
+        self.batch_size = batch_size
+        self.length = length or len
+
+    def predict_dataloader(self) -> PromptBatches:
+        """Return this process's share: every so-manieth batch of the plan."""
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        lengths = [self.length(example.prompt) for example in self.task]
+        return PromptBatches(self.task, plan_batches(lengths, self.batch_size)[rank::world])
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the indices of each batch: like lengths together, the longest first, equals in their order."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
