@@ -9,7 +9,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -62,16 +62,36 @@ class _Settings:
         return not isinstance(self.rule, Taylor)
 
 
+class _Options(TypedDict, total=False):
+    source: Source | None
+    rule: RuleName
+    temperature: float
+    bias: BiasMode
+    compat: Literal["release"] | None
+    batch_size: int
+    input_ids: Int[Tensor, "batch position"] | None
+    attention_mask: Int[Tensor, "batch position"] | None
+
+
+class _AttributeOptions(_Options, total=False):
+    progress: bool
+
+
+class _DecomposeOptions(_Options, total=False):
+    to_layer: int | None
+
+
 class DePass:
     """Explains what a causal language model says by carrying components through one frozen pass.
 
-    The model is left exactly as it was found: its mode, hooks, attention implementation, gradients and random state.
+    The model is left exactly as it was found: its mode, hooks, attention implementation, gradients and
+    random state.
 
     Args:
         model: a Hugging Face causal language model of a supported family.
         tokenizer: its tokenizer; without one, prompts are given as ids and targets too.
-        memory_budget: bytes of working memory for one step of the engine, beside the components themselves; by
-            default chosen for the device.
+        memory_budget: bytes of working memory for one step of the engine, beside the components
+            themselves; by default chosen for the device.
 
     Raises:
         DePassError: the model's architecture is not supported.
@@ -98,7 +118,8 @@ class DePass:
         Args:
             name: `tiny` for the embedded model, a hub name, a folder, or the path of a `.gguf` file.
             memory_budget: as for `DePass`.
-            options: as for `depass_lightning.models.load.load_model`: `revision`, `dtype`, `device`, `device_map`.
+            options: as for `depass_lightning.models.load.load_model`: `revision`, `dtype`, `device`,
+                `device_map`.
 
         Raises:
             DePassError: the model cannot be loaded, or its architecture is not supported.
@@ -106,16 +127,16 @@ class DePass:
         return cls(*load_model(name, **options), memory_budget=memory_budget)
 
     @overload
-    def attribute(self, prompt: str, target: TargetLike = None, **options: Any) -> Attribution: ...
+    def attribute(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: str, target: TargetLike = None, **options: Unpack[_AttributeOptions]
+    ) -> Attribution: ...
 
     @overload
     def attribute(
-        self, prompt: Sequence[str], target: TargetLike | Sequence[TargetLike] = None, **options: Any
-    ) -> list[Attribution]: ...
-
-    @overload
-    def attribute(
-        self, prompt: None = None, target: TargetLike | Sequence[TargetLike] = None, **options: Any
+        self,
+        prompt: Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] = None,
+        **options: Unpack[_AttributeOptions],
     ) -> list[Attribution]: ...
 
     def attribute(
@@ -141,8 +162,8 @@ class DePass:
             source: what the state is split into; by default `Tokens()`.
             rule: how neurons are shared: softmax, max, relu, linear or taylor.
             temperature: of the softmax rule.
-            bias: `component` gives constants a component of their own, so that scores sum to the value; `drop`
-                leaves them out.
+            bias: `component` gives constants a component of their own, so that scores sum to the value;
+                `drop` leaves them out.
             compat: `release` reproduces the published code, with its quirks.
             batch_size: how many prompts go through the model at once.
             progress: show a progress bar.
@@ -153,8 +174,8 @@ class DePass:
             One `Attribution` for one prompt, a list for several or for ids, in their order.
 
         Raises:
-            DePassError: a prompt is empty or too long, a target is not one token, a layer is out of range, a setting
-                is unknown, or the model's values are not finite.
+            DePassError: a prompt is empty or too long, a target is not one token, a layer is out of range,
+                a setting is unknown, or the model's values are not finite.
         """
         settings = self._settings(source, rule, temperature, bias, compat)
         prompts = self._prompts(prompt, input_ids, attention_mask)
@@ -169,10 +190,14 @@ class DePass:
         return results[0] if isinstance(prompt, str) else results
 
     @overload
-    def decompose(self, prompt: str, **options: Any) -> Decomposition: ...
+    def decompose(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: str, **options: Unpack[_DecomposeOptions]
+    ) -> Decomposition: ...
 
     @overload
-    def decompose(self, prompt: Sequence[str] | None = None, **options: Any) -> list[Decomposition]: ...
+    def decompose(
+        self, prompt: Sequence[str] | None = None, **options: Unpack[_DecomposeOptions]
+    ) -> list[Decomposition]: ...
 
     def decompose(
         self,
@@ -192,8 +217,10 @@ class DePass:
 
         Args:
             prompt: one prompt, or several.
-            source, rule, temperature, bias, compat, batch_size, input_ids, attention_mask: as for `attribute`.
-            to_layer: the block whose input is meant; None for what leaves the last block, before the final norm.
+            source, rule, temperature, bias, compat, batch_size, input_ids, attention_mask: as for
+            `attribute`.
+            to_layer: the block whose input is meant; None for what leaves the last block, before the final
+                norm.
 
         Returns:
             One `Decomposition` for one prompt, a list for several or for ids, in their order.
@@ -215,7 +242,7 @@ class DePass:
         results = _in_batches([len(entry.ids) for entry in prompts], batch_size, states, progress=False)
         return results[0] if isinstance(prompt, str) else results
 
-    # What goes in ----------------------------------------------------------------------------------------------
+    # What goes in
 
     def _settings(
         self, source: Source | None, rule: str, temperature: float, bias: str, compat: str | None
@@ -262,7 +289,7 @@ class DePass:
         size = self._decoder.vocabulary_size
         return [own if token is None else token_id(token, text, self.tokenizer, size) for token in wanted]
 
-    # What happens ----------------------------------------------------------------------------------------------
+    # What happens
 
     def _record(self, prompts: list[Prompt], positions: list[int], lengths: list[int]) -> Recording:
         device = self._decoder.device
@@ -383,7 +410,7 @@ class DePass:
         )
 
     def _text_of(self, token: int) -> str:
-        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+        return str(token if self.tokenizer is None else self.tokenizer.decode([token]))
 
     @torch.no_grad()
     def _decompose_batch(self, prompts: list[Prompt], settings: _Settings, stop: int) -> list[Decomposition]:

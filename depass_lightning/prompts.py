@@ -72,7 +72,7 @@ def prompts_of_texts(
         if not text.strip():
             raise DePassError(f"{name} is empty; give it at least one token")
         # Longer prompts than the context are refused below, with our own words.
-        encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        encoded = tokenizer(text, return_offsets_mapping=bool(tokenizer.is_fast), verbose=False)
         ids = list(encoded["input_ids"])
         offsets = [tuple(pair) for pair in encoded["offset_mapping"]] if tokenizer.is_fast else None
         _check_length(name, len(ids), limit)
@@ -104,7 +104,7 @@ def prompts_of_ids(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape:
         raise DePassError(
-            f"attention_mask has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}; they must agree"
+            f"attention_mask has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}"
         )
     prompts = []
     for index, (row, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):
@@ -113,14 +113,12 @@ def prompts_of_ids(
         if len(places) == 0:
             raise DePassError(f"{name} is empty: its attention mask is zero throughout")
         if int(places[-1] - places[0]) + 1 != len(places):
-            raise DePassError(
-                f"{name}: the attention mask has a hole; real positions must be contiguous, padding on either side"
-            )
+            raise DePassError(f"{name}: the attention mask has a hole; padding may only stand on either side")
         ids = row[real].tolist()
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise DePassError(f"{name} has an id outside the vocabulary of {vocabulary} tokens")
         _check_length(name, len(ids), limit)
-        tokens = [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids]
+        tokens = [str(token if tokenizer is None else str(tokenizer.decode([token]))) for token in ids]
         prompts.append(Prompt("", ids, tokens, None, name))
     return prompts
 
@@ -147,11 +145,11 @@ def _pieces(
 ) -> list[str]:
     """The text of each token with the space before it, so that joined they read like the prompt."""
     if offsets is None:
-        return [tokenizer.decode([token]) for token in ids]
+        return [str(tokenizer.decode([token])) for token in ids]
     pieces, reached = [], 0
     for token, (start, end) in zip(ids, offsets, strict=True):
         # Special tokens and the later bytes of one character cover no text of their own.
         covers = end > start and end > reached
-        pieces.append(text[reached:end] if covers else tokenizer.decode([token]))
+        pieces.append(text[reached:end] if covers else str(tokenizer.decode([token])))
         reached = max(reached, end)
     return pieces

@@ -1,7 +1,7 @@
 """What a state is split into before it is carried through the rest of the model."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,10 @@ def resolve_layer(layer: int, layers: int, what: str) -> int:
 class Source(Protocol):
     """Splits a recorded state into components, and says what they are called."""
 
-    kind: str
-    layer: int
+    kind: ClassVar[str]
+
+    @property
+    def layer(self) -> int: ...
 
     def split(self, recording: Recording, *, bias: bool, competing: bool, budget: Budget) -> Carry: ...
 
@@ -51,13 +53,13 @@ class Tokens:
 
     Args:
         layer: the block whose input is split; negative counts from the end.
-        exclude_first: under the competing rules the first token, on which attention rests by default, takes no share
-            of any MLP behind its own position.
+        exclude_first: under the competing rules the first token, on which attention rests by default,
+            takes no share of any MLP behind its own position.
     """
 
     layer: int = 0
     exclude_first: bool = True
-    kind = "tokens"
+    kind: ClassVar[str] = "tokens"
 
     def split(self, recording: Recording, *, bias: bool, competing: bool, budget: Budget) -> Carry:
         """Split the recorded state at this layer.

@@ -14,8 +14,8 @@ class Token:
     """The logit of one token.
 
     Args:
-        token: the token as text (with its leading space, as in `" Mary"`), as an id, or None for the model's own most
-            likely next token.
+        token: the token as text (with its leading space, as in `" Mary"`), as an id, or None for the
+            model's own most likely next token.
         position: the position whose next token is meant; negative counts from the prompt's end.
     """
 
@@ -75,8 +75,8 @@ def token_id(
         vocabulary: the number of tokens.
 
     Raises:
-        DePassError: the text is several tokens or none (the error shows the split), there is no tokenizer, or the id
-            is out of range.
+        DePassError: the text is several tokens or none (the error shows the split), there is no tokenizer,
+            or the id is out of range.
     """
     if isinstance(token, int):
         if not 0 <= token < vocabulary:

@@ -1,7 +1,7 @@
 """What one plain pass leaves behind of each sublayer: everything that is not linear, held at its true value.
 
-With these fixed, norms and attention act linearly on the residual stream's components, and an MLP is left with one
-question, how each neuron's value is shared (`engine/rules.py`).
+With these fixed, norms and attention act linearly on the residual stream's components, and an MLP is left
+with one question, how each neuron's value is shared (`engine/rules.py`).
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ class FrozenNorm:
         return (rows * scale[:, None]).mul_(self.probe.weight)
 
     def constant_through(self, linear: Linear) -> Tensor | None:
-        """The constant that reaches the output of a linear map behind this norm: its own bias and the norm's."""
+        """What a linear map behind this norm adds: its own bias, and the norm's through it."""
         if self.probe.bias is None:
             return linear.bias
         pushed = linear.weight @ self.probe.bias

@@ -1,12 +1,13 @@
 """Where each component's state at each position is stored: packed rows without causal zeros.
 
-A token's component is zero before the token itself, so half of `[component, position]` need never be stored nor
-multiplied. The rows that live are packed position by position, so that a *segment*, the components of one position
-that compete for its neurons, is one contiguous run, and the MLP works on contiguous chunks of rows. Rows that carry a
-component which takes no share at its position are stored last, behind all segments.
+A token's component is zero before the token itself, so half of `[component, position]` need never be
+stored nor multiplied. The rows that live are packed position by position, so that a *segment*, the
+components of one position that compete for its neurons, is one contiguous run, and the MLP works on
+contiguous chunks of rows. Rows that carry a component which takes no share at its position are stored
+last, behind all segments.
 
-Components may come in groups that compete among themselves only (all layers' heads in one sweep): a segment then is
-one position of one group.
+Components may come in groups that compete among themselves only (all layers' heads in one sweep): a
+segment then is one position of one group.
 """
 
 from collections.abc import Iterator
@@ -146,7 +147,7 @@ class Layout:
             first = last
 
     def _chunk(self, segments: slice, rows: slice) -> Chunk:
-        batch, positions, groups, _ = self.alive.shape
+        _, positions, groups, _ = self.alive.shape
         counts = self._counts[segments]
         widest = int(counts.max())
         segment = self._row_segment[rows] - segments.start

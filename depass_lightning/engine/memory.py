@@ -1,4 +1,4 @@
-"""How large the pieces are that the engine works on, so that memory beside the components themselves is bounded."""
+"""How large the pieces are that the engine works on, so that memory beside the components is bounded."""
 
 from dataclasses import dataclass
 

@@ -5,8 +5,9 @@ For every block, with everything that was recorded held fixed:
 1. attention, which is linear: norm the components, take values, mix them with the probabilities, project out;
 2. the MLP: norm the components, take their gates, share every neuron's value by the rule, project down.
 
-Values are mixed before they are projected out, so nothing of size heads x hidden is built, and both steps write into
-the packed rows in place: attention reads one component at all its positions, the MLP all components at one position.
+Values are mixed before they are projected out, so nothing of size heads x hidden is built, and both steps
+write into the packed rows in place: attention reads one component at all its positions, the MLP all
+components at one position.
 """
 
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ class Carry:
         batch = torch.arange(len(self.positions), device=values.device)[:, None]
         return values[batch, self.positions].flatten(0, 1)
 
-    # Attention -------------------------------------------------------------------------------------------------
+    # Attention
 
     def attend(self, attention: FrozenAttention) -> None:
         """Add each component's attention output to it, a block of components at a time."""
@@ -68,7 +69,7 @@ class Carry:
         constant = attention.norm.constant_through(attention.value)
         if constant is not None:
             values[block.bias] += constant
-        # One table a value head, [position, component * size], so that mixing is a plain product for each head.
+        # One table a value head, [position, component * size]: mixing is a plain product for each head.
         table = values.new_zeros(batch, shared, positions, count, size)
         prompt, position, component = block.where
         table.permute(0, 2, 3, 1, 4)[prompt, position, component] = values.view(-1, shared, size)
@@ -164,7 +165,7 @@ class Carry:
         carry.rows[rows] += total[:, :, None]
         carry.rows[-1] = 0
 
-    # MLP -------------------------------------------------------------------------------------------------------
+    # MLP
 
     def share_neurons(self, mlp: FrozenMLP, rule: Rule) -> None:
         """Add each component's share of the MLP's output to it, a chunk of positions at a time."""
@@ -201,7 +202,8 @@ class Carry:
             rows[_within(chunk.bias, part)] += frozen.mlp.down.bias
 
     def _linear_shares(self, frozen: "_MLPAtPositions", chunk: Chunk) -> None:
-        assert isinstance(frozen.rule, Taylor) and frozen.pre_activations is not None
+        assert isinstance(frozen.rule, Taylor)
+        assert frozen.pre_activations is not None
         whole = slice(0, len(chunk.row_at))
         slopes = frozen.rule.slopes(frozen.pre_activations[chunk.at], frozen.neurons[chunk.at])
         segment = torch.div(chunk.cells, chunk.shape[1], rounding_mode="floor")
@@ -222,7 +224,9 @@ class Carry:
             gates, present = self._table(frozen, rule, chunk, part)
             own = rule.summarise(gates, present, part.start)
             summary = own if summary is None else rule.merge(summary, own)
-        assert summary is not None and gates is not None and present is not None
+        assert summary is not None
+        assert gates is not None
+        assert present is not None
         anybody = present.any(1) if len(parts) == 1 else None
         for part in parts:
             if len(parts) > 1:  # gates were not kept
@@ -240,7 +244,7 @@ class Carry:
     def _table(
         self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk, part: slice
     ) -> tuple[Tensor, Tensor]:
-        """Gates as `[segment, component, neuron]`, and which components take part: those that are not exactly zero."""
+        """Gates `[segment, component, neuron]`, and which components take part: those not exactly zero."""
         gates = self._gates(frozen, chunk, part)
         lives = (gates != 0).any(1, keepdim=True)
         shape = (1, len(gates)) if chunk.shape[0] == 1 else chunk.shape
@@ -250,7 +254,7 @@ class Carry:
         at_origin = (self.positions.flatten()[chunk.at] == 0) & (part.start == 0)
         return rule.prepare(gates.view(*shape, -1), lives.view(*shape, 1), at_origin)
 
-    # Read ------------------------------------------------------------------------------------------------------
+    # Read
 
     def read(self, norm: FrozenNorm) -> Float[Tensor, "batch component position hidden"]:
         """All components behind a frozen norm, its bias included."""

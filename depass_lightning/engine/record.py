@@ -1,9 +1,11 @@
 """Record one plain forward pass and leave the model exactly as it was found.
 
-1. Put the model into evaluation mode, eager attention and full precision, all undone afterwards, also on an exception.
-2. Run it once with hooks on every block that keep the norms' inputs and outputs, the attention probabilities, the
-   pre-activations and the neurons.
-3. Where keeping these for all blocks would not fit, keep only each block's input and run a block again when asked.
+1. Put the model into evaluation mode, eager attention, outside autocast; all of it is undone
+   afterwards, also on an exception.
+2. Run it once with hooks on every block that keep the norms' inputs and outputs, the attention
+   probabilities, the pre-activations and the neurons.
+3. Where keeping these for all blocks would not fit, keep only each block's input and run a block again
+   when it is asked for.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig
 
 from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm, NormProbe
 from depass_lightning.errors import DePassError
@@ -23,20 +26,16 @@ from depass_lightning.models.decoder import Block, Decoder, linear_of
 
 @contextmanager
 def undisturbed(decoder: Decoder) -> Iterator[None]:
-    """Run the model for looking at: no dropout, no gradients, no autocast, eager attention; undone on leaving.
+    """Run the model for looking at: no dropout, no gradients, no autocast, eager attention; undone on
+    leaving.
 
-    Each module's training flag and each configuration's attention implementation are put back one by one, since a
-    model may mix them.
+    Each module's training flag and each configuration's attention implementation are put back one by one,
+    since a model may mix them.
     """
     training = [module for module in decoder.model.modules() if module.training]
-    configs = {
-        id(module.config): module.config for module in decoder.model.modules() if hasattr(module, "config")
-    }
-    implementations = [
-        (config, config._attn_implementation)
-        for config in configs.values()
-        if hasattr(config, "_attn_implementation")
-    ]
+    found = (getattr(module, "config", None) for module in decoder.model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}
+    implementations = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for module in training:
             module.training = False
@@ -156,7 +155,8 @@ class Recording:
             capture = self._replay(block, capture)
         if capture.probabilities is None:
             raise DePassError(f"block {layer}: attention returned no probabilities under eager attention")
-        assert capture.pre_activations is not None and capture.neurons is not None
+        assert capture.pre_activations is not None
+        assert capture.neurons is not None
         attention_probe, mlp_probe = self._probes[layer]
         dtype, name = self.dtype, f"block {layer}: the norm before"
         return FrozenBlock(
@@ -187,7 +187,13 @@ class Recording:
 
 
 def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
-    """How much a full recording of a batch holds: probabilities, pre-activations, neurons and norms of all blocks."""
+    """Estimate the bytes that a full recording of a batch holds.
+
+    Args:
+        decoder: the model.
+        batch: the number of prompts.
+        positions: the number of tokens of the longest.
+    """
     block = decoder.blocks[0]
     hidden, neurons = linear_of(block.down).weight.shape
     heads = decoder.config.num_attention_heads
@@ -211,7 +217,8 @@ def record(
         input_ids: `[batch, position]`, padded on the right.
         lengths: `[batch]` real positions of each prompt.
         positions: `[batch, target]` where logits are wanted.
-        keep_everything: keep all blocks' frozen quantities; else only their inputs, at the cost of a second pass.
+        keep_everything: keep all blocks' frozen quantities; else only their inputs, at the cost of a
+            second pass.
 
     Raises:
         DePassError: a block's output is not finite; it is named, and so is a parameter that is not.
@@ -240,11 +247,11 @@ def record(
 
 
 def _probe_norms(decoder: Decoder) -> tuple[list[tuple[NormProbe, NormProbe]], NormProbe]:
-    like = decoder.model.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+    like = decoder.embedding
     hidden = linear_of(decoder.blocks[0].down).weight.shape[0]
 
     def probe(norm: nn.Module) -> NormProbe:
-        return NormProbe.of(norm, hidden, like.detach(), decoder.dtype)
+        return NormProbe.of(norm, hidden, like, decoder.dtype)
 
     blocks = [(probe(block.attention_norm), probe(block.mlp_norm)) for block in decoder.blocks]
     return blocks, probe(decoder.final_norm)
@@ -253,7 +260,8 @@ def _probe_norms(decoder: Decoder) -> tuple[list[tuple[NormProbe, NormProbe]], N
 def _check_finite(decoder: Decoder, captures: list[_Capture], real: Tensor) -> None:
     """Name the first block whose output is not finite at a real position."""
     for block, capture in zip(decoder.blocks, captures, strict=True):
-        assert capture.state is not None and capture.result is not None
+        assert capture.state is not None
+        assert capture.result is not None
         if not bool(torch.isfinite(capture.state[real]).all()):
             raise DePassError(
                 f"the state that enters block {block.index} is not finite; check the embedding's weights"

@@ -7,9 +7,9 @@ It differs from `engine/rules.py` in four steps (the numbers are those of its ow
 3. a gate that is exactly zero counts as absent, neuron by neuron;
 4. a neuron for which nobody competes is lost to a remainder that the result leaves out.
 
-`relu` and `linear` add 1e-6 to their denominators, `taylor` adds 1e-8 to the pre-activation, and `linear` overflows
-where a component is absent: then a component that alone is present takes all, and two or more take nothing. None of
-these sums to the model's state in general; biases are lost (`bias="drop"`).
+`relu` and `linear` add 1e-6 to their denominators, `taylor` adds 1e-8 to the pre-activation, and `linear`
+overflows where a component is absent: then a component that alone is present takes all, and two or more
+take nothing. None of these sums to the model's state in general; biases are lost (`bias="drop"`).
 """
 
 from dataclasses import dataclass

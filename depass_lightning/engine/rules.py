@@ -1,7 +1,7 @@
-"""How a neuron's value is shared among the components: the rules for the MLP (Hong et al., section 3; `docs/method.md`).
+"""How a neuron's value is shared among the components: the rules for the MLP (Hong et al., section 3).
 
-Each competing rule is three pure functions over gates `[segment, component, neuron]`, where a segment is one position
-of one prompt and `present` says which of its components take part:
+Each competing rule is three pure functions over gates `[segment, component, neuron]`, where a segment is
+one position of one prompt and `present` says which of its components take part:
 
 1. `summarise` reduces the components to what normalises them,
 2. `merge` joins the summaries of two sets of components, so that they may be cut into chunks,
@@ -40,7 +40,8 @@ class CompetingRule(ABC):
         Args:
             gates: the components' parts of the pre-activation.
             present: which components are not exactly zero.
-            at_origin: `[segment]` which segments are a prompt's first position and begin with its first component.
+            at_origin: `[segment]` which segments are a prompt's first position and begin with its first
+                component.
         """
         return gates, present
 
@@ -165,8 +166,9 @@ class Linear(CompetingRule):
 class Taylor:
     """Linear in the components: each keeps its part of the pre-activation times the neuron's frozen slope.
 
-    Nothing competes. The share is `g / z` with `z` the true pre-activation, so that a component's part of the neuron's
-    value `a` is `g * a / z`. A neuron with `z = 0` has no slope of its own here and is left out: `a` is zero as well.
+    Nothing competes. The share is `g / z` with `z` the true pre-activation, so that a component's part of
+    the neuron's value `a` is `g * a / z`. A neuron with `z = 0` has no slope of its own here and is left
+    out: `a` is zero as well.
     """
 
     name: ClassVar[str] = "taylor"

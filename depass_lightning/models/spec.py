@@ -1,8 +1,8 @@
 """What the engine must be told of a decoder family: names of submodules, nothing else.
 
 The engine owns the mathematics; a family is a declaration that says where in a block its norms, its value and
-output maps and its MLP maps are found. Biases, epsilon, scaling of weights and numbers of heads are read from the
-model itself, so that they need no declaration.
+output maps and its MLP maps are found. Biases, epsilon, scaling of weights and numbers of heads are read
+from the model itself, so that they need no declaration.
 """
 
 from dataclasses import dataclass, field
