@@ -23,6 +23,7 @@ os.environ.update(
 )
 
 _BEFORE = pytest.StashKey[set[str]]()
+_WRITTEN = pytest.StashKey[set[str]]()
 _OWN_CACHES = (".venv/", ".pytest_cache/", ".ruff_cache/")
 
 
@@ -48,7 +49,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     before = session.config.stash.get(_BEFORE, None)
-    if before is not None and (new := _tree() - before):
+    if before is not None and (written := _tree() - before):
+        session.config.stash[_WRITTEN] = written
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        written = "\n  ".join(sorted(new))
-        print(f"\nERROR: tests wrote into the repository (use tmp_path):\n  {written}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if written := config.stash.get(_WRITTEN, None):
+        terminalreporter.section("tests wrote into the repository (use tmp_path)", red=True)
+        terminalreporter.write_line("\n".join(sorted(written)))
