@@ -1,0 +1,236 @@
+"""The report: one HTML file that shows every prompt of a run and needs nothing beside itself.
+
+What a reader may do there is written in small scripts beside this file, one for each part of the page. A new
+kind of picture is a script of its own that adds itself to `PANELS` (see `page_panels.js`), and what it draws
+is a further entry of the data that `_prompt` collects.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.errors import DePassError
+from depass_lightning.files import write_whole
+from depass_lightning.reports.numbers import summary_cards, visible
+from depass_lightning.reports.palette import DARK, LIGHT, css_variables
+
+SCRIPTS = (
+    "page_base.js",
+    "page_panels.js",
+    "page_prompt.js",
+    "page_components.js",
+    "page_facts.js",
+    "page_curves.js",
+    "page_list.js",
+    "page_start.js",
+)
+PICTURES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    attributions: Sequence[Attribution],
+    *,
+    title: str,
+    subtitle: str = "",
+    summary: Mapping[str, Any] | None = None,
+    figures: Sequence[Path] | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the page of a run: its numbers, its curves, and each prompt with its tokens coloured by score.
+
+    Args:
+        path: where to write it; the file is written whole or not at all.
+        attributions: one a prompt, in the order to show them first.
+        title: what the page is about.
+        subtitle: a sentence below it.
+        summary: the run's numbers, as `summary_cards` reads them; its `curves`, if any, are drawn by the page
+            itself, as `figures.curves_figure` describes them.
+        figures: pictures to show below (.png, .svg), embedded in the page.
+        examples: what is known of each prompt, as many as there are attributions: `id`; `answer`; `roles`,
+            named character ranges of the prompt; `evidence`, the right tokens as names of roles or as character
+            ranges; `evidence_first`, whether a right token has the largest score.
+
+    Raises:
+        DePassError: if there are no attributions, not one example for each, or a figure that no page can hold.
+    """
+    page = page_html(
+        attributions, title=title, subtitle=subtitle, summary=summary, figures=figures, examples=examples
+    )
+    write_whole(path, page.encode("utf-8", errors="replace"))
+
+
+def page_html(
+    attributions: Sequence[Attribution],
+    *,
+    title: str,
+    subtitle: str = "",
+    summary: Mapping[str, Any] | None = None,
+    figures: Sequence[Path] | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Return the page that `write_page` writes, for a logger that takes HTML."""
+    if not attributions:
+        raise DePassError("a page needs at least one attribution")
+    if examples is not None and len(examples) != len(attributions):
+        raise DePassError(f"{len(examples)} examples for {len(attributions)} attributions; give one for each")
+    known = examples if examples is not None else [{}] * len(attributions)
+    names = _distinct([str(example.get("id", f"prompt {i + 1}")) for i, example in enumerate(known)])
+    shared = _shared_settings(attributions)
+    prompts = [
+        _prompt(name, attribution, example) | {"settings": _settings(attribution, without=shared)}
+        for name, attribution, example in zip(names, attributions, known, strict=True)
+    ]
+    curves = (summary or {}).get("curves") or {}
+    script = _script()
+    environment = Environment(
+        loader=PackageLoader("depass_lightning", "reports"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html.j2").render(
+        title=visible(title),
+        subtitle=visible(subtitle),
+        settings=shared,
+        cards=summary_cards(summary or {}),
+        figures=[_figure(Path(figure)) for figure in figures or ()],
+        data=_embedded({"prompts": prompts, "curves": curves}),
+        style=Markup(_asset("page.css")),
+        light=css_variables(LIGHT),
+        dark=css_variables(DARK),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _prompt(name: str, attribution: Attribution, example: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect what the page shows of one prompt."""
+    words = attribution.words()
+    views = {"tokens": _components(attribution)}
+    if len(words) < len(attribution):
+        views["words"] = _components(words)
+    evidence = _evidence_ranges(example)
+    placed = attribution.offsets is not None and bool(attribution.text)
+    return {
+        "id": visible(name),
+        "tokens": [visible(token) for token in attribution.tokens],
+        "special": [i for i, (start, end) in enumerate(attribution.offsets or ()) if start == end],
+        "position": attribution.position,
+        "views": views,
+        "marks": _marks(attribution, example) if placed else [],
+        "share": _rounded(attribution.share(evidence)) if placed and evidence else None,
+        "first": example.get("evidence_first"),
+        "answer": visible(example.get("answer") or ""),
+        "target": visible(attribution.target),
+        "value": _rounded(attribution.value),
+        "prediction": visible(attribution.prediction),
+        "probability": _rounded(attribution.probability),
+        "rank": attribution.rank,
+        "completeness": _rounded(attribution.completeness),
+    }
+
+
+def _components(attribution: Attribution) -> dict[str, Any]:
+    """Collect names, scores and places of the components; a name that its token gives is left out."""
+    tokens = [visible(token) for token in attribution.tokens]
+    names: list[str | None] = []
+    for name, span in zip(attribution.names, attribution.positions, strict=True):
+        same = span is not None and span[1] == span[0] + 1 and tokens[span[0]] == visible(name)
+        names.append(None if same else visible(name))
+    scores = [_rounded(score) for score in attribution.scores.tolist()]
+    return {"names": names, "scores": scores, "spans": attribution.positions}
+
+
+def _evidence_ranges(example: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the character ranges of the right tokens, whether they are given by role or outright."""
+    roles = example.get("roles") or {}
+    ranges: list[tuple[int, int]] = []
+    for entry in example.get("evidence") or ():
+        ranges += [tuple(span) for span in roles.get(entry, ())] if isinstance(entry, str) else [tuple(entry)]
+    return ranges
+
+
+def _marks(attribution: Attribution, example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the named ranges of a prompt as the token positions to underline, the right tokens first."""
+    evidence = example.get("evidence") or ()
+    roles = example.get("roles") or {}
+    named = {name: (name in evidence, spans) for name, spans in roles.items()}
+    outright = [span for span in evidence if not isinstance(span, str)]
+    if outright:
+        named["right tokens"] = (True, outright)
+    each = [(i, i + 1) for i in range(len(attribution.tokens))]
+    tokens = replace(attribution, scores=torch.zeros(len(each)), names=attribution.tokens, positions=each)
+    marks = [
+        {"name": visible(name.replace("_", " ")), "right": right, "tokens": tokens.overlapping(spans)}
+        for name, (right, spans) in named.items()
+        if spans
+    ]
+    return sorted(marks, key=lambda mark: not mark["right"])
+
+
+def _settings(attribution: Attribution, without: Iterable[str] = ()) -> dict[str, str]:
+    """Return how an attribution was made, in words, less the settings named."""
+    plain_values = {k: str(v) for k, v in attribution.metadata.items() if isinstance(v, str | int | float)}
+    made = {"source": f"{attribution.source} at layer {attribution.layer}", "rule": attribution.rule}
+    settings = {"model": plain_values.pop("model", "unnamed")} | made | plain_values
+    return {name.replace("_", " "): visible(value) for name, value in settings.items() if name not in without}
+
+
+def _shared_settings(attributions: Sequence[Attribution]) -> dict[str, str]:
+    """Return the settings that all prompts of the page have in common."""
+    first, *others = [_settings(attribution) for attribution in attributions]
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the names that are not the first of their kind, since the page's address names the prompt."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return distinct
+
+
+def _rounded(number: float | None) -> float | None:
+    """Return a number with the five digits that a page needs, and None for NaN, which JSON lacks."""
+    return None if number is None or not math.isfinite(number) else float(f"{number:.5g}")
+
+
+def _figure(path: Path) -> dict[str, str]:
+    """Return a picture as an address that holds it, and its name in words."""
+    kind = PICTURES.get(path.suffix.lower())
+    if kind is None:
+        raise DePassError(f"{path.name} is no picture that a page can hold; give {', '.join(PICTURES)}")
+    if not path.is_file():
+        raise DePassError(f"there is no figure {path}")
+    content = base64.b64encode(path.read_bytes()).decode()
+    return {"source": f"data:{kind};base64,{content}", "name": path.stem.replace("_", " ")}
+
+
+def _embedded(data: Mapping[str, Any]) -> Markup:
+    """Return data as JSON that cannot end the script element it stands in, whatever a token says."""
+    written = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        written = written.replace(character, f"\\u{ord(character):04x}")
+    return Markup(written)
+
+
+def _script() -> str:
+    """Return the page's scripts as one, none of whose names can be seen from outside."""
+    parts = "\n".join(_asset(name) for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}\n}})();\n'
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")

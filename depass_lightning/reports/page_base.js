@@ -1,0 +1,83 @@
+// What every part of the page needs: the data, elements, numbers and colours.
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const PROMPTS = DATA.prompts;
+const byId = (id) => document.getElementById(id);
+
+// Text is set as text throughout, never as markup: a token may say anything.
+function element(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child != null));
+  return node;
+}
+
+function drawing(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+// As `numbers.plain` writes them.
+function plain(number) {
+  if (number == null) return "unknown";
+  const size = Math.abs(number);
+  let written;
+  if (size >= 1e9 || (size > 0 && size < 1e-3)) written = number.toExponential(1).replace(".0e", "e");
+  else if (size >= 1000) written = Math.round(number).toLocaleString("en");
+  else {
+    const before = size ? Math.floor(Math.log10(size)) : 0;
+    written = number.toFixed(Math.min(Math.max(2 - before, 0), 4));
+    if (Number.isInteger(number)) written = String(number);
+  }
+  return written.replace("e+", "e").replaceAll("-", "−");
+}
+
+const signed = (number) => (number > 0 ? "+" : "") + plain(number);
+
+function percent(part) {
+  if (part == null) return "unknown";
+  if (part > 0 && part < 0.001) return "<0.1%";
+  return `${(100 * part).toFixed(1).replace(/\.0$/, "")}%`;
+}
+
+const bare = (name) => name.trim() || name;
+
+function colour(name) {
+  const written = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  return [1, 3, 5].map((at) => parseInt(written.slice(at, at + 2), 16));
+}
+
+// The theme's own colours, read once and again when the theme changes.
+const theme = {};
+function readTheme() {
+  for (const name of ["ground", "positive", "negative"]) theme[name] = colour(name);
+}
+
+function shade(strength) {
+  const full = strength > 0 ? theme.positive : theme.negative;
+  const part = Math.min(Math.abs(strength), 1);
+  return theme.ground.map((ground, i) => Math.round(ground + (full[i] - ground) * part));
+}
+
+// Near black or white, whichever is easier to read on a ground.
+function ink(ground) {
+  const [r, g, b] = ground.map((c) => (c <= 10 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.18 ? "#ffffff" : "#0e1014";
+}
+
+const css = (rgb) => `rgb(${rgb.join(" ")})`;
+
+// A component's name; where it is a token of its own, the data leaves the name to the tokens.
+const nameOf = (prompt, view, i) => view.names[i] ?? prompt.tokens[view.spans[i][0]];
+
+// The largest score of a component that stands in the text. A bias has no place there and may outweigh all.
+function strongest(view) {
+  const placed = view.scores.filter((_, i) => view.spans[i]);
+  return Math.max(...(placed.length ? placed : view.scores).map(Math.abs), 0) || 1;
+}

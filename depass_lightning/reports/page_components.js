@@ -1,0 +1,63 @@
+// The components as bars, the strongest first or as they stand in the text.
+
+PANELS.push({ fits: (prompt) => prompt.views.tokens.scores.length > 0, draw: componentsPanel });
+
+const FEW = 12;
+
+function componentsPanel(prompt) {
+  const view = viewOf(prompt);
+  let rows = view.scores.map((_, i) => i).sort((a, b) => Math.abs(view.scores[b]) - Math.abs(view.scores[a]));
+  const left = rows.length - FEW;
+  if (!state.all) rows = rows.slice(0, FEW);
+  if (state.order === "text") rows.sort((a, b) => a - b);
+  const shown = rows.map((i) => view.scores[i]);
+  const low = Math.min(0, ...shown);
+  const high = Math.max(0, ...shown);
+  const bars = element("ol", { class: "bars" }, ...rows.map((i) => barRow(prompt, view, i, [low, high])));
+  bars.addEventListener("pointerleave", hideTip);
+  return element(
+    "div",
+    { class: "panel components-panel" },
+    element("div", { class: "panel-head" }, element("h2", {}, "Components"), orderSwitch()),
+    bars,
+    left > 0 ? element("button", { type: "button", class: "more", onclick: showAll }, state.all ? "only the strongest" : `and ${left} more`) : null,
+  );
+}
+
+function barRow(prompt, view, i, [low, high]) {
+  const score = view.scores[i];
+  const range = high - low || 1;
+  const right = prompt.marks.some((mark) => mark.right && view.spans[i] && mark.tokens.some((t) => within(t, view.spans[i])));
+  const bar = element("i", { class: score < 0 ? "negative" : "positive" });
+  bar.style.left = `${(100 * (Math.min(score, 0) - low)) / range}%`;
+  bar.style.width = `${(100 * Math.abs(score)) / range}%`;
+  const axis = element("s", {});
+  axis.style.left = `${(100 * -low) / range}%`;
+  const row = element(
+    "li",
+    { "data-component": i },
+    element("span", { class: `name${right ? " right" : ""}`, dir: "auto" }, element("span", {}, bare(nameOf(prompt, view, i)))),
+    element("span", { class: "track" }, bar, axis),
+    element("span", { class: "score" }, signed(score)),
+  );
+  row.addEventListener("pointerenter", () => light(i, row));
+  return row;
+}
+
+function orderSwitch() {
+  const button = (order, label) =>
+    element("button", { type: "button", "aria-pressed": String(state.order === order), onclick: () => chooseOrder(order) }, label);
+  return element("div", { class: "switch", role: "group", "aria-label": "Order" }, button("score", "by size"), button("text", "as in the text"));
+}
+
+function chooseOrder(order) {
+  state.order = order;
+  drawDetail();
+  byId("detail").querySelector(".components-panel [aria-pressed=true]")?.focus();
+}
+
+function showAll() {
+  state.all = !state.all;
+  drawDetail();
+  byId("detail").querySelector(".more")?.focus();
+}

@@ -1,0 +1,18 @@
+// What is known of the prompt in numbers.
+
+PANELS.push({ fits: () => true, draw: factsPanel });
+
+function factsPanel(prompt) {
+  const facts = [
+    ["the model says", bare(prompt.prediction)],
+    ["answer", prompt.answer && bare(prompt.answer)],
+    ["probability of the target", prompt.probability == null ? null : percent(prompt.probability)],
+    ["rank of the target", prompt.rank == null ? null : (prompt.rank + 1).toLocaleString("en")],
+    ["score on the right tokens", prompt.share == null ? null : percent(prompt.share)],
+    ["completeness", plain(prompt.completeness), prompt.completeness > 1e-3 ? "bad" : null],
+    ["tokens", prompt.tokens.length.toLocaleString("en")],
+    ...Object.entries(prompt.settings),
+  ];
+  const list = facts.filter(([, value]) => value).map(([name, value, look]) => element("div", {}, element("dt", {}, name), element("dd", { class: look }, value)));
+  return element("div", { class: "panel facts-panel" }, element("h2", {}, "In numbers"), element("dl", {}, ...list));
+}

@@ -1,0 +1,85 @@
+// The chosen prompt, panel by panel.
+
+// A panel is {fits(prompt), draw(prompt)}: whether it has something to show, and the element that shows it.
+// The order in which the scripts add them is their order on the page.
+const PANELS = [];
+
+const state = { chosen: 0, view: "tokens", order: "score", all: false, visible: PROMPTS.map((_, i) => i) };
+
+const viewOf = (prompt) => prompt.views[state.view] ?? prompt.views.tokens;
+
+function drawDetail() {
+  hideTip();
+  const prompt = PROMPTS[state.chosen];
+  byId("detail").replaceChildren(
+    detailHead(prompt),
+    ...PANELS.filter((panel) => panel.fits(prompt)).map((panel) => panel.draw(prompt)),
+  );
+}
+
+function detailHead(prompt) {
+  const place = state.visible.indexOf(state.chosen);
+  const count = state.visible.length;
+  const step = (by, sign, label) =>
+    element("button", { type: "button", class: "quiet", "aria-label": label, disabled: !count, onclick: () => move(by) }, sign);
+  return element(
+    "div",
+    { class: "detail-head" },
+    step(-1, "←", "Previous prompt"),
+    step(1, "→", "Next prompt"),
+    element("span", { class: "place" }, place < 0 ? "not in the list" : `${place + 1} of ${count}`),
+    element("strong", {}, prompt.id),
+    ...badges(prompt),
+  );
+}
+
+function badges(prompt) {
+  const badge = (good, yes, no) =>
+    good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ ${no}`);
+  const right = prompt.rank == null ? null : prompt.rank === 0;
+  return [badge(right, "model is right", "model is wrong"), badge(prompt.first, "right token first", "right token not first")].filter(Boolean);
+}
+
+// The tip, and the two places where a component shows itself: its tokens and its bar.
+
+let lit = [];
+
+function light(i, at) {
+  unlight();
+  const prompt = PROMPTS[state.chosen];
+  const view = viewOf(prompt);
+  lit = [...byId("detail").querySelectorAll(`[data-component="${i}"]`)];
+  for (const node of lit) node.classList.add("lit");
+  const score = view.scores[i];
+  const side = view.scores.filter((other) => other * score > 0).reduce((sum, other) => sum + other, 0);
+  const marks = view.spans[i] ? prompt.marks.filter((mark) => mark.tokens.some((t) => within(t, view.spans[i]))) : [];
+  const tip = byId("tip");
+  tip.replaceChildren(
+    element("b", {}, bare(nameOf(prompt, view, i))),
+    element("span", { class: score < 0 ? "against" : "for" }, signed(score)),
+    element("small", {}, score ? `${percent(score / side)} of what speaks ${score > 0 ? "for" : "against"} it` : "no part in it"),
+    ...marks.map((mark) => element("small", { class: "role" }, mark.name + (mark.right ? ", a right token" : ""))),
+  );
+  tip.hidden = false;
+  placeTip(tip, at.getClientRects()[0] ?? at.getBoundingClientRect());
+}
+
+const within = (token, span) => span[0] <= token && token < span[1];
+
+function placeTip(tip, box) {
+  const wide = tip.offsetWidth;
+  const left = Math.min(Math.max(box.left + box.width / 2 - wide / 2, 8), innerWidth - wide - 8);
+  const above = box.top - tip.offsetHeight - 8;
+  tip.style.left = `${left}px`;
+  tip.style.top = `${above > 8 ? above : box.bottom + 8}px`;
+}
+
+function unlight() {
+  for (const node of lit) node.classList.remove("lit");
+  lit = [];
+}
+
+function hideTip() {
+  unlight();
+  byId("tip").hidden = true;
+}

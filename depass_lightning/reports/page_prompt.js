@@ -1,0 +1,114 @@
+// The prompt itself, its tokens coloured by score.
+
+PANELS.push({ fits: () => true, draw: promptPanel });
+
+function promptPanel(prompt) {
+  const view = viewOf(prompt);
+  const scale = strongest(view);
+  return element(
+    "div",
+    { class: "panel prompt-panel" },
+    element("p", { class: "equation" }, element("span", {}, prompt.target), " = ", element("b", {}, signed(prompt.value))),
+    promptText(prompt, view, scale),
+    elsewhere(prompt, view, scale),
+    element("div", { class: "legend" }, viewSwitch(prompt), scaleLegend(scale), marksLegend(prompt)),
+  );
+}
+
+function promptText(prompt, view, scale) {
+  const long = prompt.tokens.length > 150 ? " long" : "";
+  const text = element("div", { class: `prompt${long}`, dir: "auto", tabindex: "0", role: "group", "aria-label": "The prompt; arrow keys walk over its components" });
+  const componentAt = new Array(prompt.tokens.length).fill(-1);
+  view.spans.forEach((span, i) => span && componentAt.fill(i, span[0], span[1]));
+  for (let start = 0, end; start < prompt.tokens.length; start = end) {
+    const i = componentAt[start];
+    end = start + 1;
+    while (i >= 0 && componentAt[end] === i) end++;
+    appendPiece(text, prompt, { i, start, end, strength: i < 0 ? 0 : view.scores[i] / scale });
+    if (start <= prompt.position && prompt.position < end) appendAnswer(text, prompt);
+  }
+  text.addEventListener("pointerover", (event) => {
+    const piece = event.target.closest("[data-component]");
+    piece ? light(Number(piece.dataset.component), piece) : hideTip();
+  });
+  text.addEventListener("pointerleave", hideTip);
+  text.addEventListener("blur", hideTip);
+  text.addEventListener("keydown", walk);
+  return text;
+}
+
+// One component in the text, its first space outside of the colour so that the text reads as a text.
+function appendPiece(text, prompt, { i, start, end, strength }) {
+  const written = prompt.tokens.slice(start, end).join("");
+  const shown = written.replace(/^ +/, "");
+  text.append(written.slice(0, written.length - shown.length));
+  const marks = prompt.marks.filter((mark) => mark.tokens.some((t) => start <= t && t < end));
+  const underline = marks.some((mark) => mark.right) ? " right" : marks.length ? " named" : "";
+  const special = prompt.special.includes(start) ? " special" : "";
+  const piece = element("span", { class: `piece${underline}${special}`, "data-component": i >= 0 ? i : null }, shown);
+  if (i >= 0) {
+    const ground = shade(strength);
+    piece.style.background = css(ground);
+    piece.style.color = ink(ground);
+  } else piece.classList.add("mute");
+  text.append(piece);
+  if (shown.includes("↵")) text.append(element("br"));
+}
+
+// What the model itself goes on with, where the target was read.
+function appendAnswer(text, prompt) {
+  const wrong = prompt.rank != null && prompt.rank > 0;
+  const title = wrong ? "the model's own next token, not the target" : "the model's own next token";
+  text.append(" ", element("span", { class: `answer${wrong ? " wrong" : ""}`, title }, bare(prompt.prediction)));
+}
+
+function walk(event) {
+  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!by) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const pieces = [...event.currentTarget.querySelectorAll("[data-component]")];
+  const at = pieces.findIndex((piece) => piece.classList.contains("lit"));
+  const next = pieces[at < 0 ? (by > 0 ? 0 : pieces.length - 1) : at + by];
+  if (next) light(Number(next.dataset.component), next);
+}
+
+// Components that stand for no place in the text, such as the bias.
+function elsewhere(prompt, view, scale) {
+  const chips = view.scores.flatMap((score, i) => {
+    if (view.spans[i] || view.scores.length > 40) return [];
+    const ground = shade(score / scale);
+    const chip = element("span", { class: "chip", "data-component": i, onpointerenter: (event) => light(i, event.target), onpointerleave: hideTip },
+      `${nameOf(prompt, view, i)} ${signed(score)}`);
+    chip.style.background = css(ground);
+    chip.style.color = ink(ground);
+    return [chip];
+  });
+  return chips.length ? element("p", { class: "elsewhere" }, "beside the text ", ...chips) : null;
+}
+
+function viewSwitch(prompt) {
+  if (!prompt.views.words) return null;
+  const button = (view) =>
+    element("button", { type: "button", "aria-pressed": String(state.view === view), onclick: () => chooseView(view) }, view);
+  return element("div", { class: "switch", role: "group", "aria-label": "Colour" }, button("tokens"), button("words"));
+}
+
+function chooseView(view) {
+  state.view = view;
+  drawDetail();
+  byId("detail").querySelector(".switch [aria-pressed=true]")?.focus();
+}
+
+function scaleLegend(scale) {
+  const ramp = element("i", { class: "ramp" });
+  const stops = [-1, -0.5, 0, 0.5, 1].map((strength) => css(shade(strength)));
+  ramp.style.background = `linear-gradient(90deg, ${stops.join(", ")})`;
+  return element("span", { class: "scale" }, element("span", {}, signed(-scale)), ramp, element("span", {}, signed(scale)));
+}
+
+function marksLegend(prompt) {
+  if (!prompt.marks.length) return null;
+  const entries = prompt.marks.map((mark) => element("span", { class: mark.right ? "right" : "named" }, mark.name));
+  return element("span", { class: "marks" }, ...entries);
+}
