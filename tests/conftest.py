@@ -1,12 +1,14 @@
-"""Set the stage for every test: one thread, no network, no window, and (if asked) a clean tree."""
+"""Set the stage for every test: one thread, no network, nobody's caches, and (if asked) a clean tree."""
 
 import os
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHES = TemporaryDirectory(prefix="depass-tests-", ignore_cleanup_errors=True)
 
 # Before torch, transformers, wandb or matplotlib are imported; subprocesses of tests inherit it.
 os.environ.update(
@@ -16,8 +18,12 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
+    HF_HOME=f"{CACHES.name}/huggingface",
     WANDB_MODE="offline",
     WANDB_SILENT="true",
+    WANDB_CACHE_DIR=f"{CACHES.name}/wandb",
+    WANDB_CONFIG_DIR=f"{CACHES.name}/wandb",
+    WANDB_DATA_DIR=f"{CACHES.name}/wandb",
     MPLBACKEND="Agg",
     PYTHONDONTWRITEBYTECODE="1",
 )
@@ -58,3 +64,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if written := config.stash.get(_WRITTEN, None):
         terminalreporter.section("tests wrote into the repository (use tmp_path)", red=True)
         terminalreporter.write_line("\n".join(sorted(written)))
+
+
+def pytest_unconfigure() -> None:
+    CACHES.cleanup()
