@@ -322,7 +322,7 @@ class Attribution:
         """Write a page that shows the attribution: one file, which needs no network."""
         from depass_lightning.reports.page import write_page
 
-        write_page(path, [self], title=f"What {self.target} is based on")
+        write_page(path, [self], title=f"What the model bases {self.target} on")
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
         """Draw the prompt with its tokens coloured by score, and write it to `path` if one is given.

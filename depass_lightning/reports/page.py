@@ -60,11 +60,11 @@ def write_page(
             itself, as `figures.curves_figure` describes them.
         figures: pictures to show below (.png, .svg), embedded in the page.
         examples: what is known of each prompt, as many as there are attributions: `id`; `answer`; `roles`,
-            named character ranges of the prompt; `evidence`, the right tokens as names of roles or as character
-            ranges; `evidence_first`, whether a right token has the largest score.
+            named character ranges of the prompt; `evidence`, the right tokens as names of roles or as
+            character ranges; `evidence_first`, whether a right token has the largest score.
 
     Raises:
-        DePassError: if there are no attributions, not one example for each, or a figure that no page can hold.
+        DePassError: if there are no attributions, not one example for each, or a figure of another kind.
     """
     page = page_html(
         attributions, title=title, subtitle=subtitle, summary=summary, figures=figures, examples=examples

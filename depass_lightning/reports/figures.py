@@ -1,0 +1,307 @@
+"""Pictures for papers, READMEs and loggers, drawn by matplotlib without a window or a global state."""
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager, get_font
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.textpath import text_to_path
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.files import write_whole
+from depass_lightning.reports.numbers import percent, signed, visible
+from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, ink, shade
+
+# The first of these that is installed writes the text; the others stand in where it lacks a letter.
+FAMILIES = (
+    "Inter",
+    "Helvetica Neue",
+    "Segoe UI",
+    "Arial",
+    "Liberation Sans",
+    "DejaVu Sans",
+    "Noto Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+)
+
+WIDTH = 8.6  # inches; everything below is in points, of which an inch has 72
+MARGIN = 24
+TOKEN_SIZE = 17
+LINE = 44
+SPACE = 4.4  # between tokens that a space parts
+PADDING = 2.6  # left and right of a token in its box
+NUMBERED = 0.12  # a score is written below its token from this part of the largest on
+HEAD, FOOT = 52, 44  # above the first line and below the last
+MOST = 600  # pieces; of a longer prompt the beginning and the end are drawn
+
+
+@dataclass(frozen=True)
+class Box:
+    """One component's text with its place in the picture.
+
+    Attributes:
+        text: what is written.
+        strength: its score relative to the largest, from -1 to 1; None for text that has no score.
+        score: the score itself, where it is large enough to be written.
+        left: distance from the left edge, in points.
+        width: in points.
+        line: number of the line it stands in.
+    """
+
+    text: str
+    strength: float | None
+    score: float | None
+    left: float
+    width: float
+    line: int
+
+
+def tokens_figure(attribution: Attribution, dark: bool = False) -> Figure:
+    """Draw the prompt with its tokens in boxes coloured by score, and what the model goes on with.
+
+    Args:
+        attribution: what to draw; its `words()` draw words.
+        dark: for a dark ground.
+    """
+    theme = DARK if dark else LIGHT
+    placed = [
+        abs(score)
+        for score, span in zip(attribution.scores.tolist(), attribution.positions, strict=True)
+        if span is not None
+    ]
+    largest = max(placed, default=0.0) or 1.0
+    boxes, answer = _layout(attribution, largest)
+    height = HEAD + LINE * (answer.line + 1) + FOOT
+    figure, axes = _canvas(WIDTH * 72, height, theme)
+    _headline(axes, attribution, theme, height)
+    for box in boxes:
+        _draw_token(axes, box, theme, height - HEAD - LINE * (box.line + 0.5))
+    _draw_answer(axes, answer, theme, height - HEAD - LINE * (answer.line + 0.5), attribution.correct)
+    _draw_scale(axes, largest, theme)
+    _draw_elsewhere(axes, attribution, theme)
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], dark: bool = False) -> Figure:
+    """Draw how the answer's probability falls or returns with the tokens taken or kept.
+
+    Args:
+        curves: one panel an entry ("patch_top", "recover_top"): the `fraction` of the tokens, from 0 to 1,
+            and the other entries, as long as it, one line each; "random" is what to compare with.
+        dark: for a dark ground.
+    """
+    theme = DARK if dark else LIGHT
+    figure = Figure(figsize=(4.3 * max(len(curves), 1), 3.1), facecolor=hexadecimal(theme.ground), dpi=100)
+    FigureCanvasAgg(figure)
+    for number, (name, curve) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), number + 1)
+        _draw_curves(axes, name, curve, theme)
+    figure.subplots_adjust(
+        left=0.14 / max(len(curves), 1) + 0.02, right=0.97, bottom=0.18, top=0.86, wspace=0.24
+    )
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a file, whole or not at all; its ending (.png, .svg, .pdf) chooses the format."""
+    kind = Path(path).suffix.lower().removeprefix(".") or "png"
+    # Without the date two runs write the same file.
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=200, metadata=dated)
+    write_whole(path, buffer.getvalue())
+
+
+def _layout(attribution: Attribution, largest: float) -> tuple[list[Box], Box]:
+    """Place every piece of the prompt in lines, and after the last the model's own next token."""
+    right = WIDTH * 72 - MARGIN
+    x, line = float(MARGIN), 0
+    boxes: list[Box] = []
+    pieces = list(_pieces(attribution))
+    if len(pieces) > MOST:
+        pieces = [*pieces[: MOST // 2], (" …", None), *pieces[-MOST // 2 :]]
+    for text, score in pieces:
+        bare = visible(text.strip(" ") or text)
+        width = _width(bare, TOKEN_SIZE) + 2 * PADDING
+        gap = SPACE if text.startswith(" ") or (boxes and boxes[-1].text.endswith("↵")) else 1.0
+        if boxes and (x + gap + width > right or boxes[-1].text.endswith("↵")):
+            x, line = float(MARGIN), line + 1
+        elif boxes:
+            x += gap
+        strength = None if score is None else score / largest
+        written = score if strength is not None and abs(strength) >= NUMBERED else None
+        boxes.append(Box(bare, strength, written, x, width, line))
+        x += width
+    said = visible(attribution.prediction.strip(" ") or attribution.prediction)
+    width = _width(said, TOKEN_SIZE) + 4 * PADDING
+    if x + 3 * SPACE + width > right:
+        x, line = MARGIN - 2.0 * SPACE, line + 1
+    return boxes, Box(said, None, None, x + 2 * SPACE, width, line)
+
+
+def _pieces(attribution: Attribution) -> Iterator[tuple[str, float | None]]:
+    """Yield the prompt's pieces up to the target's position, each with its component's score."""
+    owner: dict[int, int] = {}
+    for number, span in enumerate(attribution.positions):
+        owner |= dict.fromkeys(range(*span) if span else (), number)
+    position = 0
+    while position <= attribution.position:
+        end = position + 1
+        number = owner.get(position)
+        while number is not None and owner.get(end) == number:
+            end += 1
+        score = None if number is None else attribution.scores[number].item()
+        yield "".join(attribution.tokens[position:end]), score
+        position = end
+
+
+@lru_cache
+def _font() -> list[str]:
+    """Return the installed ones of the families, in order."""
+    installed = set(fontManager.get_font_names())
+    return [family for family in FAMILIES if family in installed]
+
+
+@lru_cache
+def _letters() -> frozenset[int]:
+    """Return the code points that the installed families can write."""
+    known: set[int] = set()
+    for family in _font():
+        known |= set(get_font(fontManager.findfont(FontProperties(family=family))).get_charmap())
+    return frozenset(known)
+
+
+def _writable(text: str) -> str:
+    """Return the text with a box for every letter that no installed font has."""
+    known = _letters()
+    return "".join(c if ord(c) in known else "□" for c in text if c not in "\u200c\u200d\ufe0f")
+
+
+@lru_cache(maxsize=4096)
+def _width(text: str, size: float) -> float:
+    """Return the width in points that a text takes."""
+    properties = FontProperties(family=_font(), size=size)
+    width, _, _ = text_to_path.get_text_width_height_descent(_writable(text), properties, ismath=False)
+    return width
+
+
+def _write(axes: Axes, x: float, y: float, text: str, size: float, **settings: Any) -> None:
+    """Write a text whose left or middle stands at a place, in points; a dollar sign is a dollar sign."""
+    style = {"va": "center_baseline", "family": _font()} | settings
+    axes.text(x, y, _writable(text), fontsize=size, parse_math=False, **style)
+
+
+def _canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+    """Return a figure of so many points, and axes over all of it in which one unit is one point."""
+    figure = Figure(figsize=(width / 72, height / 72), facecolor=hexadecimal(theme.ground), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    return figure, axes
+
+
+def _headline(axes: Axes, attribution: Attribution, theme: Theme, height: float) -> None:
+    """Write the target and its value, and at the right how the scores were made."""
+    value = f"{visible(attribution.target)} = {signed(attribution.value)}"
+    _write(axes, MARGIN, height - 30, value, 13.5, color=hexadecimal(theme.ink), weight="bold")
+    model, source = attribution.metadata.get("model"), f"{attribution.source} at layer {attribution.layer}"
+    text = "  ·  ".join(str(part) for part in (model, source, attribution.rule) if part)
+    if _width(value, 14.5) + _width(text, 9.5) < WIDTH * 72 - 3 * MARGIN:
+        _write(axes, WIDTH * 72 - MARGIN, height - 30, text, 9.5, color=hexadecimal(theme.muted), ha="right")
+
+
+def _draw_token(axes: Axes, box: Box, theme: Theme, y: float) -> None:
+    """Draw one box with its text, and below it the score where it is large."""
+    ground = theme.ground if box.strength is None else shade(theme, box.strength)
+    letters = theme.muted if box.strength is None else ink(ground)
+    _rounded(axes, box, y, facecolor=hexadecimal(ground), linewidth=0)
+    middle = box.left + box.width / 2
+    _write(axes, middle, y, box.text, TOKEN_SIZE, color=hexadecimal(letters), ha="center")
+    if box.score is not None:
+        colour = hexadecimal(theme.positive if box.score > 0 else theme.negative)
+        _write(axes, middle, y - 20, signed(box.score), 8.5, color=colour, ha="center")
+
+
+def _draw_answer(axes: Axes, box: Box, theme: Theme, y: float, correct: bool | None) -> None:
+    """Draw the model's own next token behind the prompt, with an arrow, in a frame of its own."""
+    colour = hexadecimal(theme.negative if correct is False else theme.ink)
+    _rounded(axes, box, y, facecolor="none", edgecolor=colour, linewidth=1.1, linestyle=(0, (3, 2)))
+    middle = box.left + box.width / 2
+    _write(axes, middle, y, box.text, TOKEN_SIZE, color=colour, ha="center", weight="bold")
+
+
+def _rounded(axes: Axes, box: Box, y: float, **settings: Any) -> None:
+    shape = FancyBboxPatch(
+        (box.left, y - 12.5),
+        box.width,
+        25,
+        boxstyle="round,pad=0,rounding_size=4.5",
+        mutation_aspect=1,
+        **settings,
+    )
+    axes.add_patch(shape)
+
+
+def _draw_scale(axes: Axes, largest: float, theme: Theme) -> None:
+    """Draw the scale of the colours at the lower right."""
+    right, width, y = WIDTH * 72 - MARGIN, 120, 24
+    number = signed(largest)
+    left = right - _width(number, 9) - 8 - width
+    stops = [hexadecimal(shade(theme, part)) for part in (-1.0, 0.0, 1.0)]
+    ramp = LinearSegmentedColormap.from_list("scores", stops)
+    axes.imshow(
+        [list(range(256))], cmap=ramp, extent=(left, left + width, y - 4, y + 4), aspect="auto", zorder=2
+    )
+    axes.set(xlim=(0, WIDTH * 72), ylim=axes.get_ylim())
+    muted = hexadecimal(theme.muted)
+    _write(axes, right, y, number, 9, color=muted, ha="right")
+    _write(axes, left - 8, y, signed(-largest), 9, color=muted, ha="right")
+
+
+def _draw_elsewhere(axes: Axes, attribution: Attribution, theme: Theme) -> None:
+    """Name at the lower left what stands at no place in the text, and the target's probability."""
+    named = zip(attribution.names, attribution.scores.tolist(), attribution.positions, strict=True)
+    parts = [f"{name} {signed(score)}" for name, score, span in named if span is None][:6]
+    if attribution.probability is not None:
+        parts.append(f"the model gives the target {percent(attribution.probability)}")
+    _write(axes, MARGIN, 24, "  ·  ".join(parts), 9, color=hexadecimal(theme.muted))
+
+
+def _draw_curves(axes: Axes, name: str, curve: Mapping[str, Sequence[float]], theme: Theme) -> None:
+    """Draw one panel of curves."""
+    lines = {label: ys for label, ys in curve.items() if label != "fraction"}
+    colours = [theme.positive, theme.negative, theme.ink]
+    for number, (label, ys) in enumerate(sorted(lines.items(), key=lambda line: line[0] == "random")):
+        look = {"color": hexadecimal(colours[number % len(colours)]), "linewidth": 2.2}
+        if label == "random":
+            look = {"color": hexadecimal(theme.muted), "linewidth": 1.6, "linestyle": (0, (4, 3))}
+        axes.plot([100 * x for x in curve["fraction"]], ys, label=label.replace("_", " "), **look)
+    what = "kept" if name.startswith("recover") else "removed"
+    muted, line = hexadecimal(theme.muted), hexadecimal(theme.line)
+    written = {"fontsize": 9, "family": _font()}
+    title = written | {"fontsize": 11, "weight": "bold", "color": hexadecimal(theme.ink)}
+    axes.set_title(name.replace("_", " ").capitalize(), loc="left", fontdict=title)
+    axes.set_xlabel(f"tokens {what} (%)", fontdict=written, color=muted)
+    axes.set_ylabel("probability of the answer", fontdict=written, color=muted)
+    axes.set(facecolor="none", xlim=(0, 100 * max(curve["fraction"])))
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if min(map(min, lines.values())) < 0 else 0.0)
+    axes.tick_params(colors=muted, labelsize=9, labelfontfamily=_font(), length=0)
+    axes.grid(axis="y", color=line, linewidth=0.8)
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, prop=FontProperties(family=_font(), size=9), labelcolor=hexadecimal(theme.ink))

@@ -1,0 +1,82 @@
+"""An attribution as a panel in a notebook: plain HTML, readable on a light and on a dark ground."""
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.reports.numbers import percent, plain, signed, visible
+
+# A notebook does not tell its ground. Half transparent tones of middle lightness leave its letters readable.
+POSITIVE, NEGATIVE = "46,107,255", "235,104,30"
+STRONGEST = 0.6
+BAR_WIDTH = 160
+
+
+def attribution_html(attribution: Attribution, top: int = 8) -> str:
+    """Return the prompt with its tokens coloured by score, and the strongest components, as HTML.
+
+    Args:
+        attribution: what to show.
+        top: how many components are listed.
+    """
+    environment = Environment(
+        loader=PackageLoader("depass_lightning", "reports"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("notebook.html.j2").render(
+        target=visible(attribution.target),
+        value=signed(attribution.value),
+        pieces=_pieces(attribution),
+        prediction=visible(attribution.prediction.strip(" ") or attribution.prediction),
+        rows=_rows(attribution, top),
+        facts=_facts(attribution),
+    )
+
+
+def _pieces(attribution: Attribution) -> list[dict[str, object]]:
+    """Return each token with the colour of the component that stands for it."""
+    scores = attribution.scores.tolist()
+    largest = max((abs(score) for score in scores), default=0.0) or 1.0
+    owner: dict[int, int] = {}
+    for number, span in enumerate(attribution.positions):
+        owner |= dict.fromkeys(range(*span) if span else (), number)
+    pieces = []
+    for position, token in enumerate(attribution.tokens):
+        bare = token.lstrip(" ") or token
+        score = scores[owner[position]] if position in owner else 0.0
+        pieces.append(
+            {
+                "space": token[: len(token) - len(bare)],
+                "text": visible(bare),
+                "title": signed(score) if position in owner else "no component stands for this token",
+                "colour": POSITIVE if score > 0 else NEGATIVE,
+                "strength": round(STRONGEST * abs(score) / largest, 3),
+                "breaks": "\n" in bare,
+                "read": position == attribution.position,
+            }
+        )
+    return pieces
+
+
+def _rows(attribution: Attribution, top: int) -> list[dict[str, object]]:
+    """Return the strongest components with the lengths of their bars."""
+    strongest = attribution.top(top, absolute=True)
+    largest = max((abs(score) for _, score in strongest), default=0.0) or 1.0
+    return [
+        {
+            "name": visible(name.strip(" ") or name),
+            "score": signed(score),
+            "width": round(BAR_WIDTH * abs(score) / largest),
+            "colour": POSITIVE if score > 0 else NEGATIVE,
+        }
+        for name, score in strongest
+    ]
+
+
+def _facts(attribution: Attribution) -> str:
+    """Return what else is known, in one line."""
+    facts = [f"the model says {visible(attribution.prediction)!r}"]
+    if attribution.probability is not None:
+        facts.append(f"gives the target {percent(attribution.probability)}")
+    if attribution.rank is not None:
+        facts.append(f"rank {attribution.rank + 1:,}")
+    facts.append(f"{attribution.source} at layer {attribution.layer}, rule {attribution.rule}")
+    return ", ".join([*facts, f"completeness {plain(attribution.completeness)}"])
