@@ -151,7 +151,7 @@ def test_a_summary_is_the_mean_over_what_rows_know():
         "completeness": 1e-7,
         "evidence_first": True,
         "evidence_chance": 0.2,
-        "removed": [0.0, 100.0],
+        "percents": [0.0, 100.0],
         "patch_top": [1.0, 0.0],
         "recover_top": [0.0, 1.0],
         "patch_random": [1.0, 0.5],
@@ -161,16 +161,17 @@ def test_a_summary_is_the_mean_over_what_rows_know():
     summary = summarise([known, unknown])
     assert summary["prompts"] == 2
     assert summary["correct"] == 0.5
-    assert summary["completeness"] == {"max": 3e-7, "mean": pytest.approx(2e-7)}
-    assert summary["evidence"] == {"prompts": 1, "first": 1.0, "chance": 0.2}
-    assert summary["faithfulness"]["prompts"] == 1
-    assert summary["faithfulness"]["area"]["patch_top"] == pytest.approx(0.5)
-    assert summary["faithfulness"]["area"]["patch_random"] == pytest.approx(0.75)
-    assert summarise([unknown])["evidence"] is None
-    assert summarise([]) == {
-        "prompts": 0,
-        "correct": None,
-        "completeness": None,
-        "evidence": None,
-        "faithfulness": None,
-    }
+    assert summary["completeness_max"] == 3e-7
+    assert summary["completeness_mean"] == pytest.approx(2e-7)
+    assert summary["evidence_first"] == {"value": 1.0, "chance": 0.2, "note": "known for 1 of 2 prompts"}
+    assert summary["curves"]["patch_top"] == {"fraction": [0, 1], "depass": [1, 0], "random": [1, 0.5]}
+    assert summary["curves"]["recover_top"] == {"fraction": [0, 1], "depass": [0, 1], "random": [0.5, 1]}
+    assert summary["patch_top_area"]["value"] == pytest.approx(0.5)
+    assert summary["patch_top_area"]["chance"] == pytest.approx(0.75)
+    assert summary["recover_top_area"]["chance"] == pytest.approx(0.75)
+
+
+def test_what_no_row_knows_is_left_out():
+    row = dict.fromkeys(["correct", "evidence_first", "evidence_chance", "patch_top"]) | {"completeness": 0.0}
+    assert summarise([row]) == {"prompts": 1, "completeness_max": 0.0, "completeness_mean": 0.0}
+    assert summarise([]) == {"prompts": 0}

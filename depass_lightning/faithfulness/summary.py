@@ -6,50 +6,50 @@ from typing import Any
 
 from depass_lightning.faithfulness.removal import area
 
-CURVES = ("patch_top", "patch_random", "recover_top", "recover_random")
+BETTER = {"patch_top": "lower is better", "recover_top": "higher is better"}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the means over a run's rows, ready for JSON.
+    """Return the means over a run's rows, ready for JSON, for a page and for a terminal.
 
     Args:
         rows: rows of `depass_lightning.storage.ATTRIBUTION_SCHEMA`, as `read_rows` gives them.
 
     Returns:
-        `prompts`; `correct`, the share of prompts that the model answers right; `completeness` (`max`,
-        `mean`); `evidence` (`prompts` where it is known, `first`: the share where it scores highest,
-        `chance`); `faithfulness` (`prompts`, `percents`, the four mean curves and their `area`). What no
-        row knows is None.
+        What the rows know of these: `prompts`; `correct`, the share of prompts that the model answers right;
+        `completeness_max` and `completeness_mean`; `evidence_first`, how often the known evidence scores
+        highest, beside chance; `patch_top_area` and `recover_top_area`, the mean height of the curves, beside
+        that of random orders; and the mean `curves` themselves: the answer's probability at each fraction.
     """
-    known = [row["correct"] for row in rows if row["correct"] is not None]
-    errors = [row["completeness"] for row in rows]
-    return {
-        "prompts": len(rows),
-        "correct": fmean(known) if known else None,
-        "completeness": {"max": max(errors), "mean": fmean(errors)} if errors else None,
-        "evidence": _evidence([row for row in rows if row["evidence_first"] is not None]),
-        "faithfulness": _faithfulness([row for row in rows if row["patch_top"] is not None]),
-    }
+    summary: dict[str, Any] = {"prompts": len(rows)}
+    if known := [row["correct"] for row in rows if row["correct"] is not None]:
+        summary["correct"] = fmean(known)
+    if errors := [row["completeness"] for row in rows]:
+        summary |= {"completeness_max": max(errors), "completeness_mean": fmean(errors)}
+    if scored := [row for row in rows if row["evidence_first"] is not None]:
+        summary["evidence_first"] = {
+            "value": fmean(row["evidence_first"] for row in scored),
+            "chance": fmean(row["evidence_chance"] for row in scored),
+        }
+        if len(scored) < len(rows):
+            summary["evidence_first"]["note"] = f"known for {len(scored)} of {len(rows)} prompts"
+    if measured := [row for row in rows if row["patch_top"] is not None]:
+        summary |= _removal(measured)
+    return summary
 
 
-def _evidence(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not rows:
-        return None
-    return {
-        "prompts": len(rows),
-        "first": fmean(row["evidence_first"] for row in rows),
-        "chance": fmean(row["evidence_chance"] for row in rows),
-    }
+def _removal(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the areas and the mean curves of patch top and recover top, beside random orders."""
+    percents = rows[0]["percents"]
+    areas, curves = {}, {}
+    for name, better in BETTER.items():
+        depass, random = _mean(rows, name), _mean(rows, name.replace("top", "random"))
+        curves[name] = {"fraction": [p / 100 for p in percents], "depass": depass, "random": random}
+        if len(percents) > 1:
+            value, chance = area(percents, depass), area(percents, random)
+            areas[f"{name}_area"] = {"value": value, "chance": chance, "note": better}
+    return {**areas, "curves": curves}
 
 
-def _faithfulness(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not rows:
-        return None
-    percents = rows[0]["removed"]
-    curves = {name: [fmean(at) for at in zip(*(row[name] for row in rows), strict=True)] for name in CURVES}
-    return {
-        "prompts": len(rows),
-        "percents": percents,
-        **curves,
-        "area": {name: area(percents, curve) for name, curve in curves.items()},
-    }
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [fmean(at) for at in zip(*(row[name] for row in rows), strict=True)]

@@ -79,10 +79,6 @@ class AttributionModule(LightningModule):
         self.run = dict(run or {})
         self.trial = trial
 
-    def transfer_batch_to_device(self, batch: PromptBatch, device: Any, dataloader_idx: int) -> PromptBatch:
-        """Leave the batch as it is: it holds text."""
-        return batch
-
     def on_predict_start(self) -> None:
         """Try the settings on one prompt."""
         if self.trial is not None:
@@ -116,9 +112,11 @@ class AttributionModule(LightningModule):
         )
         curves = self._curves(attributions)
         return [
-            {"index": index, **attribution_to_row(attribution), **self._measured(example, attribution,
-            curve)} for index, example, attribution, curve in zip( indices, examples, attributions, curves,
-            strict=True ) ]
+            {"index": index, **attribution_to_row(attribution), **self._measured(example, attribution, curve)}
+            for index, example, attribution, curve in zip(
+                indices, examples, attributions, curves, strict=True
+            )
+        ]
 
     def _explained(self, example: Example) -> Token | Contrast:
         """Return the target of one example."""
@@ -145,13 +143,14 @@ class AttributionModule(LightningModule):
             "answer": example.answer,
             "foil": example.foil,
             "correct": attribution.prediction == example.answer if own else attribution.correct,
+            "roles": [
+                {"name": name, "start": start, "end": end}
+                for name, spans in example.roles.items()
+                for start, end in spans
+            ],
             "evidence": ranges,
             "evidence_first": evidence.first if evidence else None,
             "evidence_chance": evidence.chance if evidence else None,
             **self.run,
         }
-        if curves is not None:
-            row["removed"] = curves.percents
-            row |= {name: getattr(curves, name) for name in ("patch_top", "recover_top")}
-            row |= {name: getattr(curves, name) for name in ("patch_random", "recover_random")}
-        return row
+        return row if curves is None else row | dataclasses.asdict(curves)

@@ -1,7 +1,6 @@
 """A task's prompts in batches of like length, shared out over the processes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from lightning.pytorch import LightningDataModule
 
@@ -9,12 +8,15 @@ from depass_lightning.errors import DePassError
 from depass_lightning.tasks import Example, Task
 
 
-@dataclass(frozen=True)
 class PromptBatch:
-    """Examples that are attributed together, each with its index in the task."""
+    """Examples that are attributed together, each with its index in the task.
 
-    indices: list[int]
-    examples: list[Example]
+    No dataclass: Lightning looks for tensors to move and convert inside those, and trips over frozen ones.
+    """
+
+    def __init__(self, indices: list[int], examples: list[Example]) -> None:
+        self.indices = indices
+        self.examples = examples
 
     def __len__(self) -> int:
         return len(self.indices)

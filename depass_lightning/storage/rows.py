@@ -13,6 +13,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.storage.shards import read_rows
 
 RANGES = pa.list_(pa.list_(pa.int32()))
+ROLES = pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))
 CURVE = pa.list_(pa.float64())
 
 ATTRIBUTION_SCHEMA = pa.schema(
@@ -42,10 +43,11 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("answer", pa.string()),
         ("foil", pa.string()),
         ("correct", pa.bool_()),
+        ("roles", ROLES),
         ("evidence", RANGES),
         ("evidence_first", pa.bool_()),
         ("evidence_chance", pa.float64()),
-        ("removed", CURVE),
+        ("percents", CURVE),
         ("patch_top", CURVE),
         ("recover_top", CURVE),
         ("patch_random", CURVE),

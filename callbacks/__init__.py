@@ -1,0 +1,7 @@
+"""Lightning callbacks: attributions while a model trains, and what `Trainer.predict` attributes, on disk."""
+
+from depass_lightning.callbacks.depass import DePassCallback
+from depass_lightning.callbacks.progress import AttributionProgress
+from depass_lightning.callbacks.writer import AttributionWriter
+
+__all__ = ["AttributionProgress", "AttributionWriter", "DePassCallback"]

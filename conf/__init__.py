@@ -1,0 +1,1 @@
+"""The configuration groups, found by Hydra as `pkg://depass_lightning.conf`."""

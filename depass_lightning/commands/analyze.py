@@ -1,0 +1,181 @@
+"""`python analyze.py`: attribute a task's prompts, judge the scores, and write what was found."""
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from transformers.utils.logging import disable_progress_bar
+
+from depass_lightning import __version__, tasks
+from depass_lightning.callbacks import AttributionProgress, AttributionWriter
+from depass_lightning.commands.common import command, console, instantiate_each, open_run, tell
+from depass_lightning.commands.results import Results, print_results, write_results
+from depass_lightning.depass import DePass
+from depass_lightning.modules.attribution import AttributionModule, Removal
+from depass_lightning.modules.prompts import PromptData
+from depass_lightning.storage import read_json_lines, weights_fingerprint
+from depass_lightning.tasks import Task
+
+
+@command
+def analyze(config: DictConfig) -> int:
+    """Run an analysis and return the exit code: 1 where a prompt had to be skipped."""
+    started = time.perf_counter()
+    folder = open_run(config)
+    task = tasks.load(**config.task)
+    depass = load(config)
+    fingerprint = weights_fingerprint(depass.model)
+    writer = AttributionWriter(folder, expected=len(task), skipped=task.skipped)
+    loggers = instantiate_each(config.logger)
+    trainer: Trainer = instantiate(
+        config.trainer,
+        callbacks=[writer, AttributionProgress(), *instantiate_each(config.callbacks)],
+        logger=loggers or False,
+    )
+    module = attribution_module(config, depass, task, fingerprint)
+    data = PromptData(task, config.batch_size, length=token_counter(depass))
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    if not trainer.is_global_zero:
+        return 0
+    skipped = read_json_lines(writer.skipped_path) if writer.skipped_path.exists() else []
+    about = {
+        "skipped": len(skipped),
+        "seconds": time.perf_counter() - started,
+        **describe(config, depass, trainer, fingerprint),
+    }
+    results = write_results(
+        folder,
+        writer.path,
+        about=about,
+        title=f"What {config.model.name} bases its answers on",
+        subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
+        prompts=config.report.prompts,
+        figures=config.report.figures,
+    )
+    log_results(loggers, results)
+    print_results(results, console, config.report.shown)
+    return tell_skipped(skipped, len(task) + len(task.skipped), writer.skipped_path)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")
+def main(config: DictConfig) -> None:
+    """Run the command with the configuration that Hydra composes."""
+    analyze(config)
+
+
+def load(config: DictConfig) -> DePass:
+    """Load the model that the configuration names.
+
+    Raises:
+        DePassError: it cannot be loaded; the message says what is missing, and where to get it.
+    """
+    model = config.model
+    if model.name == "tiny" or rank_zero_only.rank not in (None, 0):
+        disable_progress_bar()
+    options = {"revision": model.revision, "device_map": model.device_map, "dtype": config.compute_dtype}
+    try:
+        return DePass.from_pretrained(model.name, **{k: v for k, v in options.items() if v is not None})
+    except DePassError as error:
+        hints = []
+        if model.gated and "gated" not in str(error):
+            hints.append(f"it is gated too: ask for access at https://huggingface.co/{model.name}")
+        if model.gated is not None and model.name != "tiny" and "path" not in model:
+            hints.append("a file on this machine serves as well: model=gguf model.path=...")
+        raise DePassError("; ".join([str(error), *hints])) from error
+
+
+def token_counter(depass: DePass) -> Callable[[str], int]:
+    """Return a function that counts a prompt's tokens."""
+    tokenizer = depass.tokenizer
+    assert tokenizer is not None
+    return lambda prompt: len(tokenizer(prompt, verbose=False)["input_ids"])
+
+
+def attribution_module(config: DictConfig, depass: DePass, task: Task, fingerprint: str) -> AttributionModule:
+    """Make the module that attributes as the configuration says."""
+    rule = OmegaConf.to_container(config.rule)
+    assert isinstance(rule, dict)
+    settings = {
+        "source": instantiate(config.source),
+        "rule": rule.pop("name"),
+        **rule,
+        "bias": config.bias,
+        "compat": config.compat,
+    }
+    removal = None
+    if config.faithfulness is not None:
+        removal = Removal(**OmegaConf.to_container(config.faithfulness), seed=config.seed)  # type: ignore[arg-type]
+    return AttributionModule(
+        depass,
+        settings,
+        target=config.target.kind,
+        removal=removal,
+        run={"model": config.model.name, "fingerprint": fingerprint},
+        trial=min((example.prompt for example in task), key=len),
+    )
+
+
+def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: str) -> dict[str, Any]:
+    """Return what a summary says of the run: everything that its numbers depend on."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    packages = ("torch", "transformers", "lightning", "datasets")
+    return {
+        "model": {
+            **plain["model"],
+            "fingerprint": fingerprint,
+            "parameters": sum(parameter.numel() for parameter in depass.model.parameters()),
+            "dtype": config.compute_dtype,
+        },
+        **{name: plain[name] for name in ("task", "source", "rule", "target")},
+        "settings": {name: plain[name] for name in ("bias", "compat", "seed", "batch_size")},
+        "hardware": {"device": trainer.strategy.root_device.type, "processes": trainer.world_size},
+        "versions": {
+            "depass_lightning": __version__,
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def log_results(loggers: list[Logger], results: Results) -> None:
+    """Hand the run's numbers to every logger, and its page and table to Weights & Biases."""
+    numbers = {
+        key: entry["value"] if isinstance(entry, Mapping) else entry
+        for key, entry in results.summary.items()
+        if isinstance(entry, int | float) or (isinstance(entry, Mapping) and "value" in entry)
+    }
+    for logger in loggers:
+        logger.log_metrics({f"analysis/{name}": float(value) for name, value in numbers.items()})
+        if isinstance(logger, WandbLogger) and results.page is not None:
+            import wandb  # takes a second, which only those who use it should wait
+
+            columns = ["id", "text", "target", "value", "prediction", "correct", "completeness"]
+            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in results.rows])
+            page = wandb.Html(results.page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)
+            logger.experiment.log({"analysis/report": page, "analysis/attributions": table})
+            logger.experiment.finish()
+        logger.save()
+        logger.finalize("success")
+
+
+def tell_skipped(skipped: list[dict[str, Any]], prompts: int, path: Path) -> int:
+    """Say how many prompts were skipped, and return the exit code."""
+    if not skipped:
+        return 0
+    first = skipped[0]
+    name = f"row {first['row']}" if "row" in first else first["id"]
+    tell(
+        f"{len(skipped)} of {prompts} prompts were skipped, listed in {path}; {name}: {first['reason']}",
+        "red",
+    )
+    return 1

@@ -1,0 +1,119 @@
+"""What the commands share: a configuration that is shown and kept, and mistakes that are told in one line."""
+
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from depass_lightning.errors import DePassError
+
+console = Console()
+
+# What Lightning says about machines, and what torch says about Lightning's own code.
+ADVICE = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*is deprecated.*",
+    "GPU available but not used.*",
+    "The `srun` command is available.*",
+)
+
+
+def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
+    """Wrap a command's work, so that it ends with an exit code, and a mistake with one clear line.
+
+    Args:
+        work: does what the configuration says and returns the exit code.
+    """
+
+    @functools.wraps(work)
+    def run(config: DictConfig) -> None:
+        quiet()
+        try:
+            code = work(config)
+        except KeyboardInterrupt:
+            code = 130
+            tell("stopped", "yellow")
+        except (DePassError, InstantiationException) as error:
+            mistake = _mistake(error)
+            if mistake is None:
+                raise
+            code = 1
+            tell(f"error: {mistake}", "red")
+        if code:
+            sys.exit(code)
+
+    return run
+
+
+def tell(line: str, style: str = "") -> None:
+    """Print one line to the standard error, on the first process alone."""
+    if rank_zero_only.rank in (None, 0):
+        Console(stderr=True, soft_wrap=True).print(Text(line, style))
+
+
+def quiet() -> None:
+    """Keep Lightning's advice on hardware, which the reader did not ask for, out of the output."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in ADVICE:
+        warnings.filterwarnings("ignore", message)
+
+
+def open_run(config: DictConfig) -> Path:
+    """Show the configuration, keep it as `config.yaml` in the run's folder, and return the folder."""
+    folder = Path(config.paths.output_dir)
+    if rank_zero_only.rank in (None, 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        if config.get("print_config"):
+            console.print(config_tree(config))
+    return folder
+
+
+def config_tree(config: DictConfig) -> Tree:
+    """Return the configuration as a tree: one branch a group, its keys in a line."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    tree = Tree(Text(str(config.task_name), "bold"), guide_style="dim")
+    for key, value in plain.items():
+        if key not in ("task_name", "print_config") and value not in (None, [], {}):
+            tree.add(Text.assemble((f"{key}  ", "cyan"), _inline(value)))
+    return tree
+
+
+def instantiate_each(group: DictConfig | None) -> list[Any]:
+    """Instantiate every entry of a group of callbacks or loggers."""
+    entries = [] if group is None else list(group.values())
+    return [instantiate(entry) for entry in entries if isinstance(entry, DictConfig) and "_target_" in entry]
+
+
+def _inline(value: Any) -> str:
+    """Write a branch of the configuration in one line, empty keys left out."""
+    if isinstance(value, dict):
+        parts = {k: v for k, v in value.items() if v is not None}
+        written = (v.rpartition(".")[2] if k == "_target_" else f"{k}={_inline(v)}" for k, v in parts.items())
+        return " ".join(written)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return str(value)
+
+
+def _mistake(error: BaseException) -> str | None:
+    """Return what the caller did wrong, where that is what the error says; Hydra may have wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DePassError):
+            return str(cause)
+        cause = cause.__cause__
+    return None

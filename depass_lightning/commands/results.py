@@ -1,0 +1,125 @@
+"""What an analysis leaves behind: a summary, a page, figures, and what it says in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.faithfulness import summarise
+from depass_lightning.reports.figures import curves_figure, save_figure, tokens_figure
+from depass_lightning.reports.page import write_page
+from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
+from depass_lightning.storage import attribution_from_row, read_rows, write_json
+
+
+@dataclass(frozen=True)
+class Results:
+    """An analysis that is done.
+
+    Attributes:
+        folder: the run's folder.
+        rows: a row a prompt, in the task's order.
+        summary: what `summary.json` holds.
+        page: the report; None where nothing could be attributed.
+    """
+
+    folder: Path
+    rows: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    page: Path | None
+
+
+def write_results(
+    folder: Path,
+    attributions: Path,
+    *,
+    about: Mapping[str, Any],
+    title: str,
+    subtitle: str = "",
+    prompts: int = 200,
+    figures: int = 4,
+) -> Results:
+    """Write the summary, the page and the figures of a run.
+
+    Args:
+        folder: the run's folder.
+        attributions: the Parquet file of its rows.
+        about: what else the summary says: model, settings, versions, time.
+        title: the page's title.
+        subtitle: the line below it.
+        prompts: how many prompts the page shows at most, the first ones.
+        figures: how many prompts are drawn as pictures.
+    """
+    rows = read_rows(attributions)
+    summary = {**summarise(rows), **about}
+    write_json(folder / "summary.json", summary)
+    if not rows:
+        return Results(folder, rows, summary, None)
+    shown = [attribution_from_row(row) for row in rows[:prompts]]
+    _draw(folder / "figures", summary, rows, shown[:figures])
+    if len(rows) > prompts:
+        subtitle = f"{subtitle}; the first {prompts:,} of {len(rows):,} prompts".lstrip("; ")
+    page = folder / "report.html"
+    examples = [_example(row) for row in rows[:prompts]]
+    write_page(page, shown, title=title, subtitle=subtitle, summary=summary, examples=examples)
+    return Results(folder, rows, summary, page)
+
+
+def print_results(results: Results, console: Console, prompts: int = 6) -> None:
+    """Show a run in the terminal: one prompt in colours, a table of some, and the run's numbers.
+
+    Args:
+        results: the run.
+        console: where to print.
+        prompts: how many prompts the table has at most.
+    """
+    shown = [attribution_from_row(row) for row in results.rows[:prompts]]
+    if shown:
+        console.print()
+        console.print(attribution_text(shown[0], top=5))
+        console.print()
+        console.print(attributions_table(shown))
+    console.print(summary_table(results.summary))
+    console.print()
+    if results.page is not None:
+        console.print(Text("page     "), _path(results.page), sep="")
+    console.print(Text("folder   "), _path(results.folder), sep="")
+
+
+def _path(path: Path) -> Text:
+    """Return a path that is never broken over lines, and that terminals which can, open on a click."""
+    return Text(str(path), style=f"bold link file://{path.resolve()}", no_wrap=True, overflow="ignore")
+
+
+def _example(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of a prompt, as the page takes it."""
+    roles: dict[str, list[tuple[int, int]]] = {}
+    for role in row["roles"] or ():
+        roles.setdefault(role["name"], []).append((role["start"], role["end"]))
+    evidence = [tuple(span) for span in row["evidence"] or ()]
+    named = [name for name, spans in roles.items() if set(spans) <= set(evidence)]
+    return {
+        "id": row["id"],
+        "answer": row["answer"],
+        "roles": roles,
+        "evidence": named or evidence,
+        "evidence_first": row["evidence_first"],
+    }
+
+
+def _draw(
+    folder: Path,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    attributions: Sequence[Attribution],
+) -> None:
+    """Draw the curves, and some prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if "curves" in summary:
+        save_figure(curves_figure(summary["curves"]), folder / "curves.svg")
+    for row, attribution in zip(rows, attributions, strict=False):
+        save_figure(tokens_figure(attribution), folder / f"prompt-{row['index']}.svg")
