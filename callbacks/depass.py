@@ -1,0 +1,281 @@
+"""DePassCallback: what the model in training bases its answers on, at every validation and checkpoint.
+
+One run of the probes:
+
+1. Every rank attributes its own share, `range(rank, n, world)`, with the model itself rather than its
+   distributed wrapper: a plain forward pass needs no other rank, so shares may be uneven, or empty.
+2. The shares are gathered, once. Every rank then holds every result: all of them log the same numbers and
+   keep the same history, and none waits for another.
+3. The scalars go where ModelCheckpoint and EarlyStopping look, and to the loggers; rank zero publishes the
+   maps.
+
+Training does not notice: DePass leaves the model as it was, and `untouched` the rest.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from transformers import PreTrainedTokenizerBase
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.callbacks.history import SCALARS, History, measure, summarise
+from depass_lightning.callbacks.probes import (
+    ModelFinder,
+    Probe,
+    ProbeSource,
+    find_model,
+    find_tokenizer,
+    load_set,
+    name_sets,
+)
+from depass_lightning.callbacks.publish import Result, publish
+from depass_lightning.callbacks.share import Failure, Outcome, Prober, gather, untouched
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.sources import Source, Tokens
+
+log = logging.getLogger(__name__)
+
+SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+class DePassCallback(Callback):
+    """Attributes held-out probes while a model trains, and logs what changes.
+
+    It runs when training starts and ends, at every validation, and whenever a checkpoint is written, but
+    never twice at one optimiser step. With `trainer.validate` it runs once, and leaves the history alone.
+
+    Args:
+        probes: a task or its name ("ioi"), a file of JSON lines, a list of `(prompt, target)` or of
+            `Example`; or a mapping that gives several such sets their names.
+        size: how many probes of each set to take at most.
+        source: what the states are split into; `Tokens()` where None.
+        rule: how neurons are shared out.
+        tokenizer: the model's; where None the LightningModule's or the data module's `tokenizer`, or that
+            of the model's own name.
+        model: where the language model is, if it is not to be searched for: the path of an attribute of the
+            LightningModule, or a function of the LightningModule.
+        every_n_steps: run every so many optimiser steps, too.
+        batch_size: probes in one pass; a batch that fails is halved until the probe to blame is found.
+        on_error: what a failing probe does: "log" says which and why, and training goes on; "raise" ends it.
+        folder: where pages and scores are written, in a folder `depass`; that of the first logger where None,
+            or the trainer's `default_root_dir` without a logger.
+
+    Raises:
+        DePassError: for arguments that make no sense; when training starts, for probes, a model or a
+            tokenizer that cannot be found, and for strategies that shard the model's weights.
+    """
+
+    def __init__(
+        self,
+        probes: ProbeSource | Mapping[str, ProbeSource] = "ioi",
+        *,
+        size: int = 16,
+        source: Source | None = None,
+        rule: str = "softmax",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        model: ModelFinder | None = None,
+        every_n_steps: int | None = None,
+        batch_size: int = 8,
+        on_error: Literal["log", "raise"] = "log",
+        folder: str | Path | None = None,
+    ) -> None:
+        for name, number in (("size", size), ("every_n_steps", every_n_steps), ("batch_size", batch_size)):
+            if number is not None and number < 1:
+                raise DePassError(f"{name} must be at least 1, not {number}")
+        if on_error not in ("log", "raise"):
+            raise DePassError(f"on_error must be 'log' or 'raise', not {on_error!r}")
+        self.size = size
+        self.options = {"source": Tokens() if source is None else source, "rule": rule}
+        self.tokenizer = tokenizer
+        self.model = model
+        self.every_n_steps = every_n_steps
+        self.batch_size = batch_size
+        self.on_error = on_error
+        self.folder = folder
+        self.history: dict[str, History] = {}
+        self._given = name_sets(probes)
+        self._sets: dict[str, list[Probe]] = {}
+        self._prober: Prober | None = None
+        self._step: int | None = None
+        self._scalars: dict[str, float] = {}
+        self._interrupted = False
+        self._began = self._spent = 0.0
+
+    @property
+    def state_key(self) -> str:
+        """What tells this callback's state in a checkpoint from another's: the names of its probe sets."""
+        return self._generate_state_key(probes=sorted(self._given))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last run's step and scalars and the history, as plain containers and tensors."""
+        history = {name: past.state_dict() for name, past in self.history.items()}
+        return {"step": self._step, "scalars": dict(self._scalars), "history": history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the history of a checkpoint, so that curves and similarities go on from it."""
+        self._step, self._scalars = state_dict["step"], dict(state_dict["scalars"])
+        self.history = {name: History.from_state_dict(past) for name, past in state_dict["history"].items()}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the probes, so that a mistake in them is found before anything expensive."""
+        self._interrupted = False
+        if isinstance(trainer.strategy, SHARDED):
+            raise DePassError(
+                f"{type(trainer.strategy).__name__} spreads the model's weights over ranks, but "
+                "DePassCallback needs them whole on each; train with strategy='ddp', or leave it out"
+            )
+        if stage in ("fit", "validate") and not self._sets:
+            with untouched():
+                self._sets = {name: load_set(name, given, self.size) for name, given in self._given.items()}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model, now that it is on its device, before the first batch."""
+        self._find(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model where `trainer.validate` runs alone."""
+        self._find(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run once before training: the first reference."""
+        self._began, self._spent = time.perf_counter(), 0.0
+        if self._step is not None and trainer.global_step < self._step:  # another training begins
+            self._step, self.history = None, {}
+        self._run_and_log(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Run where `every_n_steps` says so."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._run_and_log(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run with the validation, and log the scalars beside its own."""
+        if trainer.sanity_checking:
+            return
+        scalars, _ = self._run(trainer)
+        for name, value in scalars.items():
+            # the ranks agree already, but Lightning warns unless it may make sure
+            pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Run for the checkpoint that is being written, and put the run into it."""
+        if self._prober is not None and not self._interrupted and trainer.state.fn == TrainerFn.FITTING:
+            self._run_and_log(trainer)
+            # Lightning collected the callbacks' states before it called this
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run on the weights that training ends with."""
+        self._run_and_log(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Run no more: other ranks may be gone, and nothing could be gathered."""
+        self._interrupted = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        self._prober = None
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._prober is None:
+            model = find_model(pl_module, self.model)
+            with untouched(model.device):
+                depass = DePass(model, find_tokenizer(trainer, pl_module, model, self.tokenizer))
+            self._prober = Prober(depass, model.device, self.options, self.batch_size)
+
+    def _run_and_log(self, trainer: Trainer) -> None:
+        """Run outside of a validation, where Lightning's own logging would wait for it or refuse."""
+        scalars, new = self._run(trainer)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+        for logger in trainer.loggers if new else ():
+            logger.log_metrics(scalars, step=_logged_step(trainer))
+            logger.save()
+
+    def _run(self, trainer: Trainer) -> tuple[dict[str, float], bool]:
+        """Run every probe set, on all ranks together.
+
+        Returns:
+            The scalars, and True; or, where this optimiser step had its run, that one's scalars and False.
+        """
+        step, fitting = trainer.global_step, trainer.state.fn == TrainerFn.FITTING
+        if self._prober is None or (fitting and step == self._step):
+            return self._scalars, False
+        began = time.perf_counter()
+        with untouched(self._prober.device):
+            shares = gather({name: self._share(trainer, probes) for name, probes in self._sets.items()})
+            results = []
+            for name in self._sets:
+                outcomes = {i: outcome for share in shares for i, outcome in share[name].items()}
+                results.append(self._result(name, step, outcomes, fitting))
+            self._publish(trainer, results)
+        scalars = {name: value for result in results for name, value in result.scalars.items()}
+        if fitting:
+            self._spent += time.perf_counter() - began
+            scalars["depass/overhead"] = self._spent / (time.perf_counter() - self._began)
+            self._step, self._scalars = step, scalars
+        return scalars, True
+
+    def _share(self, trainer: Trainer, probes: list[Probe]) -> dict[int, Outcome]:
+        """Attribute this rank's probes, and return the outcomes by the probes' indices."""
+        assert self._prober is not None
+        mine = range(trainer.global_rank, len(probes), trainer.world_size)
+        return dict(zip(mine, self._prober.outcomes([probes[i] for i in mine]), strict=True))
+
+    def _result(self, name: str, step: int, outcomes: Mapping[int, Outcome], record: bool) -> Result:
+        """Measure what came of a set's probes, and append it to the set's history where `record` says so."""
+        probes = self._sets[name]
+        failed = {probes[i].id: o.reason for i, o in sorted(outcomes.items()) if isinstance(o, Failure)}
+        self._report(name, step, failed)
+        scored = {i: o for i, o in sorted(outcomes.items()) if isinstance(o, Attribution)}
+        history = self.history.get(name, History())
+        rows = [measure(probes[i], a) | history.similarities(probes[i], a) for i, a in scored.items()]
+        known = any(probe.evidence for probe in probes)
+        metrics = summarise(rows, [scalar for scalar in SCALARS if known or scalar != "on_target"])
+        metrics["failed"] = float(len(failed))
+        if record:
+            history.add(step, metrics, {probes[i].id: a for i, a in scored.items()})
+            self.history[name] = history
+        return Result(name, step, [probes[i] for i in scored], list(scored.values()), rows, metrics, history)
+
+    def _report(self, name: str, step: int, failed: Mapping[str, str]) -> None:
+        """Say which probes failed, or raise for the first."""
+        for probe, reason in failed.items():
+            message = f"probe {probe!r} of {name!r} failed at step {step}: {reason}"
+            if self.on_error == "raise":
+                raise DePassError(message)
+            rank_zero_only(log.warning)(message)
+
+    def _publish(self, trainer: Trainer, results: list[Result]) -> None:
+        """Write the maps and hand them to the loggers, on rank zero."""
+        logs = trainer.log_dir  # on every rank: Lightning broadcasts it
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        folder = Path(self.folder or logs or trainer.default_root_dir)
+        for result in results:
+            try:
+                publish(result, trainer.loggers, folder, _logged_step(trainer))
+            except Exception:
+                if self.on_error == "raise":
+                    raise
+                log.exception("the maps of %r at step %d were not written", result.name, result.step)
+
+
+def _logged_step(trainer: Trainer) -> int:
+    """Return the step that Lightning itself logs under, so that curves line up with the loss.
+
+    It differs from `global_step` where several optimisers step on one batch.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,0 +1,127 @@
+"""What the probes measured at each step, and how far their scores have drifted.
+
+1. Every probe is measured on its own (`measure`).
+2. Its scores are compared with those of the first and of the previous run (`History.similarities`).
+3. The set's scalars are the means over its probes, and the worst completeness (`summarise`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.callbacks.probes import Probe
+
+SCALARS = (
+    "value",
+    "probability",
+    "rank",
+    "completeness",
+    "on_target",
+    "entropy",
+    "similarity_first",
+    "similarity_previous",
+)
+
+
+def measure(probe: Probe, attribution: Attribution) -> dict[str, float]:
+    """Return the scalars of one probe that need no history; what cannot be known of it is left out."""
+    found = {
+        "value": attribution.value,
+        "completeness": attribution.completeness,
+        "entropy": entropy(attribution.scores),
+    }
+    if attribution.probability is not None:
+        found["probability"] = attribution.probability
+    if attribution.rank is not None:
+        found["rank"] = float(attribution.rank)
+    if probe.evidence and attribution.offsets is not None:
+        found["on_target"] = attribution.share(probe.evidence)
+    return found
+
+
+def entropy(scores: Float[Tensor, " component"]) -> float:
+    """Return the entropy, in nats, of how the scores' absolute values are spread over the components.
+
+    0 where one component has everything; the logarithm of their number where all have the same.
+    """
+    size = scores.double().abs()
+    shares = size / size.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.special.entr(shares).sum().item()
+
+
+def summarise(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Return the mean of every named scalar over the probes that have it, of `completeness` the worst.
+
+    A scalar that no probe has is not-a-number, so that whatever watches it finds it.
+    """
+    summary = {}
+    for name in names:
+        values = [row[name] for row in rows if name in row] or [math.nan]
+        summary[name] = max(values) if name == "completeness" else math.fsum(values) / len(values)
+    return summary
+
+
+class History:
+    """The runs of one probe set so far: its curves, and the scores of its first and its previous run."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.curves: dict[str, list[float]] = {}
+        self._first: dict[str, dict[str, Any]] = {}
+        self._previous: dict[str, dict[str, Any]] = {}
+
+    def similarities(self, probe: Probe, attribution: Attribution) -> dict[str, float]:
+        """Return the cosine similarity of a probe's scores to those of its first and of its previous run.
+
+        1 in a probe's first run. A probe whose components are no longer the same has none.
+        """
+        return {
+            name: similarity
+            for name, run in (("similarity_first", self._first), ("similarity_previous", self._previous))
+            if (similarity := _cosine(run.get(probe.id), attribution)) is not None
+        }
+
+    def add(self, step: int, metrics: Mapping[str, float], scored: Mapping[str, Attribution]) -> None:
+        """Append one run.
+
+        Args:
+            step: the optimiser step.
+            metrics: the set's scalars.
+            scored: the attribution of every probe that succeeded, by its id.
+        """
+        for name in dict.fromkeys((*self.curves, *metrics)):
+            curve = self.curves.setdefault(name, [math.nan] * len(self.steps))
+            curve.append(metrics.get(name, math.nan))
+        self.steps.append(step)
+        scores = {id: {"names": list(a.names), "scores": a.scores.clone()} for id, a in scored.items()}
+        self._previous.update(scores)
+        self._first = scores | self._first
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain containers and tensors."""
+        curves = {name: list(curve) for name, curve in self.curves.items()}
+        runs = {"first": dict(self._first), "previous": dict(self._previous)}
+        return {"steps": list(self.steps), "curves": curves, **runs}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "History":
+        """Rebuild what `state_dict` returned."""
+        history = cls()
+        history.steps = list(state["steps"])
+        history.curves = {name: list(curve) for name, curve in state["curves"].items()}
+        history._first, history._previous = dict(state["first"]), dict(state["previous"])
+        return history
+
+
+def _cosine(before: Mapping[str, Any] | None, after: Attribution) -> float | None:
+    """Return the cosine similarity to stored scores; None where they are of other components."""
+    if before is None:
+        return 1.0
+    if before["names"] != after.names:
+        return None
+    return torch.cosine_similarity(before["scores"].double(), after.scores.double(), dim=0).item()

@@ -1,0 +1,142 @@
+"""Where the callback's results go: files beside the run's logs, and each logger in its own way.
+
+Files are always written. What a logger gets beside the scalars:
+
+- Weights & Biases: the page as an Html panel under one key, so that its step slider plays the training, and a
+  fresh Table of the probes; both in the same row of the run's history as the scalars.
+- TensorBoard: a figure of each of the first probes, and the table as text.
+- MLflow: the page and the scores' file as artifacts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.callbacks.history import History
+from depass_lightning.callbacks.probes import Probe
+from depass_lightning.reports.page import write_page
+from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
+
+FIGURES = 4  # TensorBoard keeps every figure of every step in its one file
+COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of one probe set found.
+
+    Attributes:
+        name: the set's name.
+        step: the optimiser step.
+        probes: those that succeeded.
+        attributions: one a probe.
+        rows: the scalars of each probe.
+        metrics: the scalars of the set.
+        history: the runs so far, this one included.
+    """
+
+    name: str
+    step: int
+    probes: Sequence[Probe]
+    attributions: Sequence[Attribution]
+    rows: Sequence[dict[str, float]]
+    metrics: dict[str, float]
+    history: History
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The set's scalars by their full names, as loggers and `trainer.callback_metrics` have them."""
+        return {f"depass/{self.name}/{name}": value for name, value in self.metrics.items()}
+
+
+def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int) -> None:
+    """Write a result's files below `folder`, then hand its maps to every logger that can hold them.
+
+    Args:
+        result: what a run found.
+        loggers: the trainer's.
+        folder: the run's folder.
+        step: what the loggers call this step.
+    """
+    page, scores = write_files(result, folder / "depass" / result.name)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            _to_wandb(logger, result, page, step)
+        elif isinstance(logger, TensorBoardLogger):
+            _to_tensorboard(logger, result, step)
+        elif isinstance(logger, MLFlowLogger):
+            _to_mlflow(logger, result.name, (page, scores))
+
+
+def write_files(result: Result, folder: Path) -> tuple[Path, Path]:
+    """Write the step's page and scores, and the set's curves up to now.
+
+    Returns:
+        The page (`step-000123.html`) and the scores (`step-000123.parquet`, in the columns of an analysis);
+        the curves are in `history.json`.
+    """
+    page = folder / f"step-{result.step:06d}.html"
+    write_page(page, result.attributions, title=f"{result.name}, step {result.step}", summary=result.metrics)
+    rows = [
+        attribution_to_row(attribution)
+        | {"index": i, "id": probe.id, "correct": attribution.correct, "evidence": probe.evidence}
+        for i, (probe, attribution) in enumerate(zip(result.probes, result.attributions, strict=True))
+    ]
+    scores = write_shard(page.with_suffix(".parquet"), rows, ATTRIBUTION_SCHEMA)
+    write_json(folder / "history.json", {"steps": result.history.steps, "curves": result.history.curves})
+    return page, scores
+
+
+def table(result: Result) -> tuple[list[int | str], list[Any]]:
+    """Return one row a probe: what was asked, what the model says, which tokens count, and the scalars."""
+    names = [name for name in result.metrics if any(name in row for row in result.rows)]
+    rows = [
+        [
+            probe.id,
+            probe.prompt,
+            attribution.target,
+            attribution.prediction,
+            ", ".join(f"{name.strip()} {score:+.2f}" for name, score in attribution.top(3)),
+            *(row.get(name) for name in names),
+        ]
+        for probe, attribution, row in zip(result.probes, result.attributions, result.rows, strict=True)
+    ]
+    return [*COLUMNS, *names], rows
+
+
+def _to_wandb(logger: WandbLogger, result: Result, page: Path, step: int) -> None:
+    import wandb  # takes a second, which only those who use it should wait
+
+    columns, rows = table(result)
+    maps = {
+        "map": wandb.Html(page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True),
+        # a Table that was logged cannot be changed, so each step has its own
+        "table": wandb.Table(columns=columns, data=rows),
+    }
+    logger.log_metrics({f"depass/{result.name}/{key}": shown for key, shown in maps.items()}, step=step)
+
+
+def _to_tensorboard(logger: TensorBoardLogger, result: Result, step: int) -> None:
+    from depass_lightning.reports.figures import tokens_figure  # draws in matplotlib: as slow
+
+    for probe, attribution in list(zip(result.probes, result.attributions, strict=True))[:FIGURES]:
+        tag = f"depass/{result.name}/map/{probe.id}"
+        logger.experiment.add_figure(tag, tokens_figure(attribution), global_step=step)
+    columns, rows = table(result)
+    lines: list[list[Any]] = [columns, ["---"] * len(columns), *rows]
+    text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    logger.experiment.add_text(f"depass/{result.name}/table", text, global_step=step)
+
+
+def _to_mlflow(logger: MLFlowLogger, name: str, files: Sequence[Path]) -> None:
+    for file in files:
+        logger.experiment.log_artifact(logger.run_id, str(file), artifact_path=f"depass/{name}")
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
