@@ -1,7 +1,7 @@
 """Tiny random models of every supported type, with every parameter randomised.
 
-Default initialisation hides mistakes: with biases of zero and norm weights of one, an engine that forgets them is
-still right. So here no parameter keeps its default, and no dimension equals another by accident.
+Default initialisation hides mistakes: with biases of zero and norm weights of one, an engine that forgets
+them is still right. So here no parameter keeps its default, and no dimension equals another by accident.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def build(
 
     Args:
         name: one of `ALL`.
-        dtype: of the parameters. In float64 the norms, which Transformers computes in float32 whatever the model's
-            dtype, are computed in float64, so that sums can be checked to float64's precision.
+        dtype: of the parameters. In float64 the norms, which Transformers computes in float32 whatever the
+            model's dtype, are computed in float64, so that sums can be checked to float64's precision.
         attention: Transformers' attention implementation.
         seed: of every parameter.
         changes: further settings of the configuration.
@@ -80,7 +80,7 @@ def build(
     config._attn_implementation = attention
     model = make_model(config)
     randomise(model, seed)
-    model = model.to(dtype).eval()
+    model.to(dtype=dtype).eval()  # type: ignore[call-arg]
     if dtype == torch.float64:
         use_exact_norms(model)
     return model
@@ -115,7 +115,7 @@ def _exact_rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def prompt(length: int = 10, *, seed: int = 0) -> torch.Tensor:
-    """Returns random token ids `[position]` that begin, as real prompts do, with the beginning-of-text token."""
+    """Returns random token ids `[position]` that begin with the beginning-of-text token, as prompts do."""
     generator = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
     ids[0] = 1
@@ -123,8 +123,7 @@ def prompt(length: int = 10, *, seed: int = 0) -> torch.Tensor:
 
 
 def padded(prompts: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns token ids and mask `[batch, position]` of prompts of unequal lengths, padded on the side `left` or
-    `right` with a token that is also an ordinary one."""
+    """Returns token ids and mask `[batch, position]` of prompts, padded on the side `left` or `right`."""
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), 2)
     attention_mask = torch.zeros_like(input_ids)
@@ -133,3 +132,34 @@ def padded(prompts: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.
         input_ids[row, place] = ids
         attention_mask[row, place] = 1
     return input_ids, attention_mask
+
+
+@torch.no_grad()
+def real_states(model: PreTrainedModel, input_ids: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the residual states `[position, hidden]` of one prompt, as the model itself computes them.
+
+    They are what enters each block and what leaves the last (`output_hidden_states` would give it normed).
+    """
+    states: list[torch.Tensor] = []
+    blocks = list(model.model.layers)
+
+    def entering(module: nn.Module, inputs: Any) -> None:
+        states.append(inputs[0][0].clone())
+
+    def leaving(module: nn.Module, inputs: Any, output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output)[0].clone())
+
+    handles = [block.register_forward_pre_hook(entering) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(leaving))
+    try:
+        model(input_ids[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
+def distance(given: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the L2 distance between two tensors, relative to the expected one's norm."""
+    given, expected = given.detach().double(), expected.detach().double()
+    return float((given - expected).norm() / expected.norm())

@@ -1,10 +1,11 @@
 """A naive float64 twin of the engine: the decomposed forward pass as its definition reads, and nothing else.
 
-It is slow, dense and single-prompt on purpose, and shares no code with the package. A true pass is recorded from the
-real model, run in float64 with eager attention; then every component is carried through every block by plain loops.
+It is slow, dense and single-prompt on purpose, and shares no code with the package. A true pass is recorded
+from the real model, run in float64 with eager attention; then every component is carried through every block
+by plain loops.
 
-Notation: positions `n` and `k`, components `m`, hidden size `d`, heads `h`, neurons `i`. Source: Hong et al., "DePass:
-Unified Feature Attributing by Simple Decomposed Forward Pass", NeurIPS 2025 (arXiv 2510.18462).
+Notation: positions `n` and `k`, components `m`, hidden size `d`, heads `h`, neurons `i`. Source: Hong et al.,
+"DePass: Unified Feature Attributing by Simple Decomposed Forward Pass", NeurIPS 2025 (arXiv 2510.18462).
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tests.models import use_exact_norms
 
-RULES = ("softmax", "max", "relu", "linear", "taylor")
+Rule = Literal["softmax", "max", "relu", "linear", "taylor"]
+RULES: tuple[Rule, ...] = ("softmax", "max", "relu", "linear", "taylor")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """How a state is decomposed; `release` asks for the steps of the paper's published code."""
 
     layer: int = 0
-    rule: str = "softmax"
+    rule: Rule = "softmax"
     temperature: float = 0.1
     exclude_first: bool = True
     bias: bool = True
@@ -62,7 +64,7 @@ class Trace:
         return self.layers[-1].leaving
 
     def state(self, layer: int) -> Tensor:
-        """The residual state `[n, d]` that enters a block, or, for the number of blocks, that leaves the last."""
+        """The residual state `[n, d]` that enters a block, or (for the number of blocks) leaves the last."""
         return self.final if layer == len(self.layers) else self.layers[layer].entering
 
 
@@ -132,8 +134,8 @@ def decompose(trace: Trace, options: Options) -> dict[int, Tensor]:
     """Carries the token components of `options.layer` to the end.
 
     Returns:
-        For each layer from `options.layer` to the number of blocks, the components `[m, n, d]` of the state there:
-        one for each token, then the bias if there is one.
+        For each layer from `options.layer` to the number of blocks, the components `[m, n, d]` of the state
+        there: one for each token, then the bias if there is one.
     """
     true = trace.state(options.layer)
     positions = len(true)
@@ -175,7 +177,8 @@ def attention_part(layer: Layer, state: Tensor, is_bias: bool) -> Tensor:
         values = normed @ attention.v_proj.weight[group_rows].T
         if is_bias and attention.v_proj.bias is not None:
             values = values + attention.v_proj.bias[group_rows]
-        added = added + layer.attention[head] @ values @ attention.o_proj.weight[:, head * size : (head + 1) * size].T
+        output = attention.o_proj.weight[:, head * size : (head + 1) * size]
+        added = added + layer.attention[head] @ values @ output.T
     if is_bias and attention.o_proj.bias is not None:
         added = added + attention.o_proj.bias
     return added
@@ -202,8 +205,8 @@ def mlp_parts(layer: Layer, normed: list[Tensor], bias: int | None, options: Opt
 def shares(gates: Tensor, options: Options) -> Tensor:
     """The share `[m, n, i]` of every neuron that each component takes under a competing rule.
 
-    Who competes at a position: the components whose gates there are not all exactly zero, without the first where
-    it is excluded, unless it is the only one.
+    Who competes at a position: the components whose gates there are not all exactly zero, without the first
+    where it is excluded, unless it is the only one.
     """
     result = torch.zeros_like(gates)
     for n in range(gates.shape[1]):
@@ -239,7 +242,7 @@ def shares_of_competing(gates: Tensor, options: Options) -> Tensor:
 
 
 def release_mlp_parts(layer: Layer, normed: list[Tensor], options: Options) -> list[Tensor]:
-    """What the MLP of a block adds to each component, the remainder last, in the published code's own steps."""
+    """What the MLP of a block adds to each component, the remainder last, in the published code's steps."""
     mlp = layer.block.mlp
     gates = torch.stack([mlp.gate_proj(c) for c in normed])  # [m, n, i], with the gate's bias in each
     activated = mlp.act_fn(layer.gate)
