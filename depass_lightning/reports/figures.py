@@ -18,7 +18,7 @@ from matplotlib.textpath import text_to_path
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.files import write_whole
-from depass_lightning.reports.numbers import percent, signed, visible
+from depass_lightning.reports.numbers import model_name, percent, signed, visible
 from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, ink, shade
 
 # The first of these that is installed writes the text; the others stand in where it lacks a letter.
@@ -220,8 +220,11 @@ def _headline(axes: Axes, attribution: Attribution, theme: Theme, height: float)
     """Write the target and its value, and at the right how the scores were made."""
     value = f"{visible(attribution.target)} = {signed(attribution.value)}"
     _write(axes, MARGIN, height - 30, value, 13.5, color=hexadecimal(theme.ink), weight="bold")
-    model, source = attribution.metadata.get("model"), f"{attribution.source} at layer {attribution.layer}"
-    text = "  ·  ".join(str(part) for part in (model, source, attribution.rule) if part)
+    model, source = (
+        attribution.metadata.get("model", ""),
+        f"{attribution.source} at layer {attribution.layer}",
+    )
+    text = "  ·  ".join(part for part in (model_name(str(model)), source, attribution.rule) if part)
     if _width(value, 14.5) + _width(text, 9.5) < WIDTH * 72 - 3 * MARGIN:
         _write(axes, WIDTH * 72 - MARGIN, height - 30, text, 9.5, color=hexadecimal(theme.muted), ha="right")
 

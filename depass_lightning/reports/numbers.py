@@ -4,12 +4,21 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 PERCENT_WORDS = frozenset(
     ["accuracy", "chance", "correct", "evidence", "first", "hit", "on", "probability", "rate", "share"]
 )
 ERROR_WORDS = frozenset(("completeness", "error"))
+
+LABELS = {
+    "correct": "model is right",
+    "completeness_max": "completeness, worst",
+    "completeness_mean": "completeness, mean",
+    "evidence_first": "right token first",
+    "on_target": "score on the right tokens",
+}
 
 # Signs without a look of their own that turn the direction of the text round them.
 TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
@@ -80,32 +89,32 @@ def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
     """Write the numbers of a run's summary for a reader.
 
     Args:
-        summary: names and values. A value is a number, a text, a truth value, or a mapping of its own with
-            the `value` and, where known, the value by `chance`, an `interval` of two numbers and a `note`.
-            What is neither (lists, curves, settings) is left out: it is no single number.
+        summary: names and values. A value is a number, a truth value, or a mapping of its own with the
+            `value` and, where known, the value by `chance`, an `interval` of two numbers and a `note`. What
+            is neither (texts, lists, curves, settings) is left out: it is no single number.
     """
     cards = []
     for key, entry in summary.items():
         parts = entry if isinstance(entry, Mapping) else {"value": entry}
         value = parts.get("value")
-        if not isinstance(value, int | float | str):
+        if not isinstance(value, int | float):
             continue
-        notes = [str(parts["note"])] if parts.get("note") else []
+        notes = []
         if parts.get("interval") is not None:
-            notes.insert(0, " to ".join(_amount(key, bound) for bound in parts["interval"]))
+            notes.append(" to ".join(_amount(key, bound) for bound in parts["interval"]))
         if parts.get("chance") is not None:
-            notes.insert(0, f"by chance {_amount(key, parts['chance'])}")
-        cards.append(Card(key.replace("_", " "), _amount(key, value), ", ".join(notes)))
+            notes.append(f"at random {_amount(key, parts['chance'])}")
+        if parts.get("note"):
+            notes.append(str(parts["note"]))
+        cards.append(Card(LABELS.get(key, key.replace("_", " ")), _amount(key, value), ", ".join(notes)))
     return cards
 
 
-def _amount(key: str, value: float | str) -> str:
+def _amount(key: str, value: float) -> str:
     """Write one value of a summary in the unit that its name tells."""
     words = set(key.lower().split("_"))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, str):
-        return value
     if isinstance(value, int):
         return f"{value:,}"
     if words & ERROR_WORDS:
@@ -113,3 +122,8 @@ def _amount(key: str, value: float | str) -> str:
     if words & PERCENT_WORDS and 0 <= value <= 1:
         return percent(value)
     return f"{plain(value)} s" if "seconds" in words else plain(value)
+
+
+def model_name(name: str) -> str:
+    """Return a model's name, of one that was read from a folder or a file the last part of its path."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name

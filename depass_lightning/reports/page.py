@@ -23,7 +23,7 @@ from markupsafe import Markup
 from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
 from depass_lightning.files import write_whole
-from depass_lightning.reports.numbers import summary_cards, visible
+from depass_lightning.reports.numbers import model_name, summary_cards, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 
 SCRIPTS = (
@@ -182,7 +182,7 @@ def _settings(attribution: Attribution, without: Iterable[str] = ()) -> dict[str
     """Return how an attribution was made, in words, less the settings named."""
     plain_values = {k: str(v) for k, v in attribution.metadata.items() if isinstance(v, str | int | float)}
     made = {"source": f"{attribution.source} at layer {attribution.layer}", "rule": attribution.rule}
-    settings = {"model": plain_values.pop("model", "unnamed")} | made | plain_values
+    settings = {"model": model_name(plain_values.pop("model", "unnamed"))} | made | plain_values
     return {name.replace("_", " "): visible(value) for name, value in settings.items() if name not in without}
 
 

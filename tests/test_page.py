@@ -1,0 +1,179 @@
+"""The page: what it holds, what it escapes, and that a browser draws it."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from depass_lightning.errors import DePassError
+from depass_lightning.reports.figures import curves_figure, save_figure
+from depass_lightning.reports.page import page_html, write_page
+from tests.attributions import CURVES, NASTY, Elements, attribution_of, ioi, nasty
+
+EXAMPLE = {
+    "id": "ioi-7",
+    "answer": " Mary",
+    "roles": {"subject": [(14, 18)], "indirect_object": [(5, 9)]},
+    "evidence": ["indirect_object"],
+    "evidence_first": True,
+}
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """Return the data that a page holds."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(found.group(1))
+
+
+def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
+    write_page(tmp_path / "report.html", [ioi()], title="T", summary={"correct": 1.0, "curves": CURVES})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for tag, attributes in Elements(page).found:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+    assert "@import" not in page
+
+
+def test_the_page_allows_its_own_script_alone() -> None:
+    import base64
+    import hashlib
+
+    page = page_html([ioi()], title="T")
+    script = page.rsplit("<script>", 1)[1].split("</script>", 1)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page
+
+
+def test_no_text_of_a_run_becomes_markup() -> None:
+    page = page_html(
+        [nasty()],
+        title=NASTY,
+        subtitle=NASTY,
+        summary={NASTY: {"value": 1.0, "note": NASTY}},
+        examples=[{"id": NASTY, "answer": NASTY, "roles": {NASTY: [(0, 3)]}, "evidence": [(0, 3)]}],
+    )
+    assert [tag for tag, _ in Elements(page).found].count("script") == 2
+    assert NASTY not in page
+    prompt = data_of(page)["prompts"][0]
+    assert prompt["tokens"][1] == NASTY
+    assert prompt["tokens"][3] == "↵"
+    assert prompt["id"] == NASTY
+    assert prompt["prediction"] == "</script>"
+
+
+def test_the_page_holds_scores_words_and_roles() -> None:
+    page = page_html([ioi()], title="Indirect objects", subtitle="Sub", examples=[EXAMPLE])
+    prompt = data_of(page)["prompts"][0]
+    assert prompt["id"] == "ioi-7"
+    assert prompt["views"]["tokens"]["scores"] == ioi().scores.tolist()
+    assert prompt["views"]["tokens"]["spans"][-1] is None
+    assert prompt["views"]["tokens"]["names"][-2:] == [None, "bias"]
+    assert "words" not in prompt["views"]  # every token is a word already
+    assert prompt["marks"] == [
+        {"name": "indirect object", "right": True, "tokens": [2]},
+        {"name": "subject", "right": False, "tokens": [4]},
+    ]
+    assert prompt["share"] == pytest.approx(3.0 / 4.125, rel=1e-4)
+    assert prompt["first"] is True
+    assert prompt["special"] == [0]
+    text = Elements(page).text
+    assert "Indirect objects" in text
+    assert "tokens at layer 0" in text
+
+
+def test_the_page_offers_words_where_tokens_are_pieces() -> None:
+    page = page_html([attribution_of([(" Mar", 1.0), ("y", 2.0)])], title="T")
+    words = data_of(page)["prompts"][0]["views"]["words"]
+    assert words == {"names": [None, " Mary"], "scores": [0.25, 3.0], "spans": [[0, 1], [1, 3]]}
+
+
+def test_evidence_can_be_given_as_ranges_and_left_out() -> None:
+    page = page_html([ioi(), ioi()], title="T", examples=[{"evidence": [[5, 9]]}, {}])
+    known, unknown = data_of(page)["prompts"]
+    assert known["marks"] == [{"name": "right tokens", "right": True, "tokens": [2]}]
+    assert (unknown["marks"], unknown["share"], unknown["first"]) == ([], None, None)
+    assert [known["id"], unknown["id"]] == ["prompt 1", "prompt 2"]
+
+
+def test_a_page_of_bare_token_ids_and_of_heads() -> None:
+    bare = ioi(text="", offsets=None)
+    heads = ioi(scores=torch.tensor([1.0, -2.0]), names=["head 0", "head 1"], positions=[None, None])
+    first, second = data_of(page_html([bare, heads], title="T", examples=[EXAMPLE, {}]))["prompts"]
+    assert first["marks"] == []
+    assert first["share"] is None
+    assert second["views"]["tokens"]["names"] == ["head 0", "head 1"]
+
+
+def test_settings_that_differ_stand_with_their_prompt() -> None:
+    page = page_html([ioi(rule="softmax"), ioi(rule="taylor")], title="T")
+    assert [prompt["settings"] for prompt in data_of(page)["prompts"]] == [
+        {"rule": "softmax"},
+        {"rule": "taylor"},
+    ]
+    assert "rule" not in Elements(page.split("<main", 1)[0]).text
+
+
+def test_equal_ids_are_told_apart() -> None:
+    page = page_html([ioi()] * 3, title="T", examples=[{"id": "a"}, {"id": "b"}, {"id": "a"}])
+    assert [prompt["id"] for prompt in data_of(page)["prompts"]] == ["a", "b", "a (2)"]
+
+
+def test_numbers_that_json_lacks_are_left_out() -> None:
+    a = ioi(scores=torch.tensor([float("nan")] * 11), value=float("inf"))
+    prompt = data_of(page_html([a], title="T"))["prompts"][0]
+    assert prompt["value"] is None
+    assert prompt["views"]["tokens"]["scores"] == [None] * 11
+
+
+def test_figures_are_embedded(tmp_path: Path) -> None:
+    save_figure(curves_figure(CURVES), tmp_path / "mean_curves.png")
+    page = page_html([ioi()], title="T", figures=[tmp_path / "mean_curves.png"])
+    images = [attributes for tag, attributes in Elements(page).found if tag == "img"]
+    assert len(images) == 1
+    assert (images[0]["src"] or "").startswith("data:image/png;base64,iVBOR")
+    assert images[0]["alt"] == "mean curves"
+
+
+def test_what_no_page_can_be_made_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DePassError, match="at least one attribution"):
+        page_html([], title="T")
+    with pytest.raises(DePassError, match="1 examples for 2 attributions"):
+        page_html([ioi(), ioi()], title="T", examples=[EXAMPLE])
+    with pytest.raises(DePassError, match=r"numbers\.csv is no picture"):
+        page_html([ioi()], title="T", figures=[tmp_path / "numbers.csv"])
+    with pytest.raises(DePassError, match="there is no figure"):
+        page_html([ioi()], title="T", figures=[tmp_path / "missing.png"])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_browser_draws_the_page(tmp_path: Path) -> None:
+    many = [nasty() if i == 1234 else ioi() for i in range(2000)]
+    examples = [EXAMPLE | {"id": f"ioi-{i}"} for i in range(1234)] + [
+        {"id": f"x {i}"} for i in range(1234, 2000)
+    ]
+    write_page(tmp_path / "page.html", many, title="Many", summary={"curves": CURVES}, examples=examples)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    address = f"{(tmp_path / 'page.html').as_uri()}#x%201234"
+    command = ["chromium", *flags, profile, "--virtual-time-budget=2000", "--dump-dom", address]
+    drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    body = drawn.split("<noscript>", 1)[0]
+    assert "1235 of 2000" in body
+    assert body.count('class="item"') < 100  # only the rows in sight
+    assert 'aria-selected="true"' in body
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
+    assert body.count("<polyline") == 4
