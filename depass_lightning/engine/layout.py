@@ -19,29 +19,35 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Run:
+    """Segments of equal size that stand together, so that their rows are a dense table.
+
+    Args:
+        rows: their rows, counted from the chunk's start.
+        segments: the segments, counted from the chunk's first.
+    """
+
+    rows: slice
+    segments: slice
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A run of whole segments, as the MLP takes them.
 
     Args:
-        rows: the run of rows.
-        cells: `[row]` where each row stands in a dense `[segment, component]` table, flattened.
-        shape: that table's shape.
+        rows: the rows.
+        runs: the chunk's segments by their size.
         at: `[segment]` the flat `batch * position` index of each segment.
         row_at: `[row]` the same for each row.
-        bias: rows of the bias component, counted from the run's start.
+        bias: rows of the bias component, counted from the chunk's start.
     """
 
     rows: slice
-    cells: Int[Tensor, "row"]
-    shape: tuple[int, int]
+    runs: list[Run]
     at: Int[Tensor, "segment"]
     row_at: Int[Tensor, "row"]
     bias: Int[Tensor, "row"]
-
-    @property
-    def dense(self) -> bool:
-        """Whether every cell of the table holds a row, so that it is a view of the rows."""
-        return self.shape[0] * self.shape[1] == len(self.cells)
 
 
 @dataclass(frozen=True)
@@ -148,21 +154,19 @@ class Layout:
 
     def _chunk(self, segments: slice, rows: slice) -> Chunk:
         _, positions, groups, _ = self.alive.shape
-        counts = self._counts[segments]
-        widest = int(counts.max())
-        segment = self._row_segment[rows] - segments.start
-        within = torch.arange(rows.start, rows.stop) - (counts.cumsum(0) - counts)[segment] - rows.start
         flat = self._segments[segments]
         at = flat // (groups * positions) * positions + flat % positions
-        bias = (
-            (self._row_component[rows] == self.bias).nonzero()[:, 0] if self.bias is not None else segment[:0]
-        )
+        bias = (self._row_component[rows] == (-1 if self.bias is None else self.bias)).nonzero()[:, 0]
+        runs, row, segment = [], 0, 0
+        sizes, repeats = self._counts[segments].unique_consecutive(return_counts=True)
+        for size, count in zip(sizes.tolist(), repeats.tolist(), strict=True):
+            runs.append(Run(slice(row, row + size * count), slice(segment, segment + count)))
+            row, segment = row + size * count, segment + count
         return Chunk(
             rows=rows,
-            cells=(segment * widest + within).to(self.device),
-            shape=(len(counts), widest),
+            runs=runs,
             at=at.to(self.device),
-            row_at=at[segment].to(self.device),
+            row_at=at[self._row_segment[rows] - segments.start].to(self.device),
             bias=bias.to(self.device),
         )
 

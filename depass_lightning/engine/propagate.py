@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP, FrozenNorm
@@ -170,28 +170,35 @@ class Carry:
     def share_neurons(self, mlp: FrozenMLP, rule: Rule) -> None:
         """Add each component's share of the MLP's output to it, a chunk of positions at a time."""
         hidden, neurons = mlp.down.weight.shape
-        limit = self.budget.rows(hidden + 3 * neurons, self.rows.dtype)
+        limit = self.budget.rows(2 * hidden + 2 * neurons, self.rows.dtype)
         frozen = _MLPAtPositions(
             mlp,
-            rule,
             self.at_positions(mlp.norm.scale),
             self.at_positions(mlp.neurons),
-            self.at_positions(mlp.pre_activations) if isinstance(rule, Taylor) else None,
+            mlp.norm.constant_through(mlp.gate),
         )
+        slopes = None
+        if isinstance(rule, Taylor):
+            slopes = rule.slopes(self.at_positions(mlp.pre_activations), frozen.neurons)
         for chunk in self.layout.chunks(limit):
-            if isinstance(rule, Taylor):
-                self._linear_shares(frozen, chunk)
-            else:
-                self._competing_shares(frozen, rule, chunk, limit)
+            count = len(chunk.row_at)
+            whole = slice(0, count)
+            if slopes is not None:
+                gates = self._gates(frozen, chunk, whole)
+                self._add_down(frozen, chunk, whole, gates.mul_(slopes[chunk.row_at]))
+            elif isinstance(rule, CompetingRule):
+                if count > limit and len(chunk.at) == 1:  # one position alone is too large
+                    self._share_in_parts(frozen, rule, chunk, limit)
+                else:
+                    self._share(frozen, rule, chunk)
 
     def _gates(self, frozen: "_MLPAtPositions", chunk: Chunk, part: slice) -> Tensor:
         """The components' parts of the pre-activation, for some of a chunk's rows."""
         start = chunk.rows.start
         rows = self.rows[start + part.start : start + part.stop]
         gates = frozen.mlp.norm(rows, frozen.scale[chunk.row_at[part]]) @ frozen.mlp.gate.weight.T
-        constant = frozen.mlp.norm.constant_through(frozen.mlp.gate)
-        if constant is not None:
-            gates[_within(chunk.bias, part)] += constant
+        if frozen.constant is not None:
+            gates[_within(chunk.bias, part)] += frozen.constant
         return gates
 
     def _add_down(self, frozen: "_MLPAtPositions", chunk: Chunk, part: slice, shared: Tensor) -> None:
@@ -201,58 +208,59 @@ class Carry:
         if frozen.mlp.down.bias is not None:
             rows[_within(chunk.bias, part)] += frozen.mlp.down.bias
 
-    def _linear_shares(self, frozen: "_MLPAtPositions", chunk: Chunk) -> None:
-        assert isinstance(frozen.rule, Taylor)
-        assert frozen.pre_activations is not None
+    def _share(self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk) -> None:
+        """Share the neurons of a chunk whose segments each fit."""
         whole = slice(0, len(chunk.row_at))
-        slopes = frozen.rule.slopes(frozen.pre_activations[chunk.at], frozen.neurons[chunk.at])
-        segment = torch.div(chunk.cells, chunk.shape[1], rounding_mode="floor")
-        self._add_down(frozen, chunk, whole, self._gates(frozen, chunk, whole).mul_(slopes[segment]))
+        gates = self._gates(frozen, chunk, whole)
+        present = torch.cat([_present(gates[run.rows]) for run in chunk.runs])
+        everybody = bool(present.all())
+        neurons = frozen.neurons[chunk.at]
+        for run in chunk.runs:
+            table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
+            live = present[run.rows].view(*table.shape[:2], 1)
+            prepared, live = rule.prepare(table, live, self._at_origin(chunk.at[run.segments]))
+            shares = rule.shares(prepared, live, everybody=everybody)
+            torch.mul(shares, neurons[run.segments, None], out=table)
+            if rule.complete and not everybody:
+                self._fall_back(frozen, live.any(1)[:, 0], chunk.at[run.segments])
+        self._add_down(frozen, chunk, whole, gates)
 
-    def _competing_shares(
+    def _share_in_parts(
         self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk, limit: int
     ) -> None:
-        neurons = frozen.neurons[chunk.at]
+        """Share one position's neurons among more components than fit at once: twice over them, in parts."""
         count = len(chunk.row_at)
-        if count <= limit or chunk.shape[0] > 1:
-            parts = [slice(0, count)]
-        else:  # one position alone is too large: its components are cut as well
-            parts = [slice(first, min(first + limit, count)) for first in range(0, count, limit)]
-        summary = None
-        gates = present = None
+        parts = [slice(first, min(first + limit, count)) for first in range(0, count, limit)]
+        neurons = frozen.neurons[chunk.at]
+
+        def table(part: slice) -> tuple[Tensor, Tensor]:
+            gates = self._gates(frozen, chunk, part)
+            at_origin = self._at_origin(chunk.at) & (part.start == 0)
+            return rule.prepare(gates[None], _present(gates)[None], at_origin)
+
+        summary, anybody = None, torch.zeros_like(chunk.at, dtype=torch.bool)
         for part in parts:
-            gates, present = self._table(frozen, rule, chunk, part)
+            gates, present = table(part)
             own = rule.summarise(gates, present, part.start)
             summary = own if summary is None else rule.merge(summary, own)
+            anybody |= present.any()
         assert summary is not None
-        assert gates is not None
-        assert present is not None
-        anybody = present.any(1) if len(parts) == 1 else None
+        # The first pass is over before any row changes: gates are computed twice rather than kept.
         for part in parts:
-            if len(parts) > 1:  # gates were not kept
-                gates, present = self._table(frozen, rule, chunk, part)
-                anybody = present.any(1) if anybody is None else anybody | present.any(1)
-            shares = rule.share(gates, present, summary, part.start).mul_(neurons[:, None])
-            rows = shares.flatten(0, 1)
-            self._add_down(frozen, chunk, part, rows if chunk.dense else rows[chunk.cells])
-        assert anybody is not None
-        if rule.complete and not bool(anybody.all()):
-            left = (~anybody[:, 0]).nonzero()[:, 0]
-            rows = self.layout.fallback_rows(chunk.at[left])
-            self.rows.index_add_(0, rows, neurons[left] @ frozen.mlp.down.weight.T)
+            gates, present = table(part)
+            self._add_down(frozen, chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
+        if rule.complete:
+            self._fall_back(frozen, anybody, chunk.at)
 
-    def _table(
-        self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk, part: slice
-    ) -> tuple[Tensor, Tensor]:
-        """Gates `[segment, component, neuron]`, and which components take part: those not exactly zero."""
-        gates = self._gates(frozen, chunk, part)
-        lives = (gates != 0).any(1, keepdim=True)
-        shape = (1, len(gates)) if chunk.shape[0] == 1 else chunk.shape
-        if not chunk.dense:
-            gates = gates.new_zeros(shape[0] * shape[1], gates.shape[1]).index_copy_(0, chunk.cells, gates)
-            lives = lives.new_zeros(shape[0] * shape[1], 1).index_copy_(0, chunk.cells, lives)
-        at_origin = (self.positions.flatten()[chunk.at] == 0) & (part.start == 0)
-        return rule.prepare(gates.view(*shape, -1), lives.view(*shape, 1), at_origin)
+    def _at_origin(self, at: Tensor) -> Tensor:
+        """Which segments are a prompt's first position."""
+        return self.positions.flatten()[at] == 0
+
+    def _fall_back(self, frozen: "_MLPAtPositions", anybody: Tensor, at: Tensor) -> None:
+        """Give a position's whole MLP output to one component where none competes for it."""
+        if not bool(anybody.all()):
+            rows = self.layout.fallback_rows(at[~anybody])
+            self.rows.index_add_(0, rows, frozen.neurons[at[~anybody]] @ frozen.mlp.down.weight.T)
 
     # Read
 
@@ -274,10 +282,14 @@ class _MLPAtPositions:
     """A frozen MLP and what of it stands at a carry's positions, flattened."""
 
     mlp: FrozenMLP
-    rule: Rule
-    scale: Tensor
-    neurons: Tensor
-    pre_activations: Tensor | None
+    scale: Float[Tensor, "at"]
+    neurons: Float[Tensor, "at neuron"]
+    constant: Float[Tensor, "neuron"] | None
+
+
+def _present(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
+    """Which components are not exactly zero (and, for the bias component, have no gate bias)."""
+    return gates.abs().amax(1, keepdim=True) != 0
 
 
 def _within(rows: Tensor, part: slice) -> Tensor:

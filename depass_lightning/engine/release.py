@@ -39,6 +39,10 @@ class _Quirks(CompetingRule):
         gates[:, 0] = torch.where(at_origin[:, None], 1, gates[:, 0])
         return gates, gates != 0
 
+    def shares(self, gates: Gates, present: Present, *, everybody: bool = False) -> Gates:
+        # Whole components may all be present while single gates are not.
+        return super().shares(gates, present)
+
 
 @dataclass(frozen=True)
 class ReleaseSoftmax(_Quirks, Softmax):

@@ -45,6 +45,16 @@ class CompetingRule(ABC):
         """
         return gates, present
 
+    def shares(self, gates: Gates, present: Present, *, everybody: bool = False) -> Gates:
+        """Each component's share of each neuron, from all components at once.
+
+        Args:
+            gates: the components' parts of the pre-activation; may be overwritten.
+            present: which components take part.
+            everybody: all of them do.
+        """
+        return self.share(gates, present, self.summarise(gates, present))
+
     @abstractmethod
     def summarise(self, gates: Gates, present: Present, offset: int = 0) -> Summary:
         """What normalises the shares, from some of the components, the first of which has number `offset`."""
@@ -68,6 +78,13 @@ class Softmax(CompetingRule):
 
     temperature: float = 0.1
     name: ClassVar[str] = "softmax"
+
+    def shares(self, gates: Gates, present: Present, *, everybody: bool = False) -> Gates:
+        """All at once, in one pass; a segment without any component present gives zeros."""
+        scaled = gates.div_(self.temperature)
+        if everybody:
+            return scaled.softmax(1)
+        return scaled.masked_fill_(~present, -math.inf).softmax(1).masked_fill_(~present, 0)
 
     def summarise(self, gates: Gates, present: Present, offset: int = 0) -> tuple[PerNeuron, PerNeuron]:
         """The greatest scaled gate and the sum of exponentials relative to it."""

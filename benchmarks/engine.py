@@ -1,0 +1,185 @@
+"""Time and peak memory of a decomposed pass, beside a plain forward pass and the naive structure.
+
+The naive structure is the published one: one prompt at a time, `[component, position, head, hidden]` in attention, the
+whole `[component, position, neuron]` in the MLP, no causal zeros skipped. All run on the same random Llama (12 layers,
+768 hidden, 2048 neurons, 12 heads), interleaved, so that a machine's moods strike all of them alike; figures are medians,
+and what counts is their ratios. Peak memory is measured in a fresh process for each case.
+
+    python benchmarks/engine.py                       # 16 to 256 tokens
+    python benchmarks/engine.py --tokens 64 --repeats 5
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from depass_lightning import DePass, Token
+from depass_lightning.engine.record import record
+
+HIDDEN, NEURONS, LAYERS, HEADS, VOCABULARY = 768, 2048, 12, 12, 1000
+
+
+def random_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama of GPT-2's size with every parameter random."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=NEURONS,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.6, 1.4)
+            else:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def naive(depass: DePass, ids: Tensor, token: int) -> Tensor:
+    """Token scores with the published structure, from the same recorded pass and under the same rule."""
+    decoder = depass._decoder
+    count = ids.shape[1]
+    recording = record(decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
+    state = recording.state(0)[0]
+    components = torch.diag_embed(state.T).permute(1, 2, 0).contiguous()
+    for layer in range(recording.layers):
+        block = recording.block(layer)
+        attention, mlp = block.attention, block.mlp
+        heads, size = attention.heads, attention.head_size
+        values = _normed(components, attention.norm) @ attention.value.weight.T
+        values = values.view(count, count, heads, size)
+        output = attention.output.weight.view(-1, heads, size)
+        projected = torch.einsum("mkhi,dhi->mkhd", values, output)
+        components = components + torch.einsum("hnk,mkhd->mnd", attention.probabilities[0], projected)
+        gates = _normed(components, mlp.norm) @ mlp.gate.weight.T
+        gates[0, 1:] = 0
+        gates[0, 0] = 1
+        shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
+        components = components + (shares * mlp.neurons) @ mlp.down.weight.T
+    row, _ = decoder.readout(torch.tensor([token]))
+    return _normed(components, recording.final_norm)[:, -1] @ row[0]
+
+
+def _normed(components: Tensor, norm) -> Tensor:
+    return components * norm.scale[0, :, None] * norm.probe.weight
+
+
+def cases(tokens: int) -> dict[str, Callable[[], object]]:
+    """What is compared at one length, by name."""
+    model = random_llama()
+    depass = DePass(model)
+    ids = torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
+    batch = ids.repeat(8, 1)
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+    return {
+        "plain forward": plain,
+        "naive": lambda: naive(depass, ids, 7),
+        "depass": lambda: depass.attribute(input_ids=ids, target=Token(7))[0].scores,
+        "depass, 8 at once": lambda: depass.attribute(input_ids=batch, target=Token(7))[0].scores,
+    }
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def peak_bytes(tokens: int, name: str) -> int:
+    """The growth of a fresh process's peak memory while it runs one case."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (tokens, name))
+
+
+def _peak(tokens: int, name: str) -> int:
+    work = cases(tokens)
+    work["plain forward"]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work[name]()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--naive-up-to", type=int, default=256, help="longest prompt for the naive structure")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
+    options = parser.parse_args()
+    table = Table(title=f"random Llama, {LAYERS} layers, {HIDDEN} hidden, float32, {torch.get_num_threads()} threads")
+    for column in ("tokens", "plain s", "naive s", "depass s", "8 at once, each", "times faster", "8 at once"):
+        table.add_column(column, justify="right")
+    for column in ("plain forwards", "error", "naive peak", "depass peak"):
+        table.add_column(column, justify="right")
+    for tokens in options.tokens:
+        table.add_row(*measure(tokens, options))
+    Console(width=150).print(table)
+
+
+def measure(tokens: int, options: argparse.Namespace) -> list[str]:
+    """One line of the table; peaks are multiples of the least state, `N^2 / 2 * hidden * 4` bytes."""
+    work = cases(tokens)
+    if tokens > options.naive_up_to:
+        del work["naive"]
+    outcome = {name: call() for name, call in work.items()}
+    seconds = {name: [] for name in work}
+    for _ in range(options.repeats):
+        for name, call in work.items():
+            seconds[name].append(timed(call))
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    error = "-"
+    if "naive" in work:
+        expected, found = outcome["naive"], outcome["depass"]
+        assert isinstance(expected, Tensor)
+        assert isinstance(found, Tensor)
+        error = f"{float((expected - found).norm() / expected.norm()):.0e}"
+    least = tokens**2 / 2 * HIDDEN * 4
+    peaks = {
+        name: "-" if options.no_memory or name not in work else f"{peak_bytes(tokens, name) / least:.1f}"
+        for name in ("naive", "depass")
+    }
+    each = median["depass, 8 at once"] / 8
+
+    def ratio(of: str, to: float) -> str:
+        return f"{median[of] / to:.1f}" if of in median else "-"
+
+    return [
+        str(tokens),
+        f"{median['plain forward']:.3f}",
+        f"{median['naive']:.2f}" if "naive" in median else "-",
+        f"{median['depass']:.3f}",
+        f"{each:.3f}",
+        ratio("naive", median["depass"]),
+        ratio("naive", each),
+        ratio("depass", median["plain forward"]),
+        error,
+        peaks["naive"],
+        peaks["depass"],
+    ]
+
+
+if __name__ == "__main__":
+    main()
