@@ -111,8 +111,9 @@ def test_one_token_always_remains():
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(DePassError, match="between 0 and 100"):
-        removal_curves(KeyModel(), [], [], percents=[0, 120])
+    for percents in ([0, 120], [-1, 50], [50, 20], []):
+        with pytest.raises(DePassError, match="must rise from 0"):
+            removal_curves(KeyModel(), [], [], percents=percents)
     with pytest.raises(DePassError, match="as many answers"):
         removal_curves(KeyModel(), [attribution([1.0] * 5)], [])
     with pytest.raises(DePassError, match="two points"):

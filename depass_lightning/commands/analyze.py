@@ -11,15 +11,23 @@ import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from depass_lightning import __version__, tasks
 from depass_lightning.callbacks import AttributionProgress, AttributionWriter
-from depass_lightning.commands.common import command, console, instantiate_each, open_run, tell
+from depass_lightning.commands.common import (
+    command,
+    console,
+    expect_hub,
+    first_process,
+    instantiate_each,
+    open_run,
+    tell,
+)
 from depass_lightning.commands.results import Results, print_results, write_results
 from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution import AttributionModule, Removal
 from depass_lightning.modules.prompts import PromptData
 from depass_lightning.storage import read_json_lines, weights_fingerprint
@@ -79,8 +87,9 @@ def load(config: DictConfig) -> DePass:
         DePassError: it cannot be loaded; the message says what is missing, and where to get it.
     """
     model = config.model
-    if model.name == "tiny" or rank_zero_only.rank not in (None, 0):
+    if model.name == "tiny" or not first_process():
         disable_progress_bar()
+    expect_hub(model.name)
     options = {"revision": model.revision, "device_map": model.device_map, "dtype": config.compute_dtype}
     try:
         return DePass.from_pretrained(model.name, **{k: v for k, v in options.items() if v is not None})
@@ -88,8 +97,8 @@ def load(config: DictConfig) -> DePass:
         hints = []
         if model.gated and "gated" not in str(error):
             hints.append(f"it is gated too: ask for access at https://huggingface.co/{model.name}")
-        if model.gated is not None and model.name != "tiny" and "path" not in model:
-            hints.append("a file on this machine serves as well: model=gguf model.path=...")
+        if model.gated is not None and "path" not in model:
+            hints.append("a folder is given as model=hf model.name=..., a file as model=gguf model.path=...")
         raise DePassError("; ".join([str(error), *hints])) from error
 
 
@@ -159,8 +168,8 @@ def log_results(loggers: list[Logger], results: Results) -> None:
         if isinstance(logger, WandbLogger) and results.page is not None:
             import wandb  # takes a second, which only those who use it should wait
 
-            columns = ["id", "text", "target", "value", "prediction", "correct", "completeness"]
-            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in results.rows])
+            columns = ("id", "text", "target", "value", "prediction", "correct", "completeness")
+            table = wandb.Table(columns=[*columns], data=[[row[c] for c in columns] for row in results.rows])
             page = wandb.Html(results.page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)
             logger.experiment.log({"analysis/report": page, "analysis/attributions": table})
             logger.experiment.finish()

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
@@ -44,6 +47,9 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
         except KeyboardInterrupt:
             code = 130
             tell("stopped", "yellow")
+        except MissingMandatoryValue as error:
+            code = 1
+            tell(f"error: {error.full_key} has to be given: {error.full_key}=...", "red")
         except (DePassError, InstantiationException) as error:
             mistake = _mistake(error)
             if mistake is None:
@@ -56,9 +62,14 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
     return run
 
 
+def first_process() -> bool:
+    """Say whether this is the process that speaks and writes for all."""
+    return getattr(rank_zero_only, "rank", None) in (None, 0)
+
+
 def tell(line: str, style: str = "") -> None:
     """Print one line to the standard error, on the first process alone."""
-    if rank_zero_only.rank in (None, 0):
+    if first_process():
         Console(stderr=True, soft_wrap=True).print(Text(line, style))
 
 
@@ -70,10 +81,23 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def expect_hub(name: str) -> None:
+    """Work offline where a model has to come from the hub and the hub does not answer.
+
+    What is in the cache loads all the same, and what is not fails at once, not after a minute of retries.
+    """
+    if constants.HF_HUB_OFFLINE or "/" not in name or Path(name).expanduser().exists():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # which class depends on the client that the hub's package brings
+        constants.HF_HUB_OFFLINE = True
+
+
 def open_run(config: DictConfig) -> Path:
     """Show the configuration, keep it as `config.yaml` in the run's folder, and return the folder."""
     folder = Path(config.paths.output_dir)
-    if rank_zero_only.rank in (None, 0):
+    if first_process():
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
         if config.get("print_config"):

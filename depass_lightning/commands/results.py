@@ -57,13 +57,14 @@ def write_results(
     rows = read_rows(attributions)
     summary = {**summarise(rows), **about}
     write_json(folder / "summary.json", summary)
+    page = folder / "report.html"
     if not rows:
+        page.unlink(missing_ok=True)  # an earlier run's
         return Results(folder, rows, summary, None)
     shown = [attribution_from_row(row) for row in rows[:prompts]]
     _draw(folder / "figures", summary, rows, shown[:figures])
     if len(rows) > prompts:
         subtitle = f"{subtitle}; the first {prompts:,} of {len(rows):,} prompts".lstrip("; ")
-    page = folder / "report.html"
     examples = [_example(row) for row in rows[:prompts]]
     write_page(page, shown, title=title, subtitle=subtitle, summary=summary, examples=examples)
     return Results(folder, rows, summary, page)

@@ -5,6 +5,7 @@ from depass_lightning.faithfulness.removal import (
     PERCENTS,
     RemovalCurves,
     area,
+    check_percents,
     removal_curves,
     text_components,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "Evidence",
     "RemovalCurves",
     "area",
+    "check_percents",
     "evidence_found",
     "removal_curves",
     "summarise",

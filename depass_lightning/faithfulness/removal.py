@@ -15,6 +15,7 @@ Both are also done in random orders, which every method has to beat: patch top b
 top by rising sooner.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,17 @@ def area(percents: Sequence[float], curve: Sequence[float]) -> float:
     return sum((right - left) * (a + b) / 2 for left, right, a, b in steps) / (percents[-1] - percents[0])
 
 
+def check_percents(percents: Sequence[float]) -> None:
+    """Refuse anything but percentages in rising order.
+
+    Raises:
+        DePassError: there are none, one is out of range, or they do not rise.
+    """
+    rising = all(low < high for low, high in itertools.pairwise(percents))
+    if not (percents and rising and percents[0] >= 0 and percents[-1] <= 100):
+        raise DePassError(f"percents must rise from 0 at least to 100 at most; got {list(percents)}")
+
+
 def text_components(attribution: Attribution) -> list[int]:
     """Return the indices of the components that stand for text up to the target's position.
 
@@ -97,10 +109,9 @@ def removal_curves(
         batch_size: how many shortened prompts go through the model together.
 
     Raises:
-        DePassError: a K is not a percentage, or there is not one answer a prompt.
+        DePassError: the K are not percentages that rise, or there is not one answer a prompt.
     """
-    if any(not 0 <= percent <= 100 for percent in percents):
-        raise DePassError(f"percents must lie between 0 and 100; got {list(percents)}")
+    check_percents(percents)
     if len(answers) != len(attributions):
         raise DePassError(f"{len(attributions)} attributions need as many answers; got {len(answers)}")
     plans = [_plan(attribution, percents, draws, seed) for attribution in attributions]

@@ -27,12 +27,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if errors := [row["completeness"] for row in rows]:
         summary |= {"completeness_max": max(errors), "completeness_mean": fmean(errors)}
     if scored := [row for row in rows if row["evidence_first"] is not None]:
-        summary["evidence_first"] = {
+        found: dict[str, Any] = {
             "value": fmean(row["evidence_first"] for row in scored),
             "chance": fmean(row["evidence_chance"] for row in scored),
         }
         if len(scored) < len(rows):
-            summary["evidence_first"]["note"] = f"known for {len(scored)} of {len(rows)} prompts"
+            found["note"] = f"known for {len(scored)} of {len(rows)} prompts"
+        summary["evidence_first"] = found
     if measured := [row for row in rows if row["patch_top"] is not None]:
         summary |= _removal(measured)
     return summary

@@ -10,7 +10,13 @@ from lightning.pytorch import LightningModule
 from depass_lightning.attribution import Attribution
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness import PERCENTS, RemovalCurves, evidence_found, removal_curves
+from depass_lightning.faithfulness import (
+    PERCENTS,
+    RemovalCurves,
+    check_percents,
+    evidence_found,
+    removal_curves,
+)
 from depass_lightning.modules.prompts import PromptBatch
 from depass_lightning.storage import attribution_to_row
 from depass_lightning.targets import Contrast, Token
@@ -40,6 +46,9 @@ class Removal:
     draws: int = 1
     seed: int = 0
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_percents(self.percents)
 
 
 class AttributionModule(LightningModule):
@@ -73,7 +82,7 @@ class AttributionModule(LightningModule):
         # A model that is spread over devices has been placed already, and may not be moved again.
         placed = getattr(depass.model, "hf_device_map", None) is not None
         self.model = None if placed else depass.model
-        self.settings = dict(settings or {})
+        self.settings: dict[str, Any] = {"source": None, **(settings or {})}
         self.target = target
         self.removal = removal
         self.run = dict(run or {})
@@ -108,7 +117,8 @@ class AttributionModule(LightningModule):
         attributions = self.depass.attribute(
             [example.prompt for example in examples],
             target=[self._explained(example) for example in examples],
-            **{"batch_size": len(examples), **self.settings},
+            batch_size=len(examples),
+            **self.settings,
         )
         curves = self._curves(attributions)
         return [

@@ -22,5 +22,5 @@ def weights_fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         raw = tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
+        digest.update(raw.numpy().data)
     return digest.hexdigest()[:16]

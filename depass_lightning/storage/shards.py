@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from depass_lightning.errors import DePassError
@@ -79,8 +78,7 @@ def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[di
         raise DePassError(f"{path} holds no Parquet file; give a run's attributions folder, or a file in it")
     names = None if columns is None else list(dict.fromkeys([INDEX, *columns]))
     table = pa.concat_tables([pq.ParquetFile(file).read(columns=names) for file in files])
-    order = pc.sort_indices(table, sort_keys=[(INDEX, "ascending")])
-    return table.take(order).to_pylist()
+    return table.sort_by(INDEX).to_pylist()
 
 
 def _write(table: pa.Table, path: str | Path) -> Path:
