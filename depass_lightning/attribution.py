@@ -1,5 +1,6 @@
 """What a decomposed pass found out about one prompt: a score for every component, with names."""
 
+import importlib
 import json
 import os
 import sys
@@ -303,9 +304,9 @@ class Attribution:
     def show(self) -> None:
         """Show the attribution where one is: as a panel in a notebook, in colours in a terminal."""
         if _in_notebook():
-            from IPython.display import HTML, display
-
-            display(HTML(self._repr_html_()))
+            # A kernel brings IPython; the library does not ask for it.
+            shown = importlib.import_module("IPython.display")
+            shown.display(shown.HTML(self._repr_html_()))
             return
         from rich.console import Console
 

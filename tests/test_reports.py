@@ -2,8 +2,10 @@
 
 import io
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,10 +129,12 @@ def test_show_prints_in_a_terminal_and_displays_in_a_notebook(
     ioi().show()
     assert "' Mary' − ' John' = +2.50" in capsys.readouterr().out
     displayed: list[Any] = []
-    monkeypatch.setattr("depass_lightning.attribution._in_notebook", lambda: True)
-    monkeypatch.setattr("IPython.display.display", displayed.append)
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    display = SimpleNamespace(HTML=lambda html: html, display=displayed.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)  # type: ignore[arg-type]
     ioi().show()
-    assert displayed[0].data == ioi()._repr_html_()
+    assert displayed == [ioi()._repr_html_()]
     assert capsys.readouterr().out == ""
 
 
@@ -212,6 +216,7 @@ def test_the_figure_breaks_lines_and_never_overlaps() -> None:
     for one, other in pairwise(tokens):
         if one.get_position()[1] == other.get_position()[1]:
             assert one.get_window_extent().x1 < other.get_window_extent().x0
+    assert max(token.get_window_extent().x1 for token in tokens) < figure.canvas.get_width_height()[0] - 20
 
 
 def test_the_figure_stops_where_the_target_was_read() -> None:
@@ -224,7 +229,8 @@ def test_the_figure_survives_any_text(tmp_path: Path) -> None:
     for name, a in {"nasty": nasty(), "empty": ioi().without(ioi().names), "words": ioi().words()}.items():
         a.plot(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert any("$x$" in text for text in texts_of(tokens_figure(nasty())))
+    written = next(text for text in tokens_figure(nasty()).axes[0].texts if text.get_text() == "$x$")
+    assert not written.get_parse_math()
 
 
 def test_a_very_long_prompt_is_cut_in_the_middle() -> None:
