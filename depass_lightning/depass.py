@@ -27,7 +27,7 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.load import load_model
 from depass_lightning.prompts import Prompt, pad, prompts_of_ids, prompts_of_texts
 from depass_lightning.sources import Source, Tokens, dense_components, resolve_layer
-from depass_lightning.targets import Contrast, Target, TargetLike, as_target, token_id
+from depass_lightning.targets import Target, TargetLike, as_target, target_ids
 
 BiasMode = Literal["component", "drop"]
 
@@ -285,9 +285,7 @@ class DePass:
     def _target_ids(self, prompt: Prompt, target: Target, own: int = 0) -> list[int]:
         """The token that is explained and, for a contrast, its foil; `own` is the model's own next token."""
         text = prompt.text_until(prompt.resolve_position(target.position))
-        wanted = [target.token, target.foil] if isinstance(target, Contrast) else [target.token]
-        size = self._decoder.vocabulary_size
-        return [own if token is None else token_id(token, text, self.tokenizer, size) for token in wanted]
+        return target_ids(target, text, self.tokenizer, self._decoder.vocabulary_size, own)
 
     # What happens
 

@@ -17,10 +17,12 @@ class Token:
         token: the token as text (with its leading space, as in `" Mary"`), as an id, or None for the
             model's own most likely next token.
         position: the position whose next token is meant; negative counts from the prompt's end.
+        first: let a text of several tokens stand for the first of them, as data sets with long answers need.
     """
 
     token: str | int | None = None
     position: int = -1
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Contrast:
         token: the token asked for, as text or id.
         foil: the token that it is compared with.
         position: the position whose next token is meant; negative counts from the prompt's end.
+        first: let texts of several tokens stand for the first of them; the two must differ there.
     """
 
     token: str | int
     foil: str | int
     position: int = -1
+    first: bool = False
 
 
 Target = Token | Contrast
@@ -61,8 +65,47 @@ def as_target(target: TargetLike) -> Target:
     )
 
 
+def target_ids(
+    target: Target,
+    prompt: str | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    vocabulary: int,
+    own: int,
+) -> list[int]:
+    """Find the token that a target names and, for a contrast, its foil.
+
+    Args:
+        target: the target.
+        prompt: the prompt up to the target's position; None where only ids were given.
+        tokenizer: the model's tokenizer; needed for text.
+        vocabulary: the number of tokens.
+        own: the model's own most likely next token.
+
+    Raises:
+        DePassError: as for `token_id`; or a contrast compares a token with itself.
+    """
+    if not isinstance(target, Contrast):
+        if target.token is None:
+            return [own]
+        return [token_id(target.token, prompt, tokenizer, vocabulary, first=target.first)]
+    ids = [
+        token_id(token, prompt, tokenizer, vocabulary, first=target.first)
+        for token in (target.token, target.foil)
+    ]
+    if ids[0] == ids[1]:
+        raise DePassError(
+            f"Contrast({target.token!r}, {target.foil!r}) compares a token with itself; explain Token alone"
+        )
+    return ids
+
+
 def token_id(
-    token: str | int, prompt: str | None, tokenizer: "PreTrainedTokenizerBase | None", vocabulary: int
+    token: str | int,
+    prompt: str | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    vocabulary: int,
+    *,
+    first: bool = False,
 ) -> int:
     """Find the one token that a target names.
 
@@ -73,6 +116,7 @@ def token_id(
         prompt: the prompt that it continues; None where only ids were given.
         tokenizer: the model's tokenizer; needed for text.
         vocabulary: the number of tokens.
+        first: let a text of several tokens stand for the first of them.
 
     Raises:
         DePassError: the text is several tokens or none (the error shows the split), there is no tokenizer,
@@ -87,11 +131,12 @@ def token_id(
             f"target {token!r} is text, but there is no tokenizer; pass a token id, or a tokenizer"
         )
     ids = _continuation(token, prompt, tokenizer)
-    if len(ids) != 1:
+    if len(ids) != 1 and not (first and ids):
         split = " + ".join(repr(tokenizer.decode([part])) for part in ids) or "nothing"
-        hint = "" if token.startswith(" ") else f"; with a leading space it may be one: {' ' + token!r}"
+        hint = "" if token.startswith(" ") else f", or try {' ' + token!r} with a leading space"
         raise DePassError(
-            f"target {token!r} must be one token, but the tokenizer splits it into {len(ids)}: {split}{hint}"
+            f"target {token!r} must be one token, but the tokenizer splits it into {len(ids)}: {split}; "
+            f"explain the first of them by Token(..., first=True){hint}"
         )
     if ids[0] == tokenizer.unk_token_id and token != tokenizer.unk_token:
         raise DePassError(f"target {token!r} is not in the model's vocabulary")

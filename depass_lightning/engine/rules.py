@@ -102,8 +102,8 @@ class Softmax(CompetingRule):
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
         """`exp((g - max) / T) / sum`."""
         greatest, sums = summary
-        normaliser = greatest + sums.log()
-        return (gates / self.temperature).sub_(normaliser).exp_().masked_fill_(~present, 0)
+        # Not by one logarithm of the sum: added to a large maximum it would lose its digits.
+        return (gates / self.temperature).sub_(greatest).exp_().div_(sums).masked_fill_(~present, 0)
 
 
 @dataclass(frozen=True)

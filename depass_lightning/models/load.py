@@ -1,12 +1,15 @@
 """Load a causal language model and its tokenizer: the embedded one, a hub name, a folder or a GGUF file."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from depass_lightning.errors import DePassError
 
@@ -40,8 +43,11 @@ def load_model(
     if gguf is not None:
         arguments["gguf_file"] = gguf
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(dtype), **arguments, **options)
+        with _quiet_if(Path(folder).is_dir()):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype_of(dtype), **arguments, **options
+            )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DePassError(_explain(name, revision, error)) from error
     model.eval()
@@ -92,6 +98,19 @@ def _locate(name: str) -> tuple[str, str | None]:
     return (str(path), None) if path.is_dir() else (name, None)
 
 
+@contextmanager
+def _quiet_if(local: bool) -> Iterator[None]:
+    """Leave out the progress bars of a load that takes seconds; downloads keep theirs."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if local:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if local and shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _explain(name: str, revision: str | None, error: Exception) -> str:
     """One sentence that says what is missing and what to do."""
     causes: list[BaseException] = []
@@ -113,8 +132,6 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
             f"elsewhere with `hf download {name}` and pass the folder, or pass the path of a .gguf file"
         )
     if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in said:
-        return (
-            f"model {at} is neither a folder nor a public model on the hub; check the name, or log in"
-        )
+        return f"model {at} is neither a folder nor a public model on the hub; check the name, or log in"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"model {at} cannot be loaded: {first}"

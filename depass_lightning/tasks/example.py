@@ -49,10 +49,15 @@ class Example:
         return sorted(span for role in self.evidence for span in self.roles[role])
 
     def target(self) -> "Token | Contrast":
-        """Return what to explain: the answer against the foil, or the answer alone where there is no foil."""
+        """Return what to explain: the answer against the foil, or the answer alone where there is no foil.
+
+        An answer of several tokens stands for its first: data sets hold words, not a model's tokens.
+        """
         from depass_lightning.targets import Contrast, Token
 
-        return Token(self.answer) if self.foil is None else Contrast(self.answer, self.foil)
+        if self.foil is None:
+            return Token(self.answer, first=True)
+        return Contrast(self.answer, self.foil, first=True)
 
 
 class Task:
