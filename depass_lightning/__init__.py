@@ -9,8 +9,9 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__in
     __path__.append(str(_root))
 
 from depass_lightning.attribution import Attribution
-from depass_lightning.depass import Decomposition, DePass
+from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
+from depass_lightning.passes import Decomposition
 from depass_lightning.sources import Tokens
 from depass_lightning.targets import Contrast, Token
 

@@ -5,61 +5,31 @@
 3. Split a state into components (`sources.py`).
 4. Carry them through the remaining blocks (`engine/propagate.py`).
 5. Read each component's part of the target (`targets.py`) into an `Attribution`.
+
+Steps 2 to 5 are in `passes.py`; here stand the face and what is checked before anything expensive starts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
+from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.propagate import Carry, propagate
-from depass_lightning.engine.record import Recording, record, recorded_bytes
 from depass_lightning.engine.release import release_rule
-from depass_lightning.engine.rules import Rule, RuleName, Taylor, rule_named
+from depass_lightning.engine.rules import RuleName, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.load import load_model
-from depass_lightning.prompts import Prompt, pad, prompts_of_ids, prompts_of_texts
-from depass_lightning.sources import Source, Tokens, dense_components, resolve_layer
+from depass_lightning.passes import Decomposition, Settings, attribute_batch, decompose_batch
+from depass_lightning.prompts import Prompt, prompts_of_ids, prompts_of_texts
+from depass_lightning.sources import Source, Tokens, resolve_layer
 from depass_lightning.targets import Target, TargetLike, as_target, target_ids
 
 BiasMode = Literal["component", "drop"]
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """Every component's state at one layer.
-
-    Attributes:
-        states: `[component, position, hidden]`; they sum to the model's residual stream there.
-        names: the components' names.
-        layer: the block that this state enters; the number of blocks means behind the last one.
-    """
-
-    states: Float[Tensor, "component position hidden"]
-    names: list[str]
-    layer: int
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How a pass is made: the same for every prompt of a call."""
-
-    source: Source
-    rule: Rule
-    rule_name: str
-    bias: bool
-    compat: str | None
-
-    @property
-    def competing(self) -> bool:
-        return not isinstance(self.rule, Taylor)
 
 
 class _Options(TypedDict, total=False):
@@ -184,7 +154,8 @@ class DePass:
             self._check_target(entry, aim)
 
         def explain(batch: list[int]) -> list[Attribution]:
-            return self._attribute_batch([prompts[i] for i in batch], [targets[i] for i in batch], settings)
+            chosen, aims = [prompts[i] for i in batch], [targets[i] for i in batch]
+            return attribute_batch(self._decoder, self.tokenizer, chosen, aims, settings)
 
         results = _in_batches([len(entry.ids) for entry in prompts], batch_size, explain, progress)
         return results[0] if isinstance(prompt, str) else results
@@ -217,10 +188,9 @@ class DePass:
 
         Args:
             prompt: one prompt, or several.
-            source, rule, temperature, bias, compat, batch_size, input_ids, attention_mask: as for
-            `attribute`.
-            to_layer: the block whose input is meant; None for what leaves the last block, before the final
-                norm.
+            source: as for `attribute`, and so are the arguments that are not listed here.
+            to_layer: the block whose input is meant; None for what leaves the last block, before the
+                final norm.
 
         Returns:
             One `Decomposition` for one prompt, a list for several or for ids, in their order.
@@ -230,14 +200,16 @@ class DePass:
         """
         settings = self._settings(source, rule, temperature, bias, compat)
         layers = len(self._decoder.blocks)
-        stop = layers if to_layer in (None, layers) else resolve_layer(to_layer, layers, "to_layer")  # type: ignore[arg-type]
+        stop = layers
+        if to_layer is not None and to_layer != layers:
+            stop = resolve_layer(to_layer, layers, "to_layer")
         first = resolve_layer(settings.source.layer, layers, type(settings.source).__name__)
         if stop < first:
             raise DePassError(f"to_layer={stop} lies before layer {first}, where the state is split")
         prompts = self._prompts(prompt, input_ids, attention_mask)
 
         def states(batch: list[int]) -> list[Decomposition]:
-            return self._decompose_batch([prompts[i] for i in batch], settings, stop)
+            return decompose_batch(self._decoder, [prompts[i] for i in batch], settings, stop)
 
         results = _in_batches([len(entry.ids) for entry in prompts], batch_size, states, progress=False)
         return results[0] if isinstance(prompt, str) else results
@@ -246,7 +218,7 @@ class DePass:
 
     def _settings(
         self, source: Source | None, rule: str, temperature: float, bias: str, compat: str | None
-    ) -> _Settings:
+    ) -> Settings:
         chosen = rule_named(rule, temperature)
         if bias not in ("component", "drop"):
             raise DePassError(f"bias={bias!r} is unknown; choose 'component' or 'drop'")
@@ -255,7 +227,14 @@ class DePass:
         split = Tokens() if source is None else source
         resolve_layer(split.layer, len(self._decoder.blocks), type(split).__name__)
         carries_bias = bias == "component" and compat is None and self._decoder.has_biases
-        return _Settings(split, release_rule(chosen) if compat else chosen, rule, carries_bias, compat)
+        return Settings(
+            source=split,
+            rule=release_rule(chosen) if compat else chosen,
+            rule_name=rule,
+            bias=carries_bias,
+            compat=compat,
+            budget=Budget.default(self._decoder.device, self.memory_budget),
+        )
 
     def _prompts(
         self, prompt: str | Sequence[str] | None, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -279,149 +258,8 @@ class DePass:
 
     def _check_target(self, prompt: Prompt, target: Target) -> None:
         """Refuse what cannot be explained before anything expensive starts."""
-        prompt.resolve_position(target.position)
-        self._target_ids(prompt, target)
-
-    def _target_ids(self, prompt: Prompt, target: Target, own: int = 0) -> list[int]:
-        """The token that is explained and, for a contrast, its foil; `own` is the model's own next token."""
         text = prompt.text_until(prompt.resolve_position(target.position))
-        return target_ids(target, text, self.tokenizer, self._decoder.vocabulary_size, own)
-
-    # What happens
-
-    def _record(self, prompts: list[Prompt], positions: list[int], lengths: list[int]) -> Recording:
-        device = self._decoder.device
-        ids = pad([prompt.ids[:length] for prompt, length in zip(prompts, lengths, strict=True)]).to(device)
-        budget = Budget.default(device, self.memory_budget)
-        return record(
-            self._decoder,
-            ids,
-            torch.tensor(lengths, device=device),
-            torch.tensor(positions, device=device)[:, None],
-            keep_everything=recorded_bytes(self._decoder, *ids.shape) <= budget.recording,
-        )
-
-    def _carry(
-        self, recording: Recording, settings: _Settings, stop: int, positions: Tensor | None = None
-    ) -> Carry:
-        budget = Budget.default(recording.final_state.device, self.memory_budget)
-        first = resolve_layer(settings.source.layer, recording.layers, type(settings.source).__name__)
-        carry = settings.source.split(
-            recording, bias=settings.bias, competing=settings.competing, budget=budget
-        )
-        for _, reached in propagate(
-            recording, carry, settings.rule, first=first, stop=stop, positions=positions
-        ):
-            carry = reached
-        return carry
-
-    @torch.no_grad()
-    def _attribute_batch(
-        self, prompts: list[Prompt], targets: list[Target], settings: _Settings
-    ) -> list[Attribution]:
-        at = [
-            prompt.resolve_position(target.position) for prompt, target in zip(prompts, targets, strict=True)
-        ]
-        # Nothing behind the target's position can reach it: it is cut off.
-        recording = self._record(prompts, at, [position + 1 for position in at])
-        positions = torch.tensor(at, device=self._decoder.device)[:, None]
-        logits = torch.stack(
-            [recording.logits[i, recording.kept.index(position)] for i, position in enumerate(at)]
-        ).to(self._decoder.dtype)
-        wanted = [
-            self._target_ids(prompt, target, int(row.argmax()))
-            for prompt, target, row in zip(prompts, targets, logits, strict=True)
-        ]
-        carry = self._carry(recording, settings, recording.layers, positions)
-        states = carry.read(recording.final_norm)[:, :, 0]
-        scores, constants = self._scores(states, wanted)
-        if settings.bias:
-            scores[:, 0] += constants
-            scores = torch.cat([scores[:, 1:], scores[:, :1]], 1)
-        return [
-            self._attribution(prompt, target, settings, position, ids, row, score)
-            for prompt, target, position, ids, row, score in zip(
-                prompts, targets, at, wanted, logits, scores, strict=True
-            )
-        ]
-
-    def _scores(
-        self, states: Float[Tensor, "batch component hidden"], wanted: list[list[int]]
-    ) -> tuple[Float[Tensor, "batch component"], Float[Tensor, "batch"]]:
-        """Each component's part of its prompt's target, and what the unembedding's bias adds."""
-        signs = (1.0, -1.0)
-        vectors, constants = [], []
-        for ids in wanted:
-            rows, biases = self._decoder.readout(torch.tensor(ids, device=states.device))
-            weights = rows.new_tensor(signs[: len(ids)])
-            vectors.append(weights @ rows)
-            constants.append(weights @ biases)
-        return (states @ torch.stack(vectors)[:, :, None])[:, :, 0], torch.stack(constants)
-
-    def _attribution(
-        self,
-        prompt: Prompt,
-        target: Target,
-        settings: _Settings,
-        position: int,
-        ids: list[int],
-        logits: Float[Tensor, "vocabulary"],
-        scores: Float[Tensor, "component"],
-    ) -> Attribution:
-        count = len(prompt.ids)
-        own = scores[:-1] if settings.bias else scores
-        full = scores.new_zeros(count + int(settings.bias))
-        # Tokens behind the target's position stay at zero: they cannot have contributed.
-        full[: min(len(own), position + 1)] = own[: position + 1]
-        if settings.bias:
-            full[-1] = scores[-1]
-        value = logits[ids[0]] - (logits[ids[1]] if len(ids) == 2 else 0)
-        layers = len(self._decoder.blocks)
-        metadata: dict[str, Any] = {
-            "model": str(getattr(self._decoder.config, "_name_or_path", ""))
-            or type(self._decoder.model).__name__,
-            "bias": "component" if settings.bias else "drop",
-            "target_ids": ids,
-        }
-        if settings.rule_name == "softmax":
-            metadata["temperature"] = settings.rule.temperature  # type: ignore[union-attr]
-        if settings.compat:
-            metadata["compat"] = settings.compat
-        return Attribution(
-            scores=full.float().cpu(),
-            names=settings.source.names(prompt.tokens) + (["bias"] if settings.bias else []),
-            value=float(value),
-            target=" − ".join(repr(self._text_of(token)) for token in ids),
-            text=prompt.text,
-            tokens=prompt.tokens,
-            token_ids=prompt.ids,
-            offsets=prompt.offsets,
-            positions=settings.source.positions(count) + ([None] if settings.bias else []),
-            source=settings.source.kind,
-            rule=settings.rule_name,
-            layer=resolve_layer(settings.source.layer, layers, ""),
-            position=position,
-            prediction=self._text_of(int(logits.argmax())),
-            probability=float(logits.softmax(-1)[ids[0]]),
-            rank=int((logits > logits[ids[0]]).sum()),
-            metadata=metadata,
-        )
-
-    def _text_of(self, token: int) -> str:
-        return str(token if self.tokenizer is None else self.tokenizer.decode([token]))
-
-    @torch.no_grad()
-    def _decompose_batch(self, prompts: list[Prompt], settings: _Settings, stop: int) -> list[Decomposition]:
-        lengths = [len(prompt.ids) for prompt in prompts]
-        recording = self._record(prompts, [length - 1 for length in lengths], lengths)
-        states = dense_components(self._carry(recording, settings, stop), settings.bias)
-        results = []
-        for prompt, own in zip(prompts, states, strict=True):
-            count = len(prompt.ids)
-            kept = torch.cat([own[:count], own[-1:]]) if settings.bias else own[:count]
-            names = settings.source.names(prompt.tokens) + (["bias"] if settings.bias else [])
-            results.append(Decomposition(kept[:, :count], names, stop))
-        return results
+        target_ids(target, text, self.tokenizer, self._decoder.vocabulary_size, own=0)
 
 
 def _one_each(target: Any, count: int) -> list[Target]:
@@ -443,14 +281,7 @@ def _in_batches(
         raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    if progress:
-        from rich.progress import track
-
-        batches = list(batches)
-        iterator = track(batches, description="attributing")
-    else:
-        iterator = batches
     results: dict[int, Any] = {}
-    for batch in iterator:
+    for batch in track(batches, description="attributing", disable=not progress):
         results.update(zip(batch, work(batch), strict=True))
     return [results[index] for index in range(len(lengths))]

@@ -20,7 +20,7 @@ from torch import Tensor
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP, FrozenNorm
 from depass_lightning.engine.layout import Chunk, ComponentBlock, Layout
 from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.record import Recording
+from depass_lightning.engine.record import Recording, exact
 from depass_lightning.engine.rules import CompetingRule, Rule, Taylor
 
 
@@ -323,7 +323,7 @@ def propagate(
         carry = carry.at(positions)
     yield first, carry
     for layer in range(first, stop):
-        with torch.no_grad():
+        with exact(carry.rows.device):
             block = recording.block(layer)
             if layer == stop - 1 and positions is not None:
                 carry = carry.attend_at(block.attention, positions)

@@ -25,6 +25,17 @@ from depass_lightning.models.decoder import Block, Decoder, linear_of
 
 
 @contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Compute in the tensors' own precision and without gradients, whatever surrounds it.
+
+    Args:
+        device: where the computation runs.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
 def undisturbed(decoder: Decoder) -> Iterator[None]:
     """Run the model for looking at: no dropout, no gradients, no autocast, eager attention; undone on
     leaving.
@@ -41,7 +52,7 @@ def undisturbed(decoder: Decoder) -> Iterator[None]:
             module.training = False
         for config, _ in implementations:
             config._attn_implementation_internal = "eager"
-        with torch.no_grad(), torch.autocast(decoder.device.type, enabled=False):
+        with exact(decoder.device):
             yield
     finally:
         for module in training:

@@ -113,6 +113,11 @@ class Decoder:
         return self.model.config
 
     @property
+    def name(self) -> str:
+        """What the model is called: the name or folder that it was loaded from, or its class."""
+        return str(getattr(self.config, "_name_or_path", "") or type(self.model).__name__)
+
+    @property
     def embedding(self) -> Float[Tensor, "vocabulary hidden"]:
         """The token embedding's weights."""
         weight = self.model.get_input_embeddings().weight
