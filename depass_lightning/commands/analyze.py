@@ -87,7 +87,7 @@ def load(config: DictConfig) -> DePass:
         DePassError: it cannot be loaded; the message says what is missing, and where to get it.
     """
     model = config.model
-    if model.name == "tiny" or not first_process():
+    if not first_process():
         disable_progress_bar()
     expect_hub(model.name)
     options = {"revision": model.revision, "device_map": model.device_map, "dtype": config.compute_dtype}

@@ -44,7 +44,10 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
         quiet()
         try:
             code = work(config)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as error:
+            # Lightning turns an interruption into an exit of its own.
+            if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+                raise
             code = 130
             tell("stopped", "yellow")
         except MissingMandatoryValue as error:

@@ -19,7 +19,7 @@ from depass_lightning.faithfulness import (
 )
 from depass_lightning.modules.prompts import PromptBatch
 from depass_lightning.storage import attribution_to_row
-from depass_lightning.targets import Contrast, Token
+from depass_lightning.targets import Contrast, Token, token_id
 from depass_lightning.tasks import Example
 
 TARGETS = ("contrast", "token", "own")
@@ -132,7 +132,8 @@ class AttributionModule(LightningModule):
         """Return the target of one example."""
         if self.target == "own":
             return Token(None)
-        return Token(example.answer) if self.target == "token" else example.target()
+        # A long answer stands for its first token, as in `Example.target`.
+        return Token(example.answer, first=True) if self.target == "token" else example.target()
 
     def _curves(self, attributions: Sequence[Attribution]) -> Sequence[RemovalCurves | None]:
         """Follow the probability of what was explained (the answer, not the foil) as tokens go."""
@@ -141,18 +142,29 @@ class AttributionModule(LightningModule):
         answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
         return removal_curves(self.depass.model, attributions, answers, **dataclasses.asdict(self.removal))
 
+    def _is_right(self, example: Example, attribution: Attribution) -> bool | None:
+        """Say whether the model's own most likely next token is the answer, or the answer's first."""
+        if self.target != "own":
+            return attribution.correct
+        tokenizer = self.depass.tokenizer
+        assert tokenizer is not None
+        try:
+            answer = token_id(example.answer, example.prompt, tokenizer, len(tokenizer), first=True)
+        except DePassError:  # the model has no token for it
+            return False
+        return attribution.metadata["target_ids"][0] == answer
+
     def _measured(
         self, example: Example, attribution: Attribution, curves: RemovalCurves | None
     ) -> dict[str, Any]:
         """Return what a row says beside the attribution itself."""
         ranges = example.evidence_ranges()
         evidence = evidence_found(attribution, ranges)
-        own = self.target == "own"
         row = {
             "id": example.id,
             "answer": example.answer,
             "foil": example.foil,
-            "correct": attribution.prediction == example.answer if own else attribution.correct,
+            "correct": self._is_right(example, attribution),
             "roles": [
                 {"name": name, "start": start, "end": end}
                 for name, spans in example.roles.items()

@@ -1,0 +1,247 @@
+"""`python analyze.py`, from the configuration to the run's folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from lightning.pytorch import Trainer
+from omegaconf import OmegaConf, open_dict
+
+from depass_lightning import tasks
+from depass_lightning.callbacks import AttributionWriter
+from depass_lightning.commands.analyze import analyze
+from depass_lightning.depass import DePass
+from depass_lightning.modules.attribution import AttributionModule, Removal
+from depass_lightning.modules.prompts import PromptData, plan_batches
+from depass_lightning.storage import read_attributions, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["print_config=false", "trainer.accelerator=cpu", "report.figures=1"]
+
+
+def run(folder, *overrides):
+    """Run the command in this process, and return its exit code."""
+    with initialize_config_module("depass_lightning.conf", version_base="1.3"):
+        config = compose("analyze", overrides=[*QUICK, *overrides])
+    with open_dict(config):
+        config.paths.output_dir = str(folder)
+        config.paths.work_dir = str(folder)
+    try:
+        analyze(config)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run on the embedded model, with everything left as it is but the number of prompts."""
+    folder = tmp_path_factory.mktemp("run")
+    assert run(folder, "task.size=24") == 0
+    return folder
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_run_leaves_what_it_should(done):
+    files = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
+    assert files == {
+        "attributions/attributions.parquet",
+        "config.yaml",
+        "figures/curves.svg",
+        "figures/prompt-0.svg",
+        "report.html",
+        "summary.json",
+    }
+    assert OmegaConf.load(done / "config.yaml").task.size == 24
+
+
+def test_the_rows_are_the_librarys_own_attributions(done):
+    """Row by row what `DePass.attribute` gives for the prompt alone, and what the task knows of it."""
+    depass, task = DePass.from_pretrained("tiny"), tasks.load("ioi", size=24)
+    rows = read_rows(done / "attributions")
+    assert [row["id"] for row in rows] == [example.id for example in task]
+    for row, read in list(zip(rows, read_attributions(done / "attributions"), strict=True))[:4]:
+        example = task[row["index"]]
+        alone = depass.attribute(example.prompt, target=example.target())
+        torch.testing.assert_close(read.scores, alone.scores, atol=1e-5, rtol=1e-5)
+        assert (read.text, read.target, read.tokens) == (alone.text, alone.target, alone.tokens)
+        assert [tuple(span) for span in row["evidence"]] == example.evidence_ranges()
+        assert row["patch_top"][0] == row["recover_top"][-1] == pytest.approx(alone.probability, abs=1e-5)
+
+
+def test_the_summary_says_what_the_rows_say(done):
+    summary, rows = summary_of(done), read_rows(done / "attributions")
+    assert summary["prompts"] == 24
+    assert summary["skipped"] == 0
+    assert summary["correct"] == sum(row["correct"] for row in rows) / 24 >= 0.9
+    assert summary["completeness_max"] == max(row["completeness"] for row in rows) < 1e-5
+    assert summary["evidence_first"]["value"] >= 0.9 > 0.2 > summary["evidence_first"]["chance"]
+    patch, recover = summary["curves"]["patch_top"], summary["curves"]["recover_top"]
+    assert patch["fraction"] == pytest.approx([k / 10 for k in range(11)])
+    assert patch["depass"][0] == patch["random"][0]
+    assert summary["patch_top_area"]["value"] < summary["patch_top_area"]["chance"] - 0.05
+    assert recover["depass"][-1] == pytest.approx(patch["depass"][0])
+    assert summary["model"]["name"] == rows[0]["model"] == "tiny"
+    assert summary["model"]["fingerprint"] == rows[0]["fingerprint"]
+    assert summary["rule"] == {"name": "softmax", "temperature": 0.1}
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_page_holds_every_prompt(done):
+    page = (done / "report.html").read_text()
+    assert all(json.dumps(row["id"]) in page for row in read_rows(done / "attributions"))
+    assert "tiny" in page
+
+
+def test_the_batch_size_and_a_second_run_change_nothing(done, tmp_path):
+    """Other batches, in a folder where a run has been before: the same rows."""
+    (tmp_path / "attributions" / "shards").mkdir(parents=True)
+    (tmp_path / "attributions" / "shards" / "rank0007-000000.parquet").write_bytes(
+        b"of a run that was killed"
+    )
+    (tmp_path / "skipped.jsonl").write_text("{}\n")
+    assert run(tmp_path, "task.size=24", "batch_size=5", "faithfulness=null") == 0
+    assert not (tmp_path / "skipped.jsonl").exists()
+    for one, other in zip(
+        read_attributions(done / "attributions"), read_attributions(tmp_path / "attributions"), strict=True
+    ):
+        torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
+        assert one.names == other.names
+    assert "curves" not in summary_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["target=token"], {"rule": "softmax", "target": "'Mary'"}),
+        (["target=own", "rule=max"], {"rule": "max", "target": "'Mary'"}),
+        (["rule=taylor", "source.layer=1"], {"rule": "taylor", "layer": 1, "target": "'Mary' − 'John'"}),
+    ],
+)
+def test_choices_reach_the_attribution(tmp_path, overrides, expected):
+    assert run(tmp_path, *jsonl(tmp_path, good("a")), *overrides) == 0
+    (row,) = read_rows(tmp_path / "attributions")
+    row["target"] = row["target"].replace("' ", "'")  # not every tokenizer decodes a leading space
+    assert {key: row[key] for key in expected} == expected
+    assert row["correct"]
+    assert row["probability"] == pytest.approx(row["patch_top"][0], abs=1e-5)
+
+
+def good(name):
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    return {"id": name, "prompt": prompt, "target": " Mary", "foil": " John", "evidence": ["Mary"]}
+
+
+def jsonl(folder, *rows):
+    path = folder / "mine.jsonl"
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return ["task=jsonl", f"task.path={path}"]
+
+
+def test_bad_rows_cost_only_themselves(tmp_path, capsys):
+    """One that cannot be read, one with a word that the model lacks, one too long; the good ones are done."""
+    strange = good("strange") | {"target": " Zarathustra"}
+    long = good("long") | {"prompt": "Mary and John " * 2000 + "gave a drink to"}
+    task = jsonl(tmp_path, good("first"), "not json\n", strange, long, good("last"))
+    assert run(tmp_path, *task) == 1
+    rows = read_rows(tmp_path / "attributions")
+    assert [(row["id"], row["correct"]) for row in rows] == [("first", True), ("last", True)]
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [entry.get("id", entry.get("row")) for entry in skipped] == [2, "strange", "long"]
+    assert "Zarathustra" in skipped[1]["reason"]
+    assert "context" in skipped[2]["reason"]
+    assert summary_of(tmp_path)["skipped"] == 3
+    assert "3 of 5 prompts were skipped" in capsys.readouterr().err
+
+
+def test_nothing_but_bad_rows_is_no_crash(tmp_path, capsys):
+    assert run(tmp_path, *jsonl(tmp_path, good("strange") | {"target": " Zarathustra"})) == 1
+    assert read_rows(tmp_path / "attributions") == []
+    assert summary_of(tmp_path)["prompts"] == 0
+    assert "1 of 1 prompts were skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["source.layer=99"], "layer 99 is out of range"),
+        (["batch_size=0"], "batch_size"),
+        (["faithfulness.percents=[0,120]"], "percents must rise"),
+        (["task=jsonl"], "task.path has to be given"),
+        (["task=jsonl", "task.path=nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["model=gguf", "model.path=nowhere.gguf"], "nowhere.gguf"),
+        (["model=llama2-7b"], "ask for access at https://huggingface.co/meta-llama/Llama-2-7b-hf"),
+        (["compute_dtype=float3"], "float3"),
+    ],
+)
+def test_a_mistake_ends_at_once_with_one_line(tmp_path, capsys, overrides, message):
+    """Before any prompt is attributed, and without a traceback."""
+    assert run(tmp_path, "task.size=4", *overrides) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert not (tmp_path / "skipped.jsonl").exists()
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_forked_processes_write_the_same_file(tmp_path, size):
+    """Two processes, and fewer batches than processes: the same bytes as one process."""
+    for name, extra in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp_fork"])):
+        assert run(tmp_path / name, f"task.size={size}", "batch_size=2", *extra) == 0
+    one, two = (
+        (tmp_path / name / "attributions" / "attributions.parquet").read_bytes() for name in ("one", "two")
+    )
+    assert one == two
+
+
+def test_the_command_line_on_two_processes(tmp_path):
+    """As typed: Lightning starts the script again for the second process, and one folder results."""
+    assert run(tmp_path / "one", "task.size=5", "batch_size=2") == 0
+    typed = "task.size=5 batch_size=2 trainer.strategy=ddp trainer.devices=2 trainer.accelerator=cpu"
+    command = [sys.executable, str(ROOT / "analyze.py"), *typed.split(), f"hydra.run.dir={tmp_path / 'two'}"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr
+    files = [tmp_path / name / "attributions" / "attributions.parquet" for name in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert ended.stdout.count("model is right") == 1, "the first process alone speaks"
+    assert str(tmp_path / "two" / "report.html") in ended.stdout
+    assert summary_of(tmp_path / "two")["hardware"]["processes"] == 2
+
+
+def test_an_interrupted_run_keeps_what_is_done(tmp_path):
+    """The writer flushes what it holds when a run ends before its time."""
+
+    class Stops(AttributionModule):
+        def predict_step(self, batch, batch_idx=0):
+            if batch_idx == 2:
+                raise RuntimeError("the node is taken away")
+            return super().predict_step(batch, batch_idx)
+
+    task = tasks.load("ioi", size=6)
+    module = Stops(DePass.from_pretrained("tiny"), {"rule": "softmax"}, removal=Removal(percents=[0, 100]))
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        callbacks=[AttributionWriter(tmp_path, expected=6)],
+    )
+    with pytest.raises(RuntimeError, match="taken away"):
+        trainer.predict(module, datamodule=PromptData(task, batch_size=2), return_predictions=False)
+    assert len(read_rows(tmp_path / "attributions" / "shards")) == 4
+    assert not (tmp_path / "attributions" / "attributions.parquet").exists()
+
+
+def test_batches_hold_like_lengths_and_every_prompt_once():
+    lengths = [3, 9, 4, 9, 1, 7, 3]
+    plan = plan_batches(lengths, 2)
+    assert plan == [[1, 3], [5, 2], [0, 6], [4]]
+    assert sorted(i for world in (plan[0::2], plan[1::2]) for batch in world for i in batch) == list(range(7))
