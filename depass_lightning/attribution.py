@@ -150,7 +150,7 @@ class Attribution:
         scores = [self.scores[group].double().sum().item() for group in groups]
         positions = [self._merged(group) for group in groups]
         named = zip(groups, positions, strict=True)
-        names = [self.names[group[0]] if len(group) == 1 else self._text_of(span) for group, span in named]
+        names = [self.names[group[0]] if len(group) == 1 else self.text_of(span) for group, span in named]
         return replace(self, scores=torch.tensor(scores), names=names, positions=positions)
 
     def _merged(self, group: list[int]) -> tuple[int, int] | None:
@@ -158,14 +158,14 @@ class Attribution:
         first, last = self.positions[group[0]], self.positions[group[-1]]
         return None if first is None or last is None else (first[0], last[1])
 
-    def _text_of(self, span: tuple[int, int] | None) -> str:
-        """Return the text of a token range, from the prompt where it can be found there.
+    def text_of(self, positions: tuple[int, int] | None) -> str:
+        """Return the text of a token range [start, end), from the prompt where its place there is known.
 
         A character that is spread over several tokens can be read in the prompt alone.
         """
-        start, end = span or (0, 0)
+        start, end = positions or (0, 0)
         joined = "".join(self.tokens[start:end])
-        if not self.text or self.offsets is None:
+        if end - start < 2 or not self.text or self.offsets is None:
             return joined
         found = self.text[self.offsets[start][0] : self.offsets[end - 1][1]]
         return " " + found if joined.startswith(" ") and not found.startswith(" ") else found

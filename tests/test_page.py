@@ -92,7 +92,12 @@ def test_the_page_holds_scores_words_and_roles() -> None:
 def test_the_page_offers_words_where_tokens_are_pieces() -> None:
     page = page_html([attribution_of([(" Mar", 1.0), ("y", 2.0)])], title="T")
     words = data_of(page)["prompts"][0]["views"]["words"]
-    assert words == {"names": [None, " Mary"], "scores": [0.25, 3.0], "spans": [[0, 1], [1, 3]]}
+    assert words == {"names": [None, None], "texts": {}, "scores": [0.25, 3.0], "spans": [[0, 1], [1, 3]]}
+
+
+def test_a_letter_in_two_tokens_is_read_from_the_prompt() -> None:
+    a = attribution_of([("\ufffd", 1.0), ("\ufffd", 2.0)], text="語", offsets=[(0, 0), (0, 1), (0, 1)])
+    assert data_of(page_html([a], title="T"))["prompts"][0]["views"]["words"]["texts"] == {"1": "語"}
 
 
 def test_evidence_can_be_given_as_ranges_and_left_out() -> None:

@@ -219,6 +219,14 @@ def test_the_figure_breaks_lines_and_never_overlaps() -> None:
     assert max(token.get_window_extent().x1 for token in tokens) < figure.canvas.get_width_height()[0] - 20
 
 
+def test_numbers_below_narrow_tokens_do_not_run_into_each_other() -> None:
+    figure = tokens_figure(attribution_of([("(", 1.0), ("a", 3.0), (",", 2.0), ("b", -1.5)]))
+    numbers = [text for text in figure.axes[0].texts if text.get_fontsize() == 8.5]
+    assert "+3" in [text.get_text() for text in numbers]
+    for one, other in pairwise(sorted(numbers, key=lambda text: text.get_position()[0])):
+        assert one.get_window_extent().x1 < other.get_window_extent().x0
+
+
 def test_the_figure_stops_where_the_target_was_read() -> None:
     texts = texts_of(tokens_figure(ioi(position=2)))
     assert "and" not in texts

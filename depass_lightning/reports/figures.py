@@ -2,8 +2,8 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.files import write_whole
 from depass_lightning.reports.numbers import model_name, percent, signed, visible
 from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, ink, shade
+from depass_lightning.reports.pieces import Piece, full_score, pieces_of, strengths
 
 # The first of these that is installed writes the text; the others stand in where it lacks a letter.
 FAMILIES = (
@@ -42,6 +43,7 @@ FAMILIES = (
 WIDTH = 8.6  # inches; everything below is in points, of which an inch has 72
 MARGIN = 24
 TOKEN_SIZE = 17
+NUMBER_SIZE = 8.5
 LINE = 44
 SPACE = 4.4  # between tokens that a space parts
 PADDING = 2.6  # left and right of a token in its box
@@ -79,20 +81,14 @@ def tokens_figure(attribution: Attribution, dark: bool = False) -> Figure:
         dark: for a dark ground.
     """
     theme = DARK if dark else LIGHT
-    placed = [
-        abs(score)
-        for score, span in zip(attribution.scores.tolist(), attribution.positions, strict=True)
-        if span is not None
-    ]
-    largest = max(placed, default=0.0) or 1.0
-    boxes, answer = _layout(attribution, largest)
+    boxes, answer = _layout(attribution)
     height = HEAD + LINE * (answer.line + 1) + FOOT
     figure, axes = _canvas(WIDTH * 72, height, theme)
     _headline(axes, attribution, theme, height)
     for box in boxes:
         _draw_token(axes, box, theme, height - HEAD - LINE * (box.line + 0.5))
     _draw_answer(axes, answer, theme, height - HEAD - LINE * (answer.line + 0.5), attribution.correct)
-    _draw_scale(axes, largest, theme)
+    _draw_scale(axes, full_score(attribution), theme)
     _draw_elsewhere(axes, attribution, theme)
     return figure
 
@@ -127,47 +123,58 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def _layout(attribution: Attribution, largest: float) -> tuple[list[Box], Box]:
+def _layout(attribution: Attribution) -> tuple[list[Box], Box]:
     """Place every piece of the prompt in lines, and after the last the model's own next token."""
     right = WIDTH * 72 - MARGIN
-    x, line = float(MARGIN), 0
+    x, line, indent = float(MARGIN), 0, 0.0
     boxes: list[Box] = []
-    pieces = list(_pieces(attribution))
-    if len(pieces) > MOST:
-        pieces = [*pieces[: MOST // 2], (" …", None), *pieces[-MOST // 2 :]]
-    for text, score in pieces:
-        bare = visible(text.strip(" ") or text)
-        width = _width(bare, TOKEN_SIZE) + 2 * PADDING
-        gap = SPACE if text.startswith(" ") or (boxes and boxes[-1].text.endswith("↵")) else 1.0
-        if boxes and (x + gap + width > right or boxes[-1].text.endswith("↵")):
-            x, line = float(MARGIN), line + 1
+    for piece, strength, score in _pieces(attribution):
+        text, *below = piece.text.split("\n")
+        width = _width(text, TOKEN_SIZE) + 2 * PADDING
+        gap = SPACE if piece.space else 1.0
+        if boxes and (x + gap + width > right or indent):
+            x, line = MARGIN + indent, line + 1
         elif boxes:
             x += gap
-        strength = None if score is None else score / largest
-        written = score if strength is not None and abs(strength) >= NUMBERED else None
-        boxes.append(Box(bare, strength, written, x, width, line))
+        boxes.append(Box(text, strength, score, x, width, line))
         x += width
+        indent = _width(below[-1], TOKEN_SIZE) + 0.1 if below else 0.0
     said = visible(attribution.prediction.strip(" ") or attribution.prediction)
     width = _width(said, TOKEN_SIZE) + 4 * PADDING
-    if x + 3 * SPACE + width > right:
-        x, line = MARGIN - 2.0 * SPACE, line + 1
-    return boxes, Box(said, None, None, x + 2 * SPACE, width, line)
+    if x + 2 * SPACE + width > right or indent:
+        x, line = MARGIN + indent - 2 * SPACE, line + 1
+    return _numbered(boxes), Box(said, None, None, x + 2 * SPACE, width, line)
 
 
-def _pieces(attribution: Attribution) -> Iterator[tuple[str, float | None]]:
-    """Yield the prompt's pieces up to the target's position, each with its component's score."""
-    owner: dict[int, int] = {}
-    for number, span in enumerate(attribution.positions):
-        owner |= dict.fromkeys(range(*span) if span else (), number)
-    position = 0
-    while position <= attribution.position:
-        end = position + 1
-        number = owner.get(position)
-        while number is not None and owner.get(end) == number:
-            end += 1
-        score = None if number is None else attribution.scores[number].item()
-        yield "".join(attribution.tokens[position:end]), score
-        position = end
+def _numbered(boxes: list[Box]) -> list[Box]:
+    """Return the boxes less the scores that are small, or would run into a larger one beside them."""
+    taken: list[tuple[int, float, float]] = []
+    kept = set()
+    for i in sorted(range(len(boxes)), key=lambda i: -abs(boxes[i].strength or 0.0)):
+        box = boxes[i]
+        if box.score is None or abs(box.strength or 0.0) < NUMBERED:
+            continue
+        half = _width(signed(box.score), NUMBER_SIZE) / 2 + 2
+        middle = box.left + box.width / 2
+        if all(line != box.line or middle + half < low or middle - half > high for line, low, high in taken):
+            taken.append((box.line, middle - half, middle + half))
+            kept.add(i)
+    return [box if i in kept else replace(box, score=None) for i, box in enumerate(boxes)]
+
+
+def _pieces(attribution: Attribution) -> list[tuple[Piece, float | None, float | None]]:
+    """Return the prompt's pieces up to the target's position, each with its strength and its score."""
+    scores, strength = attribution.scores.tolist(), strengths(attribution)
+    pieces: list[tuple[Piece, float | None, float | None]] = []
+    for piece in pieces_of(attribution):
+        number = piece.component
+        pieces.append((piece, None, None) if number is None else (piece, strength[number], scores[number]))
+        if piece.end > attribution.position:
+            break
+    if len(pieces) > MOST:
+        left_out = (Piece(" ", "…", None, 0), None, None)
+        pieces = [*pieces[: MOST // 2], left_out, *pieces[-MOST // 2 :]]
+    return pieces
 
 
 @lru_cache
@@ -238,7 +245,7 @@ def _draw_token(axes: Axes, box: Box, theme: Theme, y: float) -> None:
     _write(axes, middle, y, box.text, TOKEN_SIZE, color=hexadecimal(letters), ha="center")
     if box.score is not None:
         colour = hexadecimal(theme.positive if box.score > 0 else theme.negative)
-        _write(axes, middle, y - 20, signed(box.score), 8.5, color=colour, ha="center")
+        _write(axes, middle, y - 20, signed(box.score), NUMBER_SIZE, color=colour, ha="center")
 
 
 def _draw_answer(axes: Axes, box: Box, theme: Theme, y: float, correct: bool | None) -> None:

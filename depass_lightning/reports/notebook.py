@@ -4,6 +4,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.reports.numbers import percent, plain, signed, visible
+from depass_lightning.reports.pieces import pieces_of, strengths
 
 # A notebook does not tell its ground. Half transparent tones of middle lightness leave its letters readable.
 POSITIVE, NEGATIVE = "46,107,255", "235,104,30"
@@ -32,28 +33,24 @@ def attribution_html(attribution: Attribution, top: int = 8) -> str:
 
 
 def _pieces(attribution: Attribution) -> list[dict[str, object]]:
-    """Return each token with the colour of the component that stands for it."""
-    scores = attribution.scores.tolist()
-    largest = max((abs(score) for score in scores), default=0.0) or 1.0
-    owner: dict[int, int] = {}
-    for number, span in enumerate(attribution.positions):
-        owner |= dict.fromkeys(range(*span) if span else (), number)
-    pieces = []
-    for position, token in enumerate(attribution.tokens):
-        bare = token.lstrip(" ") or token
-        score = scores[owner[position]] if position in owner else 0.0
-        pieces.append(
+    """Return each piece of the prompt with the colour of the component that stands for it."""
+    scores, strength = attribution.scores.tolist(), strengths(attribution)
+    unread, shown = True, []
+    for piece in pieces_of(attribution):
+        number = piece.component
+        read = unread and piece.end > attribution.position
+        unread = unread and not read
+        shown.append(
             {
-                "space": token[: len(token) - len(bare)],
-                "text": visible(bare),
-                "title": signed(score) if position in owner else "no component stands for this token",
-                "colour": POSITIVE if score > 0 else NEGATIVE,
-                "strength": round(STRONGEST * abs(score) / largest, 3),
-                "breaks": "\n" in bare,
-                "read": position == attribution.position,
+                "space": piece.space,
+                "text": piece.text,
+                "title": "no component stands for this" if number is None else signed(scores[number]),
+                "colour": POSITIVE if number is not None and scores[number] > 0 else NEGATIVE,
+                "strength": 0.0 if number is None else round(STRONGEST * abs(strength[number]), 3),
+                "read": read,
             }
         )
-    return pieces
+    return shown
 
 
 def _rows(attribution: Attribution, top: int) -> list[dict[str, object]]:

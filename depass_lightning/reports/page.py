@@ -141,14 +141,17 @@ def _prompt(name: str, attribution: Attribution, example: Mapping[str, Any]) -> 
 
 
 def _components(attribution: Attribution) -> dict[str, Any]:
-    """Collect names, scores and places of the components; a name that its token gives is left out."""
+    """Collect the components' scores and places, and of names and texts what the tokens do not tell."""
     tokens = [visible(token) for token in attribution.tokens]
     names: list[str | None] = []
-    for name, span in zip(attribution.names, attribution.positions, strict=True):
-        same = span is not None and span[1] == span[0] + 1 and tokens[span[0]] == visible(name)
-        names.append(None if same else visible(name))
+    texts: dict[int, str] = {}
+    for i, (name, span) in enumerate(zip(attribution.names, attribution.positions, strict=True)):
+        text = None if span is None else visible(attribution.text_of(span))
+        if span is not None and text is not None and text != "".join(tokens[slice(*span)]):
+            texts[i] = text
+        names.append(None if visible(name) == text else visible(name))
     scores = [_rounded(score) for score in attribution.scores.tolist()]
-    return {"names": names, "scores": scores, "spans": attribution.positions}
+    return {"names": names, "texts": texts, "scores": scores, "spans": attribution.positions}
 
 
 def _evidence_ranges(example: Mapping[str, Any]) -> list[tuple[int, int]]:

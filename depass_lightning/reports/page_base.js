@@ -73,8 +73,9 @@ function ink(ground) {
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
 
-// A component's name; where it is a token of its own, the data leaves the name to the tokens.
-const nameOf = (prompt, view, i) => view.names[i] ?? prompt.tokens[view.spans[i][0]];
+// The data leaves to the tokens what they tell of a component: its text, and its name where that is its text.
+const textOf = (prompt, view, i) => view.texts[i] ?? prompt.tokens.slice(...view.spans[i]).join("");
+const nameOf = (prompt, view, i) => view.names[i] ?? textOf(prompt, view, i);
 
 // The largest score of a component that stands in the text. A bias has no place there and may outweigh all.
 function strongest(view) {

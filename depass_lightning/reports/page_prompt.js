@@ -24,7 +24,8 @@ function promptText(prompt, view, scale) {
     const i = componentAt[start];
     end = start + 1;
     while (i >= 0 && componentAt[end] === i) end++;
-    appendPiece(text, prompt, { i, start, end, strength: i < 0 ? 0 : view.scores[i] / scale });
+    const written = i < 0 ? prompt.tokens[start] : textOf(prompt, view, i);
+    appendPiece(text, prompt, { i, start, end, written, strength: i < 0 ? 0 : view.scores[i] / scale });
     if (start <= prompt.position && prompt.position < end) appendAnswer(text, prompt);
   }
   text.addEventListener("pointerover", (event) => {
@@ -38,21 +39,19 @@ function promptText(prompt, view, scale) {
 }
 
 // One component in the text, its first space outside of the colour so that the text reads as a text.
-function appendPiece(text, prompt, { i, start, end, strength }) {
-  const written = prompt.tokens.slice(start, end).join("");
+function appendPiece(text, prompt, { i, start, end, written, strength }) {
   const shown = written.replace(/^ +/, "");
   text.append(written.slice(0, written.length - shown.length));
   const marks = prompt.marks.filter((mark) => mark.tokens.some((t) => start <= t && t < end));
   const underline = marks.some((mark) => mark.right) ? " right" : marks.length ? " named" : "";
   const special = prompt.special.includes(start) ? " special" : "";
-  const piece = element("span", { class: `piece${underline}${special}`, "data-component": i >= 0 ? i : null }, shown);
+  const piece = element("span", { class: `piece${underline}${special}`, "data-component": i >= 0 ? i : null }, shown.replaceAll("↵", "↵\n"));
   if (i >= 0) {
     const ground = shade(strength);
     piece.style.background = css(ground);
     piece.style.color = ink(ground);
   } else piece.classList.add("mute");
   text.append(piece);
-  if (shown.includes("↵")) text.append(element("br"));
 }
 
 // What the model itself goes on with, where the target was read.

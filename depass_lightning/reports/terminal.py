@@ -12,6 +12,7 @@ from rich.text import Text
 from depass_lightning.attribution import Attribution
 from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
+from depass_lightning.reports.pieces import pieces_of, strengths
 
 # A terminal does not tell its ground. Weak scores colour the letters alone, in a tone between light and dark;
 # strong ones bring a ground of their own, with white letters on it.
@@ -53,18 +54,11 @@ def _settings(attribution: Attribution) -> str:
 
 def _tokens(attribution: Attribution) -> Text:
     """Return the prompt, each piece of it in the colour of the component that stands for it."""
-    strongest = attribution.scores.abs().max().item() if len(attribution) else 0.0
-    strength = [0.0] * len(attribution.tokens)
-    for span, score in zip(attribution.positions, attribution.scores.tolist(), strict=True):
-        for position in range(*span) if span else ():
-            strength[position] = score / strongest if strongest else 0.0
+    strength = strengths(attribution)
     text = Text()
-    for token, part in zip(attribution.tokens, strength, strict=True):
-        bare = token.lstrip(" ") or token
-        text.append(token[: len(token) - len(bare)])
-        text.append(visible(bare), _style(part))
-        if "\n" in bare:
-            text.append("\n")
+    for piece in pieces_of(attribution):
+        text.append(piece.space)
+        text.append(piece.text, _style(0.0 if piece.component is None else strength[piece.component]))
     return text
 
 
