@@ -18,7 +18,7 @@ from depass_lightning.engine.propagate import Carry, propagate
 from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
 from depass_lightning.engine.rules import Rule, Taylor
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt, pad
+from depass_lightning.prompts import Prompt, pad, token_text
 from depass_lightning.sources import Source, dense_components, resolve_layer
 from depass_lightning.targets import Target, target_ids
 
@@ -193,7 +193,7 @@ class _Reading:
             scores=full,
             names=settings.source.names(prompt.tokens) + (["bias"] if settings.bias else []),
             value=float(logits[ids[0]] - (logits[ids[1]] if len(ids) == 2 else 0)),
-            target=" − ".join(repr(self._text(token)) for token in ids),
+            target=" − ".join(repr(token_text(token, self.tokenizer)) for token in ids),
             text=prompt.text,
             tokens=prompt.tokens,
             token_ids=prompt.ids,
@@ -203,7 +203,7 @@ class _Reading:
             rule=settings.rule_name,
             layer=resolve_layer(settings.source.layer, len(self.decoder.blocks), settings.source.kind),
             position=position,
-            prediction=self._text(int(logits.argmax())),
+            prediction=token_text(int(logits.argmax()), self.tokenizer),
             probability=float(logits.softmax(-1)[ids[0]]),
             rank=int((logits > logits[ids[0]]).sum()),
             metadata=self._metadata(ids),
@@ -221,6 +221,3 @@ class _Reading:
         if settings.compat:
             metadata["compat"] = settings.compat
         return metadata
-
-    def _text(self, token: int) -> str:
-        return str(token if self.tokenizer is None else self.tokenizer.decode([token]))

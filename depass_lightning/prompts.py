@@ -118,7 +118,7 @@ def prompts_of_ids(
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise DePassError(f"{name} has an id outside the vocabulary of {vocabulary} tokens")
         _check_length(name, len(ids), limit)
-        tokens = [str(token if tokenizer is None else str(tokenizer.decode([token]))) for token in ids]
+        tokens = [token_text(token, tokenizer) for token in ids]
         prompts.append(Prompt("", ids, tokens, None, name))
     return prompts
 
@@ -133,6 +133,21 @@ def pad(rows: list[list[int]]) -> Int[Tensor, "batch position"]:
     return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
 
 
+def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The text of one token, with the space that it begins with.
+
+    Args:
+        token: its id.
+        tokenizer: None shows the id.
+    """
+    if tokenizer is None:
+        return str(token)
+    text = str(tokenizer.decode([token])).replace("▁", " ")
+    # Some tokenizers drop the space of what they take for the beginning of a text.
+    begins_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
+    return f" {text}" if begins_word and not text.startswith(" ") else text
+
+
 def _check_length(name: str, count: int, limit: int | None) -> None:
     if count == 0:
         raise DePassError(f"{name} is empty; give it at least one token")
@@ -145,11 +160,11 @@ def _pieces(
 ) -> list[str]:
     """The text of each token with the space before it, so that joined they read like the prompt."""
     if offsets is None:
-        return [str(tokenizer.decode([token])) for token in ids]
+        return [token_text(token, tokenizer) for token in ids]
     pieces, reached = [], 0
     for token, (start, end) in zip(ids, offsets, strict=True):
         # Special tokens and the later bytes of one character cover no text of their own.
         covers = end > start and end > reached
-        pieces.append(text[reached:end] if covers else str(tokenizer.decode([token])))
+        pieces.append(text[reached:end] if covers else token_text(token, tokenizer))
         reached = max(reached, end)
     return pieces

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from depass_lightning.errors import DePassError
+from depass_lightning.prompts import token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,7 @@ def token_id(
         )
     ids = _continuation(token, prompt, tokenizer)
     if len(ids) != 1 and not (first and ids):
-        split = " + ".join(repr(tokenizer.decode([part])) for part in ids) or "nothing"
+        split = " + ".join(repr(token_text(part, tokenizer)) for part in ids) or "nothing"
         hint = "" if token.startswith(" ") else f", or try {' ' + token!r} with a leading space"
         raise DePassError(
             f"target {token!r} must be one token, but the tokenizer splits it into {len(ids)}: {split}; "

@@ -38,6 +38,7 @@ def load_model(
     Raises:
         DePassError: the model cannot be found, reached or read, or access to it must be granted first.
     """
+    precision = dtype_of(dtype)
     folder, gguf = _locate(name)
     arguments: dict[str, Any] = {"revision": revision} if revision else {}
     if gguf is not None:
@@ -46,7 +47,7 @@ def load_model(
         with _quiet_if(Path(folder).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype_of(dtype), **arguments, **options
+                folder, dtype=precision, **arguments, **options
             )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DePassError(_explain(name, revision, error)) from error
