@@ -226,12 +226,16 @@ class DePass:
             raise DePassError(f"compat={compat!r} is unknown; choose None or 'release'")
         split = Tokens() if source is None else source
         resolve_layer(split.layer, len(self._decoder.blocks), type(split).__name__)
-        carries_bias = bias == "component" and compat is None and self._decoder.has_biases
+        if compat == "release":
+            bias = "drop"
+        if not self._decoder.has_biases:
+            bias = "none"
         return Settings(
             source=split,
             rule=release_rule(chosen) if compat else chosen,
             rule_name=rule,
-            bias=carries_bias,
+            bias=bias == "component",
+            bias_mode=bias,
             compat=compat,
             budget=Budget.default(self._decoder.device, self.memory_budget),
         )

@@ -47,6 +47,7 @@ class Settings:
         rule: how neurons are shared.
         rule_name: what the rule is called.
         bias: whether constants have a component of their own.
+        bias_mode: what becomes of constants: component, drop, or none where the model has none.
         compat: `release` for the published code's behaviour, else None.
         budget: the engine's memory.
     """
@@ -55,6 +56,7 @@ class Settings:
     rule: Rule
     rule_name: str
     bias: bool
+    bias_mode: str
     compat: str | None
     budget: Budget
 
@@ -213,7 +215,7 @@ class _Reading:
         settings = self.settings
         metadata: dict[str, Any] = {
             "model": self.decoder.name,
-            "bias": "component" if settings.bias else "drop",
+            "bias": settings.bias_mode,
             "target_ids": ids,
         }
         if settings.rule_name == "softmax":

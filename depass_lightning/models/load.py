@@ -52,6 +52,8 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DePassError(_explain(name, revision, error)) from error
     model.eval()
+    if gguf is not None or name == "tiny":  # else results would be named after a folder on this machine
+        model.config._name_or_path = Path(name).stem
     if device is not None:
         nn.Module.to(model, device)
     return model, tokenizer
