@@ -1,10 +1,14 @@
 """The components of every layer add up to the model's own residual state, whatever the rule or padding."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from depass_lightning import Contrast, DePass, Token, Tokens
-from tests.models import ALL, build, distance, padded, prompt, real_states
+from depass_lightning.engine.memory import Budget
+from tests.models import ALL, ONE_OF_EACH, build, distance, padded, prompt, real_states
 from tests.twin import RULES, Rule
 
 PRECISION = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -82,15 +86,11 @@ BUDGETS = [1, 4_000, 50_000]  # bytes: one row at a time, a few, many
 def test_results_do_not_depend_on_the_size_of_chunks(name: str, budget: int) -> None:
     model = build(name, dtype=torch.float64)
     input_ids, attention_mask = padded([prompt(7, seed=1), prompt(4, seed=2)], "left")
+    batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     small, large = DePass(model, memory_budget=budget), DePass(model, memory_budget=2**30)
     for rule in RULES:
         for compat in (None, "release"):
-            options = {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "rule": rule,
-                "compat": compat,
-            }
+            options = batch | {"rule": rule, "compat": compat}
             for given, expected in zip(small.decompose(**options), large.decompose(**options), strict=True):
                 assert distance(given.states, expected.states) < 1e-12, (rule, compat)
             given, expected = small.attribute(**options, target=8), large.attribute(**options, target=8)
@@ -107,3 +107,33 @@ def test_components_sum_to_the_state_in_small_chunks(name: str) -> None:
         for rule in RULES:
             result = DePass(model, memory_budget=budget).decompose(input_ids=ids[None], rule=rule)[0]
             assert distance(result.states.sum(0), true) < 1e-5, (budget, rule)
+
+
+def test_blocks_that_are_run_again_instead_of_kept_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    input_ids, attention_mask = padded([prompt(7, seed=1), prompt(4, seed=2)], "left")
+    batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    models = [build(name, attention="sdpa").train() for name in ALL]
+    kept = [DePass(model).decompose(**batch) for model in models]
+    default = Budget.default
+
+    def nothing_kept(device: torch.device, working: int | None = None) -> Budget:
+        return replace(default(device, working), recording=0)
+
+    monkeypatch.setattr(Budget, "default", nothing_kept)
+    for model, expected in zip(models, kept, strict=True):
+        for one, two in zip(DePass(model).decompose(**batch), expected, strict=True):
+            assert torch.equal(one.states, two.states)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_half_precision_is_as_complete_as_its_rounding_allows(
+    name: str, dtype: torch.dtype, limit: float
+) -> None:
+    model = build(name, dtype=dtype)
+    ids = prompt(8)
+    true = real_states(model, ids)[-1]
+    for rule in RULES:
+        result = DePass(model).decompose(input_ids=ids[None], rule=rule)[0]
+        assert result.states.dtype == torch.float32
+        assert distance(result.states.sum(0), true) < limit
