@@ -97,7 +97,7 @@ def load(config: DictConfig) -> DePass:
         hints = []
         if model.gated and "gated" not in str(error):
             hints.append(f"it is gated too: ask for access at https://huggingface.co/{model.name}")
-        if model.gated is not None and "path" not in model:
+        if "/" in model.name and "path" not in model:
             hints.append("a folder is given as model=hf model.name=..., a file as model=gguf model.path=...")
         raise DePassError("; ".join([str(error), *hints])) from error
 

@@ -66,7 +66,7 @@ def write_results(
     if len(rows) > prompts:
         subtitle = f"{subtitle}; the first {prompts:,} of {len(rows):,} prompts".lstrip("; ")
     examples = [_example(row) for row in rows[:prompts]]
-    write_page(page, shown, title=title, subtitle=subtitle, summary=summary, examples=examples)
+    write_page(page, shown, title=title, subtitle=subtitle, summary=_shown(summary), examples=examples)
     return Results(folder, rows, summary, page)
 
 
@@ -84,16 +84,22 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
         console.print(attribution_text(shown[0], top=5))
         console.print()
         console.print(attributions_table(shown))
-    console.print(summary_table(results.summary))
+    console.print(summary_table(_shown(results.summary)))
     console.print()
     if results.page is not None:
-        console.print(Text("page     "), _path(results.page), sep="")
-    console.print(Text("folder   "), _path(results.folder), sep="")
+        _print_path(console, "page", results.page)
+    _print_path(console, "folder", results.folder)
 
 
-def _path(path: Path) -> Text:
-    """Return a path that is never broken over lines, and that terminals which can, open on a click."""
-    return Text(str(path), style=f"bold link file://{path.resolve()}", no_wrap=True, overflow="ignore")
+def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary without the number of skipped prompts, where there are none."""
+    return {key: value for key, value in summary.items() if key != "skipped" or value}
+
+
+def _print_path(console: Console, name: str, path: Path) -> None:
+    """Print a path in one piece, so that it can be copied; terminals that can, open it on a click."""
+    link = f"bold link file://{path.resolve()}"
+    console.print(Text.assemble(f"{name:9}", (str(path), link)), soft_wrap=True)
 
 
 def _example(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,6 +120,8 @@ class AttributionModule(LightningModule):
             batch_size=len(examples),
             **self.settings,
         )
+        for attribution in attributions:
+            attribution.metadata |= self.run  # the model by the name that the reader gave it
         curves = self._curves(attributions)
         return [
             {"index": index, **attribution_to_row(attribution), **self._measured(example, attribution, curve)}
