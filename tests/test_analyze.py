@@ -100,6 +100,16 @@ def test_the_page_holds_every_prompt(done):
     assert "tiny" in page
 
 
+def test_loggers_get_the_numbers(tmp_path):
+    """The summary's numbers in a table of one row."""
+    assert run(tmp_path, "task.size=4", "logger=csv") == 0
+    names, values = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    logged = dict(zip(names.split(","), values.split(","), strict=True))
+    summary = summary_of(tmp_path)
+    assert float(logged["analysis/patch_top_area"]) == pytest.approx(summary["patch_top_area"]["value"])
+    assert float(logged["analysis/prompts"]) == 4
+
+
 def test_paths_are_printed_in_one_piece(tmp_path, capsys):
     """However narrow the terminal: they are there to be copied."""
     folder = tmp_path / ("long" * 30)
@@ -115,7 +125,7 @@ def test_the_batch_size_and_a_second_run_change_nothing(done, tmp_path):
         b"of a run that was killed"
     )
     (tmp_path / "skipped.jsonl").write_text("{}\n")
-    assert run(tmp_path, "task.size=24", "batch_size=5", "faithfulness=null") == 0
+    assert run(tmp_path, "task.size=24", "batch_size=5", "faithfulness=null", "logger=none") == 0
     assert not (tmp_path / "skipped.jsonl").exists()
     for one, other in zip(
         read_attributions(done / "attributions"), read_attributions(tmp_path / "attributions"), strict=True

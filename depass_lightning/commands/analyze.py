@@ -43,10 +43,10 @@ def analyze(config: DictConfig) -> int:
     depass = load(config)
     fingerprint = weights_fingerprint(depass.model)
     writer = AttributionWriter(folder, expected=len(task), skipped=task.skipped)
-    loggers = instantiate_each(config.logger)
+    loggers = instantiate_each(config.get("logger"))
     trainer: Trainer = instantiate(
         config.trainer,
-        callbacks=[writer, AttributionProgress(), *instantiate_each(config.callbacks)],
+        callbacks=[writer, AttributionProgress(), *instantiate_each(config.get("callbacks"))],
         logger=loggers or False,
     )
     module = attribution_module(config, depass, task, fingerprint)
