@@ -102,6 +102,14 @@ class History:
         self._previous.update(scores)
         self._first = scores | self._first
 
+    def as_json(self) -> dict[str, Any]:
+        """Return steps and curves as JSON has them: null where a value is not a number."""
+        curves = {
+            name: [value if math.isfinite(value) else None for value in curve]
+            for name, curve in self.curves.items()
+        }
+        return {"steps": self.steps, "curves": curves}
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain containers and tensors."""
         curves = {name: list(curve) for name, curve in self.curves.items()}

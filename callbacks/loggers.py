@@ -23,7 +23,7 @@ class UnattendedWandbLogger(WandbLogger):
 
         try:
             return super().experiment
-        except Error as error:
+        except (Error, TimeoutError) as error:
             if self._wandb_init["mode"] == "offline":
                 raise
             log.warning("Weights & Biases did not start (%s); this run is recorded offline", error)

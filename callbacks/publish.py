@@ -22,6 +22,12 @@ from depass_lightning.reports.page import write_page
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
 
 FIGURES = 4  # TensorBoard keeps every figure of every step in its one file
+CARDS = {
+    "rank": "rank of the answer",
+    "similarity_first": "similarity to the first run",
+    "similarity_previous": "similarity to the previous run",
+    "failed": "failed probes",
+}
 COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens")
 
 
@@ -62,7 +68,11 @@ def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int) 
         folder: the run's folder.
         step: what the loggers call this step.
     """
-    page, scores = write_files(result, folder / "depass" / result.name)
+    folder = folder / "depass" / result.name
+    write_json(folder / "history.json", result.history.as_json())
+    if not result.attributions:
+        return
+    page, scores = write_maps(result, folder)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             _to_wandb(logger, result, page, step)
@@ -72,23 +82,25 @@ def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int) 
             _to_mlflow(logger, result.name, (page, scores))
 
 
-def write_files(result: Result, folder: Path) -> tuple[Path, Path]:
-    """Write the step's page and scores, and the set's curves up to now.
+def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
+    """Write the page (`step-000123.html`) and the scores (`step-000123.parquet`) of one step.
 
-    Returns:
-        The page (`step-000123.html`) and the scores (`step-000123.parquet`, in the columns of an analysis);
-        the curves are in `history.json`.
+    The scores have the columns of an analysis, so that `read_attributions` reads them.
     """
     page = folder / f"step-{result.step:06d}.html"
-    write_page(page, result.attributions, title=f"{result.name}, step {result.step}", summary=result.metrics)
+    known = [{"id": probe.id, "evidence": probe.evidence} for probe in result.probes]
+    write_page(
+        page,
+        result.attributions,
+        title=f"{result.name}, step {result.step}",
+        summary={CARDS.get(name, name): value for name, value in result.metrics.items()},
+        examples=known,
+    )
     rows = [
-        attribution_to_row(attribution)
-        | {"index": i, "id": probe.id, "correct": attribution.correct, "evidence": probe.evidence}
-        for i, (probe, attribution) in enumerate(zip(result.probes, result.attributions, strict=True))
+        attribution_to_row(attribution) | probe | {"index": i, "correct": attribution.correct}
+        for i, (probe, attribution) in enumerate(zip(known, result.attributions, strict=True))
     ]
-    scores = write_shard(page.with_suffix(".parquet"), rows, ATTRIBUTION_SCHEMA)
-    write_json(folder / "history.json", {"steps": result.history.steps, "curves": result.history.curves})
-    return page, scores
+    return page, write_shard(page.with_suffix(".parquet"), rows, ATTRIBUTION_SCHEMA)
 
 
 def table(result: Result) -> tuple[list[int | str], list[Any]]:

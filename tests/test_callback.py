@@ -121,9 +121,8 @@ def test_it_is_bit_identical_with_autocast_and_gradient_checkpointing(tmp_path: 
 def test_ranks_share_the_probes_unevenly_and_agree(tmp_path: Path, count: int) -> None:
     probes = list(PROMPTS[:count])
     train(tmp_path / "one", DePassCallback(probes))
-    checkpoint = ModelCheckpoint(
-        tmp_path / "two", monitor="depass/probes/value", save_top_k=-1, filename="{step}"
-    )
+    monitor = {"monitor": "depass/probes/value", "save_top_k": -1, "every_n_train_steps": 3}
+    checkpoint = ModelCheckpoint(tmp_path / "two", filename="{step}", **monitor)
     callbacks = [DePassCallback(probes), checkpoint]
     train(tmp_path / "two", *callbacks, devices=2, strategy="ddp_fork", enable_checkpointing=True)
     one, two = (tmp_path / name / "depass/probes/step-000000.parquet" for name in ("one", "two"))
@@ -131,10 +130,11 @@ def test_ranks_share_the_probes_unevenly_and_agree(tmp_path: Path, count: int) -
     for alone, shared in zip(read_attributions(one), read_attributions(two), strict=True):
         assert alone.names == shared.names
         torch.testing.assert_close(alone.scores, shared.scores, rtol=1e-5, atol=1e-6)
-    assert history_of(tmp_path / "two")["steps"] == [0, 2, 4, 6]
-    saved = torch.load(tmp_path / "two/step=6.ckpt", weights_only=True)
+    history = history_of(tmp_path / "two")
+    assert history["steps"] == [0, 2, 3, 4, 6]
+    saved = torch.load(tmp_path / "two/step=3.ckpt", weights_only=True)
     [state] = [state for key, state in saved["callbacks"].items() if key.startswith("DePassCallback")]
-    assert state["history"]["probes"]["curves"] == history_of(tmp_path / "two")["curves"]
+    assert state["history"]["probes"]["curves"]["value"] == history["curves"]["value"][:3]
 
 
 def test_what_is_logged_and_when(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_what_is_logged_and_when(tmp_path: Path) -> None:
     wanted |= {f"depass/others/{name}" for name in (*SCALARS, "failed") if name != "on_target"}
     assert set(logged) == wanted
     [last] = read_attributions(tmp_path / "depass/ioi/step-000006.parquet")
-    assert last.target == "'Mary' − 'John'"
+    assert last.target == "' Mary' − ' John'"
     for name, value in {
         "value": last.value,
         "probability": last.probability,
@@ -244,6 +244,8 @@ def test_weights_that_are_not_a_number_do_not_stop_training(
     assert [math.isnan(value) for value in curves["value"]] == [False, False, True, True]
     assert math.isnan(run.callback_metrics["depass/probes/similarity_first"])
     assert "probe 'probes-0' of 'probes' failed at step 4" in caplog.text
+    assert "were not written" not in caplog.text
+    assert history_of(tmp_path)["curves"]["value"] == [*curves["value"][:2], None, None]
 
 
 def test_want_of_memory_halves_the_batch_for_good(
