@@ -44,8 +44,8 @@ def analyze(config: DictConfig) -> int:
     fingerprint = weights_fingerprint(depass.model)
     writer = AttributionWriter(folder, expected=len(task), skipped=task.skipped)
     loggers = instantiate_each(config.get("logger"))
-    trainer: Trainer = instantiate(
-        config.trainer,
+    # Objects are handed to a partial function: Hydra would copy them into the configuration.
+    trainer: Trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=[writer, AttributionProgress(), *instantiate_each(config.get("callbacks"))],
         logger=loggers or False,
     )

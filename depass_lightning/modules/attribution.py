@@ -16,6 +16,7 @@ from depass_lightning.faithfulness import (
     check_percents,
     evidence_found,
     removal_curves,
+    text_components,
 )
 from depass_lightning.modules.prompts import PromptBatch
 from depass_lightning.storage import attribution_to_row
@@ -138,8 +139,11 @@ class AttributionModule(LightningModule):
         return Token(example.answer, first=True) if self.target == "token" else example.target()
 
     def _curves(self, attributions: Sequence[Attribution]) -> Sequence[RemovalCurves | None]:
-        """Follow the probability of what was explained (the answer, not the foil) as tokens go."""
-        if self.removal is None:
+        """Follow the probability of what was explained (the answer, not the foil) as tokens go.
+
+        Components that stand for no text, such as heads, cannot be taken out of the prompt: no curves then.
+        """
+        if self.removal is None or not all(map(text_components, attributions)):
             return [None] * len(attributions)
         answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
         return removal_curves(self.depass.model, attributions, answers, **dataclasses.asdict(self.removal))
