@@ -12,15 +12,21 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.passes import Decomposition
-from depass_lightning.sources import Tokens
+from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
 from depass_lightning.targets import Contrast, Token
 
 __all__ = [
     "Attribution",
+    "Components",
     "Contrast",
     "DePass",
     "DePassError",
     "Decomposition",
+    "Heads",
+    "Module",
+    "Neurons",
+    "Spans",
+    "Subspace",
     "Token",
     "Tokens",
     "__version__",

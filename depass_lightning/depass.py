@@ -203,9 +203,9 @@ class DePass:
         stop = layers
         if to_layer is not None and to_layer != layers:
             stop = resolve_layer(to_layer, layers, "to_layer")
-        first = resolve_layer(settings.source.layer, layers, type(settings.source).__name__)
-        if stop < first:
-            raise DePassError(f"to_layer={stop} lies before layer {first}, where the state is split")
+        last = settings.source.layers(layers)[-1]
+        if stop < last:
+            raise DePassError(f"to_layer={stop} lies before layer {last}, where the state is split")
         prompts = self._prompts(prompt, input_ids, attention_mask)
 
         def states(batch: list[int]) -> list[Decomposition]:
@@ -225,14 +225,14 @@ class DePass:
         if compat not in (None, "release"):
             raise DePassError(f"compat={compat!r} is unknown; choose None or 'release'")
         split = Tokens() if source is None else source
-        resolve_layer(split.layer, len(self._decoder.blocks), type(split).__name__)
+        split.layers(len(self._decoder.blocks))
         if compat == "release":
             bias = "drop"
         if not self._decoder.has_biases:
             bias = "none"
         return Settings(
             source=split,
-            rule=release_rule(chosen) if compat else chosen,
+            rule=release_rule(chosen, remainder=split.positional) if compat else chosen,
             rule_name=rule,
             bias=bias == "component",
             bias_mode=bias,

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.propagate import Carry, propagate
+from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
 from depass_lightning.engine.rules import Rule, Taylor
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, pad, token_text
-from depass_lightning.sources import Source, dense_components, resolve_layer
+from depass_lightning.sources import Pass, Source
 from depass_lightning.targets import Target, target_ids
 
 
@@ -93,17 +94,17 @@ def attribute_batch(
             )
             for prompt, target, position, row in zip(prompts, targets, at, logits, strict=True)
         ]
-        carry = _carry(
-            recording, settings, recording.layers, torch.tensor(at, device=decoder.device)[:, None]
-        )
+        positions = torch.tensor(at, device=decoder.device)[:, None]
+        carry = _carry(recording, prompts, settings, recording.layers, positions)
         scores, constants = _scores(decoder, carry.read(recording.final_norm)[:, :, 0], wanted)
+        groups = scores.unflatten(1, (carry.layout.groups, -1))
         if settings.bias:
-            scores[:, 0] += constants
-            scores = torch.cat([scores[:, 1:], scores[:, :1]], 1)
+            groups[:, :, 0] += constants[:, None]
+            groups = torch.cat([groups[:, :, 1:], groups[:, :, :1]], 2)
     reading = _Reading(decoder, tokenizer, settings)
     return [
         reading.attribution(prompt, position, ids, row, score)
-        for prompt, position, ids, row, score in zip(prompts, at, wanted, logits, scores, strict=True)
+        for prompt, position, ids, row, score in zip(prompts, at, wanted, logits, groups, strict=True)
     ]
 
 
@@ -124,12 +125,15 @@ def decompose_batch(
     lengths = [len(prompt.ids) for prompt in prompts]
     with exact(decoder.device):
         recording = _record(decoder, prompts, [length - 1 for length in lengths], lengths, settings)
-        states = dense_components(_carry(recording, settings, stop), settings.bias)
+        carry = _carry(recording, prompts, settings, stop)
+        states = carry.dense().unflatten(1, (carry.layout.groups, -1))
     results = []
     for prompt, own, count in zip(prompts, states, lengths, strict=True):
-        kept = torch.cat([own[:count], own[-1:]]) if settings.bias else own[:count]
-        names = settings.source.names(prompt.tokens) + (["bias"] if settings.bias else [])
-        results.append(Decomposition(kept[:, :count], names, stop))
+        names, _ = _described(prompt, decoder, settings)
+        members = len(names) // len(own)
+        # The bias component is carried first and named last; what longer prompts have more is padding.
+        kept = torch.cat([own[:, 1:members], own[:, :1]], 1) if settings.bias else own[:, :members]
+        results.append(Decomposition(kept.flatten(0, 1)[:, :count], names, stop))
     return results
 
 
@@ -146,17 +150,34 @@ def _record(
     )
 
 
-def _carry(recording: Recording, settings: Settings, stop: int, positions: Tensor | None = None) -> Carry:
-    first = resolve_layer(settings.source.layer, recording.layers, type(settings.source).__name__)
-    carry = settings.source.split(
-        recording,
-        bias=settings.bias,
-        competing=not isinstance(settings.rule, Taylor),
-        budget=settings.budget,
-    )
-    for _, reached in propagate(recording, carry, settings.rule, first=first, stop=stop, positions=positions):
+def _carry(
+    recording: Recording,
+    prompts: list[Prompt],
+    settings: Settings,
+    stop: int,
+    positions: Tensor | None = None,
+) -> Carry:
+    begin = Pass(prompts, settings.bias, not isinstance(settings.rule, Taylor), settings.budget)
+    split = settings.source.split(recording, begin)
+    carry = None
+    for _, reached in propagate(recording, split, settings.rule, stop=stop, positions=positions):
         carry = reached
+    assert carry is not None
     return carry
+
+
+def _described(
+    prompt: Prompt, decoder: Decoder, settings: Settings
+) -> tuple[list[str], list[tuple[int, int] | None]]:
+    """The names and token ranges of all components, each group's bias component last."""
+    described = settings.source.describe(prompt, decoder)
+    layers = settings.source.layers(len(decoder.blocks))
+    names, positions = [], []
+    for layer, group in zip(layers, described.names, strict=True):
+        bias = [f"layer {layer} bias" if len(layers) > 1 else "bias"] if settings.bias else []
+        names += [*group, *bias]
+        positions += [*described.positions, *([None] * len(bias))]
+    return names, positions
 
 
 def _scores(
@@ -184,26 +205,29 @@ class _Reading:
         self, prompt: Prompt, position: int, ids: list[int], logits: Tensor, scores: Tensor
     ) -> Attribution:
         """Name one prompt's scores; `ids` are the token that is explained and, for a contrast, its foil."""
-        settings, count = self.settings, len(prompt.ids)
-        own = scores[:-1] if settings.bias else scores
-        full = scores.new_zeros(count + int(settings.bias))
-        # Tokens behind the target's position stay at zero: they cannot have contributed.
-        full[: position + 1] = own[: position + 1]
+        settings = self.settings
+        names, positions = _described(prompt, self.decoder, settings)
+        members = len(names) // len(scores) - int(settings.bias)
+        # What begins behind the target's position was cut off and stays at zero: it cannot have contributed.
+        # What longer prompts of the batch have more is padding.
+        own = (scores[:, :-1] if settings.bias else scores)[:, :members]
+        full = scores.new_zeros(len(scores), members)
+        full[:, : own.shape[1]] = own
         if settings.bias:
-            full[-1] = scores[-1]
+            full = torch.cat([full, scores[:, -1:]], 1)
         return Attribution(
-            scores=full,
-            names=settings.source.names(prompt.tokens) + (["bias"] if settings.bias else []),
+            scores=full.flatten(),
+            names=names,
             value=float(logits[ids[0]] - (logits[ids[1]] if len(ids) == 2 else 0)),
             target=" − ".join(repr(token_text(token, self.tokenizer)) for token in ids),
             text=prompt.text,
             tokens=prompt.tokens,
             token_ids=prompt.ids,
             offsets=prompt.offsets,
-            positions=settings.source.positions(count) + ([None] if settings.bias else []),
+            positions=positions,
             source=settings.source.kind,
             rule=settings.rule_name,
-            layer=resolve_layer(settings.source.layer, len(self.decoder.blocks), settings.source.kind),
+            layer=settings.source.layers(len(self.decoder.blocks))[0],
             position=position,
             prediction=token_text(int(logits.argmax()), self.tokenizer),
             probability=float(logits.softmax(-1)[ids[0]]),

@@ -5,6 +5,7 @@ with one question, how each neuron's value is shared (`engine/rules.py`).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -139,6 +140,39 @@ class FrozenAttention:
         """The number of value heads, each shared by a group of query heads."""
         return self.value.weight.shape[0] // self.head_size
 
+    def head_values(
+        self, states: Float[Tensor, "batch position hidden"]
+    ) -> tuple[Float[Tensor, "batch position head size"], Float[Tensor, "batch position head size"] | None]:
+        """Each head's mixed values of a state, and what value biases add to them.
+
+        Args:
+            states: `[batch, position, hidden]`, not normed.
+        """
+        batch, positions, _ = states.shape
+        scale = self.norm.scale.flatten()
+        values = self.norm(states.flatten(0, 1), scale) @ self.value.weight.T
+        groups = self.heads // self.key_value_heads
+
+        def mixed(values: Tensor) -> Tensor:
+            table = values.view(batch, positions, self.key_value_heads, -1).transpose(1, 2)
+            table = table.repeat_interleave(groups, 1)
+            return (self.probabilities @ table).transpose(1, 2)
+
+        constant = self.norm.constant_through(self.value)
+        constants = None if constant is None else mixed(constant.expand(batch, positions, -1))
+        return mixed(values.view(batch, positions, -1)), constants
+
+    def head_outputs(
+        self, values: Float[Tensor, "batch position head size"]
+    ) -> Float[Tensor, "batch head position hidden"]:
+        """Project each head's values out by itself.
+
+        Args:
+            values: `[batch, position, head, size]`, as `head_values` gives them.
+        """
+        output = self.output.weight.view(-1, self.heads, self.head_size)
+        return torch.einsum("bnhi,dhi->bhnd", values, output)
+
 
 @dataclass(frozen=True)
 class FrozenMLP:
@@ -171,3 +205,19 @@ class FrozenBlock:
     state: Float[Tensor, "batch position hidden"]
     attention: FrozenAttention
     mlp: FrozenMLP
+
+    @cached_property
+    def attention_output(self) -> Float[Tensor, "batch position hidden"]:
+        """What attention adds to the residual stream, biases included."""
+        values, constants = self.attention.head_values(self.state)
+        total = values if constants is None else values + constants
+        return torch.nn.functional.linear(total.flatten(2), *_pair(self.attention.output))
+
+    @cached_property
+    def mlp_output(self) -> Float[Tensor, "batch position hidden"]:
+        """What the MLP adds to the residual stream, biases included."""
+        return torch.nn.functional.linear(self.mlp.neurons, *_pair(self.mlp.down))
+
+
+def _pair(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias

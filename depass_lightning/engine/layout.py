@@ -41,6 +41,7 @@ class Chunk:
         at: `[segment]` the flat `batch * position` index of each segment.
         row_at: `[row]` the same for each row.
         bias: rows of the bias component, counted from the chunk's start.
+        fallback: `[segment]` the row that takes what no component of a segment competes for.
     """
 
     rows: slice
@@ -48,6 +49,7 @@ class Chunk:
     at: Int[Tensor, "segment"]
     row_at: Int[Tensor, "row"]
     bias: Int[Tensor, "row"]
+    fallback: Int[Tensor, "segment"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ class Layout:
         self._row_segment, self._row_component = segment, component[: self.competing_rows]
 
     @property
+    def groups(self) -> int:
+        """The number of groups that compete among themselves only."""
+        return self.alive.shape[2]
+
+    @property
     def components(self) -> int:
         """The number of components, over all groups."""
         return self.index.shape[2]
@@ -153,9 +160,11 @@ class Layout:
             first = last
 
     def _chunk(self, segments: slice, rows: slice) -> Chunk:
-        _, positions, groups, _ = self.alive.shape
+        _, positions, groups, members = self.alive.shape
         flat = self._segments[segments]
-        at = flat // (groups * positions) * positions + flat % positions
+        prompt, rest = flat // (groups * positions), flat % (groups * positions)
+        group, position = rest // positions, rest % positions
+        at = prompt * positions + position
         bias = (self._row_component[rows] == (-1 if self.bias is None else self.bias)).nonzero()[:, 0]
         runs, row, segment = [], 0, 0
         sizes, repeats = self._counts[segments].unique_consecutive(return_counts=True)
@@ -168,12 +177,8 @@ class Layout:
             at=at.to(self.device),
             row_at=at[self._row_segment[rows] - segments.start].to(self.device),
             bias=bias.to(self.device),
+            fallback=self.index[prompt, position, group * members + self.fallback].to(self.device),
         )
-
-    def fallback_rows(self, chunk_at: Tensor) -> Tensor:
-        """The rows, one a segment, that take what no competitor takes (one group only)."""
-        prompt, position = chunk_at.cpu() // self.positions, chunk_at.cpu() % self.positions
-        return self.index[prompt, position, self.fallback].to(self.device)
 
     def component_blocks(self, rows: int) -> list[ComponentBlock]:
         """Cut the components into runs of about so many rows.

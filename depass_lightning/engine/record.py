@@ -207,7 +207,7 @@ def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
     """
     block = decoder.blocks[0]
     hidden, neurons = linear_of(block.down).weight.shape
-    heads = decoder.config.num_attention_heads
+    heads = decoder.heads
     per_position = heads * positions + 2 * neurons + 5 * hidden
     size = linear_of(block.down).weight.element_size()
     return len(decoder.blocks) * batch * positions * per_position * size

@@ -1,15 +1,18 @@
 """The published code's way of sharing neurons, with its quirks, for comparing with numbers made by it.
 
-It differs from `engine/rules.py` in four steps (the numbers are those of its own order):
+It differs from `engine/rules.py` in these steps, in its own order:
 
 1. the first token's gates are set to zero behind its own position (`exclude_first`; the layout does it);
-2. the first component's gates at the first position are set to one;
-3. a gate that is exactly zero counts as absent, neuron by neuron;
-4. a neuron for which nobody competes is lost to a remainder that the result leaves out.
+2. the first component's gates at the first position are set to one, whatever the components are;
+3. gates of the last component below 1e-5 in size are set to zero;
+4. a neuron for which all gates are zero goes to the last component.
 
-`relu` and `linear` add 1e-6 to their denominators, `taylor` adds 1e-8 to the pre-activation, and `linear`
-overflows where a component is absent: then a component that alone is present takes all, and two or more
-take nothing. None of these sums to the model's state in general; biases are lost (`bias="drop"`).
+A gate that is then exactly zero counts as absent, neuron by neuron. Among positions the last component is a
+remainder that starts at zero and is left out of the result, so there step 3 does nothing and step 4 loses the
+neuron. `relu` and `linear` add 1e-6 to their denominators, `taylor` adds 1e-8 to the pre-activation, and
+`linear`
+overflows where a component is absent: then one that alone is present takes all, and two or more take
+nothing. None of these sums to the model's state in general; biases are lost (`bias="drop"`).
 """
 
 from dataclasses import dataclass
@@ -32,11 +35,24 @@ from depass_lightning.engine.rules import (
 )
 
 
+@dataclass(frozen=True)
 class _Quirks(CompetingRule):
+    """Steps 2 to 4.
+
+    Args:
+        remainder: the last component is a remainder that is not carried here.
+    """
+
     complete: ClassVar[bool] = False
+    remainder: bool = True
 
     def prepare(self, gates: Gates, present: Present, at_origin: Tensor) -> tuple[Gates, Tensor]:
         gates[:, 0] = torch.where(at_origin[:, None], 1, gates[:, 0])
+        if not self.remainder:
+            last = gates[:, -1]
+            last = torch.where(last.abs() < 1e-5, 0, last)
+            gates[:, -1] = last
+            gates[:, -1] = torch.where((gates == 0).all(1), 1, last)
         return gates, gates != 0
 
     def shares(self, gates: Gates, present: Present, *, everybody: bool = False) -> Gates:
@@ -64,10 +80,14 @@ class ReleaseRelu(_Quirks, Relu):
 
 @dataclass(frozen=True)
 class ReleaseLinear(_Quirks, Linear):
-    """1 for a component that alone is present, else 0: some token is always absent, so this overflows."""
+    """`(g - min) / (sum (g - min) + 1e-6)` where no component is absent; else 1 for one alone, and 0."""
 
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
-        return (present & (summary[2] == 1)).to(gates.dtype)
+        smallest, sums, count = summary
+        alone = (present & (count == 1)).to(gates.dtype)
+        if self.remainder:
+            return alone
+        return torch.where(count == gates.shape[1], (gates - smallest) / (sums + 1e-6), alone)
 
 
 @dataclass(frozen=True)
@@ -78,16 +98,21 @@ class ReleaseTaylor(Taylor):
         return neurons / (pre_activations + 1e-8)
 
 
-def release_rule(rule: Rule) -> Rule:
-    """The published code's version of a rule."""
+def release_rule(rule: Rule, *, remainder: bool) -> Rule:
+    """The published code's version of a rule.
+
+    Args:
+        rule: the rule.
+        remainder: the components are positions, whose remainder is left out.
+    """
     match rule:
         case Softmax(temperature):
-            return ReleaseSoftmax(temperature)
+            return ReleaseSoftmax(temperature=temperature, remainder=remainder)
         case Max():
-            return ReleaseMax()
+            return ReleaseMax(remainder=remainder)
         case Relu():
-            return ReleaseRelu()
+            return ReleaseRelu(remainder=remainder)
         case Linear():
-            return ReleaseLinear()
+            return ReleaseLinear(remainder=remainder)
         case _:
             return ReleaseTaylor()

@@ -144,6 +144,11 @@ class Decoder:
         return any(getattr(module, "bias", None) is not None for module in (*modules, *norms, *outer))
 
     @property
+    def heads(self) -> int:
+        """The number of query heads of a block."""
+        return self.config.num_attention_heads
+
+    @property
     def max_positions(self) -> int | None:
         """The model's context in tokens, where its configuration states it."""
         return getattr(self.config, "max_position_embeddings", None)

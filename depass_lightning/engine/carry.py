@@ -1,0 +1,340 @@
+"""What happens to components inside one frozen block (Hong et al., section 3).
+
+With everything that was recorded held fixed:
+
+1. attention, which is linear: norm the components, take values, mix them with the probabilities, project out;
+2. the MLP: norm the components, take their gates, share every neuron's value by the rule, project down.
+
+Values are mixed before they are projected out, so nothing of size heads x hidden is built, and both steps
+write into the packed rows in place: attention reads one component at all its positions, the MLP all
+components at one position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP, FrozenNorm
+from depass_lightning.engine.layout import Chunk, ComponentBlock, Layout
+from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.rules import CompetingRule, Rule, Taylor
+
+
+@dataclass
+class Carry:
+    """The components of a batch somewhere on their way through the model.
+
+    Args:
+        layout: where each component's rows are.
+        rows: `[row + 1, hidden]`; the last row is zero and stands for every component that does not live.
+        positions: `[batch, position]` which of the prompt's positions the layout's positions are.
+        budget: how much working memory a step may take.
+    """
+
+    layout: Layout
+    rows: Float[Tensor, "row hidden"]
+    positions: Int[Tensor, "batch position"]
+    budget: Budget
+
+    @classmethod
+    def begin(
+        cls,
+        components: Float[Tensor, "batch component position hidden"],
+        real: Bool[Tensor, "batch position"],
+        positions: Int[Tensor, "batch position"],
+        *,
+        bias: int | None,
+        budget: Budget,
+    ) -> "Carry":
+        """Begin with components that all live at every real position.
+
+        Args:
+            components: their states.
+            real: which positions are no padding.
+            positions: which of the prompt's positions these are.
+            bias: the bias component's index, or None; the first other component is the group's base.
+            budget: how much working memory a step may take.
+        """
+        alive = real.cpu()[:, :, None, None].expand(-1, -1, 1, components.shape[1])
+        fallback = 1 if bias == 0 else 0
+        layout = Layout(alive, alive, bias, fallback, components.device)
+        rows = components.new_zeros(layout.rows + 1, components.shape[-1])
+        rows[layout.index.to(rows.device)] = components.transpose(1, 2)
+        rows[-1] = 0  # padding wrote here
+        return cls(layout, rows, positions, budget)
+
+    def join(self, components: Float[Tensor, "batch component position hidden"]) -> "Carry":
+        """Take in another group, whose components compete among themselves only.
+
+        Args:
+            components: their states at this carry's positions; as many as each group has.
+        """
+        old = self.layout
+        real = old.alive.any(3).any(2)[:, :, None, None]
+        alive = torch.cat([old.alive, real.expand_as(old.alive[:, :, :1])], 2)
+        competes = torch.cat([old.competes, real.expand_as(old.competes[:, :, :1])], 2)
+        layout = Layout(alive, competes, old.bias, old.fallback, old.device)
+        to = self.rows.device
+        rows = self.rows.new_zeros(layout.rows + 1, self.rows.shape[1])
+        rows[layout.index[:, :, : old.components].to(to)] = self.rows[old.index.to(to)]
+        rows[layout.index[:, :, old.components :].to(to)] = components.transpose(1, 2)
+        rows[-1] = 0
+        return Carry(layout, rows, self.positions, self.budget)
+
+    def dense(self) -> Float[Tensor, "batch component position hidden"]:
+        """All components at all positions, zeros included."""
+        return self.rows[self.layout.index.to(self.rows.device)].transpose(1, 2)
+
+    def at_positions(self, values: Float[Tensor, "batch any *rest"]) -> Tensor:
+        """Pick what was recorded at this carry's positions, prompts and positions flattened."""
+        batch = torch.arange(len(self.positions), device=values.device)[:, None]
+        return values[batch, self.positions].flatten(0, 1)
+
+    # Attention
+
+    def attend(self, attention: FrozenAttention) -> None:
+        """Add each component's attention output to it, a block of components at a time."""
+        hidden = self.rows.shape[1]
+        value_width, output_width = attention.value.weight.shape[0], attention.output.weight.shape[1]
+        rows = self.budget.rows(2 * (hidden + value_width + output_width), self.rows.dtype)
+        scale = self.at_positions(attention.norm.scale)
+        for block in self.layout.component_blocks(rows):
+            self.rows.index_add_(0, block.rows, self._attention_of(attention, block, scale))
+
+    def _attention_of(self, attention: FrozenAttention, block: ComponentBlock, scale: Tensor) -> Tensor:
+        """One block's attention output, row by row."""
+        heads, shared, size = attention.heads, attention.key_value_heads, attention.head_size
+        batch, positions, count = block.shape
+        normed = attention.norm(self.rows.index_select(0, block.rows), scale[block.at])
+        values = normed @ attention.value.weight.T
+        constant = attention.norm.constant_through(attention.value)
+        if constant is not None:
+            values[block.bias] += constant
+        # One table a value head, [position, component * size]: mixing is a plain product for each head.
+        table = values.new_zeros(batch, shared, positions, count, size)
+        prompt, position, component = block.where
+        table.permute(0, 2, 3, 1, 4)[prompt, position, component] = values.view(-1, shared, size)
+        seen = attention.probabilities[:, :, block.first :, block.first :]
+        seen = seen.reshape(batch, shared, -1, positions)
+        mixed = (seen @ table.view(batch, shared, positions, count * size)).view(
+            batch, shared, heads // shared, positions, count, size
+        )
+        mixed = mixed.permute(0, 3, 4, 1, 2, 5)[prompt, position, component].reshape(-1, heads * size)
+        result = mixed @ attention.output.weight.T
+        if attention.output.bias is not None:
+            result[block.bias] += attention.output.bias
+        return result
+
+    def attend_at(self, attention: FrozenAttention, positions: Int[Tensor, "batch target"]) -> "Carry":
+        """Go through attention at a few positions only, and keep nothing but these.
+
+        The normed states are mixed before values are taken, which for few queries is far cheaper.
+
+        Args:
+            attention: the frozen attention.
+            positions: `[batch, target]` the positions that are kept.
+        """
+        batch = torch.arange(len(positions), device=positions.device)[:, None]
+        queries = attention.probabilities[batch, :, positions]
+        kept = self.at(positions)
+        hidden = self.rows.shape[1]
+        width = len(positions) * hidden * (2 * self.layout.positions + positions.shape[1] * attention.heads)
+        step = self.budget.rows(width, self.rows.dtype)
+        for first in range(0, self.layout.components, step):
+            components = slice(first, first + step)
+            states = self._mixed_states(attention, queries, self.layout.index[:, :, components])
+            kept.rows[kept.layout.index[:, :, components].to(self.rows.device)] += states
+        # Components that do not live at a target have all written into the last row.
+        kept.rows[-1] = 0
+        self._add_output_constants(attention, queries, kept)
+        return kept
+
+    def at(self, positions: Int[Tensor, "batch target"]) -> "Carry":
+        """The same components at a few positions only.
+
+        Args:
+            positions: `[batch, target]` the positions that are kept.
+        """
+        layout, chosen = self.layout, positions.cpu()
+        batch = torch.arange(len(chosen))[:, None]
+        kept = Layout(
+            layout.alive[batch, chosen],
+            layout.competes[batch, chosen],
+            layout.bias,
+            layout.fallback,
+            layout.device,
+        )
+        rows = self.rows.new_zeros(kept.rows + 1, self.rows.shape[1])
+        to = self.rows.device
+        rows[kept.index.to(to)] = self.rows[layout.index[batch, chosen].to(to)]
+        return Carry(kept, rows, positions, self.budget)
+
+    def _mixed_states(self, attention: FrozenAttention, queries: Tensor, source: Tensor) -> Tensor:
+        """The attention output `[batch, target, component, hidden]` of some components, without constants."""
+        heads, shared, size = attention.heads, attention.key_value_heads, attention.head_size
+        batch, positions, count = source.shape
+        hidden = self.rows.shape[1]
+        targets = queries.shape[1]
+        scale = self.at_positions(attention.norm.scale)
+        normed = attention.norm(
+            self.rows[source.flatten().to(self.rows.device)], scale.repeat_interleave(count)
+        ).view(batch, positions, count * hidden)
+        mixed = (queries.reshape(batch, targets * heads, positions) @ normed).view(
+            batch, targets, shared, heads // shared, count, hidden
+        )
+        value = attention.value.weight.view(shared, 1, size, hidden)
+        output = attention.output.weight.view(hidden, shared, heads // shared, size)
+        values = torch.einsum("btsgch,sgih->btcsgi", mixed, value.expand(-1, heads // shared, -1, -1))
+        return torch.einsum("btcsgi,hsgi->btch", values, output)
+
+    def _add_output_constants(self, attention: FrozenAttention, queries: Tensor, carry: "Carry") -> None:
+        """What value and output biases give to the bias component at the targets."""
+        if self.layout.bias is None:
+            return
+        total = torch.zeros_like(queries[..., 0, :1]).expand(-1, -1, self.rows.shape[1])
+        constant = attention.norm.constant_through(attention.value)
+        if constant is not None:
+            groups = attention.heads // attention.key_value_heads
+            heads = constant.view(attention.key_value_heads, 1, -1).expand(-1, groups, -1).flatten(0, 1)
+            # Rows of probabilities need not sum to one (attention sinks), so the constant is mixed as well.
+            mixed = queries.sum(-1)[..., None] * heads
+            total = total + mixed.flatten(2) @ attention.output.weight.T
+        if attention.output.bias is not None:
+            total = total + attention.output.bias
+        members = carry.layout.alive.shape[3]
+        rows = carry.layout.index[:, :, self.layout.bias :: members].to(self.rows.device)
+        carry.rows[rows] += total[:, :, None]
+        carry.rows[-1] = 0
+
+    # MLP
+
+    def share_neurons(self, mlp: FrozenMLP, rule: Rule) -> None:
+        """Add each component's share of the MLP's output to it, a chunk of positions at a time."""
+        hidden, neurons = mlp.down.weight.shape
+        limit = self.budget.rows(2 * hidden + 2 * neurons, self.rows.dtype)
+        frozen = _MLPAtPositions(
+            mlp,
+            self.at_positions(mlp.norm.scale),
+            self.at_positions(mlp.neurons),
+            mlp.norm.constant_through(mlp.gate),
+        )
+        slopes = None
+        if isinstance(rule, Taylor):
+            slopes = rule.slopes(self.at_positions(mlp.pre_activations), frozen.neurons)
+        for chunk in self.layout.chunks(limit):
+            count = len(chunk.row_at)
+            whole = slice(0, count)
+            if slopes is not None:
+                gates = self._gates(frozen, chunk, whole)
+                self._add_down(frozen, chunk, whole, gates.mul_(slopes[chunk.row_at]))
+            elif isinstance(rule, CompetingRule):
+                if count > limit and len(chunk.at) == 1:  # one position alone is too large
+                    self._share_in_parts(frozen, rule, chunk, limit)
+                else:
+                    self._share(frozen, rule, chunk)
+
+    def _gates(self, frozen: "_MLPAtPositions", chunk: Chunk, part: slice) -> Tensor:
+        """The components' parts of the pre-activation, for some of a chunk's rows."""
+        start = chunk.rows.start
+        rows = self.rows[start + part.start : start + part.stop]
+        gates = frozen.mlp.norm(rows, frozen.scale[chunk.row_at[part]]) @ frozen.mlp.gate.weight.T
+        if frozen.constant is not None:
+            gates[_within(chunk.bias, part)] += frozen.constant
+        return gates
+
+    def _add_down(self, frozen: "_MLPAtPositions", chunk: Chunk, part: slice, shared: Tensor) -> None:
+        """Project shared neurons down into the rows."""
+        rows = self.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
+        rows.addmm_(shared, frozen.mlp.down.weight.T)
+        if frozen.mlp.down.bias is not None:
+            rows[_within(chunk.bias, part)] += frozen.mlp.down.bias
+
+    def _share(self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk) -> None:
+        """Share the neurons of a chunk whose segments each fit."""
+        whole = slice(0, len(chunk.row_at))
+        gates = self._gates(frozen, chunk, whole)
+        present = torch.cat([_present(gates[run.rows]) for run in chunk.runs])
+        everybody = bool(present.all())
+        neurons = frozen.neurons[chunk.at]
+        for run in chunk.runs:
+            table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
+            live = present[run.rows].view(*table.shape[:2], 1)
+            prepared, live = rule.prepare(table, live, self._at_origin(chunk.at[run.segments]))
+            shares = rule.shares(prepared, live, everybody=everybody)
+            torch.mul(shares, neurons[run.segments, None], out=table)
+            if rule.complete and not everybody:
+                self._fall_back(frozen, chunk, live.any(1)[:, 0], run.segments)
+        self._add_down(frozen, chunk, whole, gates)
+
+    def _share_in_parts(
+        self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk, limit: int
+    ) -> None:
+        """Share one position's neurons among more components than fit at once: twice over them, in parts."""
+        count = len(chunk.row_at)
+        parts = [slice(first, min(first + limit, count)) for first in range(0, count, limit)]
+        neurons = frozen.neurons[chunk.at]
+
+        def table(part: slice) -> tuple[Tensor, Tensor]:
+            gates = self._gates(frozen, chunk, part)
+            at_origin = self._at_origin(chunk.at) & (part.start == 0)
+            return rule.prepare(gates[None], _present(gates)[None], at_origin)
+
+        summary, anybody = None, torch.zeros_like(chunk.at, dtype=torch.bool)
+        for part in parts:
+            gates, present = table(part)
+            own = rule.summarise(gates, present, part.start)
+            summary = own if summary is None else rule.merge(summary, own)
+            anybody |= present.any()
+        assert summary is not None
+        # The first pass is over before any row changes: gates are computed twice rather than kept.
+        for part in parts:
+            gates, present = table(part)
+            self._add_down(frozen, chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
+        if rule.complete:
+            self._fall_back(frozen, chunk, anybody, slice(None))
+
+    def _at_origin(self, at: Tensor) -> Tensor:
+        """Which segments are a prompt's first position."""
+        return self.positions.flatten()[at] == 0
+
+    def _fall_back(self, frozen: "_MLPAtPositions", chunk: Chunk, anybody: Tensor, segments: slice) -> None:
+        """Give a position's whole MLP output to one component where none competes for it."""
+        if not bool(anybody.all()):
+            rows, at = chunk.fallback[segments][~anybody], chunk.at[segments][~anybody]
+            self.rows.index_add_(0, rows, frozen.neurons[at] @ frozen.mlp.down.weight.T)
+
+    # Read
+
+    def read(self, norm: FrozenNorm) -> Float[Tensor, "batch component position hidden"]:
+        """All components behind a frozen norm, its bias included."""
+        index = self.layout.index.to(self.rows.device)
+        batch, positions, count = index.shape
+        scale = self.at_positions(norm.scale).repeat_interleave(count)
+        states = norm(self.rows[index.flatten()], scale).view(batch, positions, count, -1)
+        if norm.probe.bias is not None and self.layout.bias is not None:
+            members = self.layout.alive.shape[3]
+            lives = (index < self.layout.rows)[:, :, self.layout.bias :: members, None]
+            states[:, :, self.layout.bias :: members] += norm.probe.bias * lives
+        return states.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _MLPAtPositions:
+    """A frozen MLP and what of it stands at a carry's positions, flattened."""
+
+    mlp: FrozenMLP
+    scale: Float[Tensor, "at"]
+    neurons: Float[Tensor, "at neuron"]
+    constant: Float[Tensor, "neuron"] | None
+
+
+def _present(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
+    """Which components are not exactly zero (and, for the bias component, have no gate bias)."""
+    return gates.abs().amax(1, keepdim=True) != 0
+
+
+def _within(rows: Tensor, part: slice) -> Tensor:
+    """Those of the row numbers that lie in a part, counted from its start."""
+    return rows[(rows >= part.start) & (rows < part.stop)] - part.start

@@ -1,0 +1,20 @@
+"""What a state is split into before it is carried through the rest of the model."""
+
+from depass_lightning.sources.base import Described, Pass, Source, resolve_layer
+from depass_lightning.sources.modules import Heads, Module, Neurons
+from depass_lightning.sources.states import Components, Subspace
+from depass_lightning.sources.tokens import Spans, Tokens
+
+__all__ = [
+    "Components",
+    "Described",
+    "Heads",
+    "Module",
+    "Neurons",
+    "Pass",
+    "Source",
+    "Spans",
+    "Subspace",
+    "Tokens",
+    "resolve_layer",
+]

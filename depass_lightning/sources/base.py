@@ -1,0 +1,160 @@
+"""What every source shares: where it begins, what its components are called, and how a carry of them
+begins."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from depass_lightning.engine.carry import Carry
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.propagate import Place, Split
+from depass_lightning.engine.record import Recording
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt
+
+
+def resolve_layer(layer: int, layers: int, what: str) -> int:
+    """Turn a layer that may count from the end into a block index.
+
+    Args:
+        layer: a block's index; negative counts from the end.
+        layers: the model's number of blocks.
+        what: what asks for it, for the error.
+
+    Raises:
+        DePassError: the model has no such layer.
+    """
+    if not -layers <= layer < layers:
+        raise DePassError(
+            f"{what}: layer {layer} is out of range; the model has {layers} blocks, 0 to {layers - 1} "
+            f"(or -{layers} to -1 from the end)"
+        )
+    return layer % layers
+
+
+@dataclass(frozen=True)
+class Described:
+    """What one prompt's components are called.
+
+    Args:
+        names: `[group][component]` the names, without the bias component.
+        positions: `[component]` of every group: the token range that it stands for, or None.
+    """
+
+    names: list[list[str]]
+    positions: list[tuple[int, int] | None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a source must know of the pass that it begins.
+
+    Args:
+        prompts: the batch.
+        bias: a component of constants is carried along; it is the first of each group.
+        competing: the rule makes components compete.
+        budget: working memory.
+    """
+
+    prompts: Sequence[Prompt]
+    bias: bool
+    competing: bool
+    budget: Budget
+
+
+class Source(ABC):
+    """Splits a recorded state into components that sum to it."""
+
+    kind: ClassVar[str]
+    # Whether the components are positions of the prompt, each of them zero before it begins.
+    positional: ClassVar[bool] = False
+
+    @abstractmethod
+    def layers(self, count: int) -> list[int]:
+        """The blocks at or in which groups of components begin, in order.
+
+        Args:
+            count: the model's number of blocks.
+
+        Raises:
+            DePassError: the model has no such layer.
+        """
+
+    @abstractmethod
+    def split(self, recording: Recording, settings: Pass) -> Split:
+        """Begin the components of a recorded batch."""
+
+    @abstractmethod
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        """Name one prompt's components.
+
+        Raises:
+            DePassError: the prompt cannot be split like this.
+        """
+
+
+@dataclass
+class GroupSplit:
+    """Groups of components that live at every position and begin inside blocks, or at the entry of the
+    first."""
+
+    source: "GroupSource"
+    recording: Recording
+    settings: Pass
+
+    @property
+    def first(self) -> int:
+        return self.source.layers(self.recording.layers)[0]
+
+    def at_entry(self, recording: Recording) -> Carry | None:
+        components = self.source.entering(recording, self.first)
+        if components is None:
+            return None
+        device = components.device
+        positions = torch.arange(components.shape[2], device=device).expand(len(components), -1)
+        return self.begin(recording, self._with_bias(components, None), positions)
+
+    def inside(self, block: FrozenBlock, place: Place) -> Tensor | None:
+        if block.index not in self.source.layers(self.recording.layers):
+            return None
+        group = self.source.inside(block, place)
+        return None if group is None else self._with_bias(*group)
+
+    def begin(
+        self, recording: Recording, components: Tensor, positions: Int[Tensor, "batch position"]
+    ) -> Carry:
+        real = positions < recording.lengths[:, None]
+        bias = 0 if self.settings.bias else None
+        return Carry.begin(components, real, positions, bias=bias, budget=self.settings.budget)
+
+    def _with_bias(self, components: Tensor, constants: Tensor | None) -> Tensor:
+        """Put the bias component in front, with the constants that belong to no component from the start."""
+        if not self.settings.bias:
+            return components
+        first = torch.zeros_like(components[:, :1]) if constants is None else constants[:, None]
+        return torch.cat([first, components], 1)
+
+
+Group = tuple[Float[Tensor, "batch component position hidden"], Float[Tensor, "batch position hidden"] | None]
+
+
+class GroupSource(Source):
+    """A source whose components live at every position."""
+
+    def split(self, recording: Recording, settings: Pass) -> Split:
+        return GroupSplit(self, recording, settings)
+
+    def entering(self, recording: Recording, layer: int) -> Tensor | None:
+        """The components `[batch, component, position, hidden]` at the entry of the first block, if there."""
+        return None
+
+    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+        """The components that begin inside a block, and constants that belong to none of them."""
+        return None

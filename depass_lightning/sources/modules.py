@@ -1,0 +1,126 @@
+"""What a block's attention and MLP add to the residual stream: heads, modules, neurons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.propagate import Place
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder, linear_of
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources.base import Described, Group, GroupSource, resolve_layer
+
+
+@dataclass(frozen=True)
+class _Blockwise(GroupSource):
+    """A source with one group of components in one block, or in each."""
+
+    layer: int | None = None
+
+    def layers(self, count: int) -> list[int]:
+        if self.layer is None:
+            return list(range(count))
+        return [resolve_layer(self.layer, count, type(self).__name__)]
+
+    def _named(self, decoder: Decoder, names: Sequence[str]) -> Described:
+        """Name each layer's group; where there are several, by the layer too."""
+        layers = self.layers(len(decoder.blocks))
+        if len(layers) == 1:
+            return Described([list(names)], [None] * len(names))
+        return Described(
+            [[f"layer {layer} {name}" for name in names] for layer in layers], [None] * len(names)
+        )
+
+
+@dataclass(frozen=True)
+class Heads(_Blockwise):
+    """The state before a block's attention, and what each of its heads adds.
+
+    Args:
+        layer: the block; None takes every block in one sweep, each a group whose components compete only
+            among themselves, as if it had been run alone.
+    """
+
+    kind: ClassVar[str] = "heads"
+
+    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+        if place != "middle":
+            return None
+        attention = block.attention
+        values, constants = attention.head_values(block.state)
+        heads = attention.head_outputs(values)
+        bias = attention.output.bias
+        total = None if bias is None else bias.expand_as(block.state)
+        if constants is not None:
+            mixed = constants.flatten(2) @ attention.output.weight.T
+            total = mixed if total is None else mixed + total
+        return torch.cat([block.state[:, None], heads], 1), total
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        return self._named(decoder, ["state", *(f"head {index}" for index in range(decoder.heads))])
+
+
+@dataclass(frozen=True)
+class Module(_Blockwise):
+    """What a block's attention or MLP adds, with its biases, and the rest of the state there.
+
+    Args:
+        module: `attention` or `mlp`.
+        layer: the block; None takes every block in one sweep.
+    """
+
+    layer: int | None = None
+    module: Literal["attention", "mlp"] = "attention"
+    kind: ClassVar[str] = "modules"
+
+    def __init__(self, module: Literal["attention", "mlp"], layer: int | None = None) -> None:
+        if module not in ("attention", "mlp"):
+            raise DePassError(f"Module({module!r}): choose 'attention' or 'mlp'")
+        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "layer", layer)
+
+    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+        if place != ("middle" if self.module == "attention" else "after"):
+            return None
+        if self.module == "attention":
+            return torch.stack([block.state, block.attention_output], 1), None
+        return torch.stack([block.state + block.attention_output, block.mlp_output], 1), None
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        return self._named(decoder, ["state", self.module])
+
+
+@dataclass(frozen=True)
+class Neurons(_Blockwise):
+    """What each neuron of a block's MLP adds, and the rest of the state behind the MLP.
+
+    Args:
+        layer: the block; None takes every block, each a group of its own.
+        indices: the neurons that are components; by default all.
+    """
+
+    indices: Sequence[int] | None = None
+    kind: ClassVar[str] = "neurons"
+
+    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+        if place != "after":
+            return None
+        chosen = slice(None) if self.indices is None else list(self.indices)
+        values = block.mlp.neurons[:, :, chosen]
+        weights = block.mlp.down.weight[:, chosen]
+        rest = block.state + block.attention_output + block.mlp_output - values @ weights.T
+        neurons = values.transpose(1, 2)[..., None] * weights.T[:, None]
+        return torch.cat([rest[:, None], neurons], 1), None
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        width = linear_of(decoder.blocks[0].down).weight.shape[1]
+        indices = range(width) if self.indices is None else self.indices
+        outside = [index for index in indices if not 0 <= index < width]
+        if outside:
+            raise DePassError(
+                f"Neurons: there is no neuron {outside[0]}; the MLP has {width}, 0 to {width - 1}"
+            )
+        return self._named(decoder, ["state", *(f"neuron {index}" for index in indices)])

@@ -1,0 +1,146 @@
+"""A state split by what it is made of: subspaces, or any components that sum to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from depass_lightning.engine.record import Recording
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources.base import Described, GroupSource, resolve_layer
+
+
+def directions_of(basis: Any) -> Float[Tensor, "direction hidden"]:
+    """Read directions from what people have them in.
+
+    Args:
+        basis: a vector or a matrix of rows (a tensor, an array or lists), a fitted scikit-learn probe
+            (`coef_`), or a sparse autoencoder (`W_dec`).
+
+    Raises:
+        DePassError: there are no directions in it.
+    """
+    for attribute in ("coef_", "W_dec"):
+        if hasattr(basis, attribute):
+            basis = getattr(basis, attribute)
+            break
+    try:
+        rows = torch.as_tensor(basis).detach().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DePassError(
+            "a basis is a vector, a matrix of rows, a fitted probe or a sparse autoencoder, "
+            f"not {type(basis).__name__}"
+        ) from error
+    rows = rows[None] if rows.ndim == 1 else rows
+    if rows.ndim != 2 or not bool(torch.isfinite(rows).all()) or not bool(rows.any()):
+        raise DePassError(
+            "a basis is one finite direction or a matrix of them, not all zero; "
+            f"this one has shape {tuple(rows.shape)}"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Subspace(GroupSource):
+    """The state's part in a subspace, or in each of several, and the rest.
+
+    Several subspaces are projected onto one by one; where they are not orthogonal the rest makes up for it.
+
+    Args:
+        layer: the block whose input is split; negative counts from the end.
+        basis: directions that span the subspace, in any length: a vector, a matrix of rows, a fitted
+            scikit-learn probe, a sparse autoencoder; or a list of these for several subspaces.
+        names: what the subspaces are called.
+    """
+
+    layer: int
+    basis: Any
+    names: Sequence[str] | None = None
+    kind: ClassVar[str] = "subspace"
+
+    def layers(self, count: int) -> list[int]:
+        return [resolve_layer(self.layer, count, "Subspace")]
+
+    @property
+    def bases(self) -> list[Float[Tensor, "direction hidden"]]:
+        """Each subspace's directions."""
+        several = isinstance(self.basis, (list, tuple)) and not all(
+            isinstance(entry, (int, float)) for entry in self.basis
+        )
+        return [directions_of(entry) for entry in (self.basis if several else [self.basis])]
+
+    def entering(self, recording: Recording, layer: int) -> Tensor:
+        state = recording.state(layer)
+        parts = []
+        for rows in self.bases:
+            if rows.shape[1] != state.shape[-1]:
+                raise DePassError(
+                    f"Subspace: directions have {rows.shape[1]} numbers, the model's states {state.shape[-1]}"
+                )
+            _, sizes, span = torch.linalg.svd(rows, full_matrices=False)
+            span = span[sizes > sizes[0] * 1e-10].to(state)
+            parts.append(state @ span.T @ span)
+        rest = state - torch.stack(parts).sum(0)
+        return torch.stack([*parts, rest], 1)
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        count = len(self.bases)
+        names = (
+            list(self.names) if self.names is not None else [f"subspace {index}" for index in range(count)]
+        )
+        if len(names) != count:
+            raise DePassError(f"Subspace: {len(names)} names for {count} subspaces")
+        if count == 1 and self.names is None:
+            names = ["subspace"]
+        return Described([[*names, "rest"]], [None] * (count + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Components(GroupSource):
+    """Any components that sum to the state at a layer.
+
+    Args:
+        layer: the block whose input is split; negative counts from the end.
+        tensor: `[component, position, hidden]` for one prompt, or `[batch, component, position, hidden]`.
+        names: what the components are called.
+    """
+
+    layer: int
+    tensor: Float[Tensor, "*batch component position hidden"]
+    names: Sequence[str] | None = None
+    kind: ClassVar[str] = "components"
+
+    def layers(self, count: int) -> list[int]:
+        return [resolve_layer(self.layer, count, "Components")]
+
+    def entering(self, recording: Recording, layer: int) -> Tensor:
+        state = recording.state(layer)
+        given = self.tensor.to(state)
+        given = given[None] if given.ndim == 3 else given
+        if given.ndim != 4 or given[:, 0].shape != state.shape:
+            raise DePassError(
+                f"Components: the tensor's shape is {tuple(self.tensor.shape)}, but the state at layer "
+                f"{layer} is [batch, position, hidden] = {list(state.shape)}; "
+                "give [component, position, hidden]"
+            )
+        error = float((given.sum(1) - state).norm() / state.norm())
+        if not error < 1e-4:
+            raise DePassError(
+                f"Components: they do not sum to the state at layer {layer} (relative error {error:.2g}); "
+                "add what is missing as one more component"
+            )
+        return given
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        count = self.tensor.shape[-3]
+        names = (
+            list(self.names) if self.names is not None else [f"component {index}" for index in range(count)]
+        )
+        if len(names) != count:
+            raise DePassError(f"Components: {len(names)} names for {count} components")
+        return Described([names], [None] * count)

@@ -1,0 +1,148 @@
+"""Positions of the prompt as components: single tokens, or spans of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from depass_lightning.engine.carry import Carry
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.layout import token_layout
+from depass_lightning.engine.propagate import Place, Split
+from depass_lightning.engine.record import Recording
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources.base import Described, Pass, Source, resolve_layer
+from depass_lightning.spans import Unit, segment
+
+
+@dataclass(frozen=True)
+class _Positional(Source):
+    """A source that gives each position of the prompt to one component."""
+
+    layer: int = 0
+    exclude_first: bool = True
+    positional: ClassVar[bool] = True
+
+    def layers(self, count: int) -> list[int]:
+        return [resolve_layer(self.layer, count, type(self).__name__)]
+
+    def owners(self, prompt: Prompt) -> list[int]:
+        """Which component each position belongs to; the first position is component 0, alone."""
+        raise NotImplementedError
+
+    def split(self, recording: Recording, settings: Pass) -> Split:
+        return _PositionSplit(self, self.layers(recording.layers)[0], settings)
+
+
+@dataclass(frozen=True)
+class Tokens(_Positional):
+    """Each token's state at a layer is a component; at layer 0 that is input attribution.
+
+    Args:
+        layer: the block whose input is split; negative counts from the end.
+        exclude_first: under the competing rules the first token, on which attention rests by default, takes
+            no share of any MLP behind its own position.
+    """
+
+    kind: ClassVar[str] = "tokens"
+
+    def owners(self, prompt: Prompt) -> list[int]:
+        return list(range(len(prompt.ids)))
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        return Described([list(prompt.tokens)], [(index, index + 1) for index in range(len(prompt.ids))])
+
+
+@dataclass(frozen=True)
+class Spans(_Positional):
+    """The tokens of a word, a sentence or any given range together are a component.
+
+    Few components are carried however long the prompt is. The first position stays a component of its own,
+    and tokens that no given range covers are one more, named "rest". A span's score is its own: components
+    share neurons by their sum, so it is not the sum of its tokens' scores.
+
+    Args:
+        by: `word`, `sentence`, `paragraph` or `turn` (of a chat), or ranges `[(start, end), ...]`.
+        unit: what given ranges count: `character` of the prompt's text, or `token`.
+        layer: the block whose input is split; negative counts from the end.
+        exclude_first: as for `Tokens`.
+    """
+
+    by: Unit | Sequence[tuple[int, int]] = "word"
+    unit: Literal["character", "token"] = "character"
+    layer: int = field(default=0, kw_only=True)
+    exclude_first: bool = field(default=True, kw_only=True)
+    kind: ClassVar[str] = "spans"
+
+    def owners(self, prompt: Prompt) -> list[int]:
+        owners = [0] * len(prompt.ids)
+        for component, tokens in enumerate(segment(prompt, self.by, self.unit)):
+            for position in tokens:
+                owners[position] = component
+        return owners
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        spans = segment(prompt, self.by, self.unit)
+        names, positions = [], []
+        for tokens in spans:
+            contiguous = tokens[-1] - tokens[0] + 1 == len(tokens)
+            names.append("".join(prompt.tokens[tokens[0] : tokens[-1] + 1]) if contiguous else "rest")
+            positions.append((tokens[0], tokens[-1] + 1) if contiguous else None)
+        return Described([names], positions)
+
+
+@dataclass(frozen=True)
+class _PositionSplit:
+    """Begins the components of positions at the entry of one block."""
+
+    source: _Positional
+    first: int
+    settings: Pass
+
+    def at_entry(self, recording: Recording) -> Carry:
+        state = recording.state(self.first)
+        batch, positions, hidden = state.shape
+        offset = int(self.settings.bias)
+        owners = torch.zeros(batch, positions, dtype=torch.long)
+        for row, prompt in enumerate(self.settings.prompts):
+            own = self.source.owners(prompt)[: int(recording.lengths[row])]
+            owners[row, : len(own)] = torch.tensor(own) + offset
+        births = self._births(owners, recording.lengths.cpu())
+        layout = token_layout(
+            births,
+            recording.lengths,
+            positions,
+            bias=0 if self.settings.bias else None,
+            first=offset,
+            exclude_first=self.source.exclude_first and self.settings.competing,
+            device=state.device,
+        )
+        rows = state.new_zeros(layout.rows + 1, hidden)
+        index = layout.index.gather(2, owners[:, :, None])[:, :, 0]
+        real = torch.arange(positions) < recording.lengths.cpu()[:, None]
+        index = torch.where(real, index, layout.rows)
+        rows[index.to(state.device)] = state
+        rows[-1] = 0  # padding wrote here
+        at = torch.arange(positions, device=state.device).expand(batch, -1)
+        return Carry(layout, rows, at, self.settings.budget)
+
+    def _births(self, owners: Tensor, lengths: Tensor) -> Tensor:
+        """The first position of each component; the bias component begins with the prompt."""
+        batch, positions = owners.shape
+        births = torch.full((batch, int(owners.max()) + 1), positions)
+        position = torch.arange(positions).expand(batch, -1)
+        position = torch.where(position < lengths[:, None], position, positions)
+        births.scatter_reduce_(1, owners, position, "amin")
+        if self.settings.bias:
+            births[:, 0] = 0
+        return births
+
+    def inside(self, block: FrozenBlock, place: Place) -> None:
+        return None
+
+    def begin(self, recording: Recording, components: Tensor, positions: Tensor) -> Carry:
+        raise DePassError("positions begin at a block's entry only")
