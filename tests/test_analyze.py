@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,8 +259,20 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path):
     assert not (tmp_path / "attributions" / "attributions.parquet").exists()
 
 
-def test_batches_hold_like_lengths_and_every_prompt_once():
-    lengths = [3, 9, 4, 9, 1, 7, 3]
-    plan = plan_batches(lengths, 2)
-    assert plan == [[1, 3], [5, 2], [0, 6], [4]]
-    assert sorted(i for world in (plan[0::2], plan[1::2]) for batch in world for i in batch) == list(range(7))
+def test_batches_hold_like_lengths():
+    """The longest first; equal lengths in the prompts' own order."""
+    assert plan_batches([3, 9, 4, 9, 1, 7, 3], 2) == [[1, 3], [5, 2], [0, 6], [4]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_processes_share_the_prompts_out(world):
+    """Every prompt goes to one process, and a batch is the same whatever their number."""
+    data = PromptData(tasks.load("ioi", size=7), batch_size=2)
+    alone = [batch.indices for batch in data.predict_dataloader()]
+    assert sorted(index for batch in alone for index in batch) == list(range(7))
+    shares = []
+    for rank in range(world):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world)  # type: ignore[assignment]
+        shares.append([batch.indices for batch in data.predict_dataloader()])
+    assert sorted(batch for share in shares for batch in share) == sorted(alone)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -31,7 +31,7 @@ def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) 
         None where there is nothing to compare: no range is given, the tokens' places in the text are not
         known, or no candidate overlaps the ranges.
     """
-    if not ranges or attribution.offsets is None:
+    if attribution.offsets is None:
         return None
     candidates = text_components(attribution)
     right = set(attribution.overlapping(ranges)) & set(candidates)
