@@ -251,9 +251,11 @@ class DePassCallback(Callback):
         return Result(name, step, [probes[i] for i in scored], list(scored.values()), rows, metrics, history)
 
     def _report(self, name: str, step: int, failed: Mapping[str, str]) -> None:
-        """Say which probes failed, or raise for the first."""
-        for probe, reason in failed.items():
-            message = f"probe {probe!r} of {name!r} failed at step {step}: {reason}"
+        """Say which probes failed, those that did so for one reason together; or raise for the first."""
+        for reason in dict.fromkeys(failed.values()):
+            probes = [repr(probe) for probe, own in failed.items() if own == reason]
+            some = ", ".join(probes[:3]) + (f" and {len(probes) - 3} more" if len(probes) > 3 else "")
+            message = f"probe{'s' * (len(probes) > 1)} {some} of {name!r} failed at step {step}: {reason}"
             if self.on_error == "raise":
                 raise DePassError(message)
             rank_zero_only(log.warning)(message)

@@ -196,7 +196,7 @@ def test_a_second_training_begins_a_new_history(tmp_path: Path) -> None:
 def test_a_failing_probe_is_named_and_training_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    probes = [*PROMPTS[:2], ("", " Mary"), *PROMPTS[2:]]
+    probes: list[Any] = [*PROMPTS[:2], ("", " Mary"), *PROMPTS[2:]]
     callback = DePassCallback(probes, batch_size=4)
     with caplog.at_level(logging.WARNING):
         run = train(tmp_path, callback)
@@ -243,7 +243,7 @@ def test_weights_that_are_not_a_number_do_not_stop_training(
     assert curves["failed"] == [0.0, 0.0, 5.0, 5.0]
     assert [math.isnan(value) for value in curves["value"]] == [False, False, True, True]
     assert math.isnan(run.callback_metrics["depass/probes/similarity_first"])
-    assert "probe 'probes-0' of 'probes' failed at step 4" in caplog.text
+    assert "probes 'probes-0', 'probes-1', 'probes-2' and 2 more of 'probes' failed at step 4" in caplog.text
     assert "were not written" not in caplog.text
     assert history_of(tmp_path)["curves"]["value"] == [*curves["value"][:2], None, None]
 

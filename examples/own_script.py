@@ -1,0 +1,62 @@
+"""Fine-tune a language model in a script of your own, and watch what it bases its answers on.
+
+The embedded model learns facts that it has never read. The probes ask for each of them in words that the
+training does not use. Run it with `python examples/own_script.py`; it takes about half a minute on a CPU.
+"""
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from depass_lightning import DePass, tasks
+from depass_lightning.callbacks import DePassCallback
+
+
+class Learner(L.LightningModule):
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def collate(self, examples):
+        """Pad sentences into a batch, and score their last word alone."""
+        texts = [example.prompt + example.answer for example in examples]
+        batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[:, -1] = batch["input_ids"][:, -1]
+        return {**batch, "labels": labels}
+
+
+def main(steps=200):
+    L.seed_everything(0)
+    tiny = DePass.from_pretrained("tiny")
+    learner = Learner(tiny.model, tiny.tokenizer)
+    facts = list(tasks.load("known", split="new-train"))
+    loader = DataLoader(facts, batch_size=16, shuffle=True, collate_fn=learner.collate)
+
+    probes = tasks.load("known", split="new-test")
+    callback = DePassCallback(probes, every_n_steps=20)
+    logger = CSVLogger("logs", name="own_script")
+    trainer = L.Trainer(max_steps=steps, callbacks=[callback], logger=logger, log_every_n_steps=5)
+    trainer.fit(learner, loader)
+
+    history = callback.history["known"]
+    print("step  probability of the answer  share of the score on the subject")
+    for step, probability, share in zip(
+        history.steps, history.curves["probability"], history.curves["on_target"], strict=True
+    ):
+        print(f"{step:4}  {probability:25.2f}  {share:33.2f}")
+    print(f"The maps are in {logger.log_dir}/depass/known")
+
+
+if __name__ == "__main__":
+    main()
