@@ -157,7 +157,13 @@ def _carry(
     stop: int,
     positions: Tensor | None = None,
 ) -> Carry:
-    begin = Pass(prompts, settings.bias, not isinstance(settings.rule, Taylor), settings.budget)
+    begin = Pass(
+        prompts,
+        bias=settings.bias,
+        competing=not isinstance(settings.rule, Taylor),
+        release=settings.compat == "release",
+        budget=settings.budget,
+    )
     split = settings.source.split(recording, begin)
     carry = None
     for _, reached in propagate(recording, split, settings.rule, stop=stop, positions=positions):

@@ -60,12 +60,14 @@ class Pass:
         prompts: the batch.
         bias: a component of constants is carried along; it is the first of each group.
         competing: the rule makes components compete.
+        release: components begin as in the published code, faults included.
         budget: working memory.
     """
 
     prompts: Sequence[Prompt]
     bias: bool
     competing: bool
+    release: bool
     budget: Budget
 
 
@@ -124,7 +126,7 @@ class GroupSplit:
     def inside(self, block: FrozenBlock, place: Place) -> Tensor | None:
         if block.index not in self.source.layers(self.recording.layers):
             return None
-        group = self.source.inside(block, place)
+        group = self.source.inside(block, place, self.settings)
         return None if group is None else self._with_bias(*group)
 
     def begin(
@@ -155,6 +157,6 @@ class GroupSource(Source):
         """The components `[batch, component, position, hidden]` at the entry of the first block, if there."""
         return None
 
-    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
         """The components that begin inside a block, and constants that belong to none of them."""
         return None

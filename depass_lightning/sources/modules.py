@@ -11,7 +11,7 @@ from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder, linear_of
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, Group, GroupSource, resolve_layer
+from depass_lightning.sources.base import Described, Group, GroupSource, Pass, resolve_layer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Heads(_Blockwise):
 
     kind: ClassVar[str] = "heads"
 
-    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
         if place != "middle":
             return None
         attention = block.attention
@@ -82,7 +82,7 @@ class Module(_Blockwise):
         object.__setattr__(self, "module", module)
         object.__setattr__(self, "layer", layer)
 
-    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
         if place != ("middle" if self.module == "attention" else "after"):
             return None
         if self.module == "attention":
@@ -105,13 +105,15 @@ class Neurons(_Blockwise):
     indices: Sequence[int] | None = None
     kind: ClassVar[str] = "neurons"
 
-    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
         if place != "after":
             return None
         chosen = slice(None) if self.indices is None else list(self.indices)
         values = block.mlp.neurons[:, :, chosen]
         weights = block.mlp.down.weight[:, chosen]
-        rest = block.state + block.attention_output + block.mlp_output - values @ weights.T
+        rest = block.state + block.attention_output - values @ weights.T
+        if not settings.release:  # the published code's base has lost the MLP's output
+            rest = rest + block.mlp_output
         neurons = values.transpose(1, 2)[..., None] * weights.T[:, None]
         return torch.cat([rest[:, None], neurons], 1), None
 
