@@ -21,6 +21,7 @@ from depass_lightning import Contrast, DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.callbacks.history import SCALARS, History, entropy
 from depass_lightning.callbacks.probes import find_model, find_tokenizer, load_set, name_sets
+from depass_lightning.callbacks.share import untouched
 from depass_lightning.storage import read_attributions, read_rows
 from depass_lightning.tasks import Example, Task, load
 from tests.training import PROMPTS, OwnModule, fit, language_model, tokenizer, trainer
@@ -317,6 +318,56 @@ def test_checkpoints_and_early_stopping_can_watch_it(tmp_path: Path) -> None:
     assert Path(best.best_model_path).name == f"best-step={2 * (1 + int(np.argmax(curve[1:])))}.ckpt"
     assert run.global_step < 40
     assert stop.wait_count == 2
+
+
+def test_checkpoints_can_watch_it_without_any_validation(tmp_path: Path) -> None:
+    name = "depass/probes/value"
+    kept = ModelCheckpoint(tmp_path, monitor=name, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callback = DePassCallback(list(PROMPTS), every_n_steps=1)
+    train(tmp_path, callback, kept, enable_checkpointing=True, limit_val_batches=0)
+    history = callback.history["probes"]
+    assert history.steps == [0, 1, 2, 3, 4, 5, 6]
+    scores = {Path(path).stem: float(score) for path, score in kept.best_k_models.items()}
+    assert scores == pytest.approx({f"step={n}": history.curves["value"][n] for n in range(1, 7)}, rel=1e-5)
+
+
+def test_a_training_that_fails_starts_no_run(tmp_path: Path) -> None:
+    class Fail(Callback):
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError("no more")
+
+    callback = DePassCallback(list(PROMPTS))
+    kept = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_train_steps=100, filename="{step}")
+    with pytest.raises(RuntimeError, match="no more"):
+        train(tmp_path, callback, Fail(), kept, enable_checkpointing=True)
+    assert list(tmp_path.glob("*.ckpt"))
+    assert callback.history["probes"].steps == [0, 2]
+
+
+def test_what_training_had_is_put_back() -> None:
+    def drawn() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
+
+    def fail_inside() -> None:
+        with untouched():
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_grad_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+            _ = random.random(), np.random.rand(), torch.rand(1)
+            assert drawn() != before
+            raise KeyError
+
+    before = drawn()
+    with torch.inference_mode(), torch.autocast("cpu"):
+        with pytest.raises(KeyError):
+            fail_inside()
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.is_grad_enabled()
+    assert drawn() == before
 
 
 def test_nothing_is_written_in_a_fast_dev_run(tmp_path: Path) -> None:
