@@ -13,7 +13,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.passes import Decomposition
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
-from depass_lightning.targets import Contrast, Token
+from depass_lightning.targets import Contrast, Direction, ProbeLogit, Token
 
 __all__ = [
     "Attribution",
@@ -22,9 +22,11 @@ __all__ = [
     "DePass",
     "DePassError",
     "Decomposition",
+    "Direction",
     "Heads",
     "Module",
     "Neurons",
+    "ProbeLogit",
     "Spans",
     "Subspace",
     "Token",

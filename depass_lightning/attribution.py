@@ -62,6 +62,8 @@ class Attribution:
         prediction: the text of the model's own most likely next token there.
         probability: the model's probability of the target's token, if the target is one.
         rank: the rank of that token among all, 0 for the most likely.
+        groups: into how many groups of equal size the components fall, one behind the other: each layer's
+            heads are a split of their own, and each group's scores sum to the value.
         metadata: anything else worth keeping, as JSON can hold it.
     """
 
@@ -81,6 +83,7 @@ class Attribution:
     prediction: str
     probability: float | None = None
     rank: int | None = None
+    groups: int = 1
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,10 +112,16 @@ class Attribution:
 
     @property
     def completeness(self) -> float:
-        """How far the scores' sum is from `value`, relative to the larger of |value| and the top |score|."""
-        scores = self.scores.double()
-        scale = max(abs(self.value), scores.abs().max().item() if len(scores) else 0.0)
-        return abs(scores.sum().item() - self.value) / scale if scale else 0.0
+        """How far the scores' sum is from `value`, relative to the larger of |value| and the top |score|.
+
+        Of several groups, the worst one's.
+        """
+        if not len(self.scores):
+            return 0.0 if self.value == 0 else 1.0
+        scores = self.scores.double().view(self.groups, -1)
+        scale = scores.abs().amax(1).clamp_min(abs(self.value))
+        errors = (scores.sum(1) - self.value).abs() / scale.where(scale > 0, 1.0)
+        return errors.max().item()
 
     @property
     def correct(self) -> bool | None:

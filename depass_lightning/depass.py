@@ -20,20 +20,21 @@ from transformers import PreTrainedTokenizerBase
 from depass_lightning.attribution import Attribution
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.release import release_rule
-from depass_lightning.engine.rules import RuleName, rule_named
+from depass_lightning.engine.rules import RuleName, Taylor, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.load import load_model
-from depass_lightning.passes import Decomposition, Settings, attribute_batch, decompose_batch
+from depass_lightning.passes import Decomposition, Settings, decompose_batch
 from depass_lightning.prompts import Prompt, prompts_of_ids, prompts_of_texts
+from depass_lightning.readings import attribute_batch, check_target, reading_layer
 from depass_lightning.sources import Source, Tokens, resolve_layer
-from depass_lightning.targets import Target, TargetLike, as_target, target_ids
+from depass_lightning.targets import Target, TargetLike, as_target
 
 BiasMode = Literal["component", "drop"]
+Engine = Literal["auto", "propagate", "adjoint"]
 
 
-class _Options(TypedDict, total=False):
-    source: Source | None
+class _PassOptions(TypedDict, total=False):
     rule: RuleName
     temperature: float
     bias: BiasMode
@@ -43,11 +44,17 @@ class _Options(TypedDict, total=False):
     attention_mask: Int[Tensor, "batch position"] | None
 
 
-class _AttributeOptions(_Options, total=False):
+class _ScoreOptions(_PassOptions, total=False):
+    engine: Engine
     progress: bool
 
 
-class _DecomposeOptions(_Options, total=False):
+class _AttributeOptions(_ScoreOptions, total=False):
+    source: Source | None
+
+
+class _DecomposeOptions(_PassOptions, total=False):
+    source: Source | None
     to_layer: int | None
 
 
@@ -109,55 +116,90 @@ class DePass:
         **options: Unpack[_AttributeOptions],
     ) -> list[Attribution]: ...
 
+    @overload
+    def attribute(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        prompt: str,
+        target: TargetLike = None,
+        *,
+        source: Sequence[Source],
+        **options: Unpack[_ScoreOptions],
+    ) -> list[Attribution]: ...
+
+    @overload
+    def attribute(
+        self,
+        prompt: Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] = None,
+        *,
+        source: Sequence[Source],
+        **options: Unpack[_ScoreOptions],
+    ) -> list[list[Attribution]]: ...
+
     def attribute(
         self,
         prompt: str | Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] = None,
         *,
-        source: Source | None = None,
+        source: Source | Sequence[Source] | None = None,
         rule: RuleName = "softmax",
         temperature: float = 0.1,
         bias: BiasMode = "component",
         compat: Literal["release"] | None = None,
+        engine: Engine = "auto",
         batch_size: int = 16,
         progress: bool = False,
         input_ids: Int[Tensor, "batch position"] | None = None,
         attention_mask: Int[Tensor, "batch position"] | None = None,
-    ) -> Attribution | list[Attribution]:
+    ) -> Attribution | list[Attribution] | list[list[Attribution]]:
         """Say how much each component of a prompt contributes to a target.
 
         Args:
             prompt: one prompt, or several.
             target: what is explained, one for all or one a prompt; None for the model's own next token.
-            source: what the state is split into; by default `Tokens()`.
+            source: what the state is split into; by default `Tokens()`. Several share one recorded pass, and
+                under a linear rule one backward pass.
             rule: how neurons are shared: softmax, max, relu, linear or taylor.
             temperature: of the softmax rule.
             bias: `component` gives constants a component of their own, so that scores sum to the value;
                 `drop` leaves them out.
             compat: `release` reproduces the published code, with its quirks.
+            engine: `propagate` carries components forward; `adjoint` takes a linear rule's scores back from
+                the target, all at once; `auto` chooses the latter where it can.
             batch_size: how many prompts go through the model at once.
             progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side.
             attention_mask: 1 at the real positions of `input_ids`.
 
         Returns:
-            One `Attribution` for one prompt, a list for several or for ids, in their order.
+            One `Attribution` for one prompt, a list for several or for ids, in their order; a list of them
+            in each place where several sources were given.
 
         Raises:
             DePassError: a prompt is empty or too long, a target is not one token, a layer is out of range,
                 a setting is unknown, or the model's values are not finite.
         """
-        settings = self._settings(source, rule, temperature, bias, compat)
+        settings = self._settings(source, rule, temperature, bias, compat, engine)
         prompts = self._prompts(prompt, input_ids, attention_mask)
         targets = _one_each(target, len(prompts))
+        layers = len(self._decoder.blocks)
+        begins = max(own.layers(layers)[-1] for own in settings.sources)
         for entry, aim in zip(prompts, targets, strict=True):
-            self._check_target(entry, aim)
+            check_target(self._decoder, self.tokenizer, entry, aim, begins)
+            for own in settings.sources:
+                own.describe(entry, self._decoder)
 
-        def explain(batch: list[int]) -> list[Attribution]:
+        def explain(batch: list[int]) -> list[list[Attribution]]:
             chosen, aims = [prompts[i] for i in batch], [targets[i] for i in batch]
             return attribute_batch(self._decoder, self.tokenizer, chosen, aims, settings)
 
-        results = _in_batches([len(entry.ids) for entry in prompts], batch_size, explain, progress)
+        # Targets of one batch are read at the same layer.
+        kinds = [
+            (reading_layer(aim, layers), len(entry.ids)) for entry, aim in zip(prompts, targets, strict=True)
+        ]
+        results = _in_batches(kinds, batch_size, explain, progress)
+        if source is None or isinstance(source, Source):
+            results = [own[0] for own in results]
         return results[0] if isinstance(prompt, str) else results
 
     @overload
@@ -198,12 +240,12 @@ class DePass:
         Raises:
             DePassError: as for `attribute`; or the layer is out of range or before the source's.
         """
-        settings = self._settings(source, rule, temperature, bias, compat)
+        settings = self._settings(source, rule, temperature, bias, compat, "propagate")
         layers = len(self._decoder.blocks)
         stop = layers
         if to_layer is not None and to_layer != layers:
             stop = resolve_layer(to_layer, layers, "to_layer")
-        last = settings.source.layers(layers)[-1]
+        last = settings.sources[0].layers(layers)[-1]
         if stop < last:
             raise DePassError(f"to_layer={stop} lies before layer {last}, where the state is split")
         prompts = self._prompts(prompt, input_ids, attention_mask)
@@ -211,32 +253,51 @@ class DePass:
         def states(batch: list[int]) -> list[Decomposition]:
             return decompose_batch(self._decoder, [prompts[i] for i in batch], settings, stop)
 
-        results = _in_batches([len(entry.ids) for entry in prompts], batch_size, states, progress=False)
+        results = _in_batches(
+            [(stop, len(entry.ids)) for entry in prompts], batch_size, states, progress=False
+        )
         return results[0] if isinstance(prompt, str) else results
 
     # What goes in
 
     def _settings(
-        self, source: Source | None, rule: str, temperature: float, bias: str, compat: str | None
+        self,
+        source: Source | Sequence[Source] | None,
+        rule: str,
+        temperature: float,
+        bias: str,
+        compat: str | None,
+        engine: str,
     ) -> Settings:
         chosen = rule_named(rule, temperature)
-        if bias not in ("component", "drop"):
-            raise DePassError(f"bias={bias!r} is unknown; choose 'component' or 'drop'")
-        if compat not in (None, "release"):
-            raise DePassError(f"compat={compat!r} is unknown; choose None or 'release'")
-        split = Tokens() if source is None else source
-        split.layers(len(self._decoder.blocks))
+        for name, value, choices in (
+            ("bias", bias, ("component", "drop")),
+            ("compat", compat, (None, "release")),
+            ("engine", engine, ("auto", "propagate", "adjoint")),
+        ):
+            if value not in choices:
+                raise DePassError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, choices))}")
+        linear = isinstance(chosen, Taylor)
+        if engine == "adjoint" and not (linear and compat is None):
+            raise DePassError(
+                "engine='adjoint' needs a rule that is linear in the components: rule='taylor', no compat"
+            )
+        sources = _sources(source)
+        for own in sources:
+            own.layers(len(self._decoder.blocks))
         if compat == "release":
             bias = "drop"
+            chosen = release_rule(chosen, remainder=sources[0].positional)
         if not self._decoder.has_biases:
             bias = "none"
         return Settings(
-            source=split,
-            rule=release_rule(chosen, remainder=split.positional) if compat else chosen,
+            sources=sources,
+            rule=chosen,
             rule_name=rule,
             bias=bias == "component",
             bias_mode=bias,
             compat=compat,
+            adjoint=linear and compat is None and engine != "propagate",
             budget=Budget.default(self._decoder.device, self.memory_budget),
         )
 
@@ -260,10 +321,16 @@ class DePass:
             )
         return prompts_of_texts([prompt] if isinstance(prompt, str) else list(prompt), self.tokenizer, limit)
 
-    def _check_target(self, prompt: Prompt, target: Target) -> None:
-        """Refuse what cannot be explained before anything expensive starts."""
-        text = prompt.text_until(prompt.resolve_position(target.position))
-        target_ids(target, text, self.tokenizer, self._decoder.vocabulary_size, own=0)
+
+def _sources(source: Source | Sequence[Source] | None) -> tuple[Source, ...]:
+    """One source or several, checked."""
+    sources = (Tokens(),) if source is None else (source,) if isinstance(source, Source) else tuple(source)
+    for own in sources:
+        if not isinstance(own, Source):
+            raise DePassError(f"source {own!r} is a {type(own).__name__}; pass Tokens(), Heads(), ...")
+    if not sources:
+        raise DePassError("the list of sources is empty")
+    return sources
 
 
 def _one_each(target: Any, count: int) -> list[Target]:
@@ -278,14 +345,17 @@ def _one_each(target: Any, count: int) -> list[Target]:
 
 
 def _in_batches(
-    lengths: list[int], batch_size: int, work: Callable[[list[int]], list[Any]], progress: bool
+    kinds: list[tuple[int, int]], batch_size: int, work: Callable[[list[int]], list[Any]], progress: bool
 ) -> list[Any]:
-    """Work in batches of similar length, so that little is padding, and put the results back in order."""
+    """Work in batches of the same layer and similar length, and put the results back in order."""
     if batch_size < 1:
         raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for index in sorted(range(len(kinds)), key=lambda index: kinds[index]):
+        if not batches or len(batches[-1]) == batch_size or kinds[batches[-1][0]][0] != kinds[index][0]:
+            batches.append([])
+        batches[-1].append(index)
     results: dict[int, Any] = {}
     for batch in track(batches, description="attributing", disable=not progress):
         results.update(zip(batch, work(batch), strict=True))
-    return [results[index] for index in range(len(lengths))]
+    return [results[index] for index in range(len(kinds))]

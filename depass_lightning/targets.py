@@ -1,7 +1,11 @@
-"""What is explained: a token's logit, or the difference of two."""
+"""What is explained: a token's logit, the difference of two, or a direction inside the model."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import token_text
@@ -43,7 +47,38 @@ class Contrast:
     first: bool = False
 
 
-Target = Token | Contrast
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """How far the residual stream goes in a direction, at one layer and position.
+
+    Args:
+        vector: `[hidden]` the direction; its length counts.
+        layer: the block whose input is meant; negative counts from the end; None for what leaves the last
+            block, before the final norm.
+        position: the position that is read; negative counts from the prompt's end.
+    """
+
+    vector: Float[Tensor, "hidden"]
+    layer: int | None = None
+    position: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeLogit:
+    """The logit of a linear probe on the residual stream, its intercept included.
+
+    Args:
+        probe: a fitted scikit-learn classifier with two classes (`coef_`, `intercept_`).
+        layer: the block whose input it was fitted on; as for `Direction`.
+        position: the position that is read; negative counts from the prompt's end.
+    """
+
+    probe: Any
+    layer: int | None = None
+    position: int = -1
+
+
+Target = Token | Contrast | Direction | ProbeLogit
 TargetLike = Target | str | int | None
 
 
@@ -58,16 +93,48 @@ def as_target(target: TargetLike) -> Target:
     """
     if target is None or isinstance(target, (str, int)):
         return Token(target)
-    if isinstance(target, (Token, Contrast)):
+    if isinstance(target, (Token, Contrast, Direction, ProbeLogit)):
         return target
     raise DePassError(
         f"target {target!r} is a {type(target).__name__}; pass a token's text or id, Token(...), "
-        "Contrast(...), or None for the model's own next token"
+        "Contrast(...), Direction(...), ProbeLogit(...), or None for the model's own next token"
     )
 
 
+def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:
+    """What a state is multiplied with and what is added, for a target inside the model.
+
+    Args:
+        target: the target.
+        hidden: the size of the residual stream.
+
+    Raises:
+        DePassError: the vector has another size or is not finite, or the probe is no binary linear one.
+    """
+    constant = 0.0
+    if isinstance(target, Direction):
+        vector = torch.as_tensor(target.vector)
+        what = "Direction"
+    else:
+        what = f"ProbeLogit({type(target.probe).__name__})"
+        if not hasattr(target.probe, "coef_"):
+            raise DePassError(f"{what}: it has no coef_; fit a linear probe first")
+        vector = torch.as_tensor(target.probe.coef_)
+        if vector.ndim == 2 and len(vector) == 1:
+            vector = vector[0]
+        constant = float(torch.as_tensor(getattr(target.probe, "intercept_", 0.0)).flatten()[0])
+    if vector.shape != (hidden,):
+        raise DePassError(
+            f"{what}: its shape is {tuple(vector.shape)}, but the model's states have {hidden} numbers; "
+            "give one direction"
+        )
+    if not bool(torch.isfinite(vector).all()):
+        raise DePassError(f"{what}: the direction is not finite")
+    return vector.detach(), constant
+
+
 def target_ids(
-    target: Target,
+    target: Token | Contrast,
     prompt: str | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     vocabulary: int,

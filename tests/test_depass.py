@@ -167,6 +167,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
 def test_a_saved_model_is_the_same_from_its_folder(depass: DePass, tmp_path: Path) -> None:
     model = build("llama")
     model.save_pretrained(tmp_path)
+    assert depass.tokenizer is not None
     depass.tokenizer.save_pretrained(tmp_path)
     loaded = DePass.from_pretrained(str(tmp_path), dtype="float32")
     expected = DePass(model, depass.tokenizer).attribute(PROMPT, " Mary")

@@ -47,7 +47,7 @@ def published(ref: Reference, prefix: str) -> Iterator[tuple[str, Any, str, dict
 @pytest.mark.parametrize("name", MODELS)
 def test_states_are_those_of_the_published_code(name: str) -> None:
     ref = reference(name)
-    depass = DePass(ref.model)
+    depass: Any = DePass(ref.model)
     errors = {}
     for tensor, source, rule, _ in published(ref, ""):
         states = (
@@ -60,7 +60,7 @@ def test_states_are_those_of_the_published_code(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_the_published_code(name: str) -> None:
     ref = reference(name)
-    depass = DePass(ref.model)
+    depass: Any = DePass(ref.model)
     errors = {}
     for tensor, source, rule, target in published(ref, "scores/"):
         found = depass.attribute(
@@ -85,7 +85,7 @@ def cut(source: Any, positions: int) -> Any:
 def test_neurons_with_the_exact_base_are_those_of_the_published_code(name: str) -> None:
     """The published rules from our base: `scores/neuron_exact`."""
     ref = reference(name)
-    depass = DePass(ref.model)
+    depass: Any = DePass(ref.model)
     layers = ref.model.config.num_hidden_layers
     errors = {}
     for tensor, expected in ref.tensors.items():
@@ -105,7 +105,7 @@ def test_neurons_with_the_exact_base_are_those_of_the_published_code(name: str) 
             input_ids=ref.input_ids[None],
             target=Token(aim["token_id"], position=aim["position"]),
             source=Components(index + 1, initial),
-            rule=rule,  # type: ignore[arg-type]
+            rule=rule,
             compat="release",
         )[0]
         errors[tensor] = distance(found.scores, expected)

@@ -104,6 +104,15 @@ class FrozenNorm:
             rows = rows - rows.mean(-1, keepdim=True)
         return (rows * scale[:, None]).mul_(self.probe.weight)
 
+    def transposed(
+        self, rows: Float[Tensor, "row hidden"], scale: Float[Tensor, "row"]
+    ) -> Float[Tensor, "row hidden"]:
+        """Take derivatives by the norm's output back to its input; arguments as for calling it."""
+        rows = rows * self.probe.weight
+        if self.probe.centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        return rows.mul_(scale[:, None])
+
     def constant_through(self, linear: Linear) -> Tensor | None:
         """What a linear map behind this norm adds: its own bias, and the norm's through it."""
         if self.probe.bias is None:

@@ -144,6 +144,11 @@ class Decoder:
         return any(getattr(module, "bias", None) is not None for module in (*modules, *norms, *outer))
 
     @property
+    def hidden_size(self) -> int:
+        """The size of the residual stream."""
+        return self.embedding.shape[1]
+
+    @property
     def heads(self) -> int:
         """The number of query heads of a block."""
         return self.config.num_attention_heads

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.memory import Budget
@@ -94,6 +95,18 @@ class Source(ABC):
         """Begin the components of a recorded batch."""
 
     @abstractmethod
+    def entry_scores(
+        self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
+    ) -> Float[Tensor, "batch component"] | None:
+        """The scores of the components that begin at the entry of a block, the bias component's first."""
+
+    @abstractmethod
+    def inside_scores(
+        self, derivatives: BlockDerivatives, settings: Pass
+    ) -> Float[Tensor, "batch component"] | None:
+        """The scores of the group that begins inside a block, the bias component's first, if one does."""
+
+    @abstractmethod
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
         """Name one prompt's components.
 
@@ -153,6 +166,29 @@ class GroupSource(Source):
     def split(self, recording: Recording, settings: Pass) -> Split:
         return GroupSplit(self, recording, settings)
 
+    def entry_scores(
+        self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
+    ) -> Tensor | None:
+        components = self.entering(recording, layer)
+        if components is None:
+            return None
+        return with_constants(derivative.of(components), derivative.constants, settings)
+
+    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor | None:
+        places: tuple[tuple[Place, Derivative], ...] = (
+            ("middle", derivatives.middle),
+            ("after", derivatives.after),
+        )
+        for place, derivative in places:
+            group = self.inside(derivatives.block, place, settings)
+            if group is not None:
+                components, constants = group
+                total = derivative.constants
+                if constants is not None:
+                    total = total + derivative.of(constants[:, None])[:, 0]
+                return with_constants(derivative.of(components), total, settings)
+        return None
+
     def entering(self, recording: Recording, layer: int) -> Tensor | None:
         """The components `[batch, component, position, hidden]` at the entry of the first block, if there."""
         return None
@@ -160,3 +196,10 @@ class GroupSource(Source):
     def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
         """The components that begin inside a block, and constants that belong to none of them."""
         return None
+
+
+def with_constants(
+    scores: Float[Tensor, "batch component"], constants: Float[Tensor, "batch"], settings: Pass
+) -> Float[Tensor, "batch component"]:
+    """Put the bias component's score in front, where there is one."""
+    return torch.cat([constants[:, None], scores], 1) if settings.bias else scores

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
+from depass_lightning.engine.adjoint import BlockDerivatives
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder, linear_of
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, Group, GroupSource, Pass, resolve_layer
+from depass_lightning.sources.base import Described, Group, GroupSource, Pass, resolve_layer, with_constants
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,17 @@ class Neurons(_Blockwise):
             rest = rest + block.mlp_output
         neurons = values.transpose(1, 2)[..., None] * weights.T[:, None]
         return torch.cat([rest[:, None], neurons], 1), None
+
+    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
+        """Without ever building a neuron's state: its score is its value times the derivative by it."""
+        mlp, after = derivatives.block.mlp, derivatives.after
+        scores = (mlp.neurons * derivatives.neurons).sum(1)
+        block = derivatives.block
+        total = after.of((block.state + block.attention_output + block.mlp_output)[:, None])[:, 0]
+        if self.indices is not None:
+            scores = scores[:, list(self.indices)]
+        rest = total - scores.sum(1)
+        return with_constants(torch.cat([rest[:, None], scores], 1), after.constants, settings)
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
         width = linear_of(decoder.blocks[0].down).weight.shape[1]

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
+from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.layout import token_layout
@@ -33,6 +35,27 @@ class _Positional(Source):
     def owners(self, prompt: Prompt) -> list[int]:
         """Which component each position belongs to; the first position is component 0, alone."""
         raise NotImplementedError
+
+    def owner_table(self, recording: Recording, settings: Pass) -> Int[Tensor, "batch position"]:
+        """Every position's component, with the bias component in front; padding belongs to component 0."""
+        owners = torch.zeros(recording.input_ids.shape, dtype=torch.long)
+        for row, prompt in enumerate(settings.prompts):
+            own = self.owners(prompt)[: int(recording.lengths[row])]
+            owners[row, : len(own)] = torch.tensor(own) + int(settings.bias)
+        return owners
+
+    def entry_scores(
+        self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
+    ) -> Tensor:
+        each = (recording.state(layer) * derivative.states).sum(-1)
+        owners = self.owner_table(recording, settings).to(each.device)
+        scores = each.new_zeros(len(each), int(owners.max()) + 1).scatter_add_(1, owners, each)
+        if settings.bias:
+            scores[:, 0] += derivative.constants
+        return scores
+
+    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> None:
+        return None
 
     def split(self, recording: Recording, settings: Pass) -> Split:
         return _PositionSplit(self, self.layers(recording.layers)[0], settings)
@@ -107,10 +130,7 @@ class _PositionSplit:
         state = recording.state(self.first)
         batch, positions, hidden = state.shape
         offset = int(self.settings.bias)
-        owners = torch.zeros(batch, positions, dtype=torch.long)
-        for row, prompt in enumerate(self.settings.prompts):
-            own = self.source.owners(prompt)[: int(recording.lengths[row])]
-            owners[row, : len(own)] = torch.tensor(own) + offset
+        owners = self.source.owner_table(recording, self.settings)
         births = self._births(owners, recording.lengths.cpu())
         layout = token_layout(
             births,

@@ -1,0 +1,200 @@
+"""From a batch's targets to the `Attribution`s that a call returns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.engine.record import Recording, exact
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.passes import Reading, Settings, described, record_batch, score_batch
+from depass_lightning.prompts import Prompt, token_text
+from depass_lightning.sources import Source, resolve_layer
+from depass_lightning.targets import Contrast, Direction, ProbeLogit, Target, Token, inner_reading, target_ids
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One prompt's target as the model itself has it."""
+
+    position: int
+    ids: list[int]
+    name: str
+    value: float
+    logits: Float[Tensor, "vocabulary"]
+
+
+def reading_layer(target: Target, layers: int) -> int:
+    """Where a target stands: the block whose input is read, or the number of blocks.
+
+    Args:
+        target: the target.
+        layers: the model's number of blocks.
+
+    Raises:
+        DePassError: the model has no such layer.
+    """
+    if isinstance(target, (Token, Contrast)) or target.layer in (None, layers):
+        return layers
+    return resolve_layer(target.layer, layers, type(target).__name__)
+
+
+def check_target(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, target: Target, first: int
+) -> None:
+    """Refuse a target that cannot be explained, before anything expensive starts.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer, if there is one.
+        prompt: the prompt.
+        target: its target.
+        first: the last layer at which a source begins.
+
+    Raises:
+        DePassError: as for `DePass.attribute`.
+    """
+    position = prompt.resolve_position(target.position)
+    if isinstance(target, (Direction, ProbeLogit)):
+        inner_reading(target, decoder.hidden_size)
+        layer = reading_layer(target, len(decoder.blocks))
+        if layer <= first:
+            raise DePassError(
+                f"{type(target).__name__} is read at layer {layer}, but the source begins at layer {first}; "
+                "read it behind the source"
+            )
+    else:
+        target_ids(target, prompt.text_until(position), tokenizer, decoder.vocabulary_size, own=0)
+
+
+def attribute_batch(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: list[Prompt],
+    targets: list[Target],
+    settings: Settings,
+) -> list[list[Attribution]]:
+    """Attribute one batch whose targets stand at the same layer.
+
+    Args:
+        decoder: the model.
+        tokenizer: to name tokens by; None shows ids.
+        prompts: the prompts, padded here.
+        targets: one a prompt.
+        settings: how the pass is made.
+
+    Returns:
+        For each prompt one attribution a source.
+
+    Raises:
+        DePassError: the model's values are not finite.
+    """
+    at = [prompt.resolve_position(target.position) for prompt, target in zip(prompts, targets, strict=True)]
+    with exact(decoder.device):
+        # Nothing behind the target's position can reach it: it is cut off.
+        recording = record_batch(decoder, prompts, at, [position + 1 for position in at], settings)
+        reading, answers = _read(decoder, tokenizer, recording, prompts, targets, at)
+        scores = score_batch(recording, prompts, settings, reading)
+    naming = _Naming(decoder, tokenizer, settings)
+    return [
+        [
+            naming.attribution(source, prompt, answer, own[row])
+            for source, own in zip(settings.sources, scores, strict=True)
+        ]
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+def _read(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recording: Recording,
+    prompts: list[Prompt],
+    targets: list[Target],
+    at: list[int],
+) -> tuple[Reading, list[_Answer]]:
+    """How a batch's targets are read, and what the model itself has there."""
+    vectors, constants, answers = [], [], []
+    layer = reading_layer(targets[0], recording.layers)
+    for row, (prompt, target, position) in enumerate(zip(prompts, targets, at, strict=True)):
+        logits = recording.logits[row, recording.kept.index(position)].to(recording.dtype)
+        if isinstance(target, (Direction, ProbeLogit)):
+            vector, constant = inner_reading(target, decoder.hidden_size)
+            vector = vector.to(recording.final_state)
+            value = float(recording.state(layer)[row, position] @ vector) + constant
+            name = "direction" if isinstance(target, Direction) else "probe logit"
+            answers.append(_Answer(position, [], f"{name} at layer {layer}", value, logits))
+            constants.append(vector.new_tensor(constant))
+        else:
+            text = prompt.text_until(position)
+            ids = target_ids(target, text, tokenizer, decoder.vocabulary_size, int(logits.argmax()))
+            rows, biases = decoder.readout(torch.tensor(ids, device=logits.device))
+            signs = rows.new_tensor([1, -1][: len(ids)])
+            vector = signs @ rows
+            name = " − ".join(repr(token_text(token, tokenizer)) for token in ids)
+            answers.append(_Answer(position, ids, name, float(signs @ logits[ids]), logits))
+            constants.append(signs @ biases)
+        vectors.append(vector)
+    normed = isinstance(targets[0], (Token, Contrast))
+    positions = torch.tensor(at, device=recording.final_state.device)
+    return Reading(layer, positions, torch.stack(vectors), torch.stack(constants), normed), answers
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """Makes `Attribution`s of scores."""
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase | None
+    settings: Settings
+
+    def attribution(
+        self, source: Source, prompt: Prompt, answer: _Answer, scores: Float[Tensor, "group component"]
+    ) -> Attribution:
+        bias = self.settings.bias
+        names, positions = described(source, prompt, self.decoder, bias=bias)
+        members = len(names) // len(scores) - int(bias)
+        # What begins behind the target's position was cut off and stays at zero: it cannot have contributed.
+        # What longer prompts of the batch have more is padding.
+        own = (scores[:, :-1] if bias else scores)[:, :members]
+        full = scores.new_zeros(len(scores), members)
+        full[:, : own.shape[1]] = own
+        if bias:
+            full = torch.cat([full, scores[:, -1:]], 1)
+        logits = answer.logits
+        return Attribution(
+            scores=full.flatten(),
+            names=names,
+            value=answer.value,
+            target=answer.name,
+            text=prompt.text,
+            tokens=prompt.tokens,
+            token_ids=prompt.ids,
+            offsets=prompt.offsets,
+            positions=positions,
+            source=source.kind,
+            rule=self.settings.rule_name,
+            layer=source.layers(len(self.decoder.blocks))[0],
+            position=answer.position,
+            prediction=token_text(int(logits.argmax()), self.tokenizer),
+            probability=float(logits.softmax(-1)[answer.ids[0]]) if answer.ids else None,
+            rank=int((logits > logits[answer.ids[0]]).sum()) if answer.ids else None,
+            groups=len(scores),
+            metadata=self._metadata(answer),
+        )
+
+    def _metadata(self, answer: _Answer) -> dict[str, Any]:
+        settings = self.settings
+        metadata: dict[str, Any] = {"model": self.decoder.name, "bias": settings.bias_mode}
+        if answer.ids:
+            metadata["target_ids"] = answer.ids
+        if settings.rule_name == "softmax":
+            metadata["temperature"] = getattr(settings.rule, "temperature", None)
+        if settings.compat:
+            metadata["compat"] = settings.compat
+        return metadata
