@@ -269,10 +269,11 @@ class DePassCallback(Callback):
         for result in results:
             try:
                 publish(result, trainer.loggers, folder, _logged_step(trainer))
-            except Exception:
+            except Exception as error:
                 if self.on_error == "raise":
                     raise
-                log.exception("the maps of %r at step %d were not written", result.name, result.step)
+                log.warning("the maps of %r at step %d were not written: %s", result.name, result.step, error)
+                log.debug("the maps of %r were not written", result.name, exc_info=True)
 
 
 def _logged_step(trainer: Trainer) -> int:
