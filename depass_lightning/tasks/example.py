@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, Features, Value
 
-if TYPE_CHECKING:
-    from depass_lightning.targets import Contrast, Token
+from depass_lightning.targets import Contrast, Token
 
 Span = tuple[int, int]
 
@@ -48,13 +47,11 @@ class Example:
         """Return the character ranges of all evidence, in the order of the text."""
         return sorted(span for role in self.evidence for span in self.roles[role])
 
-    def target(self) -> "Token | Contrast":
+    def target(self) -> Token | Contrast:
         """Return what to explain: the answer against the foil, or the answer alone where there is no foil.
 
         An answer of several tokens stands for its first: data sets hold words, not a model's tokens.
         """
-        from depass_lightning.targets import Contrast, Token
-
         if self.foil is None:
             return Token(self.answer, first=True)
         return Contrast(self.answer, self.foil, first=True)

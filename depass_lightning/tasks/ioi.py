@@ -20,6 +20,8 @@ from depass_lightning.tasks.rows import load_rows, text_field
 from depass_lightning.tasks.vocabulary import NAMES, OBJECTS, PLACES
 
 OPENINGS = (
+    "{A} and {B} went to the {place}.",
+    "{A} and {B} are good friends.",
     "When {A} and {B} went to the {place},",
     "After {A} and {B} went to the {place},",
     "While {A} and {B} were working at the {place},",
@@ -59,6 +61,7 @@ ACTIONS = (
     "{S} brought a {object} to",
     "{S} showed a {object} to",
     "{S} sold a {object} to",
+    "{S} bought a {object} for",
     "{S} said hello to",
     "{S} started talking to",
 )
@@ -71,6 +74,7 @@ LATER_ACTIONS = (
     "{S} decided to give the {object} to",
     "{S} handed the {object} to",
     "{S} showed it to",
+    "{S} kept the {object} for",
 )
 
 TEMPLATES = tuple(
@@ -100,13 +104,13 @@ def generate(size: int, seed: int, split: str) -> list[Example]:
     """Return `size` different prompts, every other one naming the subject first."""
     if split not in ("train", "test"):
         raise DePassError(f"the ioi task has no split {split!r}; it has 'train' and 'test'")
-    stream = _stream(seed, split)
+    draws = stream(seed, split)
     seen: set[str] = set()
     examples: list[Example] = []
     for _ in range(20 * size + 1000):
         if len(examples) == size:
             break
-        example = next(stream)
+        example = next(draws)
         if example.prompt not in seen:
             seen.add(example.prompt)
             examples.append(example)
@@ -120,8 +124,8 @@ def held_out(first: str, second: str) -> bool:
     return zlib.crc32(" ".join(sorted((first, second))).encode()) % 10 == 0
 
 
-def _stream(seed: int, split: str) -> Iterator[Example]:
-    """Yield prompts without end."""
+def stream(seed: int, split: str) -> Iterator[Example]:
+    """Yield prompts without end; some come twice."""
     generator = random.Random(f"ioi {split} {seed}")
     number = 0
     while True:

@@ -26,7 +26,7 @@ def load_rows(
     """
     examples: dict[str, Example] = {}
     skipped: list[Row] = []
-    for number, row, fault in _rows(Path(path)):
+    for number, row, fault in read_rows(Path(path)):
         if len(examples) == size:
             break
         try:
@@ -56,7 +56,7 @@ def text_field(row: Row, key: str) -> str:
     return value
 
 
-def _rows(path: Path) -> list[tuple[int, Any, str]]:
+def read_rows(path: Path) -> list[tuple[int, Any, str]]:
     """Return every row's number, value and fault: its line in JSON Lines, its place from 1 in a list."""
     try:
         text = path.read_text(encoding="utf-8-sig")

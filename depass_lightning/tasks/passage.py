@@ -1,0 +1,65 @@
+"""Text to train on: whole texts, or prompts with the answers that count."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from depass_lightning.errors import DePassError
+from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.rows import read_rows, text_field
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text, and the character ranges in it that are to be predicted; without any, all of it is."""
+
+    text: str
+    answers: tuple[Span, ...] = ()
+
+
+def from_examples(examples: Sequence[Example] | Task) -> list[Passage]:
+    """Return each prompt with its answer."""
+    return [answered(example.prompt, example.answer) for example in examples]
+
+
+def answered(prompt: str, answer: str) -> Passage:
+    """Return a prompt with its answer."""
+    text = prompt + answer
+    return Passage(text, ((len(prompt), len(text)),))
+
+
+def read_passages(path: str | Path) -> list[Passage]:
+    """Read text to train on from a file.
+
+    Args:
+        path: JSON Lines or a JSON list of rows `{prompt, target}` or `{text}`, or a plain text file (.txt,
+            .md) whose paragraphs, parted by empty lines, are the passages.
+    Raises:
+        DePassError: the file is missing or holds no such text, or one of its rows cannot be used (training on
+            a part of the data unasked would be worse than stopping).
+    """
+    path = Path(path)
+    if path.suffix in (".txt", ".md"):
+        if not path.is_file():
+            raise DePassError(f"no file {path}; give the path of the text to train on (data.path=)")
+        blocks = path.read_text(encoding="utf-8-sig").split("\n\n")
+        passages = [Passage(block.strip()) for block in blocks if block.strip()]
+    else:
+        passages = [_passage(path, *row) for row in read_rows(path)]
+    if not passages:
+        raise DePassError(f"{path} holds no text to train on")
+    return passages
+
+
+def _passage(path: Path, number: int, row: Any, fault: str) -> Passage:
+    try:
+        if fault or not isinstance(row, dict):
+            raise DePassError(fault or f"not an object with named fields: {row!r}")
+        if "text" in row:
+            return Passage(text_field(row, "text"))
+        return answered(text_field(row, "prompt"), text_field(row, "target"))
+    except DePassError as error:
+        raise DePassError(
+            f"row {number} of {path}: {error}; rows hold {{prompt, target}} or {{text}}"
+        ) from error
