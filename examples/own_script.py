@@ -46,7 +46,13 @@ def main(steps=200):
     probes = tasks.load("known", split="new-test")
     callback = DePassCallback(probes, every_n_steps=20)
     logger = CSVLogger("logs", name="own_script")
-    trainer = L.Trainer(max_steps=steps, callbacks=[callback], logger=logger, log_every_n_steps=5)
+    trainer = L.Trainer(
+        max_steps=steps,
+        callbacks=[callback],
+        logger=logger,
+        log_every_n_steps=5,
+        enable_checkpointing=False,
+    )
     trainer.fit(learner, loader)
 
     history = callback.history["known"]
