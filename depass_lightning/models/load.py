@@ -46,9 +46,7 @@ def load_model(
     try:
         with _quiet_if(Path(folder).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=precision, **arguments, **options
-            )
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, **arguments, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DePassError(_explain(name, revision, error)) from error
     model.eval()
