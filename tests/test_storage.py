@@ -78,6 +78,11 @@ def test_columns_can_be_chosen_and_files_read_together(tmp_path):
     assert read_rows(tmp_path, columns=[]) == [{"index": 1}, {"index": 2}]
 
 
+def test_the_schema_has_a_column_for_every_field():
+    """A field that the attribution gains must not be lost on the way to the disk."""
+    assert {field.name for field in dataclasses.fields(Attribution)} <= set(ATTRIBUTION_SCHEMA.names)
+
+
 def test_an_attribution_comes_back_as_it_was(tmp_path):
     """Every field, with ranges of pairs and without, through the file."""
     full = Attribution(
@@ -99,7 +104,9 @@ def test_an_attribution_comes_back_as_it_was(tmp_path):
         rank=0,
         metadata={"model": "tiny", "temperature": 0.1},
     )
-    bare = dataclasses.replace(full, text="", offsets=None, probability=None, rank=None, metadata={})
+    bare = dataclasses.replace(
+        full, text="", offsets=None, positions=[None] * 3, groups=3, probability=None, rank=None, metadata={}
+    )
     shard = [{"index": i, **attribution_to_row(a)} for i, a in enumerate((full, bare))]
     write_shard(tmp_path / "attributions.parquet", shard, ATTRIBUTION_SCHEMA)
     for written, read in zip((full, bare), read_attributions(tmp_path), strict=True):

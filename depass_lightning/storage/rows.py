@@ -30,6 +30,7 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("names", pa.list_(pa.string())),
         ("positions", RANGES),
+        ("groups", pa.int32()),
         ("source", pa.string()),
         ("rule", pa.string()),
         ("layer", pa.int32()),
