@@ -182,7 +182,7 @@ def tell_skipped(skipped: list[dict[str, Any]], prompts: int, path: Path) -> int
     if not skipped:
         return 0
     first = skipped[0]
-    name = f"row {first['row']}" if "row" in first else first["id"]
+    name = f"row {first['row']}" if "row" in first else f"prompt {first['id']!r}"
     tell(
         f"{len(skipped)} of {prompts} prompts were skipped, listed in {path}; {name}: {first['reason']}",
         "red",

@@ -114,7 +114,7 @@ def config_tree(config: DictConfig) -> Tree:
     assert isinstance(plain, dict)
     tree = Tree(Text(str(config.task_name), "bold"), guide_style="dim")
     for key, value in plain.items():
-        if key not in ("task_name", "print_config") and value not in (None, [], {}):
+        if key not in ("task_name", "print_config", "paths") and value not in (None, [], {}):
             tree.add(Text.assemble((f"{key}  ", "cyan"), _inline(value)))
     return tree
 
