@@ -16,7 +16,7 @@ from depass_lightning.callbacks import DePassCallback
 class Learner(L.LightningModule):
     def __init__(self, model, tokenizer):
         super().__init__()
-        self.model = model
+        self.model = model.train()
         self.tokenizer = tokenizer
 
     def training_step(self, batch, batch_idx):
