@@ -1,9 +1,10 @@
 """Time and peak memory of a decomposed pass, beside a plain forward pass and the naive structure.
 
-The naive structure is the published one: one prompt at a time, `[component, position, head, hidden]` in attention, the
-whole `[component, position, neuron]` in the MLP, no causal zeros skipped. All run on the same random Llama (12 layers,
-768 hidden, 2048 neurons, 12 heads), interleaved, so that a machine's moods strike all of them alike; figures are medians,
-and what counts is their ratios. Peak memory is measured in a fresh process for each case.
+The naive structure is the published one: one prompt at a time, `[component, position, head, hidden]` in
+attention, the whole `[component, position, neuron]` in the MLP, no causal zeros skipped. All run on the
+same random Llama (12 layers, 768 hidden, 2048 neurons, 12 heads), interleaved, so that a machine's moods
+strike all of them alike; figures are medians, and what counts is their ratios. Peak memory is measured in
+a fresh process for each case.
 
     python benchmarks/engine.py                       # 16 to 256 tokens
     python benchmarks/engine.py --tokens 64 --repeats 5
@@ -28,7 +29,7 @@ from depass_lightning.engine.record import record
 HIDDEN, NEURONS, LAYERS, HEADS, VOCABULARY = 768, 2048, 12, 12, 1000
 
 
-def random_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def random_llama() -> LlamaForCausalLM:
     """A Llama of GPT-2's size with every parameter random."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,7 +49,7 @@ def random_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
                 parameter.uniform_(0.6, 1.4)
             else:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @torch.no_grad()
@@ -123,14 +124,26 @@ def _peak(tokens: int, name: str) -> int:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--naive-up-to", type=int, default=256, help="longest prompt for the naive structure")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
     options = parser.parse_args()
-    table = Table(title=f"random Llama, {LAYERS} layers, {HIDDEN} hidden, float32, {torch.get_num_threads()} threads")
-    for column in ("tokens", "plain s", "naive s", "depass s", "8 at once, each", "times faster", "8 at once"):
+    table = Table(
+        title=f"random Llama, {LAYERS} layers, {HIDDEN} hidden, float32, {torch.get_num_threads()} threads"
+    )
+    for column in (
+        "tokens",
+        "plain s",
+        "naive s",
+        "depass s",
+        "8 at once, each",
+        "times faster",
+        "8 at once",
+    ):
         table.add_column(column, justify="right")
     for column in ("plain forwards", "error", "naive peak", "depass peak"):
         table.add_column(column, justify="right")
