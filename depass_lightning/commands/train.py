@@ -1,6 +1,7 @@
 """`python train.py`: train a causal language model, with attributions of held-out probes along the way."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,10 +28,15 @@ from depass_lightning.modules.export import export_model
 
 CURVES = ("value", "probability", "on_target")
 
+# What Lightning warns of where nothing is wrong: a resumed run has its own folder, and data may be few.
+EXPECTED = (".*dirpath has changed.*", ".*smaller than the logging interval.*")
+
 
 @command
 def train(config: DictConfig) -> int:
     """Train as the configuration says, and return the exit code."""
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message)
     folder = open_run(config)
     seed_everything(config.seed, workers=True, verbose=False)
     if config.ckpt_path is not None and not Path(config.ckpt_path).exists():

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -24,7 +25,8 @@ def export_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if dtype not in (None, model.dtype):
-        model = copy.deepcopy(model).to(dtype)
+        model = copy.deepcopy(model)
+        nn.Module.to(model, dtype=dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):

@@ -72,7 +72,7 @@ class FineTune(LightningModule):
         count, accuracy = len(hits), hits.float().sum() / max(1, len(hits))
         self.held_out_loss.update(loss, count)
         self.held_out_accuracy.update(accuracy, count)
-        if len(self.trainer.val_dataloaders) > 1:
+        if len(self.trainer.val_dataloaders or ()) > 1:
             values = {f"val/{batch['set']}/loss": loss, f"val/{batch['set']}/accuracy": accuracy}
             self.log_dict(values, batch_size=count, add_dataloader_idx=False, sync_dist=True)
 

@@ -61,7 +61,7 @@ class TextDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.text_weight, self.answer_weight = text_weight, answer_weight
         self.max_length = max_length or tokenizer.model_max_length
-        self.ending = tokenizer.eos_token if append_eos else ""
+        self.ending = str(tokenizer.eos_token) if append_eos else ""
         self._pieces: dict[str, list[Piece]] = {}
 
     def setup(self, stage: str) -> None:
@@ -84,7 +84,8 @@ class TextDataModule(LightningDataModule):
         return [self._loader(name, batch_size=self.batch_size) for name in self.held_out]
 
     def _loader(self, name: str, **batching: Any) -> DataLoader:
-        collate = partial(collate_pieces, name=name, pad_id=self.tokenizer.pad_token_id or 0)
+        pad_id: Any = self.tokenizer.pad_token_id or 0
+        collate = partial(collate_pieces, name=name, pad_id=pad_id)
         return DataLoader(self._pieces[name], collate_fn=collate, **batching)  # type: ignore[arg-type]
 
     def _encode(self, passages: Sequence[Passage]) -> list["Piece"]:
@@ -102,13 +103,12 @@ class TextDataModule(LightningDataModule):
 
     def _piece(self, passage: Passage, ids: list[int], offsets: list[Span]) -> "Piece":
         """Weigh every token of a passage, or of a part of it."""
-        if not passage.answers:
-            everything = torch.ones(len(ids))
-            return Piece(torch.tensor(ids), everything, everything.bool())
         length = len(passage.text)
         spans = [(a, b + len(self.ending) * (b == length)) for a, b in passage.answers]
         answer = torch.tensor([any(a < end and start < b for a, b in spans) for start, end in offsets])
         inside = torch.tensor([end <= length for _, end in offsets])
+        if not spans:
+            return Piece(torch.tensor(ids), torch.ones(len(ids)), inside)
         weights = torch.where(answer, float(self.answer_weight), float(self.text_weight))
         return Piece(torch.tensor(ids), weights, answer & inside)
 

@@ -12,6 +12,7 @@ CONTEXT = 128
 def untrained() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Return the model with random weights (from torch's current seed) and its tokenizer."""
     tokenizer = build_tokenizer()
+    bos, eos, _, pad = range(len(SPECIAL))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -21,9 +22,9 @@ def untrained() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
     return LlamaForCausalLM(config), tokenizer
 

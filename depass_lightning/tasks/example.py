@@ -80,7 +80,7 @@ class Task:
         return _from_row(self.dataset[index])
 
     def __iter__(self) -> Iterator[Example]:
-        return (_from_row(row) for row in self.dataset)
+        return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, {len(self)} examples, {len(self.skipped)} rows skipped)"
