@@ -191,6 +191,9 @@ def test_nothing_but_bad_rows_is_no_crash(tmp_path, capsys):
     ("overrides", "message"),
     [
         (["source.layer=99"], "layer 99 is out of range"),
+        (["source=subspace"], "source.path has to be given"),
+        (["source=subspace", "source.path=nowhere.npy"], "no file nowhere.npy"),
+        (["source=neurons", "source.indices=[4000]"], "no neuron 4000"),
         (["batch_size=0"], "batch_size"),
         (["faithfulness.percents=[0,120]"], "percents must rise"),
         (["task=jsonl"], "task.path has to be given"),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from depass_lightning.engine.rules import rule_named
 from depass_lightning.modules.attribution import TARGETS
-from depass_lightning.sources import Tokens
+from depass_lightning.sources import Heads, Module, Neurons, Spans, Subspace, Tokens
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 COMMANDS = [path.stem for path in sorted(CONF.glob("*.yaml"))]
@@ -27,6 +28,7 @@ OPTIONS = [
 REQUIRED = {
     ("model", "hf"): ["model.name=folder"],
     ("model", "gguf"): ["model.path=file.gguf"],
+    ("source", "subspace"): ["source.path=file.npy"],
     ("task", "jsonl"): ["task.path=file.jsonl"],
 }
 
@@ -106,6 +108,21 @@ def test_every_model_says_where_it_is_from(tmp_path):
 
 def test_sources_rules_and_targets_are_the_librarys(tmp_path):
     assert instantiate(composed("analyze", ["source.layer=2"], tmp_path).source) == Tokens(layer=2)
+    meant = {
+        "tokens": Tokens(),
+        "spans": Spans("word"),
+        "heads": Heads(),
+        "modules": Module("attention"),
+        "neurons": Neurons(-2),
+    }
+    assert {path.stem for path in (CONF / "source").glob("*.yaml")} == {*meant, "subspace"}
+    for name, source in meant.items():
+        assert instantiate(composed("analyze", [f"source={name}"], tmp_path).source) == source
+    np.save(tmp_path / "gender.npy", np.eye(3)[:2])
+    of_file = ["source=subspace", f"source.path={tmp_path / 'gender.npy'}", "source.layer=1"]
+    subspace = instantiate(composed("analyze", of_file, tmp_path).source)
+    assert isinstance(subspace, Subspace)
+    assert (subspace.layer, subspace.names) == (1, ["gender"])
     for path in sorted((CONF / "rule").glob("*.yaml")):
         rule = composed("analyze", [f"rule={path.stem}"], tmp_path).rule
         assert rule.name == path.stem

@@ -30,6 +30,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution import AttributionModule, Removal
 from depass_lightning.modules.prompts import PromptData
+from depass_lightning.sources import Source
 from depass_lightning.storage import read_json_lines, weights_fingerprint
 from depass_lightning.tasks import Task
 
@@ -39,6 +40,7 @@ def analyze(config: DictConfig) -> int:
     """Run an analysis and return the exit code: 1 where a prompt had to be skipped."""
     started = time.perf_counter()
     folder = open_run(config)
+    source = instantiate(config.source, _convert_="all")
     task = tasks.load(**config.task)
     depass = load(config)
     fingerprint = weights_fingerprint(depass.model)
@@ -49,7 +51,7 @@ def analyze(config: DictConfig) -> int:
         callbacks=[writer, AttributionProgress(), *instantiate_each(config.get("callbacks"))],
         logger=loggers or False,
     )
-    module = attribution_module(config, depass, task, fingerprint)
+    module = attribution_module(config, source, depass, task, fingerprint)
     data = PromptData(task, config.batch_size, length=token_counter(depass))
     trainer.predict(module, datamodule=data, return_predictions=False)
     if not trainer.is_global_zero:
@@ -109,12 +111,14 @@ def token_counter(depass: DePass) -> Callable[[str], int]:
     return lambda prompt: len(tokenizer(prompt, verbose=False)["input_ids"])
 
 
-def attribution_module(config: DictConfig, depass: DePass, task: Task, fingerprint: str) -> AttributionModule:
+def attribution_module(
+    config: DictConfig, source: Source, depass: DePass, task: Task, fingerprint: str
+) -> AttributionModule:
     """Make the module that attributes as the configuration says."""
     rule = OmegaConf.to_container(config.rule)
     assert isinstance(rule, dict)
     settings = {
-        "source": instantiate(config.source),
+        "source": source,
         "rule": rule.pop("name"),
         **rule,
         "bias": config.bias,

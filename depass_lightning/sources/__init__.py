@@ -1,6 +1,7 @@
 """What a state is split into before it is carried through the rest of the model."""
 
 from depass_lightning.sources.base import Described, Pass, Source, resolve_layer
+from depass_lightning.sources.directions import load_subspace
 from depass_lightning.sources.modules import Heads, Module, Neurons
 from depass_lightning.sources.states import Components, Subspace
 from depass_lightning.sources.tokens import Spans, Tokens
@@ -16,5 +17,6 @@ __all__ = [
     "Spans",
     "Subspace",
     "Tokens",
+    "load_subspace",
     "resolve_layer",
 ]
