@@ -9,8 +9,8 @@
 Steps 2 to 5 are in `passes.py`; here stand the face and what is checked before anything expensive starts.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Unpack, overload
 
 from jaxtyping import Int
 from rich.progress import track
@@ -24,38 +24,19 @@ from depass_lightning.engine.rules import RuleName, Taylor, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.load import load_model
-from depass_lightning.passes import Decomposition, Settings, decompose_batch
+from depass_lightning.options import (
+    AttributeOptions,
+    BiasMode,
+    DecomposeOptions,
+    Engine,
+    ScoreOptions,
+    StatesOptions,
+)
+from depass_lightning.passes import Decomposition, Settings, decompose_batch, decompose_layers
 from depass_lightning.prompts import Prompt, prompts_of_ids, prompts_of_texts
 from depass_lightning.readings import attribute_batch, check_target, reading_layer
 from depass_lightning.sources import Source, Tokens, resolve_layer
 from depass_lightning.targets import Target, TargetLike, as_target
-
-BiasMode = Literal["component", "drop"]
-Engine = Literal["auto", "propagate", "adjoint"]
-
-
-class _PassOptions(TypedDict, total=False):
-    rule: RuleName
-    temperature: float
-    bias: BiasMode
-    compat: Literal["release"] | None
-    batch_size: int
-    input_ids: Int[Tensor, "batch position"] | None
-    attention_mask: Int[Tensor, "batch position"] | None
-
-
-class _ScoreOptions(_PassOptions, total=False):
-    engine: Engine
-    progress: bool
-
-
-class _AttributeOptions(_ScoreOptions, total=False):
-    source: Source | None
-
-
-class _DecomposeOptions(_PassOptions, total=False):
-    source: Source | None
-    to_layer: int | None
 
 
 class DePass:
@@ -105,7 +86,7 @@ class DePass:
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, target: TargetLike = None, **options: Unpack[_AttributeOptions]
+        self, prompt: str, target: TargetLike = None, **options: Unpack[AttributeOptions]
     ) -> Attribution: ...
 
     @overload
@@ -113,7 +94,7 @@ class DePass:
         self,
         prompt: Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] = None,
-        **options: Unpack[_AttributeOptions],
+        **options: Unpack[AttributeOptions],
     ) -> list[Attribution]: ...
 
     @overload
@@ -123,7 +104,7 @@ class DePass:
         target: TargetLike = None,
         *,
         source: Sequence[Source],
-        **options: Unpack[_ScoreOptions],
+        **options: Unpack[ScoreOptions],
     ) -> list[Attribution]: ...
 
     @overload
@@ -133,7 +114,7 @@ class DePass:
         target: TargetLike | Sequence[TargetLike] = None,
         *,
         source: Sequence[Source],
-        **options: Unpack[_ScoreOptions],
+        **options: Unpack[ScoreOptions],
     ) -> list[list[Attribution]]: ...
 
     def attribute(
@@ -204,13 +185,27 @@ class DePass:
 
     @overload
     def decompose(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, **options: Unpack[_DecomposeOptions]
+        self, prompt: str, **options: Unpack[DecomposeOptions]
     ) -> Decomposition: ...
 
     @overload
     def decompose(
-        self, prompt: Sequence[str] | None = None, **options: Unpack[_DecomposeOptions]
+        self, prompt: Sequence[str] | None = None, **options: Unpack[DecomposeOptions]
     ) -> list[Decomposition]: ...
+
+    @overload
+    def decompose(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: str, *, to_layer: Literal["all"], **options: Unpack[StatesOptions]
+    ) -> Iterator[Decomposition]: ...
+
+    @overload
+    def decompose(
+        self,
+        prompt: Sequence[str] | None = None,
+        *,
+        to_layer: Literal["all"],
+        **options: Unpack[StatesOptions],
+    ) -> list[Iterator[Decomposition]]: ...
 
     def decompose(
         self,
@@ -221,27 +216,33 @@ class DePass:
         temperature: float = 0.1,
         bias: BiasMode = "component",
         compat: Literal["release"] | None = None,
-        to_layer: int | None = None,
+        to_layer: int | Literal["all"] | None = None,
         batch_size: int = 16,
         input_ids: Int[Tensor, "batch position"] | None = None,
         attention_mask: Int[Tensor, "batch position"] | None = None,
-    ) -> Decomposition | list[Decomposition]:
+    ) -> Decomposition | list[Decomposition] | Iterator[Decomposition] | list[Iterator[Decomposition]]:
         """Give every component's state at a layer.
 
         Args:
             prompt: one prompt, or several.
             source: as for `attribute`, and so are the arguments that are not listed here.
             to_layer: the block whose input is meant; None for what leaves the last block, before the
-                final norm.
+                final norm; `all` for every layer at which all components are there, one after another.
 
         Returns:
-            One `Decomposition` for one prompt, a list for several or for ids, in their order.
+            One `Decomposition` for one prompt, a list for several or for ids, in their order. With
+            `to_layer="all"` it is an iterator in each place, whose pass is made while it is read: only the
+            layer that it has reached is held.
 
         Raises:
             DePassError: as for `attribute`; or the layer is out of range or before the source's.
         """
         settings = self._settings(source, rule, temperature, bias, compat, "propagate")
         layers = len(self._decoder.blocks)
+        if to_layer == "all":
+            entries = self._prompts(prompt, input_ids, attention_mask)
+            tours = [decompose_layers(self._decoder, entry, settings) for entry in entries]
+            return tours[0] if isinstance(prompt, str) else tours
         stop = layers
         if to_layer is not None and to_layer != layers:
             stop = resolve_layer(to_layer, layers, "to_layer")

@@ -4,6 +4,7 @@ The functions take what `depass.py` has checked; they know neither the order of 
 defaults.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
 from depass_lightning.engine.rules import Rule, Taylor
+from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, pad
 from depass_lightning.sources import Pass, Source
@@ -85,19 +87,50 @@ def decompose_batch(
     Raises:
         DePassError: the model's values are not finite.
     """
-    lengths = [len(prompt.ids) for prompt in prompts]
     with exact(decoder.device):
-        recording = record_batch(decoder, prompts, [length - 1 for length in lengths], lengths, settings)
-        source = settings.sources[0]
-        carry = _carry(recording, source, settings, settings.begin(prompts), stop)
-        states = carry.dense().unflatten(1, (carry.layout.groups, -1))
+        recording = _record_whole(decoder, prompts, settings)
+        carry = _carry(recording, settings.sources[0], settings, settings.begin(prompts), stop)
+        return _decompositions(carry, decoder, prompts, settings, stop)
+
+
+def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> Iterator[Decomposition]:
+    """Decompose one prompt at every layer, one after another, from the first where all components are there.
+
+    Args:
+        decoder: the model.
+        prompt: the prompt.
+        settings: how the pass is made.
+
+    Yields:
+        The decompositions, of which none is kept here.
+
+    Raises:
+        DePassError: the model's values are not finite.
+    """
+    source = settings.sources[0]
+    recording = _record_whole(decoder, [prompt], settings)
+    split = source.split(recording, settings.begin([prompt]))
+    for layer, carry in propagate(recording, split, settings.rule, stop=recording.layers):
+        if carry.layout.groups == len(source.layers(recording.layers)):
+            yield _decompositions(carry, decoder, [prompt], settings, layer)[0]
+
+
+def _record_whole(decoder: Decoder, prompts: list[Prompt], settings: Settings) -> Recording:
+    lengths = [len(prompt.ids) for prompt in prompts]
+    return record_batch(decoder, prompts, [[length - 1] for length in lengths], lengths, settings)
+
+
+def _decompositions(
+    carry: Carry, decoder: Decoder, prompts: list[Prompt], settings: Settings, layer: int
+) -> list[Decomposition]:
+    states = carry.dense().unflatten(1, (carry.layout.groups, -1))
     results = []
-    for prompt, own, count in zip(prompts, states, lengths, strict=True):
-        names, _ = described(source, prompt, decoder, bias=settings.bias)
+    for prompt, own in zip(prompts, states, strict=True):
+        names, _ = described(settings.sources[0], prompt, decoder, bias=settings.bias)
         members = len(names) // len(own)
         # The bias component is carried first and named last; what longer prompts have more is padding.
         kept = torch.cat([own[:, 1:members], own[:, :1]], 1) if settings.bias else own[:, :members]
-        results.append(Decomposition(kept.flatten(0, 1)[:, :count], names, stop))
+        results.append(Decomposition(kept.flatten(0, 1)[:, : len(prompt.ids)], names, layer))
     return results
 
 
@@ -172,14 +205,18 @@ def _pulled_back(recording: Recording, settings: Settings, begin: Pass, reading:
 
 
 def record_batch(
-    decoder: Decoder, prompts: list[Prompt], positions: list[int], lengths: list[int], settings: Settings
+    decoder: Decoder,
+    prompts: list[Prompt],
+    positions: list[list[int]],
+    lengths: list[int],
+    settings: Settings,
 ) -> Recording:
     """Record one batch.
 
     Args:
         decoder: the model.
         prompts: the prompts, padded here.
-        positions: where each prompt's logits are wanted.
+        positions: where each prompt's logits are wanted, as many places a prompt.
         lengths: how many of each prompt's tokens take part.
         settings: how the pass is made.
 
@@ -191,7 +228,7 @@ def record_batch(
         decoder,
         ids.to(decoder.device),
         torch.tensor(lengths, device=decoder.device),
-        torch.tensor(positions, device=decoder.device)[:, None],
+        torch.tensor(positions, device=decoder.device),
         keep_everything=recorded_bytes(decoder, *ids.shape) <= settings.budget.recording,
     )
 
@@ -208,7 +245,8 @@ def _carry(
     split = source.split(recording, begin)
     for _, reached in propagate(recording, split, settings.rule, stop=stop, positions=positions):
         carry = reached
-    assert carry is not None
+    if carry is None or carry.layout.groups < len(source.layers(recording.layers)):
+        raise DePassError(f"some components of {source.kind!r} begin behind layer {stop}; take a later layer")
     return carry
 
 

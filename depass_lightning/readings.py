@@ -97,7 +97,9 @@ def attribute_batch(
     at = [prompt.resolve_position(target.position) for prompt, target in zip(prompts, targets, strict=True)]
     with exact(decoder.device):
         # Nothing behind the target's position can reach it: it is cut off.
-        recording = record_batch(decoder, prompts, at, [position + 1 for position in at], settings)
+        recording = record_batch(
+            decoder, prompts, [[place] for place in at], [place + 1 for place in at], settings
+        )
         reading, answers = _read(decoder, tokenizer, recording, prompts, targets, at)
         scores = score_batch(recording, prompts, settings, reading)
     naming = _Naming(decoder, tokenizer, settings)

@@ -1,0 +1,49 @@
+"""The keyword arguments that the methods of `DePass` share, for type checkers."""
+
+from typing import Literal, TypedDict
+
+from jaxtyping import Int
+from torch import Tensor
+
+from depass_lightning.engine.rules import RuleName
+from depass_lightning.sources import Source
+
+BiasMode = Literal["component", "drop"]
+Engine = Literal["auto", "propagate", "adjoint"]
+
+
+class PassOptions(TypedDict, total=False):
+    """Of every call."""
+
+    rule: RuleName
+    temperature: float
+    bias: BiasMode
+    compat: Literal["release"] | None
+    batch_size: int
+    input_ids: Int[Tensor, "batch position"] | None
+    attention_mask: Int[Tensor, "batch position"] | None
+
+
+class ScoreOptions(PassOptions, total=False):
+    """Of a call that gives scores."""
+
+    engine: Engine
+    progress: bool
+
+
+class AttributeOptions(ScoreOptions, total=False):
+    """Of a call that gives the scores of one source."""
+
+    source: Source | None
+
+
+class StatesOptions(PassOptions, total=False):
+    """Of a call that gives states."""
+
+    source: Source | None
+
+
+class DecomposeOptions(StatesOptions, total=False):
+    """Of a call that gives one layer's states."""
+
+    to_layer: int | None
