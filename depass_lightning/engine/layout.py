@@ -108,9 +108,7 @@ class Layout:
         order = counts.sort(stable=True).indices
         order = order[counts[order] > 0]
         segment, component = competing[order].nonzero(as_tuple=True)
-        flat = order[segment]
-        prompt, rest = flat // (groups * positions), flat % (groups * positions)
-        group, position = rest // positions, rest % positions
+        prompt, group, position = self._place(order[segment])
         quiet = (self.alive & ~self.competes).nonzero(as_tuple=True)
         prompt, position, group, component = (
             torch.cat([loud, silent])
@@ -145,25 +143,18 @@ class Layout:
             rows: how many rows a run may have; a single larger segment is a run of its own.
         """
         if rows not in self._chunks:
-            self._chunks[rows] = list(self._cut(rows))
+            self._chunks[rows] = [self._chunk(*run) for run in _runs(self._counts, rows)]
         return self._chunks[rows]
 
-    def _cut(self, rows: int) -> Iterator[Chunk]:
-        ends = self._counts.cumsum(0).tolist()
-        first = 0
-        while first < len(ends):
-            start = ends[first - 1] if first else 0
-            last = first + 1
-            while last < len(ends) and ends[last] - start <= rows:
-                last += 1
-            yield self._chunk(slice(first, last), slice(start, ends[last - 1]))
-            first = last
+    def _place(self, segment: Int[Tensor, "segment"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompt, the group and the position of segments, counted through in this order."""
+        _, positions, groups, _ = self.alive.shape
+        prompt, rest = segment // (groups * positions), segment % (groups * positions)
+        return prompt, rest // positions, rest % positions
 
     def _chunk(self, segments: slice, rows: slice) -> Chunk:
-        _, positions, groups, members = self.alive.shape
-        flat = self._segments[segments]
-        prompt, rest = flat // (groups * positions), flat % (groups * positions)
-        group, position = rest // positions, rest % positions
+        _, positions, _, members = self.alive.shape
+        prompt, group, position = self._place(self._segments[segments])
         at = prompt * positions + position
         bias = (self._row_component[rows] == (-1 if self.bias is None else self.bias)).nonzero()[:, 0]
         runs, row, segment = [], 0, 0
@@ -187,27 +178,16 @@ class Layout:
             rows: how many rows a run may have; a single component's may be more.
         """
         if rows not in self._blocks:
-            self._blocks[rows] = list(self._cut_components(rows))
+            lives = self.index < self.rows
+            self._blocks[rows] = [
+                self._component_block(components, lives[:, :, components])
+                for components, own in _runs(lives.sum((0, 1)), rows)
+                if own.stop > own.start
+            ]
         return self._blocks[rows]
 
-    def _cut_components(self, rows: int) -> Iterator[ComponentBlock]:
-        lives = self.index < self.rows
-        ends = lives.sum((0, 1)).cumsum(0).tolist()
-        first = 0
-        while first < len(ends):
-            start = ends[first - 1] if first else 0
-            last = first + 1
-            while last < len(ends) and ends[last] - start <= rows:
-                last += 1
-            block = self._component_block(slice(first, last), lives[:, :, first:last])
-            if block is not None:
-                yield block
-            first = last
-
-    def _component_block(self, components: slice, lives: Tensor) -> ComponentBlock | None:
+    def _component_block(self, components: slice, lives: Tensor) -> ComponentBlock:
         prompt, position, component = lives.nonzero(as_tuple=True)
-        if len(prompt) == 0:
-            return None
         first = int(position.min())
         rows = self.index[prompt, position, component + components.start]
         members = self.alive.shape[3]
@@ -222,6 +202,19 @@ class Layout:
             shape=(batch, positions - first, count),
             bias=is_bias.nonzero()[:, 0].to(to),
         )
+
+
+def _runs(counts: Int[Tensor, "part"], rows: int) -> Iterator[tuple[slice, slice]]:
+    """Cut parts into runs of at most so many rows, or one part: which parts, and which of all their rows."""
+    ends = counts.cumsum(0).tolist()
+    first = 0
+    while first < len(ends):
+        start = ends[first - 1] if first else 0
+        last = first + 1
+        while last < len(ends) and ends[last] - start <= rows:
+            last += 1
+        yield slice(first, last), slice(start, ends[last - 1])
+        first = last
 
 
 def token_layout(
