@@ -86,8 +86,8 @@ def show(trainer: Trainer, callbacks: list[Callback], folder: Path, export_dir: 
         name: value.item() for name, value in trainer.callback_metrics.items() if "depass/" not in name
     }
     console.print(metrics_table(metrics))
-    for label, place in (("model", export_dir), ("folder", folder)):
-        if place is not None:
+    for label, place in (("maps", folder / "depass"), ("model", export_dir), ("folder", folder)):
+        if place is not None and Path(place).exists():
             console.print(Text(f"{label:9}{place}"), soft_wrap=True)
 
 
