@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from depass_lightning.attribution import Attribution
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.release import release_rule
-from depass_lightning.engine.rules import RuleName, Taylor, rule_named
+from depass_lightning.engine.rules import Path, RuleName, goes_back, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.load import load_model
@@ -128,6 +128,7 @@ class DePass:
         bias: BiasMode = "component",
         compat: Literal["release"] | None = None,
         engine: Engine = "auto",
+        path: Path = "content",
         batch_size: int = 16,
         progress: bool = False,
         input_ids: Int[Tensor, "batch position"] | None = None,
@@ -140,13 +141,16 @@ class DePass:
             target: what is explained, one for all or one a prompt; None for the model's own next token.
             source: what the state is split into; by default `Tokens()`. Several share one recorded pass, and
                 under a linear rule one backward pass.
-            rule: how neurons are shared: softmax, max, relu, linear or taylor.
+            rule: how neurons are shared: softmax, max, relu, linear, taylor or dual.
             temperature: of the softmax rule.
             bias: `component` gives constants a component of their own, so that scores sum to the value;
                 `drop` leaves them out.
             compat: `release` reproduces the published code, with its quirks.
             engine: `propagate` carries components forward; `adjoint` takes a linear rule's scores back from
                 the target, all at once; `auto` chooses the latter where it can.
+            path: `content` holds attention's probabilities fixed; `control`, under taylor, gives what comes
+                on top where they are not: the scores of all ways to the target that at least once lead
+                through a query or a key. These do not sum to the value.
             batch_size: how many prompts go through the model at once.
             progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side.
@@ -160,7 +164,7 @@ class DePass:
             DePassError: a prompt is empty or too long, a target is not one token, a layer is out of range,
                 a setting is unknown, or the model's values are not finite.
         """
-        settings = self._settings(source, rule, temperature, bias, compat, engine)
+        settings = self._settings(source, rule, temperature, bias, compat, engine, path)
         prompts = self._prompts(prompt, input_ids, attention_mask)
         targets = _one_each(target, len(prompts))
         layers = len(self._decoder.blocks)
@@ -269,20 +273,18 @@ class DePass:
         bias: str,
         compat: str | None,
         engine: str,
+        path: str = "content",
     ) -> Settings:
         chosen = rule_named(rule, temperature)
         for name, value, choices in (
             ("bias", bias, ("component", "drop")),
             ("compat", compat, (None, "release")),
             ("engine", engine, ("auto", "propagate", "adjoint")),
+            ("path", path, ("content", "control")),
         ):
             if value not in choices:
                 raise DePassError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, choices))}")
-        linear = isinstance(chosen, Taylor)
-        if engine == "adjoint" and not (linear and compat is None):
-            raise DePassError(
-                "engine='adjoint' needs a rule that is linear in the components: rule='taylor', no compat"
-            )
+        adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
         sources = _sources(source)
         for own in sources:
             own.layers(len(self._decoder.blocks))
@@ -298,7 +300,8 @@ class DePass:
             bias=bias == "component",
             bias_mode=bias,
             compat=compat,
-            adjoint=linear and compat is None and engine != "propagate",
+            adjoint=adjoint,
+            path=path,
             budget=Budget.default(self._decoder.device, self.memory_budget),
         )
 

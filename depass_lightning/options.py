@@ -5,7 +5,7 @@ from typing import Literal, TypedDict
 from jaxtyping import Int
 from torch import Tensor
 
-from depass_lightning.engine.rules import RuleName
+from depass_lightning.engine.rules import Path, RuleName
 from depass_lightning.sources import Source
 
 BiasMode = Literal["component", "drop"]
@@ -28,6 +28,7 @@ class ScoreOptions(PassOptions, total=False):
     """Of a call that gives scores."""
 
     engine: Engine
+    path: Path
     progress: bool
 
 

@@ -5,7 +5,7 @@ defaults.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
-from depass_lightning.engine.rules import Rule, Taylor
+from depass_lightning.engine.rules import LinearPaths, Rule
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, pad
@@ -50,6 +50,7 @@ class Settings:
         bias_mode: what becomes of constants: component, drop, or none where the model has none.
         compat: `release` for the published code's behaviour, else None.
         adjoint: take scores back from the target instead of carrying components to it.
+        path: content, or control for what comes on top where attention's probabilities are not held fixed.
         budget: the engine's memory.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     bias_mode: str
     compat: str | None
     adjoint: bool
+    path: str
     budget: Budget
 
     def begin(self, prompts: list[Prompt]) -> Pass:
@@ -67,7 +69,7 @@ class Settings:
         return Pass(
             prompts,
             bias=self.bias,
-            competing=not isinstance(self.rule, Taylor),
+            competing=not isinstance(self.rule, LinearPaths),
             release=self.compat == "release",
             budget=self.budget,
         )
@@ -166,7 +168,11 @@ def score_batch(
     """
     begin = settings.begin(prompts)
     if settings.adjoint:
-        groups = _pulled_back(recording, settings, begin, reading)
+        assert isinstance(settings.rule, LinearPaths)
+        groups = _pulled_back(recording, settings, settings.rule, begin, reading)
+        if settings.path == "control":
+            free = _pulled_back(recording, settings, replace(settings.rule, control=1.0), begin, reading)
+            groups = [both - content for both, content in zip(free, groups, strict=True)]
     else:
         groups = [_carried(recording, source, settings, begin, reading) for source in settings.sources]
     return [torch.cat([own[:, :, 1:], own[:, :, :1]], 2) if settings.bias else own for own in groups]
@@ -184,16 +190,17 @@ def _carried(
     return scores
 
 
-def _pulled_back(recording: Recording, settings: Settings, begin: Pass, reading: Reading) -> list[Tensor]:
+def _pulled_back(
+    recording: Recording, settings: Settings, rule: LinearPaths, begin: Pass, reading: Reading
+) -> list[Tensor]:
     """Scores of all sources from one backward pass."""
-    assert isinstance(settings.rule, Taylor)
     derivative = at_readout(
         recording, reading.positions, reading.vectors, reading.constants, normed=reading.normed
     )
     wanted = [source.layers(recording.layers) for source in settings.sources]
     scores: list[dict[int, Tensor]] = [{} for _ in settings.sources]
     first = min(layers[0] for layers in wanted)
-    for at in pull_back(recording, settings.rule, derivative, layer=reading.layer, first=first):
+    for at in pull_back(recording, rule, derivative, layer=reading.layer, first=first):
         for source, layers, own in zip(settings.sources, wanted, scores, strict=True):
             if at.block.index in layers:
                 found = source.inside_scores(at, begin)

@@ -197,6 +197,8 @@ class _Naming:
             metadata["target_ids"] = answer.ids
         if settings.rule_name == "softmax":
             metadata["temperature"] = getattr(settings.rule, "temperature", None)
+        if settings.path != "content":
+            metadata["path"] = settings.path
         if settings.compat:
             metadata["compat"] = settings.compat
         return metadata

@@ -7,7 +7,8 @@ component is the component times the target's derivative there. From the last bl
 2. attention, backwards: through the output map, the probabilities transposed and the value map, and the norm;
 3. on the way, what biases add to the target is counted, so that scores still sum to the target's value.
 
-Four products a block and no automatic differentiation: about the cost of the plain pass.
+Four products a block and no automatic differentiation: about the cost of the plain pass. A rule may also
+go through the up map, and through queries and keys (`engine/control.py`); its weights say how much.
 """
 
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from depass_lightning.engine.control import through_scores
 from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm
 from depass_lightning.engine.record import Recording, exact
-from depass_lightning.engine.rules import Taylor
+from depass_lightning.engine.rules import LinearPaths
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder, Linear
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,22 @@ def at_readout(
 
 
 def pull_back(
-    recording: Recording, rule: Taylor, derivative: Derivative, *, layer: int, first: int
+    recording: Recording, rule: LinearPaths, derivative: Derivative, *, layer: int, first: int
 ) -> Iterator[BlockDerivatives]:
     """Carry a target's derivative back, block by block.
 
     Args:
         recording: the recorded pass.
-        rule: the linear rule whose slopes stand for the MLPs.
+        rule: the linear rule: how much each path counts.
         derivative: the target's derivative by the state that enters block `layer`.
         layer: where the target is read; `recording.layers` is behind the last block.
         first: the first block that is wanted.
 
     Yields:
         The derivatives of block `layer - 1`, and so on down to block `first`.
+
+    Raises:
+        DePassError: the rule goes through the up map, but the model's MLPs have none.
     """
     for index in range(layer - 1, first - 1, -1):
         with exact(derivative.states.device):
@@ -109,35 +116,56 @@ def pull_back(
             neurons = derivative.states @ block.mlp.down.weight
             middle = _through_mlp(block.mlp, rule, derivative, neurons)
             heads = (middle.states @ block.attention.output.weight).unflatten(2, (block.attention.heads, -1))
-            entry = _through_attention(block.attention, middle, heads)
+            entry = _through_attention(recording.decoder, block.attention, rule, middle, heads)
         yield BlockDerivatives(block, entry, middle, derivative, heads, neurons)
         derivative = entry
 
 
-def _through_mlp(mlp: FrozenMLP, rule: Taylor, after: Derivative, neurons: Tensor) -> Derivative:
+def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: Derivative, neurons: Tensor) -> Derivative:
     """From behind the MLP to before it."""
     gates = neurons * rule.slopes(mlp.pre_activations, mlp.neurons)
-    constants = after.constants
+    normed, constants = _through(mlp.gate, mlp.norm, gates if rule.gate == 1 else rule.gate * gates)
+    if rule.up:
+        if mlp.up is None:
+            raise DePassError(f"rule='{rule.name}' is for gated MLPs; this model's have no up map")
+        values = torch.nn.functional.linear(mlp.normed.to(neurons), mlp.up.weight, mlp.up.bias)
+        ups = rule.up * neurons * rule.slopes(values, mlp.neurons)
+        beside, added = _through(mlp.up, mlp.norm, ups)
+        normed, constants = normed + beside, constants + added
+    constants = constants + after.constants
     if mlp.down.bias is not None:
         constants = constants + after.states.sum(1) @ mlp.down.bias
-    added = mlp.norm.constant_through(mlp.gate)
-    if added is not None:
-        constants = constants + gates.sum(1) @ added
-    return Derivative(after.states + _before_norm(mlp.norm, gates @ mlp.gate.weight), constants)
+    return Derivative(after.states + _before_norm(mlp.norm, normed), constants)
 
 
-def _through_attention(attention: FrozenAttention, middle: Derivative, heads: Tensor) -> Derivative:
+def _through_attention(
+    decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: Derivative, heads: Tensor
+) -> Derivative:
     """From behind attention to before it."""
     values = attention.probabilities.transpose(2, 3) @ heads.transpose(1, 2)
     values = values.unflatten(1, (attention.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
-    constants = middle.constants
+    normed, constants = _through(
+        attention.value, attention.norm, values if rule.value == 1 else rule.value * values
+    )
+    if rule.control:
+        beside, added = through_scores(decoder, attention, rule.control * middle.states)
+        normed, constants = normed + beside, constants + added
+        if attention.norm.probe.bias is not None:
+            constants = constants + beside.sum(1) @ attention.norm.probe.bias
+    constants = constants + middle.constants
     if attention.output.bias is not None:
         constants = constants + middle.states.sum(1) @ attention.output.bias
-    added = attention.norm.constant_through(attention.value)
-    if added is not None:
-        constants = constants + values.sum(1) @ added
-    back = _before_norm(attention.norm, values @ attention.value.weight)
-    return Derivative(middle.states + back, constants)
+    return Derivative(middle.states + _before_norm(attention.norm, normed), constants)
+
+
+def _through(
+    linear: Linear, norm: FrozenNorm, derivative: Float[Tensor, "batch position out"]
+) -> tuple[Float[Tensor, "batch position hidden"], Float[Tensor, "batch"]]:
+    """From behind a linear map to the normed state, and what the map's and the norm's biases add."""
+    added = norm.constant_through(linear)
+    if added is None:
+        return derivative @ linear.weight, derivative.new_zeros(len(derivative))
+    return derivative @ linear.weight, derivative.sum(1) @ added
 
 
 def _before_norm(norm: FrozenNorm, states: Float[Tensor, "batch position hidden"]) -> Tensor:

@@ -6,13 +6,14 @@ with one question, how each neuron's value is shared (`engine/rules.py`).
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.decoder import Linear
+from depass_lightning.models.decoder import Block, Linear
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,15 @@ class FrozenNorm:
 
 
 @dataclass(frozen=True)
+class AttentionCall:
+    """How the model called a block's attention, so that `engine/control.py` can call it again."""
+
+    block: Block
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class FrozenAttention:
     """Attention with its probabilities held fixed: a linear map over positions.
 
@@ -133,6 +143,7 @@ class FrozenAttention:
     probabilities: Float[Tensor, "batch head query key"]
     value: Linear
     output: Linear
+    call: AttentionCall
 
     @property
     def heads(self) -> int:
@@ -190,13 +201,17 @@ class FrozenMLP:
     Args:
         pre_activations: the activation's true input, biases included.
         neurons: the neurons' true values, which the down map reads.
+        up: the map beside the gate, if there is one.
+        normed: what gate and up map read, in the model's precision.
     """
 
     norm: FrozenNorm
     gate: Linear
+    up: Linear | None
     down: Linear
     pre_activations: Float[Tensor, "batch position neuron"]
     neurons: Float[Tensor, "batch position neuron"]
+    normed: Float[Tensor, "batch position hidden"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
-from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm, NormProbe
+from depass_lightning.engine.frozen import (
+    AttentionCall,
+    FrozenAttention,
+    FrozenBlock,
+    FrozenMLP,
+    FrozenNorm,
+    NormProbe,
+)
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Block, Decoder, linear_of
 
@@ -70,6 +77,7 @@ class _Capture:
     state: Tensor | None = None
     result: Tensor | None = None
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    attention_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     probabilities: Tensor | None = None
     pre_activations: Tensor | None = None
     neurons: Tensor | None = None
@@ -86,6 +94,9 @@ class _Capture:
             self.norms[name] = (arguments[0], output)
 
         return hook
+
+    def call(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.attention_call = arguments, keywords
 
     def attention(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
         self.probabilities = output[1]
@@ -106,6 +117,7 @@ class _Capture:
             handles += [
                 block.attention_norm.register_forward_hook(self.norm("attention")),
                 block.mlp_norm.register_forward_hook(self.norm("mlp")),
+                block.attention.register_forward_pre_hook(self.call, with_kwargs=True),
                 block.attention.register_forward_hook(self.attention),
                 block.gate.register_forward_hook(self.gate),
                 block.down.register_forward_pre_hook(self.down),
@@ -168,6 +180,7 @@ class Recording:
             raise DePassError(f"block {layer}: attention returned no probabilities under eager attention")
         assert capture.pre_activations is not None
         assert capture.neurons is not None
+        assert capture.attention_call is not None
         attention_probe, mlp_probe = self._probes[layer]
         dtype, name = self.dtype, f"block {layer}: the norm before"
         return FrozenBlock(
@@ -178,13 +191,16 @@ class Recording:
                 probabilities=capture.probabilities.to(dtype),
                 value=linear_of(block.value).to(dtype),
                 output=linear_of(block.output).to(dtype),
+                call=AttentionCall(block, *capture.attention_call),
             ),
             mlp=FrozenMLP(
                 norm=FrozenNorm.fit(mlp_probe, *capture.norms["mlp"], f"{name} the MLP"),
                 gate=linear_of(block.gate).to(dtype),
+                up=None if block.up is None else linear_of(block.up).to(dtype),
                 down=linear_of(block.down).to(dtype),
                 pre_activations=capture.pre_activations.to(dtype),
                 neurons=capture.neurons.to(dtype),
+                normed=capture.norms["mlp"][1],
             ),
         )
 

@@ -94,8 +94,8 @@ class ReleaseLinear(_Quirks, Linear):
 class ReleaseTaylor(Taylor):
     """`g / (z + 1e-8)`."""
 
-    def slopes(self, pre_activations: Tensor, neurons: Tensor) -> Tensor:
-        return neurons / (pre_activations + 1e-8)
+    def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:
+        return neurons / (factor + 1e-8)
 
 
 def release_rule(rule: Rule, *, remainder: bool) -> Rule:

@@ -24,7 +24,8 @@ Present = Bool[Tensor, "segment component 1"]
 PerNeuron = Float[Tensor, "segment 1 neuron"]
 Summary = tuple[Tensor, ...]
 
-RuleName = Literal["softmax", "max", "relu", "linear", "taylor"]
+RuleName = Literal["softmax", "max", "relu", "linear", "taylor", "dual"]
+Path = Literal["content", "control"]
 
 
 class CompetingRule(ABC):
@@ -180,30 +181,87 @@ class Linear(CompetingRule):
 
 
 @dataclass(frozen=True)
-class Taylor:
-    """Linear in the components: each keeps its part of the pre-activation times the neuron's frozen slope.
+class LinearPaths:
+    """A rule that is linear in the components: how much each path through a block counts.
+
+    Args:
+        gate: of a neuron, through its pre-activation, its slope and the up map's value held fixed.
+        up: of a neuron, through the up map, the activation held fixed.
+        value: of attention, through its values, the probabilities held fixed.
+        control: of attention, through queries and keys, the values held fixed (`engine/control.py`).
+    """
+
+    gate: float
+    up: float
+    value: float
+    control: float
+    name: ClassVar[str]
+
+    @property
+    def forward(self) -> bool:
+        """Whether components can be carried forward by it too, as `engine/carry.py` does."""
+        return not (self.up or self.control)
+
+    def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:
+        """What is multiplied with a factor (`z`, or the up map's value) to give `a`; zero where it is."""
+        nonzero = factor != 0
+        return torch.where(nonzero, neurons / torch.where(nonzero, factor, 1), 0)
+
+
+@dataclass(frozen=True)
+class Taylor(LinearPaths):
+    """Each component keeps its part of the pre-activation times the neuron's frozen slope.
 
     Nothing competes. The share is `g / z` with `z` the true pre-activation, so that a component's part of
     the neuron's value `a` is `g * a / z`. A neuron with `z = 0` has no slope of its own here and is left
     out: `a` is zero as well.
     """
 
+    gate: float = 1.0
+    up: float = 0.0
+    value: float = 1.0
+    control: float = 0.0
     name: ClassVar[str] = "taylor"
 
-    def slopes(self, pre_activations: Tensor, neurons: Tensor) -> Tensor:
-        """`a / z`, of the shape of both; zero where `z` is."""
-        nonzero = pre_activations != 0
-        return torch.where(nonzero, neurons / torch.where(nonzero, pre_activations, 1), 0)
+
+@dataclass(frozen=True)
+class Dual(LinearPaths):
+    """Dual Path Attribution (Jantsch et al., arXiv 2603.19742): content and control paths, half each.
+
+    With `x` a component behind the frozen norm and the true `z = W_gate x̂`, `u = W_up x̂`:
+
+    - A neuron `a = act(z) u` gives it `1/2 act(z) W_up x` (content) and `1/2 (act(z) / z) u W_gate x`
+      (control). Over all components these sum to `a`.
+    - Attention gives it `1/2 sum_k A[n,k] W_V x[k]` (content); and a target's derivative `d[n,k]` by the
+      scores `s[n,k]`, which is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])` with `g` the derivative by
+      the head's output, goes on with weight 1/4 to its query and 1/4 to its key.
+
+    It is not complete: attention's content path stands for half of what attention adds, and its control
+    path sums to `1/2 sum_k d[n,k] s[n,k]` instead of the other half, so scores do not sum to the target's
+    value. `completeness` says how far they are from it.
+
+    From the paper and its authors' published code: these paths, the weights, and norms (on queries and keys
+    too) held fixed at their scale. Decided here, for models that the paper does not treat: biases go to the
+    bias component, each with its path's weight and those of the output and down maps whole; other
+    activations than SiLU take the same slope `act(z) / z`; a neuron with `z` or `u` zero is left out on that
+    path. Neurons are scored by the derivative behind their MLP.
+    """
+
+    gate: float = 0.5
+    up: float = 0.5
+    value: float = 0.5
+    control: float = 0.25
+    name: ClassVar[str] = "dual"
 
 
-Rule = CompetingRule | Taylor
+Rule = CompetingRule | LinearPaths
 
 
 def rule_named(name: str, temperature: float = 0.1) -> Rule:
     """Find a rule.
 
     Args:
-        name: softmax, max, relu, linear or taylor.
+        name: softmax, max, relu, linear, taylor or dual.
         temperature: for the softmax only.
 
     Raises:
@@ -212,11 +270,40 @@ def rule_named(name: str, temperature: float = 0.1) -> Rule:
     if not temperature > 0:
         raise DePassError(f"temperature is {temperature}; it must be greater than zero")
     rules: dict[str, Rule] = {
-        rule.name: rule for rule in (Softmax(temperature), Max(), Relu(), Linear(), Taylor())
+        rule.name: rule for rule in (Softmax(temperature), Max(), Relu(), Linear(), Taylor(), Dual())
     }
     if name not in rules:
         raise DePassError(f"rule '{name}' is unknown; choose one of {', '.join(rules)}")
     return rules[name]
+
+
+def goes_back(rule: Rule, *, engine: str, compat: str | None, path: str) -> bool:
+    """Whether scores are taken back from the target, rather than components carried to it.
+
+    Args:
+        rule: the rule.
+        engine: auto, propagate or adjoint.
+        compat: release, or None.
+        path: content or control.
+
+    Raises:
+        DePassError: these do not go together.
+    """
+    linear = isinstance(rule, LinearPaths) and compat is None
+    back = linear and engine != "propagate"
+    if engine == "adjoint" and not linear:
+        raise DePassError(
+            "engine='adjoint' needs a rule that is linear in the components: rule='taylor' or 'dual', "
+            "and no compat"
+        )
+    if path == "control" and not (back and isinstance(rule, Taylor)):
+        raise DePassError("path='control' needs rule='taylor', engine='auto' or 'adjoint', and no compat")
+    if isinstance(rule, LinearPaths) and not (back or rule.forward):
+        raise DePassError(
+            f"rule='{rule.name}' only goes back from a target: use attribute with engine='auto' and no "
+            "compat, or rule='taylor' to carry components forward"
+        )
+    return back
 
 
 def _one_hot(gates: Gates, winner: Tensor) -> Gates:

@@ -53,6 +53,7 @@ class Block:
     output: nn.Module
     mlp_norm: nn.Module
     gate: nn.Module
+    up: nn.Module | None
     down: nn.Module
 
     @property
@@ -104,6 +105,7 @@ class Decoder:
             output=submodule(module, f"{attention.module}.{attention.output}", owner),
             mlp_norm=submodule(module, mlp.norm, owner),
             gate=submodule(module, f"{mlp.module}.{mlp.gate}", owner),
+            up=None if mlp.up is None else submodule(module, f"{mlp.module}.{mlp.up}", owner),
             down=submodule(module, f"{mlp.module}.{mlp.down}", owner),
         )
 

@@ -37,12 +37,14 @@ class MLPSpec:
         module: the MLP.
         norm: the norm that it reads the residual stream through.
         gate: the map whose output is the neurons' pre-activation.
+        up: the map whose output the activation is multiplied with; None for an MLP without a gate.
         down: the map that the neurons' values go through, back into the residual stream.
     """
 
     module: str = "mlp"
     norm: str = "post_attention_layernorm"
     gate: str = "gate_proj"
+    up: str | None = "up_proj"
     down: str = "down_proj"
 
 

@@ -1,0 +1,131 @@
+"""Attention's control path: how a target depends on queries and keys (Jantsch et al., arXiv 2603.19742).
+
+Beside what attention carries (its values, by probabilities held fixed) stands how it chooses: with the values
+`v` held fixed and `g` a target's derivative by a head's output, the derivative by the score of query `n` for
+key `k` is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])`, and queries and keys share the scores.
+
+1. Call the block's own attention once more as the model called it, with gradients, its values detached.
+   So rotary positions, windows, grouped heads and scales need no second implementation.
+2. Hold norms on queries and keys fixed at their recorded scale, as all norms are.
+3. Take the derivative by the normed state, and what the queries' and keys' biases add.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, FrozenNorm, NormProbe
+from depass_lightning.engine.record import undisturbed
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+
+
+def through_scores(
+    decoder: Decoder, attention: FrozenAttention, output: Float[Tensor, "batch position hidden"]
+) -> tuple[Float[Tensor, "batch position hidden"], Float[Tensor, "batch"]]:
+    """Take a target's derivative back through a block's attention scores, in the model's own precision.
+
+    Queries and keys are not linear together: along this path alone a state's product with its derivative
+    counts each score twice, once by its query and once by its key.
+
+    Args:
+        decoder: the model.
+        attention: the block's frozen attention.
+        output: the target's derivative by what attention adds to the residual stream.
+
+    Returns:
+        The derivative by the normed state that attention reads, and what the biases of queries and keys
+        (not the norm's) add to the target, one number a prompt.
+
+    Raises:
+        DePassError: a norm inside attention is neither an RMSNorm nor a LayerNorm.
+    """
+    with undisturbed(decoder), torch.inference_mode(mode=False), torch.enable_grad(), ExitStack() as stack:
+        call, dtype = attention.call, output.dtype
+        biases: list[tuple[Tensor, Tensor]] = []
+        for module, hook in _hooks(call, dtype, biases):
+            stack.callback(module.register_forward_hook(hook).remove)
+        arguments, keywords, normed = _with_gradient(call)
+        result = call.block.attention(*arguments, **keywords)
+        result = result[0] if isinstance(result, tuple) else result
+        leaves = [normed, *(leaf for leaf, _ in biases)]
+        back, *added = torch.autograd.grad(result, leaves, _ordinary(output.to(result.dtype)))
+        constants = output.new_zeros(len(output))
+        for (_, bias), own in zip(biases, added, strict=True):
+            constants = constants + (own.to(dtype) * bias.to(dtype)).flatten(1).sum(1)
+    return back.to(dtype), constants
+
+
+Hook = Callable[[nn.Module, Any, Tensor], Tensor]
+
+
+def _hooks(
+    call: AttentionCall, dtype: torch.dtype, biases: list[tuple[Tensor, Tensor]]
+) -> list[tuple[nn.Module, Hook]]:
+    """What holds values and inner norms fixed, and leaves a gradient at every other bias in `biases`."""
+
+    def detached(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        return output.detach()
+
+    def at_bias(module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        leaf = torch.zeros_like(output, requires_grad=True)
+        assert isinstance(module.bias, Tensor)
+        biases.append((leaf, module.bias.detach()))
+        return output + leaf
+
+    hooks: list[tuple[nn.Module, Hook]] = []
+    for name, module in call.block.attention.named_modules():
+        weight = getattr(module, "weight", None)
+        if module is call.block.value:
+            hooks.append((module, detached))
+        elif module is call.block.output or not isinstance(weight, Tensor):
+            continue
+        elif weight.ndim == 1:
+            hooks.append((module, _frozen(module, weight, dtype, f"block {call.block.index}: {name}")))
+        if module is not call.block.value and isinstance(getattr(module, "bias", None), Tensor):
+            hooks.append((module, at_bias))
+    return hooks
+
+
+def _frozen(norm: nn.Module, weight: Tensor, dtype: torch.dtype, name: str) -> Hook:
+    """Replace a norm's output by the same from its scale held fixed."""
+    with torch.no_grad():
+        probe = NormProbe.of(norm, len(weight), weight, dtype)
+
+    def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        states = arguments[0]
+        scale = FrozenNorm.fit(probe, states.detach(), output.detach(), name).scale
+        linear = probe.direction(states.to(dtype)) * scale[..., None]
+        return (linear if probe.bias is None else linear + probe.bias).to(output.dtype)
+
+    return hook
+
+
+def _with_gradient(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """The call's arguments with the normed state, which comes first or by its name, as a leaf."""
+    arguments, keywords = _ordinary(call.arguments), _ordinary(call.keywords)
+    given = arguments[0] if arguments else keywords.get("hidden_states")
+    if not isinstance(given, Tensor):
+        raise DePassError(
+            f"block {call.block.index}: {type(call.block.attention).__name__} is not called with the normed "
+            "state first or as hidden_states; its control path cannot be taken"
+        )
+    normed = given.detach().requires_grad_()
+    if arguments:
+        return (normed, *arguments[1:]), keywords, normed
+    return arguments, keywords | {"hidden_states": normed}, normed
+
+
+def _ordinary(value: Any) -> Any:
+    """The same with tensors made in inference mode, which no gradient can pass, copied."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, tuple | list):
+        return type(value)(map(_ordinary, value))
+    if isinstance(value, dict):
+        return {key: _ordinary(entry) for key, entry in value.items()}
+    return value
