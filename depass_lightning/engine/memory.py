@@ -7,7 +7,7 @@ import torch
 from depass_lightning.errors import DePassError
 
 # Pieces that stay in a CPU's cache are also the fastest there; a GPU wants large products.
-_CPU_BYTES = 48 * 2**20
+_CPU_BYTES = 24 * 2**20
 _GPU_BYTES = 1 * 2**30
 
 
