@@ -9,19 +9,20 @@
 Steps 2 to 5 are in `passes.py`; here stand the face and what is checked before anything expensive starts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
 from jaxtyping import Int
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.batches import in_batches
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.release import release_rule
 from depass_lightning.engine.rules import Path, RuleName, goes_back, rule_named
 from depass_lightning.errors import DePassError
+from depass_lightning.generation import Generation, generate
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.load import load_model
 from depass_lightning.options import (
@@ -182,7 +183,7 @@ class DePass:
         kinds = [
             (reading_layer(aim, layers), len(entry.ids)) for entry, aim in zip(prompts, targets, strict=True)
         ]
-        results = _in_batches(kinds, batch_size, explain, progress)
+        results = in_batches(kinds, batch_size, explain, progress)
         if source is None or isinstance(source, Source):
             results = [own[0] for own in results]
         return results[0] if isinstance(prompt, str) else results
@@ -258,10 +259,42 @@ class DePass:
         def states(batch: list[int]) -> list[Decomposition]:
             return decompose_batch(self._decoder, [prompts[i] for i in batch], settings, stop)
 
-        results = _in_batches(
+        results = in_batches(
             [(stop, len(entry.ids)) for entry in prompts], batch_size, states, progress=False
         )
         return results[0] if isinstance(prompt, str) else results
+
+    def attribute_generation(
+        self,
+        prompt: str | None = None,
+        *,
+        max_new_tokens: int = 20,
+        source: Tokens | None = None,
+        rule: RuleName = "softmax",
+        rule_temperature: float = 0.1,
+        bias: BiasMode = "component",
+        input_ids: Int[Tensor, "batch position"] | None = None,
+        **arguments: Any,
+    ) -> Generation:
+        """Generate, and say how much every token contributes to each token that is generated behind it.
+
+        Args:
+            prompt: one prompt.
+            max_new_tokens: how many tokens are generated at most.
+            source: the tokens of which layer; by default `Tokens()`.
+            rule: as for `attribute`, and so is `bias`.
+            rule_temperature: of the softmax rule.
+            input_ids: `[1, position]` the prompt's ids instead.
+            arguments: of the model's own `generate`, `temperature` among them; greedy by default.
+
+        Raises:
+            DePassError: as for `attribute`; or the finished text would be longer than the model's context,
+                or `generate` refuses an argument.
+        """
+        settings = self._settings(source, rule, rule_temperature, bias, None, "auto")
+        prompts = self._prompts(prompt, input_ids, None)
+        arguments["max_new_tokens"] = max_new_tokens
+        return generate(self._decoder, self.tokenizer, prompts, settings, arguments)
 
     # What goes in
 
@@ -346,20 +379,3 @@ def _one_each(target: Any, count: int) -> list[Target]:
             )
         return [as_target(entry) for entry in target]
     return [as_target(target)] * count
-
-
-def _in_batches(
-    kinds: list[tuple[int, int]], batch_size: int, work: Callable[[list[int]], list[Any]], progress: bool
-) -> list[Any]:
-    """Work in batches of the same layer and similar length, and put the results back in order."""
-    if batch_size < 1:
-        raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
-    batches: list[list[int]] = []
-    for index in sorted(range(len(kinds)), key=lambda index: kinds[index]):
-        if not batches or len(batches[-1]) == batch_size or kinds[batches[-1][0]][0] != kinds[index][0]:
-            batches.append([])
-        batches[-1].append(index)
-    results: dict[int, Any] = {}
-    for batch in track(batches, description="attributing", disable=not progress):
-        results.update(zip(batch, work(batch), strict=True))
-    return [results[index] for index in range(len(kinds))]

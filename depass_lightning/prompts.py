@@ -1,7 +1,7 @@
 """Prompts as the engine takes them: ids without padding, with the text that each token stands for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.errors import DePassError
+
+CHARACTER_BYTES = 4  # the most that a character of UTF-8 is spread over
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,48 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     # Some tokenizers drop the space of what they take for the beginning of a text.
     begins_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
     return f" {text}" if begins_word and not text.startswith(" ") else text
+
+
+def continued(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
+    """Put generated tokens behind a prompt, and keep their ids: read anew from the text they may differ.
+
+    Args:
+        prompt: the prompt.
+        ids: what was generated.
+        tokenizer: to show the tokens by; None shows ids.
+    """
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    text, tokens, offsets = prompt.text, list(prompt.tokens), list(prompt.offsets or [])
+    for run, written in _runs(ids, special, tokenizer):
+        # As in a prompt: special tokens cover no text, and a character's later bytes none of their own.
+        covers = run[0] not in special
+        start, text = len(text), text + written if covers else text
+        tokens += [written, *(token_text(token, tokenizer) for token in run[1:])]
+        offsets += [(start, len(text)) if covers else (0, 0)] * len(run)
+    return replace(
+        prompt,
+        text=text if prompt.text else "",
+        ids=[*prompt.ids, *ids],
+        tokens=tokens,
+        offsets=None if prompt.offsets is None else offsets,
+    )
+
+
+def _runs(
+    ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[tuple[list[int], str]]:
+    """Tokens with their text: one by one, and together where they are the bytes of one character."""
+    run: list[int] = []
+    for index, token in enumerate(ids):
+        run.append(token)
+        if tokenizer is None or len(run) == 1:
+            written = token_text(token, tokenizer)
+        else:
+            written = str(tokenizer.decode(run))
+        ends = index == len(ids) - 1 or ids[index + 1] in special or len(run) == CHARACTER_BYTES
+        if "\ufffd" not in written or ends:
+            yield run, written
+            run = []
 
 
 def _check_length(name: str, count: int, limit: int | None) -> None:

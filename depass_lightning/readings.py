@@ -1,5 +1,6 @@
 """From a batch's targets to the `Attribution`s that a call returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.passes import Reading, Settings, described, record_batch, score_batch
 from depass_lightning.prompts import Prompt, token_text
+from depass_lightning.several import score_targets
 from depass_lightning.sources import Source, resolve_layer
 from depass_lightning.targets import Contrast, Direction, ProbeLogit, Target, Token, inner_reading, target_ids
 
@@ -109,6 +111,46 @@ def attribute_batch(
             for source, own in zip(settings.sources, scores, strict=True)
         ]
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+def attribute_targets(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    targets: Sequence[Target],
+    settings: Settings,
+) -> list[list[Attribution]]:
+    """Attribute several targets of one prompt, which stand at the same layer, from one recorded pass.
+
+    Args:
+        decoder: the model.
+        tokenizer: to name tokens by; None shows ids.
+        prompt: the prompt.
+        targets: at any of its positions.
+        settings: how the pass is made.
+
+    Returns:
+        For each target one attribution a source.
+
+    Raises:
+        DePassError: the model's values are not finite.
+    """
+    at = [prompt.resolve_position(target.position) for target in targets]
+    with exact(decoder.device):
+        recording = record_batch(decoder, [prompt], [at], [max(at) + 1], settings)
+        read = [
+            _read(decoder, tokenizer, recording, [prompt], [target], [position])
+            for target, position in zip(targets, at, strict=True)
+        ]
+        scores = score_targets(recording, prompt, settings, [reading for reading, _ in read])
+    naming = _Naming(decoder, tokenizer, settings)
+    return [
+        [
+            naming.attribution(source, prompt, answers[0], own[index])
+            for source, own in zip(settings.sources, scores, strict=True)
+        ]
+        for index, (_, answers) in enumerate(read)
     ]
 
 

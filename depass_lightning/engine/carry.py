@@ -155,7 +155,7 @@ class Carry:
         """The same components at a few positions only.
 
         Args:
-            positions: `[batch, target]` the positions that are kept.
+            positions: `[batch, target]` those of this carry's own positions that are kept.
         """
         layout, chosen = self.layout, positions.cpu()
         batch = torch.arange(len(chosen))[:, None]
@@ -169,7 +169,7 @@ class Carry:
         rows = self.rows.new_zeros(kept.rows + 1, self.rows.shape[1])
         to = self.rows.device
         rows[kept.index.to(to)] = self.rows[layout.index[batch, chosen].to(to)]
-        return Carry(kept, rows, positions, self.budget)
+        return Carry(kept, rows, self.positions.gather(1, positions), self.budget)
 
     def _mixed_states(self, attention: FrozenAttention, queries: Tensor, source: Tensor) -> Tensor:
         """The attention output `[batch, target, component, hidden]` of some components, without constants."""

@@ -58,12 +58,16 @@ def _tokens(attribution: Attribution) -> Text:
     text = Text()
     for piece in pieces_of(attribution):
         text.append(piece.space)
-        text.append(piece.text, _style(0.0 if piece.component is None else strength[piece.component]))
+        text.append(piece.text, score_style(0.0 if piece.component is None else strength[piece.component]))
     return text
 
 
-def _style(strength: float) -> Style:
-    """Return how a token with a part of the strongest score, from -1 to 1, is printed."""
+def score_style(strength: float) -> Style:
+    """Return how a token is printed.
+
+    Args:
+        strength: its part of the strongest score, from -1 to 1.
+    """
     size, sign = abs(strength), int(strength < 0)
     if size < 0.05:
         return Style()

@@ -1,0 +1,170 @@
+"""What a model bases each token that it generates on, from one recorded pass over the finished text.
+
+1. The model generates by its own `generate`.
+2. One plain pass over the finished text is recorded: what stands behind a token cannot reach it, so every
+   generated token sees there what it saw when it was generated.
+3. Components are carried through that pass once, and read at every place from which a token was generated,
+   each place with its own token's row of the unembedding.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from depass_lightning.attribution import Attribution
+from depass_lightning.engine.record import undisturbed
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.passes import Settings
+from depass_lightning.prompts import Prompt, continued
+from depass_lightning.readings import attribute_targets
+from depass_lightning.sources import Tokens
+from depass_lightning.targets import Token
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """The scores of every generated token over all tokens before it.
+
+    Attributes:
+        attributions: one a generated token, in order, each over the whole finished text.
+    """
+
+    attributions: list[Attribution]
+
+    def __len__(self) -> int:
+        return len(self.attributions)
+
+    def __repr__(self) -> str:
+        return f"Generation({''.join(self.generated)!r}, {len(self)} tokens over {len(self.tokens)})"
+
+    @property
+    def text(self) -> str:
+        """The finished text, or "" where only ids were given."""
+        return self.attributions[0].text
+
+    @property
+    def tokens(self) -> list[str]:
+        """The text of each token, the generated ones last."""
+        return self.attributions[0].tokens
+
+    @property
+    def generated(self) -> list[str]:
+        """The text of each generated token; an end-of-text token belongs to them."""
+        return self.tokens[-len(self) :]
+
+    @property
+    def scores(self) -> Float[Tensor, "generated token"]:
+        """Each token's part of each generated token's logit; zero at that token and behind it."""
+        return torch.stack([own.scores[: len(self.tokens)] for own in self.attributions])
+
+    @property
+    def bias(self) -> Float[Tensor, "generated"] | None:
+        """The part of constants in each generated token's logit, where they have a component of their own."""
+        extra = [own.scores[len(self.tokens) :].sum() for own in self.attributions]
+        return torch.stack(extra) if self.attributions[0].names[-1:] == ["bias"] else None
+
+    @property
+    def values(self) -> Float[Tensor, "generated"]:
+        """The model's own logit of each generated token."""
+        return torch.tensor([own.value for own in self.attributions])
+
+    @property
+    def completeness(self) -> Float[Tensor, "generated"]:
+        """How far each generated token's scores are from summing to its logit, as in `Attribution`."""
+        return torch.tensor([own.completeness for own in self.attributions])
+
+    def attribution(self, index: int) -> Attribution:
+        """Give one generated token's scores as an attribution.
+
+        Args:
+            index: which generated token; negative counts from the end.
+
+        Raises:
+            DePassError: there is no such token.
+        """
+        if not -len(self) <= index < len(self):
+            raise DePassError(f"generated token {index} is out of range; {len(self)} were generated")
+        return self.attributions[index]
+
+    def show(self) -> None:
+        """Show the scores in a terminal: a row a token, a column a generated one."""
+        from rich.console import Console
+
+        from depass_lightning.reports.matrix import generation_matrix
+
+        console = Console()
+        console.print(generation_matrix(self, console.width))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with every generated token's scores: one file, which needs no network."""
+        from depass_lightning.reports.page import write_page
+
+        write_page(path, self.attributions, title=f"What the model bases {''.join(self.generated)!r} on")
+
+
+def generate(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: list[Prompt],
+    settings: Settings,
+    arguments: Mapping[str, Any],
+) -> Generation:
+    """Generate behind a prompt, and attribute every token of it.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer; None shows ids.
+        prompts: one prompt.
+        settings: how the pass is made, for one source.
+        arguments: of the model's own `generate`, `max_new_tokens` among them.
+
+    Raises:
+        DePassError: there are several prompts, the source is not `Tokens`, the text would be longer than the
+            model's context, `generate` refuses an argument, or the model's values are not finite.
+    """
+    if len(prompts) != 1:
+        raise DePassError(f"there are {len(prompts)} prompts; generate behind one at a time")
+    (source,), (prompt,) = settings.sources, prompts
+    if not isinstance(source, Tokens):
+        raise DePassError(f"source is {type(source).__name__}; what is generated is attributed to Tokens()")
+    new = arguments["max_new_tokens"]
+    if not isinstance(new, int) or new < 1:
+        raise DePassError(f"max_new_tokens is {new!r}; it must be a whole number of at least 1")
+    count, limit = len(prompt.ids), decoder.max_positions
+    if limit is not None and count + new > limit:
+        raise DePassError(
+            f"{prompt.name} has {count} tokens, and {new} new ones are more than the model's context of "
+            f"{limit} takes; shorten it, or take fewer by max_new_tokens"
+        )
+    ids = _generated(decoder, prompt, arguments)
+    text = continued(prompt, ids, tokenizer)
+    # The token behind a position is that position's target.
+    targets = [Token(token, position=count - 1 + index) for index, token in enumerate(ids)]
+    found = attribute_targets(decoder, tokenizer, text, targets, settings)
+    return Generation([own[0] for own in found])
+
+
+def _generated(decoder: Decoder, prompt: Prompt, arguments: Mapping[str, Any]) -> list[int]:
+    """The ids that the model itself adds, greedily unless it is asked for something else."""
+    chosen = dict(arguments)
+    if "generation_config" not in chosen:
+        chosen.setdefault("do_sample", False)
+    ids = torch.tensor([prompt.ids], device=decoder.device)
+    with undisturbed(decoder):
+        try:
+            output: Any = decoder.model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids, attention_mask=torch.ones_like(ids), **chosen
+            )
+        except (TypeError, ValueError) as error:
+            raise DePassError(f"the model's generate refuses these arguments: {error}") from error
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    if len(sequences) != 1:
+        raise DePassError(f"generate gave {len(sequences)} texts; ask for one: num_return_sequences=1")
+    return sequences[0, len(prompt.ids) :].tolist()
