@@ -118,7 +118,7 @@ class Attribution:
         """
         if not len(self.scores):
             return 0.0 if self.value == 0 else 1.0
-        scores = self.scores.double().view(self.groups, -1)
+        scores = self.grid().double()
         scale = scores.abs().amax(1).clamp_min(abs(self.value))
         errors = (scores.sum(1) - self.value).abs() / scale.where(scale > 0, 1.0)
         return errors.max().item()
@@ -127,6 +127,10 @@ class Attribution:
     def correct(self) -> bool | None:
         """Whether the target's token is the model's own most likely one; None where its rank is not known."""
         return None if self.rank is None else self.rank == 0
+
+    def grid(self) -> Float[Tensor, "group component"]:
+        """Return the scores group by group: of all layers' heads a row a layer; each sums to the value."""
+        return self.scores.view(self.groups, -1)
 
     def top(self, k: int, absolute: bool = False) -> list[tuple[str, float]]:
         """Return the names and scores of the `k` components with the largest scores, the largest first.
@@ -185,12 +189,15 @@ class Attribution:
         The value stays the model's own, so `completeness` shows how much was left out.
 
         Raises:
-            DePassError: if no component has one of the names.
+            DePassError: if no component has one of the names, or groups would be left of unequal size.
         """
         dropped = {names} if isinstance(names, str) else set(names)
         if unknown := sorted(dropped - set(self.names)):
             raise DePassError(f"no component is named {unknown[0]!r}; the names are {_listing(self.names)}")
         kept = [i for i, name in enumerate(self.names) if name not in dropped]
+        size = len(self) // self.groups
+        if len({sum(i // size == group for i in kept) for group in range(self.groups)}) > 1:
+            raise DePassError("each group has to lose as many components: name those of every layer")
         return replace(
             self,
             scores=self.scores[kept],
@@ -335,14 +342,15 @@ class Attribution:
         write_page(path, [self], title=f"What the model bases {self.target} on")
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
-        """Draw the prompt with its tokens coloured by score, and write it to `path` if one is given.
+        """Draw the tokens coloured by score, a map of layers and heads, or bars; write it to `path` if given.
 
         Args:
             path: the picture's file; its ending (.png, .svg, .pdf) chooses the format.
         """
-        from depass_lightning.reports.figures import save_figure, tokens_figure
+        from depass_lightning.reports.component_figures import attribution_figure
+        from depass_lightning.reports.figures import save_figure
 
-        figure = tokens_figure(self)
+        figure = attribution_figure(self)
         if path is not None:
             save_figure(figure, path)
         return figure

@@ -60,6 +60,23 @@ def ioi(**changes: Any) -> Attribution:
     return attribution_of([*pieces, (" John", -0.5), (" waved", 0.0), (" to", 0.25)], bias=-0.125, **changes)
 
 
+def heads(layers: int = 2, **changes: Any) -> Attribution:
+    """Return three heads of each layer, the state before them and a bias; every layer sums to 2.5."""
+    kinds = ["state", "head 0", "head 1", "head 2", "bias"]
+    names = [f"layer {layer} {kind}" for layer in range(layers) for kind in kinds]
+    scores = torch.tensor([[4.0, -2.0 - layer, 1.0 + layer, -0.5, 0.0] for layer in range(layers)])
+    fields: dict[str, Any] = {"scores": scores.flatten(), "names": names, "positions": [None] * len(names)}
+    return ioi(**fields | {"value": 2.5, "source": "heads", "groups": layers} | changes)
+
+
+def neurons(count: int = 300) -> Attribution:
+    """Return one layer's neurons, each a thousandth larger than the one before, and the state behind them."""
+    scores = torch.tensor([50.0, *(i / 1000 for i in range(count))])
+    names = ["state", *(f"neuron {i}" for i in range(count))]
+    value = scores.sum().item()
+    return ioi(scores=scores, names=names, positions=[None] * len(names), value=value, source="neurons")
+
+
 def nasty() -> Attribution:
     """Return an attribution whose every text tries to break out."""
     pieces = [

@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_module
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf, open_dict
+from safetensors.torch import save_file
 
 from depass_lightning import tasks
 from depass_lightning.callbacks import AttributionWriter
@@ -151,6 +152,32 @@ def test_choices_reach_the_attribution(tmp_path, overrides, expected):
     assert {key: row[key] for key in expected} == expected
     assert row["correct"]
     assert row["probability"] == pytest.approx(row["patch_top"][0], abs=1e-5)
+
+
+@pytest.mark.parametrize("source", ["spans", "heads", "modules", "neurons", "subspace"])
+def test_every_source_runs_and_is_shown(tmp_path, capsys, source):
+    """Its own kind of components, complete; the mean over the prompts where these are the same in all."""
+    weight = DePass.from_pretrained("tiny").model.get_input_embeddings().weight.detach()
+    save_file({"one": weight[40].clone(), "several": weight[50:53].clone()}, tmp_path / "some.safetensors")
+    path = [f"source.path={tmp_path / 'some.safetensors'}"] if source == "subspace" else []
+    assert run(tmp_path, "task.size=3", f"source={source}", *path) == 0
+    rows, summary = read_rows(tmp_path / "attributions"), summary_of(tmp_path)
+    assert {row["source"] for row in rows} == {source}
+    assert summary["completeness_max"] < 1e-4
+    assert ("curves" in summary) == (source == "spans")
+    assert (tmp_path / "figures" / "mean.svg").exists() == (source != "spans")
+    page = (tmp_path / "report.html").read_text()
+    if source == "spans":
+        assert " Nicole" in {name for row in rows for name in row["names"]}
+        assert "mean_scores" not in summary
+        return
+    first = rows[0]["names"][1]
+    expected = sum(row["scores"][1] for row in rows) / 3
+    if first in summary["mean_scores"]:
+        assert summary["mean_scores"][first] == pytest.approx(expected, abs=1e-6)
+    assert ("layer 2 head 3" in rows[0]["names"]) == (source == "heads")
+    assert ("promotes " in page.split("data", 1)[1]) == (source in ("neurons", "subspace"))
+    assert ("each layer's" in capsys.readouterr().out) == (source in ("heads", "modules"))
 
 
 def good(name):

@@ -11,7 +11,7 @@ import torch
 from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
 from depass_lightning.words import word_spans, word_tokens_by_space
-from tests.attributions import attribution_of, ioi
+from tests.attributions import attribution_of, heads, ioi
 
 
 def test_completeness_is_the_relative_distance_of_the_sum_from_the_value() -> None:
@@ -76,6 +76,15 @@ def test_without_drops_every_component_of_the_name_and_keeps_the_value() -> None
         1.625 / 4.125 * 4.125 / 3.0
     )  # what was dropped, beside the largest
     assert ioi().without("bias").names == ioi().names[:-1]  # one name, not its letters
+
+
+def test_groups_stay_whole_where_components_are_dropped() -> None:
+    a = heads()
+    assert a.grid().tolist() == [[4.0, -2.0, 1.0, -0.5, 0.0], [4.0, -3.0, 2.0, -0.5, 0.0]]
+    assert a.without(["layer 0 bias", "layer 1 bias"]).completeness == 0.0
+    assert a.without(["layer 0 head 0", "layer 1 head 0"]).completeness == pytest.approx(3 / 4)
+    with pytest.raises(DePassError, match="name those of every layer"):
+        a.without("layer 0 head 0")
 
 
 def test_without_names_the_unknown_component() -> None:

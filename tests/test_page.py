@@ -13,7 +13,7 @@ import torch
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.page import page_html, write_page
-from tests.attributions import CURVES, NASTY, Elements, attribution_of, ioi, nasty
+from tests.attributions import CURVES, NASTY, Elements, attribution_of, heads, ioi, nasty, neurons
 
 EXAMPLE = {
     "id": "ioi-7",
@@ -110,11 +110,41 @@ def test_evidence_can_be_given_as_ranges_and_left_out() -> None:
 
 def test_a_page_of_bare_token_ids_and_of_heads() -> None:
     bare = ioi(text="", offsets=None)
-    heads = ioi(scores=torch.tensor([1.0, -2.0]), names=["head 0", "head 1"], positions=[None, None])
-    first, second = data_of(page_html([bare, heads], title="T", examples=[EXAMPLE, {}]))["prompts"]
+    two = ioi(scores=torch.tensor([1.0, -2.0]), names=["head 0", "head 1"], positions=[None, None])
+    first, second = data_of(page_html([bare, two], title="T", examples=[EXAMPLE, {}]))["prompts"]
     assert first["marks"] == []
     assert first["share"] is None
     assert second["views"]["tokens"]["names"] == ["head 0", "head 1"]
+
+
+def test_heads_of_all_layers_share_one_grid_and_are_shown_together() -> None:
+    one, other = heads(), heads(scores=2 * heads().scores, value=5.0)
+    page = page_html([one, other], title="T")
+    data = data_of(page)
+    kinds = ["state", "head 0", "head 1", "head 2", "bias"]
+    assert data["grids"] == [{"layers": [0, 1], "columns": kinds, "cells": [1, 2, 3], "remainders": [0, 4]}]
+    view = data["prompts"][0]["views"]["tokens"]
+    assert view["grid"] == 0
+    assert view["scores"] == one.scores.tolist()
+    assert view["names"] == []  # the grid's
+    assert data["mean"]["value"] == 3.75
+    assert data["mean"]["view"]["scores"] == pytest.approx((1.5 * one.scores).tolist())
+    assert "heads of every layer" in Elements(page).text
+    assert data["prompts"][0]["share"] is None
+    assert data_of(page_html([ioi(), ioi()], title="T"))["mean"] is None
+
+
+def test_of_many_neurons_the_strongest_are_shown_and_the_rest_summed() -> None:
+    a = neurons()
+    page = page_html([a], title="T", notes={"neuron 299": f"promotes {NASTY}"})
+    data = data_of(page)
+    view = data["prompts"][0]["views"]["tokens"]
+    assert view["names"] == ["state", *(f"neuron {i}" for i in range(240, 300)), "the other 240"]
+    assert view["remainders"] == [0, 61]
+    assert sum(view["scores"]) == pytest.approx(a.value, rel=1e-4)
+    assert data["notes"] == {"neuron 299": f"promotes {NASTY}"}
+    assert NASTY not in page
+    assert "promotes" in Elements(page).text
 
 
 def test_settings_that_differ_stand_with_their_prompt() -> None:
@@ -158,13 +188,8 @@ def test_what_no_page_can_be_made_of_is_refused(tmp_path: Path) -> None:
         page_html([ioi()], title="T", figures=[tmp_path / "missing.png"])
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
-def test_a_browser_draws_the_page(tmp_path: Path) -> None:
-    many = [nasty() if i == 1234 else ioi() for i in range(2000)]
-    examples = [EXAMPLE | {"id": f"ioi-{i}"} for i in range(1234)] + [
-        {"id": f"x {i}"} for i in range(1234, 2000)
-    ]
-    write_page(tmp_path / "page.html", many, title="Many", summary={"curves": CURVES}, examples=examples)
+def drawn(folder: Path, page: str) -> str:
+    """Return what a browser makes of a page, as markup."""
     flags = [
         "--headless",
         "--no-sandbox",
@@ -172,11 +197,31 @@ def test_a_browser_draws_the_page(tmp_path: Path) -> None:
         "--no-first-run",
         "--disable-background-networking",
     ]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    address = f"{(tmp_path / 'page.html').as_uri()}#x%201234"
+    profile = f"--user-data-dir={folder / 'profile'}"
+    address = f"{folder.as_uri()}/{page}"
     command = ["chromium", *flags, profile, "--virtual-time-budget=2000", "--dump-dom", address]
-    drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    body = drawn.split("<noscript>", 1)[0]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.split("<noscript>", 1)[0]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_browser_draws_the_map_of_heads(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", [heads(), heads()], title="Heads", notes={"layer 1 head 0": "a note"})
+    body = drawn(tmp_path, "page.html")
+    assert body.count('class="cell"') == 2 * 2 * 3  # the mean's and the prompt's
+    assert body.count("a note") == 2
+    assert "layer 1 head 0 −3, layer 0 head 0 −2" in body  # what the map says to those who cannot see it
+    assert 'class="chip"' not in body
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_browser_draws_the_page(tmp_path: Path) -> None:
+    many = [nasty() if i == 1234 else ioi() for i in range(2000)]
+    examples = [EXAMPLE | {"id": f"ioi-{i}"} for i in range(1234)] + [
+        {"id": f"x {i}"} for i in range(1234, 2000)
+    ]
+    write_page(tmp_path / "page.html", many, title="Many", summary={"curves": CURVES}, examples=examples)
+    body = drawn(tmp_path, "page.html#x%201234")
     assert "1235 of 2000" in body
     assert body.count('class="item"') < 100  # only the rows in sight
     assert 'aria-selected="true"' in body

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
+from depass_lightning.reports.component_figures import attribution_figure
 from depass_lightning.reports.figures import curves_figure, save_figure, tokens_figure
 from depass_lightning.reports.numbers import model_name, percent, plain, signed, summary_cards, visible
-from depass_lightning.reports.palette import DARK, LIGHT, ink, shade
+from depass_lightning.reports.palette import DARK, LIGHT, hexadecimal, ink, shade
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
-from tests.attributions import CURVES, Elements, attribution_of, ioi, nasty
+from tests.attributions import CURVES, Elements, attribution_of, heads, ioi, nasty, neurons
 
 
 def printed(renderable: RenderableType, width: int = 120, colour: bool = False) -> str:
@@ -148,6 +150,22 @@ def test_the_terminal_shows_tokens_and_the_strongest_components() -> None:
     assert "and 9 more" in shown
 
 
+def test_the_terminal_shows_heads_as_a_map_and_ranks_them_without_the_state() -> None:
+    shown = printed(attribution_text(heads(), top=2))
+    assert "0 ▓▓▒▒░░  state +4  bias 0" in shown
+    assert "1 ██▓▓░░  state +4  bias 0" in shown
+    assert re.search(r"layer 1 head 0 +−3 +█{24}\n", shown)
+    assert "and 4 more" in shown
+    assert "heads of every layer" in shown
+    assert "layer 1 head 1 +2" in printed(attributions_table([heads()]))
+
+
+def test_the_terminal_says_what_stands_beside_one_layers_neurons() -> None:
+    shown = printed(attribution_text(neurons(), top=1))
+    assert re.search(r"neuron 299 +\+0\.299 +█{24}\n", shown)
+    assert "and 299 more, state +50" in shown
+
+
 def test_the_terminal_colours_for_and_against_apart() -> None:
     shown = printed(attribution_text(ioi()), colour=True)
     mary = re.search(r"\x1b\[1;38;2;255;255;255;48;2;(\d+);(\d+);(\d+)mMary", shown)
@@ -259,6 +277,30 @@ def test_figures_do_not_touch_pyplot_and_are_the_same_twice(tmp_path: Path) -> N
     assert "<dc:date>" not in one
     assert len(one) == len(two)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_heads_are_drawn_as_a_map_and_neurons_as_bars() -> None:
+    texts = texts_of(attribution_figure(heads()))
+    assert [text for text in texts if text in {"head 0", "1", "2", "state", "bias"}].count("state") == 1
+    assert {"−2", "−3", "+1", "+2", "−0.500", "+4", "layer"} <= set(texts)
+    squares = list(attribution_figure(heads()).axes[0].patches)
+    assert len(squares) == 6
+    assert to_hex(squares[3].get_facecolor()) == hexadecimal(LIGHT.negative)  # layer 1 head 0, the strongest
+    bars = attribution_figure(neurons(), title="Mean")
+    assert {"Mean", "neuron 299", "+0.299"} <= set(texts_of(bars))
+    assert any("state +50" in text for text in texts_of(bars))
+    assert len(bars.axes[0].patches) == 16
+    assert "Mary" in texts_of(attribution_figure(ioi()))
+
+
+@pytest.mark.parametrize("layers", [2, 40])
+def test_nothing_of_a_map_lies_outside_of_the_picture(layers: int) -> None:
+    figure = attribution_figure(heads(layers), dark=True)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    boxes += [patch.get_window_extent() for patch in figure.axes[0].patches]
+    assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
 
 
 def test_curves_are_drawn_as_given() -> None:

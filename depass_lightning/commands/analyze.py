@@ -1,5 +1,6 @@
 """`python analyze.py`: attribute a task's prompts, judge the scores, and write what was found."""
 
+import functools
 import importlib.metadata
 import platform
 import time
@@ -30,6 +31,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution import AttributionModule, Removal
 from depass_lightning.modules.prompts import PromptData
+from depass_lightning.promotes import notes_on
 from depass_lightning.sources import Source
 from depass_lightning.storage import read_json_lines, weights_fingerprint
 from depass_lightning.tasks import Task
@@ -70,6 +72,7 @@ def analyze(config: DictConfig) -> int:
         subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
         prompts=config.report.prompts,
         figures=config.report.figures,
+        notes=functools.partial(notes_on, depass, source),
     )
     log_results(loggers, results)
     print_results(results, console, config.report.shown)

@@ -1,6 +1,7 @@
 """What an analysis leaves behind: a summary, a page, figures, and what it says in the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from rich.text import Text
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.faithfulness import summarise
-from depass_lightning.reports.figures import curves_figure, save_figure, tokens_figure
+from depass_lightning.reports.component_figures import attribution_figure
+from depass_lightning.reports.components import asked_for, mean_of, strongest_of
+from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from depass_lightning.storage import attribution_from_row, read_rows, write_json
+
+NOTED = 300  # components, those that lead most often, whose notes the page has
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ def write_results(
     subtitle: str = "",
     prompts: int = 200,
     figures: int = 4,
+    notes: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
 ) -> Results:
     """Write the summary, the page and the figures of a run.
 
@@ -53,20 +59,31 @@ def write_results(
         subtitle: the line below it.
         prompts: how many prompts the page shows at most, the first ones.
         figures: how many prompts are drawn as pictures.
+        notes: says what is known of components, given their names, such as what a neuron promotes.
     """
     rows = read_rows(attributions)
-    summary = {**summarise(rows), **about}
+    mean = mean_of([attribution_from_row(row) for row in rows])
+    summary = {**summarise(rows), **_mean_scores(mean), **about}
     write_json(folder / "summary.json", summary)
     page = folder / "report.html"
     if not rows:
         page.unlink(missing_ok=True)  # an earlier run's
         return Results(folder, rows, summary, None)
     shown = [attribution_from_row(row) for row in rows[:prompts]]
-    _draw(folder / "figures", summary, rows, shown[:figures])
+    _draw(folder / "figures", summary, rows, shown[:figures], mean)
     if len(rows) > prompts:
         subtitle = f"{subtitle}; the first {prompts:,} of {len(rows):,} prompts".lstrip("; ")
     examples = [_example(row) for row in rows[:prompts]]
-    write_page(page, shown, title=title, subtitle=subtitle, summary=_shown(summary), examples=examples)
+    write_page(
+        page,
+        shown,
+        title=title,
+        subtitle=subtitle,
+        summary=_shown(summary),
+        examples=examples,
+        mean=mean,
+        notes=None if notes is None or mean is None else notes(_leading([mean, *shown])),
+    )
     return Results(folder, rows, summary, page)
 
 
@@ -89,6 +106,20 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
     if results.page is not None:
         _print_path(console, "page", results.page)
     _print_path(console, "folder", results.folder)
+
+
+def _mean_scores(mean: Attribution | None) -> dict[str, Any]:
+    """Return what the summary says of components that are the same in all prompts, the strongest of many."""
+    if mean is None:
+        return {}
+    listed = strongest_of(mean)
+    return {"mean_scores": dict(zip(listed.names, listed.scores.tolist(), strict=True))}
+
+
+def _leading(attributions: Sequence[Attribution]) -> list[str]:
+    """Return the names of the components that are among the strongest of many prompts."""
+    found = Counter(name for each in attributions for name, _ in asked_for(each).top(12, absolute=True))
+    return [name for name, _ in found.most_common(NOTED)]
 
 
 def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,10 +154,13 @@ def _draw(
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     attributions: Sequence[Attribution],
+    mean: Attribution | None,
 ) -> None:
-    """Draw the curves, and some prompts."""
+    """Draw the curves or the mean, and some prompts."""
     folder.mkdir(parents=True, exist_ok=True)
     if "curves" in summary:
         save_figure(curves_figure(summary["curves"]), folder / "curves.svg")
+    if mean is not None:
+        save_figure(attribution_figure(mean, title=f"Mean over {len(rows):,} prompts"), folder / "mean.svg")
     for row, attribution in zip(rows, attributions, strict=False):
-        save_figure(tokens_figure(attribution), folder / f"prompt-{row['index']}.svg")
+        save_figure(attribution_figure(attribution), folder / f"prompt-{row['index']}.svg")

@@ -18,6 +18,7 @@ from matplotlib.textpath import text_to_path
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.files import write_whole
+from depass_lightning.reports.components import made
 from depass_lightning.reports.numbers import model_name, percent, signed, visible
 from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, ink, shade
 from depass_lightning.reports.pieces import Piece, full_score, pieces_of, strengths
@@ -83,12 +84,12 @@ def tokens_figure(attribution: Attribution, dark: bool = False) -> Figure:
     theme = DARK if dark else LIGHT
     boxes, answer = _layout(attribution)
     height = HEAD + LINE * (answer.line + 1) + FOOT
-    figure, axes = _canvas(WIDTH * 72, height, theme)
+    figure, axes = canvas(WIDTH * 72, height, theme)
     _headline(axes, attribution, theme, height)
     for box in boxes:
         _draw_token(axes, box, theme, height - HEAD - LINE * (box.line + 0.5))
     _draw_answer(axes, answer, theme, height - HEAD - LINE * (answer.line + 0.5), attribution.correct)
-    _draw_scale(axes, full_score(attribution), theme)
+    draw_scale(axes, full_score(attribution), theme)
     _draw_elsewhere(axes, attribution, theme)
     return figure
 
@@ -130,7 +131,7 @@ def _layout(attribution: Attribution) -> tuple[list[Box], Box]:
     boxes: list[Box] = []
     for piece, strength, score in _pieces(attribution):
         text, *below = piece.text.split("\n")
-        width = _width(text, TOKEN_SIZE) + 2 * PADDING
+        width = font_width(text, TOKEN_SIZE) + 2 * PADDING
         gap = SPACE if piece.space else 1.0
         if boxes and (x + gap + width > right or indent):
             x, line = MARGIN + indent, line + 1
@@ -138,9 +139,9 @@ def _layout(attribution: Attribution) -> tuple[list[Box], Box]:
             x += gap
         boxes.append(Box(text, strength, score, x, width, line))
         x += width
-        indent = _width(below[-1], TOKEN_SIZE) + 0.1 if below else 0.0
+        indent = font_width(below[-1], TOKEN_SIZE) + 0.1 if below else 0.0
     said = visible(attribution.prediction.strip(" ") or attribution.prediction)
-    width = _width(said, TOKEN_SIZE) + 4 * PADDING
+    width = font_width(said, TOKEN_SIZE) + 4 * PADDING
     if x + 2 * SPACE + width > right or indent:
         x, line = MARGIN + indent - 2 * SPACE, line + 1
     return _numbered(boxes), Box(said, None, None, x + 2 * SPACE, width, line)
@@ -154,7 +155,7 @@ def _numbered(boxes: list[Box]) -> list[Box]:
         box = boxes[i]
         if box.score is None or abs(box.strength or 0.0) < NUMBERED:
             continue
-        half = _width(signed(box.score), NUMBER_SIZE) / 2 + 2
+        half = font_width(signed(box.score), NUMBER_SIZE) / 2 + 2
         middle = box.left + box.width / 2
         if all(line != box.line or middle + half < low or middle - half > high for line, low, high in taken):
             taken.append((box.line, middle - half, middle + half))
@@ -200,20 +201,20 @@ def _writable(text: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _width(text: str, size: float) -> float:
+def font_width(text: str, size: float) -> float:
     """Return the width in points that a text takes."""
     properties = FontProperties(family=_font(), size=size)
     width, _, _ = text_to_path.get_text_width_height_descent(_writable(text), properties, ismath=False)
     return width
 
 
-def _write(axes: Axes, x: float, y: float, text: str, size: float, **settings: Any) -> None:
+def write(axes: Axes, x: float, y: float, text: str, size: float, **settings: Any) -> None:
     """Write a text whose left or middle stands at a place, in points; a dollar sign is a dollar sign."""
     style = {"va": "center_baseline", "family": _font()} | settings
     axes.text(x, y, _writable(text), fontsize=size, parse_math=False, **style)
 
 
-def _canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
     """Return a figure of so many points, and axes over all of it in which one unit is one point."""
     figure = Figure(figsize=(width / 72, height / 72), facecolor=hexadecimal(theme.ground), dpi=100)
     FigureCanvasAgg(figure)
@@ -226,14 +227,14 @@ def _canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
 def _headline(axes: Axes, attribution: Attribution, theme: Theme, height: float) -> None:
     """Write the target and its value, and at the right how the scores were made."""
     value = f"{visible(attribution.target)} = {signed(attribution.value)}"
-    _write(axes, MARGIN, height - 30, value, 13.5, color=hexadecimal(theme.ink), weight="bold")
+    write(axes, MARGIN, height - 30, value, 13.5, color=hexadecimal(theme.ink), weight="bold")
     model, source = (
         attribution.metadata.get("model", ""),
-        f"{attribution.source} at layer {attribution.layer}",
+        made(attribution),
     )
     text = "  ·  ".join(part for part in (model_name(str(model)), source, attribution.rule) if part)
-    if _width(value, 14.5) + _width(text, 9.5) < WIDTH * 72 - 3 * MARGIN:
-        _write(axes, WIDTH * 72 - MARGIN, height - 30, text, 9.5, color=hexadecimal(theme.muted), ha="right")
+    if font_width(value, 14.5) + font_width(text, 9.5) < WIDTH * 72 - 3 * MARGIN:
+        write(axes, WIDTH * 72 - MARGIN, height - 30, text, 9.5, color=hexadecimal(theme.muted), ha="right")
 
 
 def _draw_token(axes: Axes, box: Box, theme: Theme, y: float) -> None:
@@ -242,10 +243,10 @@ def _draw_token(axes: Axes, box: Box, theme: Theme, y: float) -> None:
     letters = theme.muted if box.strength is None else ink(ground)
     _rounded(axes, box, y, facecolor=hexadecimal(ground), linewidth=0)
     middle = box.left + box.width / 2
-    _write(axes, middle, y, box.text, TOKEN_SIZE, color=hexadecimal(letters), ha="center")
+    write(axes, middle, y, box.text, TOKEN_SIZE, color=hexadecimal(letters), ha="center")
     if box.score is not None:
         colour = hexadecimal(theme.positive if box.score > 0 else theme.negative)
-        _write(axes, middle, y - 20, signed(box.score), NUMBER_SIZE, color=colour, ha="center")
+        write(axes, middle, y - 20, signed(box.score), NUMBER_SIZE, color=colour, ha="center")
 
 
 def _draw_answer(axes: Axes, box: Box, theme: Theme, y: float, correct: bool | None) -> None:
@@ -253,7 +254,7 @@ def _draw_answer(axes: Axes, box: Box, theme: Theme, y: float, correct: bool | N
     colour = hexadecimal(theme.negative if correct is False else theme.ink)
     _rounded(axes, box, y, facecolor="none", edgecolor=colour, linewidth=1.1, linestyle=(0, (3, 2)))
     middle = box.left + box.width / 2
-    _write(axes, middle, y, box.text, TOKEN_SIZE, color=colour, ha="center", weight="bold")
+    write(axes, middle, y, box.text, TOKEN_SIZE, color=colour, ha="center", weight="bold")
 
 
 def _rounded(axes: Axes, box: Box, y: float, **settings: Any) -> None:
@@ -268,11 +269,11 @@ def _rounded(axes: Axes, box: Box, y: float, **settings: Any) -> None:
     axes.add_patch(shape)
 
 
-def _draw_scale(axes: Axes, largest: float, theme: Theme) -> None:
+def draw_scale(axes: Axes, largest: float, theme: Theme) -> None:
     """Draw the scale of the colours at the lower right."""
     right, width, y = WIDTH * 72 - MARGIN, 120, 24
     number = signed(largest)
-    left = right - _width(number, 9) - 8 - width
+    left = right - font_width(number, 9) - 8 - width
     stops = [hexadecimal(shade(theme, part)) for part in (-1.0, 0.0, 1.0)]
     ramp = LinearSegmentedColormap.from_list("scores", stops)
     axes.imshow(
@@ -280,8 +281,8 @@ def _draw_scale(axes: Axes, largest: float, theme: Theme) -> None:
     )
     axes.set(xlim=(0, WIDTH * 72), ylim=axes.get_ylim())
     muted = hexadecimal(theme.muted)
-    _write(axes, right, y, number, 9, color=muted, ha="right")
-    _write(axes, left - 8, y, signed(-largest), 9, color=muted, ha="right")
+    write(axes, right, y, number, 9, color=muted, ha="right")
+    write(axes, left - 8, y, signed(-largest), 9, color=muted, ha="right")
 
 
 def _draw_elsewhere(axes: Axes, attribution: Attribution, theme: Theme) -> None:
@@ -290,7 +291,7 @@ def _draw_elsewhere(axes: Axes, attribution: Attribution, theme: Theme) -> None:
     parts = [f"{name} {signed(score)}" for name, score, span in named if span is None][:6]
     if attribution.probability is not None:
         parts.append(f"the model gives the target {percent(attribution.probability)}")
-    _write(axes, MARGIN, 24, "  ·  ".join(parts), 9, color=hexadecimal(theme.muted))
+    write(axes, MARGIN, 24, "  ·  ".join(parts), 9, color=hexadecimal(theme.muted))
 
 
 def _draw_curves(axes: Axes, name: str, curve: Mapping[str, Sequence[float]], theme: Theme) -> None:

@@ -3,6 +3,7 @@
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.reports.components import asked_for, made
 from depass_lightning.reports.numbers import percent, plain, signed, visible
 from depass_lightning.reports.pieces import pieces_of, strengths
 
@@ -55,7 +56,7 @@ def _pieces(attribution: Attribution) -> list[dict[str, object]]:
 
 def _rows(attribution: Attribution, top: int) -> list[dict[str, object]]:
     """Return the strongest components with the lengths of their bars."""
-    strongest = attribution.top(top, absolute=True)
+    strongest = asked_for(attribution).top(top, absolute=True)
     largest = max((abs(score) for _, score in strongest), default=0.0) or 1.0
     return [
         {
@@ -75,5 +76,5 @@ def _facts(attribution: Attribution) -> str:
         facts.append(f"gives the target {percent(attribution.probability)}")
     if attribution.rank is not None:
         facts.append(f"rank {attribution.rank + 1:,}")
-    facts.append(f"{attribution.source} at layer {attribution.layer}, rule {attribution.rule}")
+    facts.append(f"{made(attribution)}, rule {attribution.rule}")
     return ", ".join([*facts, f"completeness {plain(attribution.completeness)}"])

@@ -23,6 +23,15 @@ from markupsafe import Markup
 from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
 from depass_lightning.files import write_whole
+from depass_lightning.reports.components import (
+    Grid,
+    grid_of,
+    made,
+    mean_of,
+    placed,
+    remainders_of,
+    strongest_of,
+)
 from depass_lightning.reports.numbers import model_name, summary_cards, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 
@@ -30,7 +39,9 @@ SCRIPTS = (
     "page_base.js",
     "page_panels.js",
     "page_prompt.js",
+    "page_heat.js",
     "page_components.js",
+    "page_mean.js",
     "page_facts.js",
     "page_curves.js",
     "page_list.js",
@@ -48,6 +59,8 @@ def write_page(
     summary: Mapping[str, Any] | None = None,
     figures: Sequence[Path] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
+    mean: Attribution | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page of a run: its numbers, its curves, and each prompt with its tokens coloured by score.
 
@@ -62,12 +75,22 @@ def write_page(
         examples: what is known of each prompt, as many as there are attributions: `id`; `answer`; `roles`,
             named character ranges of the prompt; `evidence`, the right tokens as names of roles or as
             character ranges; `evidence_first`, whether a right token has the largest score.
+        mean: the mean over the run's prompts, shown first where components stand for no text, such as heads;
+            by default that of the given attributions.
+        notes: what is known of components, by their names: the tokens that a neuron promotes.
 
     Raises:
         DePassError: if there are no attributions, not one example for each, or a figure of another kind.
     """
     page = page_html(
-        attributions, title=title, subtitle=subtitle, summary=summary, figures=figures, examples=examples
+        attributions,
+        title=title,
+        subtitle=subtitle,
+        summary=summary,
+        figures=figures,
+        examples=examples,
+        mean=mean,
+        notes=notes,
     )
     write_whole(path, page.encode("utf-8", errors="replace"))
 
@@ -80,6 +103,8 @@ def page_html(
     summary: Mapping[str, Any] | None = None,
     figures: Sequence[Path] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
+    mean: Attribution | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> str:
     """Return the page that `write_page` writes, for a logger that takes HTML."""
     if not attributions:
@@ -89,11 +114,18 @@ def page_html(
     known = examples if examples is not None else [{}] * len(attributions)
     names = _distinct([str(example.get("id", f"prompt {i + 1}")) for i, example in enumerate(known)])
     shared = _shared_settings(attributions)
+    grids: list[Grid] = []
     prompts = [
-        _prompt(name, attribution, example) | {"settings": _settings(attribution, without=shared)}
+        _prompt(name, attribution, example, grids) | {"settings": _settings(attribution, without=shared)}
         for name, attribution, example in zip(names, attributions, known, strict=True)
     ]
-    curves = (summary or {}).get("curves") or {}
+    data = {
+        "prompts": prompts,
+        "mean": _mean(attributions, mean, grids),
+        "grids": [_grid(grid) for grid in grids],
+        "notes": {visible(name): visible(note) for name, note in (notes or {}).items()},
+        "curves": (summary or {}).get("curves") or {},
+    }
     script = _script()
     environment = Environment(
         loader=PackageLoader("depass_lightning", "reports"), autoescape=True, undefined=StrictUndefined
@@ -104,7 +136,8 @@ def page_html(
         settings=shared,
         cards=summary_cards(summary or {}),
         figures=[_figure(Path(figure)) for figure in figures or ()],
-        data=_embedded({"prompts": prompts, "curves": curves}),
+        data=_embedded(data),
+        notes=bool(notes),
         style=Markup(_asset("page.css")),
         light=css_variables(LIGHT),
         dark=css_variables(DARK),
@@ -113,22 +146,26 @@ def page_html(
     )
 
 
-def _prompt(name: str, attribution: Attribution, example: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect what the page shows of one prompt."""
+def _prompt(
+    name: str, attribution: Attribution, example: Mapping[str, Any], grids: list[Grid]
+) -> dict[str, Any]:
+    """Collect what the page shows of one prompt; a grid that no prompt before had is added to `grids`."""
     words = attribution.words()
-    views = {"tokens": _components(attribution)}
+    views = {"tokens": _view(attribution, grids)}
     if len(words) < len(attribution):
         views["words"] = _components(words)
     evidence = _evidence_ranges(example)
-    placed = attribution.offsets is not None and bool(attribution.text)
+    known = attribution.offsets is not None and bool(attribution.text)
     return {
         "id": visible(name),
         "tokens": [visible(token) for token in attribution.tokens],
         "special": [i for i, (start, end) in enumerate(attribution.offsets or ()) if start == end],
         "position": attribution.position,
         "views": views,
-        "marks": _marks(attribution, example) if placed else [],
-        "share": _rounded(attribution.share(evidence)) if placed and evidence else None,
+        "marks": _marks(attribution, example) if known else [],
+        "share": _rounded(attribution.share(evidence))
+        if known and evidence and placed(attribution)
+        else None,
         "first": example.get("evidence_first"),
         "answer": visible(example.get("answer") or ""),
         "target": visible(attribution.target),
@@ -138,6 +175,36 @@ def _prompt(name: str, attribution: Attribution, example: Mapping[str, Any]) -> 
         "rank": attribution.rank,
         "completeness": _rounded(attribution.completeness),
     }
+
+
+def _view(attribution: Attribution, grids: list[Grid]) -> dict[str, Any]:
+    """Collect the components as they are shown: in a grid, whose names all prompts share, or in a list."""
+    grid = grid_of(attribution)
+    view = _components(strongest_of(attribution))
+    if grid is not None:
+        if grid not in grids:
+            grids.append(grid)
+        view |= {"names": [], "spans": [], "grid": grids.index(grid)}
+    elif not placed(attribution):
+        view["remainders"] = remainders_of(strongest_of(attribution))
+    return view
+
+
+def _grid(grid: Grid) -> dict[str, Any]:
+    return {
+        "layers": grid.layers,
+        "columns": [visible(name) for name in grid.columns],
+        "cells": grid.cells,
+        "remainders": grid.remainders,
+    }
+
+
+def _mean(
+    attributions: Sequence[Attribution], mean: Attribution | None, grids: list[Grid]
+) -> dict[str, Any] | None:
+    """Collect what the page shows of all prompts together, where their components are the same."""
+    mean = mean or mean_of(attributions)
+    return None if mean is None else {"value": _rounded(mean.value), "view": _view(mean, grids)}
 
 
 def _components(attribution: Attribution) -> dict[str, Any]:
@@ -184,8 +251,8 @@ def _marks(attribution: Attribution, example: Mapping[str, Any]) -> list[dict[st
 def _settings(attribution: Attribution, without: Iterable[str] = ()) -> dict[str, str]:
     """Return how an attribution was made, in words, less the settings named."""
     plain_values = {k: str(v) for k, v in attribution.metadata.items() if isinstance(v, str | int | float)}
-    made = {"source": f"{attribution.source} at layer {attribution.layer}", "rule": attribution.rule}
-    settings = {"model": model_name(plain_values.pop("model", "unnamed"))} | made | plain_values
+    how = {"source": made(attribution), "rule": attribution.rule}
+    settings = {"model": model_name(plain_values.pop("model", "unnamed"))} | how | plain_values
     return {name.replace("_", " "): visible(value) for name, value in settings.items() if name not in without}
 
 

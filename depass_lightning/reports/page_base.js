@@ -73,12 +73,32 @@ function ink(ground) {
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
 
+// Prompts whose components stand in the same grid share one list of names, and what is left of the state.
+for (const grid of DATA.grids) {
+  grid.names = grid.layers.flatMap((layer) => grid.columns.map((name) => `layer ${layer} ${name}`));
+  grid.left = grid.layers.flatMap((_, row) => grid.remainders.map((column) => row * grid.columns.length + column));
+  grid.spans = grid.names.map(() => null);
+}
+for (const view of [DATA.mean?.view, ...PROMPTS.map((prompt) => prompt.views.tokens)]) {
+  if (view?.grid == null) continue;
+  const grid = DATA.grids[view.grid];
+  Object.assign(view, { names: grid.names, spans: grid.spans, remainders: grid.left });
+}
+
 // The data leaves to the tokens what they tell of a component: its text, and its name where that is its text.
 const textOf = (prompt, view, i) => view.texts[i] ?? prompt.tokens.slice(...view.spans[i]).join("");
 const nameOf = (prompt, view, i) => view.names[i] ?? textOf(prompt, view, i);
 
+const inText = (view) => view.spans.some(Boolean);
+
+// The components that were asked for; what is left of the state beside heads or neurons may outweigh all.
+function askedFor(view) {
+  const left = new Set(view.remainders ?? []);
+  return view.scores.map((_, i) => i).filter((i) => !left.has(i));
+}
+
 // The largest score of a component that stands in the text. A bias has no place there and may outweigh all.
 function strongest(view) {
-  const placed = view.scores.filter((_, i) => view.spans[i]);
-  return Math.max(...(placed.length ? placed : view.scores).map(Math.abs), 0) || 1;
+  const counted = inText(view) ? view.scores.filter((_, i) => view.spans[i]) : askedFor(view).map((i) => view.scores[i]);
+  return counted.reduce((most, score) => Math.max(most, Math.abs(score)), 0) || 1;
 }

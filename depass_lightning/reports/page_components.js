@@ -6,7 +6,7 @@ const FEW = 12;
 
 function componentsPanel(prompt) {
   const view = viewOf(prompt);
-  let rows = view.scores.map((_, i) => i).sort((a, b) => Math.abs(view.scores[b]) - Math.abs(view.scores[a]));
+  let rows = askedFor(view).sort((a, b) => Math.abs(view.scores[b]) - Math.abs(view.scores[a]));
   const left = rows.length - FEW;
   if (!state.all) rows = rows.slice(0, FEW);
   if (state.order === "text") rows.sort((a, b) => a - b);
@@ -18,13 +18,13 @@ function componentsPanel(prompt) {
   return element(
     "div",
     { class: "panel components-panel" },
-    element("div", { class: "panel-head" }, element("h2", {}, "Components"), orderSwitch()),
+    element("div", { class: "panel-head" }, element("h2", {}, "Components"), orderSwitch(view)),
     bars,
     left > 0 ? element("button", { type: "button", class: "more", onclick: showAll }, state.all ? "only the strongest" : `and ${left} more`) : null,
   );
 }
 
-function barRow(prompt, view, i, [low, high]) {
+function barRow(prompt, view, i, [low, high], hover = light) {
   const score = view.scores[i];
   const range = high - low || 1;
   const right = prompt.marks.some((mark) => mark.right && view.spans[i] && mark.tokens.some((t) => within(t, view.spans[i])));
@@ -39,15 +39,18 @@ function barRow(prompt, view, i, [low, high]) {
     element("span", { class: `name${right ? " right" : ""}`, dir: "auto" }, element("span", {}, bare(nameOf(prompt, view, i)))),
     element("span", { class: "track" }, bar, axis),
     element("span", { class: "score" }, signed(score)),
+    noteOf(view.names[i]),
   );
-  row.addEventListener("pointerenter", () => light(i, row));
+  row.addEventListener("pointerenter", () => hover(i, row));
   return row;
 }
 
-function orderSwitch() {
+const noteOf = (name) => (DATA.notes[name] ? element("small", { class: "note", dir: "auto" }, DATA.notes[name]) : null);
+
+function orderSwitch(view) {
   const button = (order, label) =>
     element("button", { type: "button", "aria-pressed": String(state.order === order), onclick: () => chooseOrder(order) }, label);
-  return element("div", { class: "switch", role: "group", "aria-label": "Order" }, button("score", "by size"), button("text", "as in the text"));
+  return element("div", { class: "switch", role: "group", "aria-label": "Order" }, button("score", "by size"), button("text", inText(view) ? "as in the text" : "in order"));
 }
 
 function chooseOrder(order) {

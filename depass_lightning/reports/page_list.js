@@ -83,11 +83,12 @@ function listRow(i, place) {
 const snippet = (prompt) =>
   prompt.tokens.slice(0, 60).filter((_, k) => !prompt.special.includes(k)).join("").replaceAll("↵", "↵ ").trim();
 
-// The whole prompt as a band of colours, one stripe a token.
+// The whole prompt as a band of colours, one stripe a token, or a head where no component stands in the text.
 function stripes(prompt) {
   const view = prompt.views.tokens;
   const scale = strongest(view);
-  const strength = new Array(prompt.tokens.length).fill(0);
+  const asked = inText(view) ? null : askedFor(view).map((i) => view.scores[i] / scale);
+  const strength = asked ?? new Array(prompt.tokens.length).fill(0);
   view.spans.forEach((span, i) => span && strength.fill(view.scores[i] / scale, span[0], span[1]));
   const each = Math.ceil(strength.length / 200);
   const shown = Array.from({ length: Math.ceil(strength.length / each) }, (_, k) =>

@@ -50,15 +50,26 @@ function light(i, at) {
   const view = viewOf(prompt);
   lit = [...byId("detail").querySelectorAll(`[data-component="${i}"]`)];
   for (const node of lit) node.classList.add("lit");
-  const score = view.scores[i];
-  const side = view.scores.filter((other) => other * score > 0).reduce((sum, other) => sum + other, 0);
   const marks = view.spans[i] ? prompt.marks.filter((mark) => mark.tokens.some((t) => within(t, view.spans[i]))) : [];
+  const roles = marks.map((mark) => element("small", { class: "role" }, mark.name + (mark.right ? ", a right token" : "")));
+  showTip(at, bare(nameOf(prompt, view, i)), view, i, ...roles);
+}
+
+// A component's name and score, and what part it has in all that speaks for or against: of its own split,
+// where each layer is one.
+function showTip(at, name, view, i, ...more) {
+  const score = view.scores[i];
+  const width = view.grid == null ? view.scores.length : DATA.grids[view.grid].columns.length;
+  const first = Math.floor(i / width) * width;
+  const side = view.scores.slice(first, first + width).filter((other) => other * score > 0).reduce((sum, other) => sum + other, 0);
+  const part = `${percent(score / side)} of what speaks ${score > 0 ? "for" : "against"} it${view.grid == null ? "" : " in its layer"}`;
   const tip = byId("tip");
   tip.replaceChildren(
-    element("b", {}, bare(nameOf(prompt, view, i))),
+    element("b", {}, name),
     element("span", { class: score < 0 ? "against" : "for" }, signed(score)),
-    element("small", {}, score ? `${percent(score / side)} of what speaks ${score > 0 ? "for" : "against"} it` : "no part in it"),
-    ...marks.map((mark) => element("small", { class: "role" }, mark.name + (mark.right ? ", a right token" : ""))),
+    element("small", {}, score ? part : "no part in it"),
+    ...more,
+    ...(DATA.notes[name] ? [element("small", {}, DATA.notes[name])] : []),
   );
   tip.hidden = false;
   placeTip(tip, at.getClientRects()[0] ?? at.getBoundingClientRect());

@@ -11,7 +11,7 @@ function promptPanel(prompt) {
     element("p", { class: "equation" }, element("span", {}, prompt.target), " = ", element("b", {}, signed(prompt.value))),
     promptText(prompt, view, scale),
     elsewhere(prompt, view, scale),
-    element("div", { class: "legend" }, viewSwitch(prompt), scaleLegend(scale), marksLegend(prompt)),
+    inText(view) || prompt.marks.length ? element("div", { class: "legend" }, viewSwitch(prompt), inText(view) ? scaleLegend(scale) : null, marksLegend(prompt)) : null,
   );
 }
 
@@ -72,10 +72,14 @@ function walk(event) {
   if (next) light(Number(next.dataset.component), next);
 }
 
-// Components that stand for no place in the text, such as the bias.
+// Components that stand for no place in the text, such as the bias. Where none does, they are shown below, but
+// for what is left of the state.
 function elsewhere(prompt, view, scale) {
-  const chips = view.scores.flatMap((score, i) => {
-    if (view.spans[i] || view.scores.length > 40) return [];
+  if (view.grid != null) return null;
+  const left = inText(view) ? view.scores.map((_, i) => i) : view.remainders;
+  const chips = left.flatMap((i) => {
+    const score = view.scores[i];
+    if (view.spans[i] || left.length > 40) return [];
     const ground = shade(score / scale);
     const chip = element("span", { class: "chip", "data-component": i, onpointerenter: (event) => light(i, event.target), onpointerleave: hideTip },
       `${nameOf(prompt, view, i)} ${signed(score)}`);
@@ -83,7 +87,7 @@ function elsewhere(prompt, view, scale) {
     chip.style.color = ink(ground);
     return [chip];
   });
-  return chips.length ? element("p", { class: "elsewhere" }, "beside the text ", ...chips) : null;
+  return chips.length ? element("p", { class: "elsewhere" }, inText(view) ? "beside the text " : "the rest of the state ", ...chips) : null;
 }
 
 function viewSwitch(prompt) {

@@ -56,6 +56,7 @@ const THEME_KEY = "depass-theme";
 function useTheme(name) {
   if (name) document.documentElement.dataset.theme = name;
   readTheme();
+  drawMean();
   drawList();
   drawDetail();
 }

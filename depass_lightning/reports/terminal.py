@@ -1,5 +1,6 @@
 """Attributions and summaries in a terminal, in colours that can be read on a dark and on a light one."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.reports.components import Grid, asked_for, grid_of, made, remainders_of
 from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
 from depass_lightning.reports.pieces import pieces_of, strengths
@@ -22,6 +24,7 @@ GROUNDS: tuple[tuple[Colour, Colour], tuple[Colour, Colour]] = (
     ((146, 100, 78), (200, 66, 0)),
 )
 BAR_WIDTH = 24
+LEVELS = "·░▒▓█"  # of a cell in a map, which can be told apart without colours too
 
 
 def attribution_text(attribution: Attribution, top: int = 8) -> RenderableType:
@@ -31,7 +34,12 @@ def attribution_text(attribution: Attribution, top: int = 8) -> RenderableType:
         attribution: what to show.
         top: how many components the table lists.
     """
-    return Group(_headline(attribution), Text(), _tokens(attribution), Text(), _components(attribution, top))
+    parts: list[RenderableType] = [_headline(attribution), _tokens(attribution)]
+    if (grid := grid_of(attribution)) is not None:
+        parts.append(_map(attribution, grid))
+    parts.append(_components(attribution, top))
+    first, *others = parts
+    return Group(first, *(shown for part in others for shown in (Text(), part)))
 
 
 def _headline(attribution: Attribution) -> Text:
@@ -46,10 +54,7 @@ def _headline(attribution: Attribution) -> Text:
 
 
 def _settings(attribution: Attribution) -> str:
-    return (
-        f"{attribution.source} at layer {attribution.layer}, rule {attribution.rule}, "
-        f"completeness {plain(attribution.completeness)}"
-    )
+    return f"{made(attribution)}, rule {attribution.rule}, completeness {plain(attribution.completeness)}"
 
 
 def _tokens(attribution: Attribution) -> Text:
@@ -79,19 +84,41 @@ def score_style(strength: float) -> Style:
     )
 
 
+def _map(attribution: Attribution, grid: Grid) -> Text:
+    """Return the components of all layers as a map: a line a layer, the fuller a cell the stronger."""
+    rows = attribution.grid().tolist()
+    full = max((abs(row[i]) for row in rows for i in grid.cells), default=0.0) or 1.0
+    widest = len(str(max(grid.layers)))
+    first, last = grid.columns[grid.cells[0]], grid.columns[grid.cells[-1]]
+    text = Text(f"each layer's {first}" + (f" to {last}" if first != last else ""), "dim")
+    for layer, row in zip(grid.layers, rows, strict=True):
+        text.append(f"\n{layer:>{widest}} ", "dim")
+        for i in grid.cells:
+            level = math.ceil(abs(row[i]) / full * (len(LEVELS) - 1) - 0.25)
+            text.append(2 * LEVELS[max(level, 0)], hexadecimal(LETTERS[int(row[i] < 0)]))
+        for i in grid.remainders:
+            text.append(f"  {grid.columns[i]} {signed(row[i])}", "dim")
+    return text
+
+
 def _components(attribution: Attribution, top: int) -> Table:
     """Return the strongest components, whatever their sign, with bars."""
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
     table.add_column("component")
     table.add_column("score", justify="right")
     table.add_column("", no_wrap=True)
-    rows = attribution.top(top, absolute=True)
+    asked = asked_for(attribution)
+    rows = asked.top(top, absolute=True)
     strongest = abs(rows[0][1]) if rows else 0.0
     for name, score in rows:
         bar = _bar(abs(score) / strongest if strongest else 0.0)
         table.add_row(_name(name), signed(score), Text(bar, hexadecimal(LETTERS[int(score < 0)])))
-    if left := len(attribution) - len(rows):
-        table.caption = f"and {left:,} more"
+    beside = [f"and {left:,} more"] if (left := len(asked) - len(rows)) else []
+    if attribution.groups == 1:  # of many layers each has its own
+        left_over = remainders_of(attribution)
+        beside += [f"{attribution.names[i]} {signed(attribution.scores[i].item())}" for i in left_over]
+    if beside:
+        table.caption = ", ".join(beside)
         table.caption_justify = "left"
     return table
 
@@ -138,7 +165,7 @@ def _row(attribution: Attribution) -> tuple[Text, ...]:
     says = Text(visible(attribution.prediction.strip(" ")))
     if attribution.correct is not None:
         says.append(" ✓" if attribution.correct else " ✗", "green" if attribution.correct else "red")
-    strongest = attribution.top(1)
+    strongest = asked_for(attribution).top(1)
     rests = f"{_name(strongest[0][0]).plain} {signed(strongest[0][1])}" if strongest else "nothing"
     return (
         Text(visible(attribution.text or "".join(attribution.tokens)), overflow="ellipsis", no_wrap=True),

@@ -1,0 +1,131 @@
+"""What a picture must know of components that are no places in the text, such as heads and neurons."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from depass_lightning.attribution import Attribution
+
+LAYERED = re.compile(r"layer (\d+) (.+)", re.DOTALL)
+# What is left of a state beside the heads, modules or neurons that were asked for.
+REMAINDERS = frozenset(("state", "bias"))
+OTHERS = "the other "
+WIDEST = 100  # columns; what has more, such as neurons, is listed and not drawn as a map
+LISTED = 60  # components of a long list that are kept one by one
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the components of all layers stand in rows: component i is row i // width, column i % width.
+
+    Attributes:
+        layers: each row's layer.
+        columns: each column's name: "head 3", "state".
+    """
+
+    layers: tuple[int, ...]
+    columns: tuple[str, ...]
+
+    @property
+    def cells(self) -> list[int]:
+        """The columns that were asked for."""
+        return [i for i, name in enumerate(self.columns) if name not in REMAINDERS]
+
+    @property
+    def remainders(self) -> list[int]:
+        """The columns that hold what is left of the state."""
+        return [i for i, name in enumerate(self.columns) if name in REMAINDERS]
+
+
+def grid_of(attribution: Attribution) -> Grid | None:
+    """Return how the components stand in layers, or None where they do not, or are too many to draw."""
+    width = len(attribution) // attribution.groups
+    if attribution.groups < 2 or width > WIDEST + len(REMAINDERS):
+        return None
+    found = [LAYERED.fullmatch(name) for name in attribution.names]
+    named = [(int(match[1]), match[2]) for match in found if match]
+    if len(named) < len(attribution):
+        return None
+    grid = Grid(tuple(layer for layer, _ in named[::width]), tuple(name for _, name in named[:width]))
+    regular = [(layer, name) for layer in grid.layers for name in grid.columns]
+    return grid if named == regular and grid.cells else None
+
+
+def placed(attribution: Attribution) -> bool:
+    """Say whether any component stands for a place in the text."""
+    return any(span is not None for span in attribution.positions)
+
+
+def remainders_of(attribution: Attribution) -> list[int]:
+    """Return the components that are what is left of a state: larger than all, and not what was asked for.
+
+    Beside components of the text there are none: a bias is listed with them.
+    """
+    if placed(attribution):
+        return []
+    found = []
+    for i, name in enumerate(attribution.names):
+        layered = LAYERED.fullmatch(name)
+        if (layered[2] if layered else name) in REMAINDERS or name.startswith(OTHERS):
+            found.append(i)
+    return found if len(found) < len(attribution) else []
+
+
+def asked_for(attribution: Attribution) -> Attribution:
+    """Return the attribution less what is left of the state, to rank what was asked for."""
+    left = set(remainders_of(attribution))
+    return (
+        _chosen(attribution, [i for i in range(len(attribution)) if i not in left]) if left else attribution
+    )
+
+
+def strongest_of(attribution: Attribution, most: int = LISTED) -> Attribution:
+    """Return a long list's strongest components in their order, the rest summed where they are one split.
+
+    Args:
+        attribution: any; what stands in the text or in a grid is returned whole.
+        most: how many are kept one by one, beside what is left of the state.
+    """
+    if len(attribution) <= 2 * most or placed(attribution) or grid_of(attribution) is not None:
+        return attribution
+    left = set(remainders_of(attribution))
+    ranked = sorted(set(range(len(attribution))) - left, key=lambda i: -abs(attribution.scores[i].item()))
+    shortened = _chosen(attribution, sorted([*left, *ranked[:most]]))
+    if attribution.groups > 1:
+        return shortened
+    rest = attribution.scores[ranked[most:]].sum()
+    return replace(
+        shortened,
+        scores=torch.cat([shortened.scores, rest[None]]),
+        names=[*shortened.names, f"{OTHERS}{len(ranked) - most:,}"],
+        positions=[*shortened.positions, None],
+    )
+
+
+def mean_of(attributions: Sequence[Attribution]) -> Attribution | None:
+    """Return the mean of attributions over the same components, or None where these differ with the text."""
+    first = attributions[0] if attributions else None
+    if first is None or placed(first) or any(other.names != first.names for other in attributions):
+        return None
+    scores = torch.stack([attribution.scores.double() for attribution in attributions]).mean(0)
+    value = sum(attribution.value for attribution in attributions) / len(attributions)
+    return replace(first, scores=scores, value=value, metadata={})
+
+
+def made(attribution: Attribution) -> str:
+    """Write what the state was split into, and where: "tokens at layer 0", "heads of every layer"."""
+    where = "of every layer" if attribution.groups > 1 else f"at layer {attribution.layer}"
+    return f"{attribution.source} {where}"
+
+
+def _chosen(attribution: Attribution, kept: Sequence[int]) -> Attribution:
+    """Return some components as a list, no longer in groups."""
+    return replace(
+        attribution,
+        scores=attribution.scores[list(kept)],
+        names=[attribution.names[i] for i in kept],
+        positions=[attribution.positions[i] for i in kept],
+        groups=1,
+    )

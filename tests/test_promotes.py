@@ -1,0 +1,80 @@
+"""What neurons and directions say by themselves, and directions from a file."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from depass_lightning import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.promotes import notes_on, promoted_tokens
+from depass_lightning.sources import Heads, Neurons, Subspace, load_subspace
+
+
+@pytest.fixture(scope="module")
+def depass():
+    return DePass.from_pretrained("tiny")
+
+
+def row_of(depass, word):
+    (token,) = depass.tokenizer(word, add_special_tokens=False)["input_ids"]
+    return depass.model.get_output_embeddings().weight[token].detach() / depass.model.model.norm.weight
+
+
+def test_a_direction_promotes_what_the_model_itself_would_say_of_it(depass):
+    """Through the model's own norm and unembedding, whose scale changes no order."""
+    direction = row_of(depass, " Mary") - row_of(depass, " John")
+    ((up, down),) = promoted_tokens(depass, direction[None], count=3)
+    with torch.no_grad():
+        logits = depass.model.lm_head(depass.model.model.norm(direction))
+    top = [depass.tokenizer.decode([i]).strip() for i in logits.topk(3).indices.tolist()]
+    assert up == top
+    assert (up[0], down[0]) == ("Mary", "John")
+
+
+def test_neurons_and_single_directions_are_read_and_nothing_else(depass):
+    column = depass.model.model.layers[1].mlp.down_proj.weight[:, 7].detach()
+    ((up, down),) = promoted_tokens(depass, column[None])
+    written = f"promotes {', '.join(up)}; demotes {', '.join(down)}"
+    assert notes_on(depass, Neurons(-2), ["state", "neuron 7"]) == {"neuron 7": written}
+    assert notes_on(depass, Neurons(), ["layer 1 neuron 7"]) == {"layer 1 neuron 7": written}
+    assert notes_on(depass, Heads(), ["layer 1 head 0"]) == {}
+    plane = torch.eye(64)[:2]
+    assert notes_on(depass, Subspace(1, [column, plane], names=["a", "b"]), ["a", "b", "rest"]) == {
+        "a": written
+    }
+    with pytest.raises(DePassError, match="64 numbers"):
+        promoted_tokens(depass, torch.ones(2, 3))
+
+
+def test_subspaces_are_read_from_files(tmp_path):
+    save_file({"a": torch.ones(4), "b": torch.eye(4)[:2]}, tmp_path / "two.safetensors")
+    two = load_subspace(tmp_path / "two.safetensors", layer=1)
+    assert two.names == ["a", "b"]
+    assert [tuple(basis.shape) for basis in two.bases] == [(1, 4), (2, 4)]
+    np.save(tmp_path / "one.npy", np.eye(4)[:2])
+    one = load_subspace(tmp_path / "one.npy", layer=0)
+    assert one.names == ["one"]
+    assert torch.equal(one.bases[0], torch.eye(4, dtype=torch.float64)[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.npy", None, "there is no file"),
+        ("list.txt", b"1 2 3", "neither a .safetensors nor a .npy"),
+        ("broken.npy", b"nothing", "broken.npy cannot be read"),
+        ("broken.safetensors", b"nothing", "broken.safetensors cannot be read"),
+    ],
+)
+def test_a_file_without_directions_is_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DePassError, match=message):
+        load_subspace(tmp_path / name, layer=0)
+
+
+def test_directions_that_are_none_are_named(tmp_path):
+    save_file({"good": torch.ones(4), "empty": torch.zeros(4)}, tmp_path / "some.safetensors")
+    with pytest.raises(DePassError, match=r"some\.safetensors, 'empty'"):
+        load_subspace(tmp_path / "some.safetensors", layer=0)
