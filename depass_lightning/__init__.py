@@ -11,6 +11,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__in
 from depass_lightning.attribution import Attribution
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
+from depass_lightning.generation import Generation
 from depass_lightning.passes import Decomposition
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
 from depass_lightning.targets import Contrast, Direction, ProbeLogit, Token
@@ -23,6 +24,7 @@ __all__ = [
     "DePassError",
     "Decomposition",
     "Direction",
+    "Generation",
     "Heads",
     "Module",
     "Neurons",
