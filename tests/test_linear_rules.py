@@ -210,7 +210,7 @@ def test_dual_is_complete_without_attention_alone() -> None:
 @pytest.mark.parametrize("name", ["mistral-window", "qwen3-biases"])
 @pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_model_is_left_untouched(name: str, surroundings: Any) -> None:
-    model = build(name, attention="sdpa")
+    model = build(name, attention="sdpa", attention_dropout=0.5)
     depass = DePass(model)
     quiet = depass.attribute(input_ids=prompt(7)[None], target=5, rule="taylor", path="control")[0]
     model.train()
