@@ -141,6 +141,7 @@ def test_of_many_neurons_the_strongest_are_shown_and_the_rest_summed() -> None:
     view = data["prompts"][0]["views"]["tokens"]
     assert view["names"] == ["state", *(f"neuron {i}" for i in range(240, 300)), "the other 240"]
     assert view["remainders"] == [0, 61]
+    assert view["partial"] is False
     assert sum(view["scores"]) == pytest.approx(a.value, rel=1e-4)
     assert data["notes"] == {"neuron 299": f"promotes {NASTY}"}
     assert NASTY not in page

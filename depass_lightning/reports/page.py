@@ -187,6 +187,7 @@ def _view(attribution: Attribution, grids: list[Grid]) -> dict[str, Any]:
         view |= {"names": [], "spans": [], "grid": grids.index(grid)}
     elif not placed(attribution):
         view["remainders"] = remainders_of(strongest_of(attribution))
+        view["partial"] = attribution.groups > 1  # the strongest of several splits: no part of any one
     return view
 
 

@@ -67,7 +67,7 @@ function showTip(at, name, view, i, ...more) {
   tip.replaceChildren(
     element("b", {}, name),
     element("span", { class: score < 0 ? "against" : "for" }, signed(score)),
-    element("small", {}, score ? part : "no part in it"),
+    ...(view.partial ? [] : [element("small", {}, score ? part : "no part in it")]),
     ...more,
     ...(DATA.notes[name] ? [element("small", {}, DATA.notes[name])] : []),
   );
