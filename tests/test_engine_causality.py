@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from depass_lightning import DePass, Token, Tokens
-from depass_lightning.engine.rules import CompetingRule, Taylor, rule_named
+from depass_lightning.engine.rules import CompetingRule, rule_named
 from tests.models import ALL, WINDOW, WITH_BIAS_COMPONENT, build, padded, prompt
 from tests.twin import RULES, Options, Rule, shares_of_competing
 
@@ -116,7 +116,7 @@ def random_gates(seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float
 
 def competing_rule(name: str) -> CompetingRule:
     rule = rule_named(name)
-    assert not isinstance(rule, Taylor)
+    assert isinstance(rule, CompetingRule)
     return rule
 
 
