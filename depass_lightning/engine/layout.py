@@ -91,7 +91,6 @@ class Layout:
     fallback: int
     device: torch.device
     rows: int = field(init=False)
-    competing_rows: int = field(init=False)
     index: Int[Tensor, "batch position component"] = field(init=False)
     _counts: Tensor = field(init=False, repr=False)
     _segments: Tensor = field(init=False, repr=False)
@@ -114,12 +113,12 @@ class Layout:
             torch.cat([loud, silent])
             for loud, silent in zip((prompt, position, group, component), quiet, strict=True)
         )
-        self.rows, self.competing_rows = len(prompt), len(segment)
+        self.rows = len(prompt)
         index = torch.full((batch, positions, groups, members), self.rows)
         index[prompt, position, group, component] = torch.arange(self.rows)
         self.index = index.flatten(2)
         self._counts, self._segments = counts[order], order
-        self._row_segment, self._row_component = segment, component[: self.competing_rows]
+        self._row_segment, self._row_component = segment, component[: len(segment)]
 
     @property
     def groups(self) -> int:

@@ -240,8 +240,8 @@ class Dual(LinearPaths):
     path sums to `1/2 sum_k d[n,k] s[n,k]` instead of the other half, so scores do not sum to the target's
     value. `completeness` says how far they are from it.
 
-    From the paper and its authors' published code: these paths, the weights, and norms (on queries and keys
-    too) held fixed at their scale. Decided here, for models that the paper does not treat: biases go to the
+    From the authors' published code: these paths, the weights, and norms (on queries and keys too) held
+    fixed at their scale. Decided here, for models that their code does not treat: biases go to the
     bias component, each with its path's weight and those of the output and down maps whole; other
     activations than SiLU take the same slope `act(z) / z`; a neuron with `z` or `u` zero is left out on that
     path. Neurons are scored by the derivative behind their MLP.
