@@ -9,6 +9,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__in
     __path__.append(str(_root))
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.attributions import Attributions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.generation import Generation
@@ -18,6 +19,7 @@ from depass_lightning.targets import Contrast, Direction, ProbeLogit, Token
 
 __all__ = [
     "Attribution",
+    "Attributions",
     "Components",
     "Contrast",
     "DePass",

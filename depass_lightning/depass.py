@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.attributions import Attributions
 from depass_lightning.batches import in_batches
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.release import release_rule
@@ -32,12 +33,13 @@ from depass_lightning.options import (
     Engine,
     ScoreOptions,
     StatesOptions,
+    as_sources,
 )
 from depass_lightning.passes import Decomposition, Settings, decompose_batch, decompose_layers
 from depass_lightning.prompts import Prompt, prompts_of_ids, prompts_of_texts
-from depass_lightning.readings import attribute_batch, check_target, reading_layer
+from depass_lightning.readings import attribute_batch, attribute_targets, check_target, reading_place
 from depass_lightning.sources import Source, Tokens, resolve_layer
-from depass_lightning.targets import Target, TargetLike, as_target
+from depass_lightning.targets import TargetLike, as_targets
 
 
 class DePass:
@@ -91,12 +93,25 @@ class DePass:
     ) -> Attribution: ...
 
     @overload
+    def attribute(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: str, target: Sequence[TargetLike], **options: Unpack[AttributeOptions]
+    ) -> Attributions: ...
+
+    @overload
     def attribute(
         self,
         prompt: Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] = None,
         **options: Unpack[AttributeOptions],
     ) -> list[Attribution]: ...
+
+    @overload
+    def attribute(
+        self,
+        prompt: Sequence[str] | None = None,
+        target: Sequence[Sequence[TargetLike]] = (),
+        **options: Unpack[AttributeOptions],
+    ) -> list[Attributions]: ...
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
@@ -109,6 +124,16 @@ class DePass:
     ) -> list[Attribution]: ...
 
     @overload
+    def attribute(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        prompt: str,
+        target: Sequence[TargetLike],
+        *,
+        source: Sequence[Source],
+        **options: Unpack[ScoreOptions],
+    ) -> list[Attributions]: ...
+
+    @overload
     def attribute(
         self,
         prompt: Sequence[str] | None = None,
@@ -118,10 +143,20 @@ class DePass:
         **options: Unpack[ScoreOptions],
     ) -> list[list[Attribution]]: ...
 
+    @overload
+    def attribute(
+        self,
+        prompt: Sequence[str] | None = None,
+        target: Sequence[Sequence[TargetLike]] = (),
+        *,
+        source: Sequence[Source],
+        **options: Unpack[ScoreOptions],
+    ) -> list[list[Attributions]]: ...
+
     def attribute(
         self,
         prompt: str | Sequence[str] | None = None,
-        target: TargetLike | Sequence[TargetLike] = None,
+        target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]] = None,
         *,
         source: Source | Sequence[Source] | None = None,
         rule: RuleName = "softmax",
@@ -134,12 +169,14 @@ class DePass:
         progress: bool = False,
         input_ids: Int[Tensor, "batch position"] | None = None,
         attention_mask: Int[Tensor, "batch position"] | None = None,
-    ) -> Attribution | list[Attribution] | list[list[Attribution]]:
+    ) -> Any:
         """Say how much each component of a prompt contributes to a target.
 
         Args:
             prompt: one prompt, or several.
-            target: what is explained, one for all or one a prompt; None for the model's own next token.
+            target: what is explained; None for the model's own next token. For one prompt a list explains
+                several targets from one recorded pass. For several prompts it is one for all, a list of one a
+                prompt, or a list with a list for each prompt.
             source: what the state is split into; by default `Tokens()`. Several share one recorded pass, and
                 under a linear rule one backward pass.
             rule: how neurons are shared: softmax, max, relu, linear, taylor or dual.
@@ -152,38 +189,45 @@ class DePass:
             path: `content` holds attention's probabilities fixed; `control`, under taylor, gives what comes
                 on top where they are not: the scores of all ways to the target that at least once lead
                 through a query or a key. These do not sum to the value.
-            batch_size: how many prompts go through the model at once.
+            batch_size: how many prompts go through the model at once; with several targets each goes alone.
             progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side.
             attention_mask: 1 at the real positions of `input_ids`.
 
         Returns:
-            One `Attribution` for one prompt, a list for several or for ids, in their order; a list of them
-            in each place where several sources were given.
+            One `Attribution` for one prompt; `Attributions`, a sequence of one a target, where its targets
+            are a list. For several prompts or for ids a list of these, in their order. Where several sources
+            are given, each prompt has a list of these, one a source: prompt, source, target.
 
         Raises:
-            DePassError: a prompt is empty or too long, a target is not one token, a layer is out of range,
-                a setting is unknown, or the model's values are not finite.
+            DePassError: a prompt is empty or too long, a target is not one token, a list of targets is empty
+                or of another length than that of prompts, a layer is out of range, a setting is unknown, or
+                the model's values are not finite.
         """
         settings = self._settings(source, rule, temperature, bias, compat, engine, path)
         prompts = self._prompts(prompt, input_ids, attention_mask)
-        targets = _one_each(target, len(prompts))
+        targets, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         layers = len(self._decoder.blocks)
         begins = max(own.layers(layers)[-1] for own in settings.sources)
-        for entry, aim in zip(prompts, targets, strict=True):
-            check_target(self._decoder, self.tokenizer, entry, aim, begins)
+        for entry, aims in zip(prompts, targets, strict=True):
+            for aim in aims:
+                check_target(self._decoder, self.tokenizer, entry, aim, begins)
             for own in settings.sources:
                 own.describe(entry, self._decoder)
 
-        def explain(batch: list[int]) -> list[list[Attribution]]:
-            chosen, aims = [prompts[i] for i in batch], [targets[i] for i in batch]
+        def explain(batch: list[int]) -> list[Any]:
+            if several:
+                (i,) = batch
+                return [attribute_targets(self._decoder, self.tokenizer, prompts[i], targets[i], settings)]
+            chosen, aims = [prompts[i] for i in batch], [targets[i][0] for i in batch]
             return attribute_batch(self._decoder, self.tokenizer, chosen, aims, settings)
 
-        # Targets of one batch are read at the same layer.
+        # Targets of one batch are read at the same place.
         kinds = [
-            (reading_layer(aim, layers), len(entry.ids)) for entry, aim in zip(prompts, targets, strict=True)
+            (0 if several else reading_place(aims[0], layers), len(entry.ids))
+            for entry, aims in zip(prompts, targets, strict=True)
         ]
-        results = in_batches(kinds, batch_size, explain, progress)
+        results = in_batches(kinds, 1 if several else batch_size, explain, progress)
         if source is None or isinstance(source, Source):
             results = [own[0] for own in results]
         return results[0] if isinstance(prompt, str) else results
@@ -318,7 +362,7 @@ class DePass:
             if value not in choices:
                 raise DePassError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, choices))}")
         adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
-        sources = _sources(source)
+        sources = as_sources(source)
         for own in sources:
             own.layers(len(self._decoder.blocks))
         if compat == "release":
@@ -357,25 +401,3 @@ class DePass:
                 "prompts are text, but there is no tokenizer; use DePass(model, tokenizer) or input_ids"
             )
         return prompts_of_texts([prompt] if isinstance(prompt, str) else list(prompt), self.tokenizer, limit)
-
-
-def _sources(source: Source | Sequence[Source] | None) -> tuple[Source, ...]:
-    """One source or several, checked."""
-    sources = (Tokens(),) if source is None else (source,) if isinstance(source, Source) else tuple(source)
-    for own in sources:
-        if not isinstance(own, Source):
-            raise DePassError(f"source {own!r} is a {type(own).__name__}; pass Tokens(), Heads(), ...")
-    if not sources:
-        raise DePassError("the list of sources is empty")
-    return sources
-
-
-def _one_each(target: Any, count: int) -> list[Target]:
-    """One target a prompt; a single one serves all."""
-    if isinstance(target, (list, tuple)):
-        if len(target) != count:
-            raise DePassError(
-                f"there are {len(target)} targets for {count} prompts; pass one a prompt, or one for all"
-            )
-        return [as_target(entry) for entry in target]
-    return [as_target(target)] * count

@@ -7,17 +7,15 @@
    each place with its own token's row of the unembedding.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.attribution import Attribution
+from depass_lightning.attributions import Attributions
 from depass_lightning.engine.record import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
@@ -28,31 +26,18 @@ from depass_lightning.sources import Tokens
 from depass_lightning.targets import Token
 
 
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """The scores of every generated token over all tokens before it.
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation(Attributions):
+    """The scores of every generated token over all tokens of the finished text, the targets being in it.
+
+    A token's scores are zero at itself and behind.
 
     Attributes:
         attributions: one a generated token, in order, each over the whole finished text.
     """
 
-    attributions: list[Attribution]
-
-    def __len__(self) -> int:
-        return len(self.attributions)
-
     def __repr__(self) -> str:
-        return f"Generation({''.join(self.generated)!r}, {len(self)} tokens over {len(self.tokens)})"
-
-    @property
-    def text(self) -> str:
-        """The finished text, or "" where only ids were given."""
-        return self.attributions[0].text
-
-    @property
-    def tokens(self) -> list[str]:
-        """The text of each token, the generated ones last."""
-        return self.attributions[0].tokens
+        return f"Generation({self.continuation!r}, {len(self)} tokens over {len(self.tokens)})"
 
     @property
     def generated(self) -> list[str]:
@@ -60,53 +45,12 @@ class Generation:
         return self.tokens[-len(self) :]
 
     @property
-    def scores(self) -> Float[Tensor, "generated token"]:
-        """Each token's part of each generated token's logit; zero at that token and behind it."""
-        return torch.stack([own.scores[: len(self.tokens)] for own in self.attributions])
+    def continuation(self) -> str:
+        """The generated tokens as one text."""
+        return "".join(self.generated)
 
-    @property
-    def bias(self) -> Float[Tensor, "generated"] | None:
-        """The part of constants in each generated token's logit, where they have a component of their own."""
-        extra = [own.scores[len(self.tokens) :].sum() for own in self.attributions]
-        return torch.stack(extra) if self.attributions[0].names[-1:] == ["bias"] else None
-
-    @property
-    def values(self) -> Float[Tensor, "generated"]:
-        """The model's own logit of each generated token."""
-        return torch.tensor([own.value for own in self.attributions])
-
-    @property
-    def completeness(self) -> Float[Tensor, "generated"]:
-        """How far each generated token's scores are from summing to its logit, as in `Attribution`."""
-        return torch.tensor([own.completeness for own in self.attributions])
-
-    def attribution(self, index: int) -> Attribution:
-        """Give one generated token's scores as an attribution.
-
-        Args:
-            index: which generated token; negative counts from the end.
-
-        Raises:
-            DePassError: there is no such token.
-        """
-        if not -len(self) <= index < len(self):
-            raise DePassError(f"generated token {index} is out of range; {len(self)} were generated")
-        return self.attributions[index]
-
-    def show(self) -> None:
-        """Show the scores in a terminal: a row a token, a column a generated one."""
-        from rich.console import Console
-
-        from depass_lightning.reports.matrix import generation_matrix
-
-        console = Console()
-        console.print(generation_matrix(self, console.width))
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page with every generated token's scores: one file, which needs no network."""
-        from depass_lightning.reports.page import write_page
-
-        write_page(path, self.attributions, title=f"What the model bases {''.join(self.generated)!r} on")
+    def _title(self) -> str:
+        return f"What the model bases {self.continuation!r} on"
 
 
 def generate(
@@ -147,8 +91,8 @@ def generate(
     text = continued(prompt, ids, tokenizer)
     # The token behind a position is that position's target.
     targets = [Token(token, position=count - 1 + index) for index, token in enumerate(ids)]
-    found = attribute_targets(decoder, tokenizer, text, targets, settings)
-    return Generation([own[0] for own in found])
+    (found,) = attribute_targets(decoder, tokenizer, text, targets, settings)
+    return Generation(list(found))
 
 
 def _generated(decoder: Decoder, prompt: Prompt, arguments: Mapping[str, Any]) -> list[int]:

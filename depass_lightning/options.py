@@ -1,12 +1,14 @@
-"""The keyword arguments that the methods of `DePass` share, for type checkers."""
+"""The keyword arguments that the methods of `DePass` share, for type checkers, and how sources are read."""
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from jaxtyping import Int
 from torch import Tensor
 
 from depass_lightning.engine.rules import Path, RuleName
-from depass_lightning.sources import Source
+from depass_lightning.errors import DePassError
+from depass_lightning.sources import Source, Tokens
 
 BiasMode = Literal["component", "drop"]
 Engine = Literal["auto", "propagate", "adjoint"]
@@ -48,3 +50,21 @@ class DecomposeOptions(StatesOptions, total=False):
     """Of a call that gives one layer's states."""
 
     to_layer: int | None
+
+
+def as_sources(source: Source | Sequence[Source] | None) -> tuple[Source, ...]:
+    """Return one source or several as a tuple, `Tokens()` where none is given.
+
+    Args:
+        source: what a call was given.
+
+    Raises:
+        DePassError: the list is empty, or something in it is no source.
+    """
+    sources = (Tokens(),) if source is None else (source,) if isinstance(source, Source) else tuple(source)
+    for own in sources:
+        if not isinstance(own, Source):
+            raise DePassError(f"source {own!r} is a {type(own).__name__}; pass Tokens(), Heads(), ...")
+    if not sources:
+        raise DePassError("the list of sources is empty")
+    return sources

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.attributions import Attributions
 from depass_lightning.engine.record import Recording, exact
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
@@ -44,6 +45,19 @@ def reading_layer(target: Target, layers: int) -> int:
     if isinstance(target, (Token, Contrast)) or target.layer in (None, layers):
         return layers
     return resolve_layer(target.layer, layers, type(target).__name__)
+
+
+def reading_place(target: Target, layers: int) -> int:
+    """What targets that are read together have in common: the layer, and behind it the final norm.
+
+    Args:
+        target: the target.
+        layers: the model's number of blocks.
+
+    Raises:
+        DePassError: the model has no such layer.
+    """
+    return layers + 1 if isinstance(target, (Token, Contrast)) else reading_layer(target, layers)
 
 
 def check_target(
@@ -81,7 +95,7 @@ def attribute_batch(
     targets: list[Target],
     settings: Settings,
 ) -> list[list[Attribution]]:
-    """Attribute one batch whose targets stand at the same layer.
+    """Attribute one batch whose targets are read at the same place.
 
     Args:
         decoder: the model.
@@ -120,38 +134,41 @@ def attribute_targets(
     prompt: Prompt,
     targets: Sequence[Target],
     settings: Settings,
-) -> list[list[Attribution]]:
-    """Attribute several targets of one prompt, which stand at the same layer, from one recorded pass.
+) -> list[Attributions]:
+    """Attribute several targets of one prompt from one recorded pass.
+
+    Components are carried once for all targets that are read at the same place.
 
     Args:
         decoder: the model.
         tokenizer: to name tokens by; None shows ids.
         prompt: the prompt.
-        targets: at any of its positions.
+        targets: at any of its positions and layers.
         settings: how the pass is made.
 
     Returns:
-        For each target one attribution a source.
+        For each source one attribution a target.
 
     Raises:
         DePassError: the model's values are not finite.
     """
     at = [prompt.resolve_position(target.position) for target in targets]
+    naming = _Naming(decoder, tokenizer, settings)
+    found: list[dict[int, Attribution]] = [{} for _ in settings.sources]
     with exact(decoder.device):
         recording = record_batch(decoder, [prompt], [at], [max(at) + 1], settings)
         read = [
             _read(decoder, tokenizer, recording, [prompt], [target], [position])
             for target, position in zip(targets, at, strict=True)
         ]
-        scores = score_targets(recording, prompt, settings, [reading for reading, _ in read])
-    naming = _Naming(decoder, tokenizer, settings)
-    return [
-        [
-            naming.attribution(source, prompt, answers[0], own[index])
-            for source, own in zip(settings.sources, scores, strict=True)
-        ]
-        for index, (_, answers) in enumerate(read)
-    ]
+        places = [reading_place(target, len(decoder.blocks)) for target in targets]
+        for place in sorted(set(places)):
+            own = [index for index, other in enumerate(places) if other == place]
+            scores = score_targets(recording, prompt, settings, [read[index][0] for index in own])
+            for source, each, attributions in zip(settings.sources, scores, found, strict=True):
+                for row, index in enumerate(own):
+                    attributions[index] = naming.attribution(source, prompt, read[index][1][0], each[row])
+    return [Attributions([own[index] for index in range(len(targets))]) for own in found]
 
 
 def _read(

@@ -1,5 +1,6 @@
 """What is explained: a token's logit, the difference of two, or a direction inside the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,43 @@ def as_target(target: TargetLike) -> Target:
         f"target {target!r} is a {type(target).__name__}; pass a token's text or id, Token(...), "
         "Contrast(...), Direction(...), ProbeLogit(...), or None for the model's own next token"
     )
+
+
+def as_targets(target: Any, prompts: int | None) -> tuple[list[list[Target]], bool]:
+    """Sort out what each prompt's targets are, and whether they were given as lists.
+
+    Args:
+        target: one target for all; a list with one a prompt, or with a list for each prompt; for one prompt
+            by itself a list of its targets.
+        prompts: how many prompts there are; None for one by itself.
+
+    Raises:
+        DePassError: a list is empty or of another length, lists and single targets are mixed, or something
+            is no target.
+    """
+    if not isinstance(target, (list, tuple)):
+        return [[as_target(target)]] * (prompts or 1), False
+    if prompts is None:
+        return [_listed(target, "the list of targets")], True
+    if len(target) != prompts:
+        raise DePassError(
+            f"there are {len(target)} targets for {prompts} prompts; pass one a prompt, one for all, or a "
+            "list of several for each prompt"
+        )
+    lists = [isinstance(entry, (list, tuple)) for entry in target]
+    if not any(lists):
+        return [[as_target(entry)] for entry in target], False
+    if not all(lists):
+        raise DePassError(
+            f"the target of prompt {lists.index(False)} is no list, but others are; give every prompt a list"
+        )
+    return [_listed(own, f"the list of targets of prompt {index}") for index, own in enumerate(target)], True
+
+
+def _listed(targets: Sequence[Any], name: str) -> list[Target]:
+    if not targets:
+        raise DePassError(f"{name} is empty; give at least one, or None for the model's own next token")
+    return [as_target(entry) for entry in targets]
 
 
 def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:

@@ -16,7 +16,7 @@ from depass_lightning import DePass, DePassError, Heads, Token, Tokens
 from depass_lightning.engine.record import record
 from depass_lightning.generation import Generation
 from depass_lightning.prompts import continued, prompts_of_texts
-from depass_lightning.reports.matrix import generation_matrix
+from depass_lightning.reports.matrix import score_matrix
 from tests.models import ONE_OF_EACH, VOCABULARY, build, prompt
 from tests.test_engine_untouched import must_stay_untouched
 
@@ -30,7 +30,7 @@ def tiny() -> DePass:
 
 
 def tokens_of(found: Generation) -> list[int]:
-    return found.attribution(0).token_ids
+    return found[0].token_ids
 
 
 CASES = [
@@ -50,34 +50,34 @@ def test_one_pass_equals_a_pass_for_each_token(name: str, rule: Any, source: Tok
         found = depass.attribute_generation(
             input_ids=prompt(count)[None], max_new_tokens=new, rule=rule, source=source, **NEVER
         )
-        assert found.scores.shape == (new, count + new)
+        assert found.scores.shape == (new, len(found.names))
+        assert found.names[: count + new] == found.tokens
         ids = torch.tensor([tokens_of(found)])
         for index in (0, new // 2, new - 1):
             place = count - 1 + index
             target = Token(int(ids[0, place + 1]), position=place)
             (alone,) = depass.attribute(input_ids=ids, target=target, rule=rule, source=source)
-            own = found.attribution(index)
+            own = found[index]
             assert (own.names, own.target, own.position) == (alone.names, alone.target, place)
             assert own.value == pytest.approx(alone.value, rel=1e-6)
             assert own.rank == 0
             torch.testing.assert_close(own.scores, alone.scores, rtol=1e-5, atol=1e-6)
-            assert found.scores[index, place + 1 :].eq(0).all()
-            torch.testing.assert_close(found.scores[index], alone.scores[: count + new])
+            assert found.scores[index, place + 1 : count + new].eq(0).all()
+            assert torch.equal(found.scores[index], own.scores)
         if rule == "dual":  # which is not complete
             continue
         assert found.completeness.max() < 1e-6
-        total = found.scores.sum(1) + (0 if found.bias is None else found.bias)
-        torch.testing.assert_close(total, found.values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.scores.sum(1), found.values, rtol=1e-5, atol=1e-5)
 
 
 def test_constants_stand_apart_only_where_there_are_any() -> None:
     ids = prompt(7)[None]
     biased, plain = DePass(build("llama-biases")), DePass(build("llama"))
-    assert biased.attribute_generation(input_ids=ids, max_new_tokens=2, **NEVER).bias is not None
+    assert biased.attribute_generation(input_ids=ids, max_new_tokens=2, **NEVER).names[-1] == "bias"
     dropped = biased.attribute_generation(input_ids=ids, max_new_tokens=2, bias="drop", **NEVER)
-    assert dropped.bias is None
+    assert "bias" not in dropped.names
     assert dropped.completeness.max() > 1e-3
-    assert plain.attribute_generation(input_ids=ids, max_new_tokens=2, **NEVER).bias is None
+    assert "bias" not in plain.attribute_generation(input_ids=ids, max_new_tokens=2, **NEVER).names
 
 
 @pytest.mark.parametrize("rule", ["softmax", "taylor"])
@@ -107,7 +107,7 @@ def test_it_generates_what_the_model_does(name: str) -> None:
     sampled = DePass(model).attribute_generation(input_ids=ids, max_new_tokens=9, **sampling)
     assert tokens_of(sampled) == expected[0].tolist()
     assert tokens_of(sampled) != tokens_of(found)
-    assert sampled.attribution(0).metadata["temperature"] == 0.1
+    assert sampled[0].metadata["temperature"] == 0.1
 
 
 def test_it_is_greedy_unless_asked_for_something_else() -> None:
@@ -126,7 +126,7 @@ def test_it_stops_at_an_end_of_text_and_explains_it() -> None:
     found = depass.attribute_generation(input_ids=ids, max_new_tokens=9, eos_token_id=end)
     assert tokens_of(found) == whole[: whole.index(end, 7) + 1]
     assert found.generated[-1] == str(end)
-    assert found.attribution(-1).completeness < 1e-5
+    assert found[-1].completeness < 1e-5
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -156,7 +156,7 @@ def test_memory_changes_no_score() -> None:
 
 def test_text_and_tokens_read_on(tiny: DePass) -> None:
     found = tiny.attribute_generation(TEXT, max_new_tokens=3)
-    own = found.attribution(1)
+    own = found[1]
     assert found.text == TEXT + "".join(found.generated)
     assert found.tokens[-3:] == found.generated
     assert own.offsets is not None
@@ -197,7 +197,7 @@ def test_bytes_of_one_character_are_read_together() -> None:
 def test_the_matrix_shows_every_token_once_a_column(tiny: DePass, width: int) -> None:
     found = tiny.attribute_generation(TEXT, max_new_tokens=12)
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(generation_matrix(found, width))
+    console.print(score_matrix(found, width))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
     # The strongest of each column is written as ten tenths.
@@ -214,8 +214,8 @@ def test_it_is_shown_and_written(tiny: DePass, tmp_path: Path, capsys) -> None:
     assert "store" in capsys.readouterr().out
     found.to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("Mary") > 1
-    with pytest.raises(DePassError, match="token 2 is out of range; 2 were generated"):
-        found.attribution(2)
+    with pytest.raises(IndexError):
+        found[2]
 
 
 IDS = torch.tensor([[1, 5, 7]])

@@ -81,17 +81,20 @@ def asked_for(attribution: Attribution) -> Attribution:
     )
 
 
-def strongest_of(attribution: Attribution, most: int = LISTED) -> Attribution:
+def strongest_of(
+    attribution: Attribution, most: int = LISTED, among: Sequence[Attribution] = ()
+) -> Attribution:
     """Return a long list's strongest components in their order, the rest summed where they are one split.
 
     Args:
         attribution: any; what stands in the text or in a grid is returned whole.
         most: how many are kept one by one, beside what is left of the state.
+        among: all targets' attributions, where the same components are wanted of each.
     """
     if len(attribution) <= 2 * most or placed(attribution) or grid_of(attribution) is not None:
         return attribution
     left = set(remainders_of(attribution))
-    ranked = sorted(set(range(len(attribution))) - left, key=lambda i: -abs(attribution.scores[i].item()))
+    ranked = _ranked(among or [attribution], left)
     shortened = _chosen(attribution, sorted([*left, *ranked[:most]]))
     if attribution.groups > 1:
         return shortened
@@ -102,6 +105,27 @@ def strongest_of(attribution: Attribution, most: int = LISTED) -> Attribution:
         names=[*shortened.names, f"{OTHERS}{len(ranked) - most:,}"],
         positions=[*shortened.positions, None],
     )
+
+
+def asked_for_together(attributions: Sequence[Attribution], most: int = LISTED) -> list[int]:
+    """Return which components a matrix of several targets shows, in their order.
+
+    Args:
+        attributions: one a target, over the same components.
+        most: how many at most where they stand for no text; then the strongest of any target.
+    """
+    first = attributions[0]
+    if placed(first):
+        return [i for i, span in enumerate(first.positions) if span is not None]
+    return sorted(_ranked(attributions, set(remainders_of(first)))[:most])
+
+
+def _ranked(attributions: Sequence[Attribution], left: set[int]) -> list[int]:
+    """Return the components but for some, those first that have most of any target's strongest score."""
+    kept = [i for i in range(len(attributions[0])) if i not in left]
+    sizes = torch.stack([each.scores[kept].abs() for each in attributions])
+    parts = (sizes / sizes.amax(1, keepdim=True).clamp_min(1e-30)).amax(0)
+    return [kept[i] for i in torch.sort(parts, descending=True, stable=True).indices.tolist()]
 
 
 def mean_of(attributions: Sequence[Attribution]) -> Attribution | None:

@@ -1,47 +1,78 @@
-"""What each generated token rests on, as a matrix in a terminal."""
+"""Several targets of one prompt, or all tokens of a generation, as a matrix in a terminal."""
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from depass_lightning.attributions import Attributions
 from depass_lightning.generation import Generation
-from depass_lightning.reports.numbers import visible
+from depass_lightning.reports.components import asked_for_together
+from depass_lightning.reports.numbers import plain, signed, visible
 from depass_lightning.reports.terminal import score_style
 
 LABEL_WIDTH = 16
 CELL_WIDTH = 4
+ROWS = 24  # of components that stand for no text, the strongest
 
 
-def generation_matrix(generation: Generation, width: int) -> RenderableType:
-    """Return the scores with a row a token and a column a generated one, in parts of the column's strongest.
+def score_matrix(attributions: Attributions, width: int) -> RenderableType:
+    """Return the scores with a row a component and a column a target, in parts of the column's strongest.
+
+    Of components that stand for no text, such as heads, only the strongest have a row.
 
     Args:
-        generation: what to show.
+        attributions: what to show.
         width: the terminal's, in letters; further columns stand in further matrices below.
     """
     fit = max((width - LABEL_WIDTH - 8) // CELL_WIDTH, 1)
-    count = len(generation)
-    parts = [_matrix(generation, range(first, min(first + fit, count))) for first in range(0, count, fit)]
-    title = Text("what each generated token rests on, in tenths of the strongest of its column", "dim")
-    return Group(title, *parts)
+    count = len(attributions)
+    parts = [_matrix(attributions, range(first, min(first + fit, count))) for first in range(0, count, fit)]
+    if isinstance(attributions, Generation):
+        title = "what each generated token rests on, in tenths of the strongest of its column"
+        return Group(Text(title, "dim"), *parts)
+    worst = plain(attributions.completeness.max().item())
+    title = f"what each target rests on, in tenths of the strongest of its column; completeness {worst}"
+    return Group(_legend(attributions), Text(), Text(title, "dim"), *parts)
 
 
-def _matrix(generation: Generation, columns: range) -> Table:
+def _legend(attributions: Attributions) -> Table:
+    """Return the targets by their numbers, with their values."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right", style="bold")
+    table.add_column()
+    table.add_column(justify="right")
+    for number, own in enumerate(attributions, start=1):
+        table.add_row(str(number), Text(visible(own.target)), Text(signed(own.value)))
+    return table
+
+
+def _matrix(attributions: Attributions, columns: range) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", justify="right", style="bold", no_wrap=True)
     table.add_column("", max_width=LABEL_WIDTH, no_wrap=True)
     for column in columns:
         table.add_column(str(column + 1), justify="right", no_wrap=True, min_width=CELL_WIDTH - 1)
-    scores = generation.scores
+    rows = asked_for_together(attributions, ROWS)
+    scores = attributions.scores[:, rows]
     strongest = scores.abs().amax(1, keepdim=True)
     strengths = (scores / strongest.where(strongest > 0, 1.0)).tolist()
-    before = len(generation.tokens) - len(generation)
-    for row, token in enumerate(generation.tokens[: before + columns[-1] + 1]):
-        number = str(row - before + 1) if row >= before else ""
-        cells = [_cell(strengths[column][row], known=row < before + column) for column in columns]
-        name = Text(visible(token.strip(" ") or token), overflow="ellipsis", no_wrap=True)
-        table.add_row(number, name, *cells)
+    spans = attributions[0].positions
+    last = max(attributions[column].position for column in columns)
+    before = len(attributions.tokens) - len(attributions)
+    for row, component in enumerate(rows):
+        span, name = spans[component], attributions.names[component]
+        if span is not None and span[0] > last + isinstance(attributions, Generation):
+            continue
+        number = ""
+        if isinstance(attributions, Generation) and span is not None and span[0] >= before:
+            number = str(span[0] - before + 1)
+        cells = [
+            _cell(strengths[column][row], known=span is None or span[0] <= attributions[column].position)
+            for column in columns
+        ]
+        label = Text(visible(name.strip(" ") or name), overflow="ellipsis", no_wrap=True)
+        table.add_row(number, label, *cells)
     return table
 
 

@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.attributions import Attributions
 from depass_lightning.errors import DePassError
 from depass_lightning.files import write_whole
 from depass_lightning.reports.components import (
@@ -93,6 +94,18 @@ def write_page(
         notes=notes,
     )
     write_whole(path, page.encode("utf-8", errors="replace"))
+
+
+def write_matrix_page(path: str | os.PathLike[str], attributions: Attributions, *, title: str) -> None:
+    """Write the page of several targets of one prompt, or of all tokens of a generation.
+
+    Args:
+        path: where to write it; the file is written whole or not at all.
+        attributions: one a target.
+        title: what the page is about.
+    """
+    examples = [{"id": own.target} for own in attributions]
+    write_page(path, attributions, title=title, examples=examples)
 
 
 def page_html(
