@@ -5,22 +5,25 @@ defaults.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import at_readout, pull_back
+from depass_lightning.engine.bulk import Bulk
 from depass_lightning.engine.carry import Carry
+from depass_lightning.engine.groups import RankOne
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
-from depass_lightning.engine.rules import LinearPaths, Rule
+from depass_lightning.engine.rules import LinearPaths, Rule, Softmax
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, pad
-from depass_lightning.sources import Pass, Source
+from depass_lightning.sources import Neurons, Pass, Source
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Settings:
         adjoint: take scores back from the target instead of carrying components to it.
         path: content, or control for what comes on top where attention's probabilities are not held fixed.
         budget: the engine's memory.
+
+    Raises:
+        DePassError: a source approximates what this pass has exact, or does not have.
     """
 
     sources: tuple[Source, ...]
@@ -63,6 +69,14 @@ class Settings:
     adjoint: bool
     path: str
     budget: Budget
+
+    def __post_init__(self) -> None:
+        softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
+        if not softmax and any(_top(source) is not None for source in self.sources):
+            raise DePassError(
+                "Neurons(top=) approximates rule='softmax' with every constant carried (bias='component', no "
+                "compat); leave top out"
+            )
 
     def begin(self, prompts: list[Prompt]) -> Pass:
         """What sources must know of a batch's pass."""
@@ -118,6 +132,8 @@ def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> It
 
 
 def _record_whole(decoder: Decoder, prompts: list[Prompt], settings: Settings) -> Recording:
+    if _top(settings.sources[0]) is not None:
+        raise DePassError("Neurons(top=) gives scores, not states; leave top out to decompose")
     lengths = [len(prompt.ids) for prompt in prompts]
     return record_batch(decoder, prompts, [[length - 1] for length in lengths], lengths, settings)
 
@@ -155,10 +171,34 @@ class Reading:
     normed: bool
 
 
+@dataclass(frozen=True)
+class Scored:
+    """One prompt's scores for one source.
+
+    Args:
+        values: the scores, the bias component's last in each group.
+        notes: what is to be said about how they were got.
+    """
+
+    values: Float[Tensor, "group component"]
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A batch's scores for one source, one `Scored` a prompt (or a target)."""
+
+    values: Float[Tensor, "batch group component"]
+    notes: list[dict[str, Any]]
+
+    def __getitem__(self, row: int) -> Scored:
+        return Scored(self.values[row], self.notes[row])
+
+
 def score_batch(
     recording: Recording, prompts: list[Prompt], settings: Settings, reading: Reading
-) -> list[Float[Tensor, "batch group component"]]:
-    """Score every source's components for a batch's targets, the bias component last in each group.
+) -> list[Scores]:
+    """Score every source's components for a batch's targets.
 
     Args:
         recording: the recorded pass.
@@ -173,21 +213,89 @@ def score_batch(
         if settings.path == "control":
             free = _pulled_back(recording, settings, replace(settings.rule, control=1.0), begin, reading)
             groups = [both - content for both, content in zip(free, groups, strict=True)]
+        scores = [Scores(own, [{} for _ in prompts]) for own in groups]
     else:
-        groups = [_carried(recording, source, settings, begin, reading) for source in settings.sources]
-    return [torch.cat([own[:, :, 1:], own[:, :, :1]], 2) if settings.bias else own for own in groups]
+        scores = [_carried(recording, source, settings, begin, reading) for source in settings.sources]
+    return [replace(own, values=bias_last(own.values, settings)) for own in scores]
+
+
+def bias_last(scores: Float[Tensor, "*any component"], settings: Settings) -> Tensor:
+    """Put the bias component, which is carried first, behind the others of its group."""
+    return torch.cat([scores[..., 1:], scores[..., :1]], -1) if settings.bias else scores
 
 
 def _carried(
     recording: Recording, source: Source, settings: Settings, begin: Pass, reading: Reading
-) -> Tensor:
+) -> Scores:
     """Scores by carrying components to the target."""
-    carry = _carry(recording, source, settings, begin, reading.layer, reading.positions[:, None])
-    states = carry.read(recording.final_norm) if reading.normed else carry.dense()
-    scores = (states[:, :, 0] @ reading.vectors[:, :, None])[:, :, 0].unflatten(1, (carry.layout.groups, -1))
+    parts = []
+    for own in source.apart(recording.layers):
+        scores = uncarried(recording, own, settings, begin, reading)
+        if scores is None:
+            carry = _carry(recording, own, settings, begin, reading.layer, reading.positions[:, None])
+            states = carry.read(recording.final_norm) if reading.normed else carry.dense()
+            values = (states[:, :, 0] @ reading.vectors[:, :, None])[:, :, 0]
+            values = values.unflatten(1, (carry.layout.groups, -1))
+            if settings.bias:
+                values[:, :, 0] += reading.constants[:, None]
+            scores = Scores(values, [{} for _ in values])
+        parts.append(scores)
+    return joined(parts)
+
+
+def uncarried(
+    recording: Recording, source: Source, settings: Settings, begin: Pass, reading: Reading
+) -> Scores | None:
+    """Scores, the bias component first, of neurons that need not all be carried to the target.
+
+    Returns:
+        None where they must be, or the components are no neurons.
+    """
+    if not isinstance(source, Neurons):
+        return None
+    (layer,) = source.layers(recording.layers)
+    near = reading.layer - layer
+    if near > 1 and (source.top is None or near == 2):
+        return None
+    split = source.split(recording, begin)
+    group = None if near < 1 else split.inside(recording.block(layer), "after")
+    if not isinstance(group, RankOne):
+        raise DePassError(f"neurons of block {layer} begin behind layer {reading.layer}; take a later layer")
+    derivative = at_readout(
+        recording, reading.positions, reading.vectors, reading.constants, normed=reading.normed
+    )
+    if near == 1:
+        batch = torch.arange(len(reading.positions), device=reading.positions.device)
+        values, notes = group.read(reading.positions, derivative.states[batch, reading.positions]), None
+    else:
+        assert isinstance(settings.rule, Softmax)
+        assert source.top is not None
+        bulk = Bulk(
+            recording, split, group, settings.rule, derivative, reading.positions, layer + 1, reading.layer
+        )
+        values, estimates = bulk.estimate(source.top)
+        notes = [{"approximation": asdict(estimate)} for estimate in estimates]
     if settings.bias:
-        scores[:, :, 0] += reading.constants[:, None]
-    return scores
+        values[:, 0] += derivative.constants
+    return Scores(values[:, None], notes or [{} for _ in values])
+
+
+def joined(parts: list[Scores]) -> Scores:
+    """One source's scores from those of its groups; of approximations the worst is noted."""
+    notes = []
+    for own in zip(*(part.notes for part in parts), strict=True):
+        made = [note["approximation"] for note in own if note]
+        worst = {
+            name: pick(each[name] for each in made)
+            for name, pick in (("top", min), ("relative_change", max), ("spearman", min))
+            if made
+        }
+        notes.append({"approximation": worst} if made else {})
+    return Scores(torch.cat([part.values for part in parts], 1), notes)
+
+
+def _top(source: Source) -> int | None:
+    return source.top if isinstance(source, Neurons) else None
 
 
 def _pulled_back(

@@ -14,7 +14,7 @@ from depass_lightning.attributions import Attributions
 from depass_lightning.engine.record import Recording, exact
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.passes import Reading, Settings, described, record_batch, score_batch
+from depass_lightning.passes import Reading, Scored, Settings, described, record_batch, score_batch
 from depass_lightning.prompts import Prompt, token_text
 from depass_lightning.several import score_targets
 from depass_lightning.sources import Source, resolve_layer
@@ -214,10 +214,8 @@ class _Naming:
     tokenizer: PreTrainedTokenizerBase | None
     settings: Settings
 
-    def attribution(
-        self, source: Source, prompt: Prompt, answer: _Answer, scores: Float[Tensor, "group component"]
-    ) -> Attribution:
-        bias = self.settings.bias
+    def attribution(self, source: Source, prompt: Prompt, answer: _Answer, scored: Scored) -> Attribution:
+        bias, scores = self.settings.bias, scored.values
         names, positions = described(source, prompt, self.decoder, bias=bias)
         members = len(names) // len(scores) - int(bias)
         # What begins behind the target's position was cut off and stays at zero: it cannot have contributed.
@@ -246,7 +244,7 @@ class _Naming:
             probability=float(logits.softmax(-1)[answer.ids[0]]) if answer.ids else None,
             rank=int((logits > logits[answer.ids[0]]).sum()) if answer.ids else None,
             groups=len(scores),
-            metadata=self._metadata(answer),
+            metadata=self._metadata(answer) | scored.notes,
         )
 
     def _metadata(self, answer: _Answer) -> dict[str, Any]:

@@ -4,21 +4,22 @@ Components are carried to all targets' places at once: what they are there does 
 A linear rule goes back from each target by itself, through the same recording.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact
-from depass_lightning.passes import Reading, Settings, score_batch
+from depass_lightning.passes import Reading, Scores, Settings, bias_last, joined, score_batch, uncarried
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources import Source
+from depass_lightning.sources import Pass, Source
 
 
 def score_targets(
     recording: Recording, prompt: Prompt, settings: Settings, readings: list[Reading]
-) -> list[Float[Tensor, "target group component"]]:
-    """Score every source's components for each target, the bias component last in each group.
+) -> list[Scores]:
+    """Score every source's components for each target.
 
     Args:
         recording: the recorded pass of the prompt alone.
@@ -28,20 +29,35 @@ def score_targets(
     """
     if settings.adjoint:
         each = [score_batch(recording, [prompt], settings, reading) for reading in readings]
-        return [torch.cat(own) for own in zip(*each, strict=True)]
-    return [_carried(recording, prompt, source, settings, readings) for source in settings.sources]
+        return [_of_targets(own) for own in zip(*each, strict=True)]
+    begin = settings.begin([prompt])
+    found = []
+    for source in settings.sources:
+        parts = []
+        for own in source.apart(recording.layers):
+            apart = [uncarried(recording, own, settings, begin, reading) for reading in readings]
+            scores = [each for each in apart if each is not None]
+            parts.append(_of_targets(scores or [_carried(recording, own, settings, begin, readings)]))
+        whole = joined(parts)
+        found.append(replace(whole, values=bias_last(whole.values, settings)))
+    return found
+
+
+def _of_targets(each: Sequence[Scores]) -> Scores:
+    """Several targets' scores of the same components, each of them read by itself."""
+    return Scores(torch.cat([own.values for own in each]), [note for own in each for note in own.notes])
 
 
 def _carried(
-    recording: Recording, prompt: Prompt, source: Source, settings: Settings, readings: list[Reading]
-) -> Tensor:
+    recording: Recording, source: Source, settings: Settings, begin: Pass, readings: list[Reading]
+) -> Scores:
     """Scores by carrying components to all targets, which are then read place by place to bound memory."""
     places, of_target = torch.cat([reading.positions for reading in readings]).unique(return_inverse=True)
     decoder = recording.decoder
     # At more places than a head has values, attention costs less done everywhere.
     few = len(places) <= decoder.hidden_size // decoder.heads
     carry = None
-    split = source.split(recording, settings.begin([prompt]))
+    split = source.split(recording, begin)
     for _, reached in propagate(
         recording, split, settings.rule, stop=readings[0].layer, positions=places[None] if few else None
     ):
@@ -57,6 +73,6 @@ def _carried(
             own = of_target == index
             scores[own] = vectors[own] @ states[0, :, 0].T
     grouped = scores.unflatten(1, (carry.layout.groups, -1))
-    if not settings.bias:
-        return grouped
-    return torch.cat([grouped[:, :, 1:], grouped[:, :, :1] + constants[:, None, None]], 2)
+    if settings.bias:
+        grouped[:, :, 0] += constants[:, None]
+    return Scores(grouped, [{} for _ in readings])

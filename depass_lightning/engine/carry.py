@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP, FrozenNorm
+from depass_lightning.engine.groups import Group
 from depass_lightning.engine.layout import Chunk, ComponentBlock, Layout
-from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.memory import Budget, Storage
 from depass_lightning.engine.rules import CompetingRule, Rule, Taylor
 
 
@@ -31,17 +32,19 @@ class Carry:
         rows: `[row + 1, hidden]`; the last row is zero and stands for every component that does not live.
         positions: `[batch, position]` which of the prompt's positions the layout's positions are.
         budget: how much working memory a step may take.
+        storage: what keeps the rows, where it may be a file.
     """
 
     layout: Layout
     rows: Float[Tensor, "row hidden"]
     positions: Int[Tensor, "batch position"]
     budget: Budget
+    storage: Storage | None = None
 
     @classmethod
     def begin(
         cls,
-        components: Float[Tensor, "batch component position hidden"],
+        group: Group,
         real: Bool[Tensor, "batch position"],
         positions: Int[Tensor, "batch position"],
         *,
@@ -51,37 +54,60 @@ class Carry:
         """Begin with components that all live at every real position.
 
         Args:
-            components: their states.
+            group: the components.
             real: which positions are no padding.
             positions: which of the prompt's positions these are.
             bias: the bias component's index, or None; the first other component is the group's base.
             budget: how much working memory a step may take.
         """
-        alive = real.cpu()[:, :, None, None].expand(-1, -1, 1, components.shape[1])
+        alive = real.cpu()[:, :, None, None].expand(-1, -1, 1, group.count)
         fallback = 1 if bias == 0 else 0
-        layout = Layout(alive, alive, bias, fallback, components.device)
-        rows = components.new_zeros(layout.rows + 1, components.shape[-1])
-        rows[layout.index.to(rows.device)] = components.transpose(1, 2)
-        rows[-1] = 0  # padding wrote here
-        return cls(layout, rows, positions, budget)
+        layout = Layout(alive, alive, bias, fallback, group.like.device)
+        storage = Storage.of(layout.rows + 1, group.like, budget)
+        carry = cls(layout, storage.rows, positions, budget, storage)
+        carry._fill(group, 0)
+        return carry
 
-    def join(self, components: Float[Tensor, "batch component position hidden"]) -> "Carry":
+    def join(self, group: Group) -> "Carry":
         """Take in another group, whose components compete among themselves only.
 
         Args:
-            components: their states at this carry's positions; as many as each group has.
+            group: as many components as each group has.
         """
         old = self.layout
         real = old.alive.any(3).any(2)[:, :, None, None]
         alive = torch.cat([old.alive, real.expand_as(old.alive[:, :, :1])], 2)
         competes = torch.cat([old.competes, real.expand_as(old.competes[:, :, :1])], 2)
         layout = Layout(alive, competes, old.bias, old.fallback, old.device)
-        to = self.rows.device
-        rows = self.rows.new_zeros(layout.rows + 1, self.rows.shape[1])
-        rows[layout.index[:, :, : old.components].to(to)] = self.rows[old.index.to(to)]
-        rows[layout.index[:, :, old.components :].to(to)] = components.transpose(1, 2)
-        rows[-1] = 0
-        return Carry(layout, rows, self.positions, self.budget)
+        storage = Storage.of(layout.rows + 1, self.rows, self.budget)
+        carry = Carry(layout, storage.rows, self.positions, self.budget, storage)
+        for first in range(0, old.components, self._fill_step):
+            some = slice(first, min(first + self._fill_step, old.components))
+            to, of = (own.index[:, :, some].to(self.rows.device) for own in (layout, old))
+            carry.rows[to] = self.rows[of]
+            carry._settle()
+            self._settle()
+        carry._fill(group, old.components)
+        return carry
+
+    @property
+    def _fill_step(self) -> int:
+        """How many components are filled in at once."""
+        return self.budget.rows(3 * self.positions.numel() * self.rows.shape[1], self.rows.dtype)
+
+    def _fill(self, group: Group, offset: int) -> None:
+        """Write a group's states into its rows, some components at a time."""
+        for first in range(0, group.count, self._fill_step):
+            some = slice(first, min(first + self._fill_step, group.count))
+            index = self.layout.index[:, :, offset + some.start : offset + some.stop]
+            self.rows[index.to(self.rows.device)] = group.states(some, self.positions).transpose(1, 2)
+            self._settle()
+        self.rows[-1] = 0  # padding wrote here
+
+    def _settle(self) -> None:
+        """Let go of what the rows hold of memory, where they are kept in a file."""
+        if self.storage is not None:
+            self.storage.settle()
 
     def dense(self) -> Float[Tensor, "batch component position hidden"]:
         """All components at all positions, zeros included."""
@@ -102,6 +128,7 @@ class Carry:
         scale = self.at_positions(attention.norm.scale)
         for block in self.layout.component_blocks(rows):
             self.rows.index_add_(0, block.rows, self._attention_of(attention, block, scale))
+            self._settle()
 
     def _attention_of(self, attention: FrozenAttention, block: ComponentBlock, scale: Tensor) -> Tensor:
         """One block's attention output, row by row."""
@@ -146,6 +173,7 @@ class Carry:
             components = slice(first, first + step)
             states = self._mixed_states(attention, queries, self.layout.index[:, :, components])
             kept.rows[kept.layout.index[:, :, components].to(self.rows.device)] += states
+            self._settle()
         # Components that do not live at a target have all written into the last row.
         kept.rows[-1] = 0
         self._add_output_constants(attention, queries, kept)
@@ -212,30 +240,38 @@ class Carry:
 
     def share_neurons(self, mlp: FrozenMLP, rule: Rule) -> None:
         """Add each component's share of the MLP's output to it, a chunk of positions at a time."""
-        hidden, neurons = mlp.down.weight.shape
-        limit = self.budget.rows(2 * hidden + 2 * neurons, self.rows.dtype)
-        frozen = _MLPAtPositions(
-            mlp,
-            self.at_positions(mlp.norm.scale),
-            self.at_positions(mlp.neurons),
-            mlp.norm.constant_through(mlp.gate),
-        )
+        limit = self.chunk_rows(mlp)
+        frozen = self.frozen(mlp)
         slopes = None
         if isinstance(rule, Taylor):
             slopes = rule.slopes(self.at_positions(mlp.pre_activations), frozen.neurons)
         for chunk in self.layout.chunks(limit):
             count = len(chunk.row_at)
-            whole = slice(0, count)
             if slopes is not None:
-                gates = self._gates(frozen, chunk, whole)
-                self._add_down(frozen, chunk, whole, gates.mul_(slopes[chunk.row_at]))
+                for part in _parts(count, limit):
+                    gates = self.gates(frozen, chunk, part)
+                    self.add_down(frozen, chunk, part, gates.mul_(slopes[chunk.row_at[part]]))
             elif isinstance(rule, CompetingRule):
                 if count > limit and len(chunk.at) == 1:  # one position alone is too large
                     self._share_in_parts(frozen, rule, chunk, limit)
                 else:
                     self._share(frozen, rule, chunk)
 
-    def _gates(self, frozen: "_MLPAtPositions", chunk: Chunk, part: slice) -> Tensor:
+    def chunk_rows(self, mlp: FrozenMLP) -> int:
+        """How many rows may go through an MLP at once."""
+        hidden, neurons = mlp.down.weight.shape
+        return self.budget.rows(2 * hidden + 2 * neurons, self.rows.dtype)
+
+    def frozen(self, mlp: FrozenMLP) -> "MLPAtPositions":
+        """What of a frozen MLP stands at this carry's positions."""
+        return MLPAtPositions(
+            mlp,
+            self.at_positions(mlp.norm.scale),
+            self.at_positions(mlp.neurons),
+            mlp.norm.constant_through(mlp.gate),
+        )
+
+    def gates(self, frozen: "MLPAtPositions", chunk: Chunk, part: slice) -> Tensor:
         """The components' parts of the pre-activation, for some of a chunk's rows."""
         start = chunk.rows.start
         rows = self.rows[start + part.start : start + part.stop]
@@ -244,18 +280,19 @@ class Carry:
             gates[_within(chunk.bias, part)] += frozen.constant
         return gates
 
-    def _add_down(self, frozen: "_MLPAtPositions", chunk: Chunk, part: slice, shared: Tensor) -> None:
+    def add_down(self, frozen: "MLPAtPositions", chunk: Chunk, part: slice, shared: Tensor) -> None:
         """Project shared neurons down into the rows."""
         rows = self.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
         rows.addmm_(shared, frozen.mlp.down.weight.T)
         if frozen.mlp.down.bias is not None:
             rows[_within(chunk.bias, part)] += frozen.mlp.down.bias
+        self._settle()
 
-    def _share(self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk) -> None:
+    def _share(self, frozen: "MLPAtPositions", rule: CompetingRule, chunk: Chunk) -> None:
         """Share the neurons of a chunk whose segments each fit."""
         whole = slice(0, len(chunk.row_at))
-        gates = self._gates(frozen, chunk, whole)
-        present = torch.cat([_present(gates[run.rows]) for run in chunk.runs])
+        gates = self.gates(frozen, chunk, whole)
+        present = torch.cat([living(gates[run.rows]) for run in chunk.runs])
         everybody = bool(present.all())
         neurons = frozen.neurons[chunk.at]
         for run in chunk.runs:
@@ -266,32 +303,39 @@ class Carry:
             torch.mul(shares, neurons[run.segments, None], out=table)
             if rule.complete and not everybody:
                 self._fall_back(frozen, chunk, live.any(1)[:, 0], run.segments)
-        self._add_down(frozen, chunk, whole, gates)
+        self.add_down(frozen, chunk, whole, gates)
 
     def _share_in_parts(
-        self, frozen: "_MLPAtPositions", rule: CompetingRule, chunk: Chunk, limit: int
+        self, frozen: "MLPAtPositions", rule: CompetingRule, chunk: Chunk, limit: int
     ) -> None:
         """Share one position's neurons among more components than fit at once: twice over them, in parts."""
         count = len(chunk.row_at)
-        parts = [slice(first, min(first + limit, count)) for first in range(0, count, limit)]
         neurons = frozen.neurons[chunk.at]
+        # Gates that fit by themselves are kept for the second time.
+        keep = count <= self.budget.rows(neurons.shape[1], neurons.dtype)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
 
         def table(part: slice) -> tuple[Tensor, Tensor]:
-            gates = self._gates(frozen, chunk, part)
+            if part.start in kept:
+                return kept.pop(part.start)
+            gates = self.gates(frozen, chunk, part)
             at_origin = self._at_origin(chunk.at) & (part.start == 0)
-            return rule.prepare(gates[None], _present(gates)[None], at_origin)
+            return rule.prepare(gates[None], living(gates)[None], at_origin)
 
         summary, anybody = None, torch.zeros_like(chunk.at, dtype=torch.bool)
-        for part in parts:
+        for part in _parts(count, limit):
             gates, present = table(part)
             own = rule.summarise(gates, present, part.start)
             summary = own if summary is None else rule.merge(summary, own)
             anybody |= present.any()
+            if keep:
+                kept[part.start] = gates, present
+            self._settle()
         assert summary is not None
-        # The first pass is over before any row changes: gates are computed twice rather than kept.
-        for part in parts:
+        # The first time is over before any row changes.
+        for part in _parts(count, limit):
             gates, present = table(part)
-            self._add_down(frozen, chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
+            self.add_down(frozen, chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
         if rule.complete:
             self._fall_back(frozen, chunk, anybody, slice(None))
 
@@ -299,7 +343,7 @@ class Carry:
         """Which segments are a prompt's first position."""
         return self.positions.flatten()[at] == 0
 
-    def _fall_back(self, frozen: "_MLPAtPositions", chunk: Chunk, anybody: Tensor, segments: slice) -> None:
+    def _fall_back(self, frozen: "MLPAtPositions", chunk: Chunk, anybody: Tensor, segments: slice) -> None:
         """Give a position's whole MLP output to one component where none competes for it."""
         if not bool(anybody.all()):
             rows, at = chunk.fallback[segments][~anybody], chunk.at[segments][~anybody]
@@ -321,7 +365,7 @@ class Carry:
 
 
 @dataclass(frozen=True)
-class _MLPAtPositions:
+class MLPAtPositions:
     """A frozen MLP and what of it stands at a carry's positions, flattened."""
 
     mlp: FrozenMLP
@@ -330,7 +374,7 @@ class _MLPAtPositions:
     constant: Float[Tensor, "neuron"] | None
 
 
-def _present(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
+def living(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
     """Which components are not exactly zero (and, for the bias component, have no gate bias)."""
     return gates.abs().amax(1, keepdim=True) != 0
 
@@ -338,3 +382,8 @@ def _present(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
 def _within(rows: Tensor, part: slice) -> Tensor:
     """Those of the row numbers that lie in a part, counted from its start."""
     return rows[(rows >= part.start) & (rows < part.stop)] - part.start
+
+
+def _parts(count: int, limit: int) -> list[slice]:
+    """So many rows, in parts of at most so many."""
+    return [slice(first, min(first + limit, count)) for first in range(0, count, limit)]

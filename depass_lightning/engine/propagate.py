@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.groups import BehindAttention, Group, RankOne, Table
 from depass_lightning.engine.record import Recording, exact
 from depass_lightning.engine.rules import Rule
 
@@ -32,15 +33,11 @@ class Split(Protocol):
         """The components that begin at the entry of block `first`, if any do."""
         ...
 
-    def inside(
-        self, block: FrozenBlock, place: Place
-    ) -> Float[Tensor, "batch component position hidden"] | None:
+    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
         """The group of components that begins inside a block, if one does."""
         ...
 
-    def begin(
-        self, recording: Recording, components: Tensor, positions: Int[Tensor, "batch position"]
-    ) -> Carry:
+    def begin(self, recording: Recording, group: Group, positions: Int[Tensor, "batch position"]) -> Carry:
         """A carry of the first such group."""
         ...
 
@@ -74,36 +71,60 @@ def propagate(
             carry = carry.at(positions)
     if carry is not None:
         yield split.first, carry
+    waiting: RankOne | None = None
     for layer in range(split.first, stop):
         last = layer == stop - 1 and positions is not None
         wanted = positions if last and positions is not None else everywhere
         with exact(device):
             block = recording.block(layer)
-            if carry is not None and last:
+            if waiting is not None:
+                carry, waiting = behind_attention(recording, split, waiting, block, wanted), None
+            elif carry is not None and last:
                 carry = carry.attend_at(block.attention, wanted)
             elif carry is not None:
                 carry.attend(block.attention)
-            carry = _take_in(recording, split, block, "middle", carry, wanted)
+            carry = _take_in(recording, split, split.inside(block, "middle"), carry, wanted)
             if carry is not None:
                 carry.share_neurons(block.mlp, rule)
-            carry = _take_in(recording, split, block, "after", carry, wanted)
+            group = split.inside(block, "after")
+            if isinstance(group, RankOne) and carry is None and positions is not None and layer == stop - 2:
+                waiting = group  # only the next attention's target needs it
+            else:
+                carry = _take_in(recording, split, group, carry, wanted)
         if carry is not None:
             yield layer + 1, carry
+
+
+def behind_attention(
+    recording: Recording,
+    split: Split,
+    group: RankOne,
+    block: FrozenBlock,
+    positions: Int[Tensor, "batch target"],
+) -> Carry:
+    """A group of neurons behind the next block's attention, only at the target, without carrying it there.
+
+    Args:
+        recording: the recorded pass.
+        split: where the group comes from.
+        group: the neurons at the block's entry.
+        block: the block.
+        positions: `[batch, target]` the targets.
+    """
+    length = recording.input_ids.shape[1]
+    everywhere = torch.arange(length, device=positions.device).expand(len(positions), -1)
+    base = split.begin(recording, Table(group.base), everywhere).attend_at(block.attention, positions)
+    return split.begin(recording, BehindAttention(group, block.attention, base.dense(), positions), positions)
 
 
 def _take_in(
     recording: Recording,
     split: Split,
-    block: FrozenBlock,
-    place: Place,
+    group: Group | None,
     carry: Carry | None,
     positions: Int[Tensor, "batch position"],
 ) -> Carry | None:
     """Let the group that begins here, if one does, join those that are under way."""
-    components = split.inside(block, place)
-    if components is None:
+    if group is None:
         return carry
-    batch = torch.arange(len(positions), device=positions.device)[:, None]
-    # Indexing by two tensors around a slice moves them to the front: [batch, position, component, hidden].
-    components = components[batch, :, positions].transpose(1, 2)
-    return split.begin(recording, components, positions) if carry is None else carry.join(components)
+    return split.begin(recording, group, positions) if carry is None else carry.join(group)

@@ -13,6 +13,7 @@ from torch import Tensor
 from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.groups import Group, Table
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.propagate import Place, Split
 from depass_lightning.engine.record import Recording
@@ -90,6 +91,14 @@ class Source(ABC):
             DePassError: the model has no such layer.
         """
 
+    def apart(self, count: int) -> "Sequence[Source]":
+        """The sources whose groups are carried to a target one after another; together they are this one.
+
+        Args:
+            count: the model's number of blocks.
+        """
+        return [self]
+
     @abstractmethod
     def split(self, recording: Recording, settings: Pass) -> Split:
         """Begin the components of a recorded batch."""
@@ -134,30 +143,29 @@ class GroupSplit:
             return None
         device = components.device
         positions = torch.arange(components.shape[2], device=device).expand(len(components), -1)
-        return self.begin(recording, self._with_bias(components, None), positions)
+        group = self._with_bias(Table(components), torch.zeros_like(components[:, 0]))
+        return self.begin(recording, group, positions)
 
-    def inside(self, block: FrozenBlock, place: Place) -> Tensor | None:
+    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
         if block.index not in self.source.layers(self.recording.layers):
             return None
-        group = self.source.inside(block, place, self.settings)
-        return None if group is None else self._with_bias(*group)
+        begun = self.source.inside(block, place, self.settings)
+        if begun is None:
+            return None
+        group, constants = begun
+        return self._with_bias(group, torch.zeros_like(block.state) if constants is None else constants)
 
-    def begin(
-        self, recording: Recording, components: Tensor, positions: Int[Tensor, "batch position"]
-    ) -> Carry:
+    def begin(self, recording: Recording, group: Group, positions: Int[Tensor, "batch position"]) -> Carry:
         real = positions < recording.lengths[:, None]
         bias = 0 if self.settings.bias else None
-        return Carry.begin(components, real, positions, bias=bias, budget=self.settings.budget)
+        return Carry.begin(group, real, positions, bias=bias, budget=self.settings.budget)
 
-    def _with_bias(self, components: Tensor, constants: Tensor | None) -> Tensor:
+    def _with_bias(self, group: Group, constants: Tensor) -> Group:
         """Put the bias component in front, with the constants that belong to no component from the start."""
-        if not self.settings.bias:
-            return components
-        first = torch.zeros_like(components[:, :1]) if constants is None else constants[:, None]
-        return torch.cat([first, components], 1)
+        return group.after(constants) if self.settings.bias else group
 
 
-Group = tuple[Float[Tensor, "batch component position hidden"], Float[Tensor, "batch position hidden"] | None]
+Begun = tuple[Group, Float[Tensor, "batch position hidden"] | None]
 
 
 class GroupSource(Source):
@@ -180,9 +188,11 @@ class GroupSource(Source):
             ("after", derivatives.after),
         )
         for place, derivative in places:
-            group = self.inside(derivatives.block, place, settings)
-            if group is not None:
-                components, constants = group
+            begun = self.inside(derivatives.block, place, settings)
+            if begun is not None:
+                group, constants = begun
+                everywhere = torch.arange(derivative.states.shape[1], device=derivative.states.device)
+                components = group.states(slice(None), everywhere.expand(len(derivative.states), -1))
                 total = derivative.constants
                 if constants is not None:
                     total = total + derivative.of(constants[:, None])[:, 0]
@@ -193,7 +203,7 @@ class GroupSource(Source):
         """The components `[batch, component, position, hidden]` at the entry of the first block, if there."""
         return None
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
         """The components that begin inside a block, and constants that belong to none of them."""
         return None
 

@@ -1,7 +1,7 @@
 """What a block's attention and MLP add to the residual stream: heads, modules, neurons."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from depass_lightning.engine.adjoint import BlockDerivatives
 from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.groups import RankOne, Table
 from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder, linear_of
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, Group, GroupSource, Pass, resolve_layer, with_constants
+from depass_lightning.sources.base import Begun, Described, GroupSource, Pass, resolve_layer, with_constants
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Heads(_Blockwise):
 
     kind: ClassVar[str] = "heads"
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
         if place != "middle":
             return None
         attention = block.attention
@@ -59,7 +60,7 @@ class Heads(_Blockwise):
         if constants is not None:
             mixed = constants.flatten(2) @ attention.output.weight.T
             total = mixed if total is None else mixed + total
-        return torch.cat([block.state[:, None], heads], 1), total
+        return Table(torch.cat([block.state[:, None], heads], 1)), total
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
         return self._named(decoder, ["state", *(f"head {index}" for index in range(decoder.heads))])
@@ -84,12 +85,12 @@ class Module(_Blockwise):
         object.__setattr__(self, "module", module)
         object.__setattr__(self, "layer", layer)
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
         if place != ("middle" if self.module == "attention" else "after"):
             return None
         if self.module == "attention":
-            return torch.stack([block.state, block.attention_output], 1), None
-        return torch.stack([block.state + block.attention_output, block.mlp_output], 1), None
+            return Table(torch.stack([block.state, block.attention_output], 1)), None
+        return Table(torch.stack([block.state + block.attention_output, block.mlp_output], 1)), None
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
         return self._named(decoder, ["state", self.module])
@@ -99,15 +100,39 @@ class Module(_Blockwise):
 class Neurons(_Blockwise):
     """What each neuron of a block's MLP adds, and the rest of the state behind the MLP.
 
+    Many components are carried, so a competing rule takes each block's group by itself, however many are
+    asked for. What it holds then is neurons x tokens x hidden x 4 bytes in float32 (for 11008 neurons, 100
+    tokens and 4096 hidden 18 GB), in a temporary file where that is more than half of the free memory; see
+    `engine/memory.py`. Neurons of the last block before the target, and of the one before it, need nothing
+    of that size.
+
     Args:
         layer: the block; None takes every block, each a group of its own.
         indices: the neurons that are components; by default all.
+        top: under the softmax rule, an approximation that is many times faster: the largest neurons of each
+            block are carried exactly, the others to first order (`engine/bulk.py`). It is made with `top`
+            and with twice as many; the scores are the latter's, and `metadata["approximation"]` says how far
+            the two are apart (over several blocks the worst). The last two blocks before the target are
+            exact. Scores always sum to the target's value, so completeness says nothing about the error.
+
+    Raises:
+        DePassError: `top` is not a positive number.
     """
 
     indices: Sequence[int] | None = None
+    top: int | None = None
     kind: ClassVar[str] = "neurons"
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Group | None:
+    def __post_init__(self) -> None:
+        if self.top is not None and self.top < 1:
+            raise DePassError(
+                f"Neurons: top is {self.top}; carry at least one exactly, or leave it out for all"
+            )
+
+    def apart(self, count: int) -> "Sequence[Neurons]":
+        return [replace(self, layer=layer) for layer in self.layers(count)]
+
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
         if place != "after":
             return None
         chosen = slice(None) if self.indices is None else list(self.indices)
@@ -116,8 +141,7 @@ class Neurons(_Blockwise):
         rest = block.state + block.attention_output - values @ weights.T
         if not settings.release:  # the published code's base has lost the MLP's output
             rest = rest + block.mlp_output
-        neurons = values.transpose(1, 2)[..., None] * weights.T[:, None]
-        return torch.cat([rest[:, None], neurons], 1), None
+        return RankOne(rest[:, None], values, weights.T[None]), None
 
     def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
         """Without ever building a neuron's state: its score is its value times the derivative by it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.groups import Group
 from depass_lightning.engine.layout import token_layout
 from depass_lightning.engine.propagate import Place, Split
 from depass_lightning.engine.record import Recording
@@ -164,5 +165,5 @@ class _PositionSplit:
     def inside(self, block: FrozenBlock, place: Place) -> None:
         return None
 
-    def begin(self, recording: Recording, components: Tensor, positions: Tensor) -> Carry:
+    def begin(self, recording: Recording, group: Group, positions: Tensor) -> Carry:
         raise DePassError("positions begin at a block's entry only")
