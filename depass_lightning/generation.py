@@ -50,7 +50,8 @@ class Generation(Attributions):
         return "".join(self.generated)
 
     def _title(self) -> str:
-        return f"What the model bases {self.continuation!r} on"
+        said = self.continuation
+        return f"What the model bases {said if len(said) < 60 else said[:58] + '…'!r} on"
 
 
 def generate(

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from depass_lightning.errors import DePassError
+from depass_lightning.generation import Generation
 from depass_lightning.reports.figures import curves_figure, save_figure
-from depass_lightning.reports.page import page_html, write_page
+from depass_lightning.reports.page import page_html, write_matrix_page, write_page
 from tests.attributions import CURVES, NASTY, Elements, attribution_of, heads, ioi, nasty, neurons
 
 EXAMPLE = {
@@ -203,6 +204,95 @@ def drawn(folder: Path, page: str) -> str:
     command = ["chromium", *flags, profile, "--virtual-time-budget=2000", "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.split("<noscript>", 1)[0]
+
+
+def generated(count: int = 3, **changes: Any) -> Generation:
+    """Return what the last tokens of the sentence of indirect objects rest on, each over those before it."""
+    rows = []
+    for position in range(len(ioi().tokens) - 1 - count, len(ioi().tokens) - 1):
+        own = ioi(position=position, metadata={"model": "tiny", "target_ids": [position + 1]}, **changes)
+        own.scores[position + 1 : len(own.tokens)] = 0
+        own.target = repr(own.tokens[position + 1])
+        rows.append(own)
+    return Generation(rows)
+
+
+def test_a_generation_is_one_matrix_that_repeats_nothing(tmp_path: Path) -> None:
+    found = generated()
+    found.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "What the model bases" in Elements(page).text
+    data = data_of(page)
+    first, second, third = data["prompts"]
+    assert data["matrices"] == [{"name": "matrix", "rows": [0, 3]}]
+    assert data["mean"] is None
+    assert (first["matrix"], second["like"], third["like"]) == (0, 0, 0)
+    assert [first["stands"], second["stands"], third["stands"]] == [7, 8, 9]
+    assert [first["row"], second["row"], third["row"]] == ["John", "waved", "to"]
+    assert not {"tokens", "special", "marks"} & set(second)
+    assert set(second["views"]["tokens"]) == {"scores"}
+    assert (
+        second["views"]["tokens"]["scores"][: second["stands"]]
+        == found.scores[1, : second["stands"]].tolist()
+    )
+
+
+def test_several_matrices_stand_beside_single_prompts() -> None:
+    found = generated(2)
+    rows = [{"id": f"a/{i}", "matrix": "a", "row": str(i)} for i in range(2)]
+    more = [{"id": f"b/{i}", "matrix": "b", "row": str(i)} for i in range(2)]
+    page = page_html([*found, ioi(), *found], title="T", examples=[*rows, {"id": "alone"}, *more])
+    data = data_of(page)
+    assert data["matrices"] == [{"name": "a", "rows": [0, 2]}, {"name": "b", "rows": [3, 5]}]
+    assert [prompt.get("matrix") for prompt in data["prompts"]] == [0, None, None, 1, None]
+    assert [prompt.get("like") for prompt in data["prompts"]] == [None, 0, None, None, 3]
+
+
+def test_the_rows_of_a_matrix_show_the_same_neurons() -> None:
+    one, other = neurons(), neurons()
+    other.scores = torch.cat([other.scores[:1], other.scores[1:].flip(0) / 10])
+    page = page_html([one, other], title="T", examples=[{"id": str(i), "matrix": "m"} for i in range(2)])
+    lead, row = data_of(page)["prompts"]
+    assert "names" not in row["views"]["tokens"]
+    assert {"neuron 0", "neuron 299"} <= set(lead["views"]["tokens"]["names"])
+    assert sum(row["views"]["tokens"]["scores"]) == pytest.approx(other.scores.sum().item(), rel=1e-4)
+
+
+def chosen_rows(body: str) -> list[bool]:
+    """Return of each row of a drawn matrix whether it is the chosen one."""
+    return ['aria-selected="true"' in row for row in re.findall(r'<div id="row-[^>]*>', body)]
+
+
+USED = """
+const go = (kind, at, more) => at.dispatchEvent(new PointerEvent(kind, { bubbles: true, ...more }));
+const box = () => document.querySelectorAll(".matrix-band")[1].getBoundingClientRect();
+const at = document.querySelectorAll(".matrix-band")[1];
+go("click", at, { clientX: box().left + 1, clientY: box().top + 4 });
+const down = new KeyboardEvent("keydown", { key: "ArrowDown", bubbles: true });
+document.querySelector(".matrix").dispatchEvent(down);
+const over = { clientX: box().left + (2.5 * box().width) / 10, clientY: box().top + 4 };
+setTimeout(() => go("pointermove", at, over), 200);
+"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_browser_draws_a_matrix_whose_rows_can_be_chosen(tmp_path: Path) -> None:
+    write_matrix_page(tmp_path / "page.html", generated(), title="Generated")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    body = drawn(tmp_path, "page.html")
+    assert body.count('class="matrix-row"') == 3
+    assert body.count('class="matrix-band"') == 3
+    assert chosen_rows(body) == [True, False, False]
+    assert "piece answer" in body  # the generated token, in the text
+    assert 'class="answer"' not in body  # which needs no other behind it
+    # What a reader does, by a script that the page itself would not allow.
+    used = page.replace("http-equiv", "data-off").replace("</body>", f"<script>{USED}</script></body>")
+    (tmp_path / "used.html").write_text(used, encoding="utf-8")
+    body = drawn(tmp_path, "used.html")
+    assert chosen_rows(body) == [False, False, True]
+    tip = re.sub("<[^>]*>", "", body.split('id="tip"', 1)[1])
+    assert "Mary → waved+377.4% of what speaks for it" in tip
+    assert 'class="matrix-mark"' in body
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")

@@ -66,6 +66,11 @@ def visible(text: str) -> str:
     return "".join(_visible(character) for character in text)
 
 
+def bare(name: str) -> str:
+    """Return a token's text without the space that it begins with, of spaces alone the spaces."""
+    return name.strip(" ") or name
+
+
 def _visible(character: str) -> str:
     if character in "\n\t":
         return "↵" if character == "\n" else "⇥"

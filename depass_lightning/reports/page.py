@@ -24,6 +24,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.attributions import Attributions
 from depass_lightning.errors import DePassError
 from depass_lightning.files import write_whole
+from depass_lightning.generation import Generation
 from depass_lightning.reports.components import (
     Grid,
     grid_of,
@@ -33,13 +34,15 @@ from depass_lightning.reports.components import (
     remainders_of,
     strongest_of,
 )
-from depass_lightning.reports.numbers import model_name, summary_cards, visible
+from depass_lightning.reports.matrices import matrices_of, shared_rows
+from depass_lightning.reports.numbers import bare, model_name, summary_cards, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 
 SCRIPTS = (
     "page_base.js",
     "page_panels.js",
     "page_prompt.js",
+    "page_matrix.js",
     "page_heat.js",
     "page_components.js",
     "page_mean.js",
@@ -75,7 +78,9 @@ def write_page(
         figures: pictures to show below (.png, .svg), embedded in the page.
         examples: what is known of each prompt, as many as there are attributions: `id`; `answer`; `roles`,
             named character ranges of the prompt; `evidence`, the right tokens as names of roles or as
-            character ranges; `evidence_first`, whether a right token has the largest score.
+            character ranges; `evidence_first`, whether a right token has the largest score. Attributions that
+            follow one another and have the same `matrix`, a name, are shown as the rows of one, each called
+            by its `row`: they are several targets of one prompt.
         mean: the mean over the run's prompts, shown first where components stand for no text, such as heads;
             by default that of the given attributions.
         notes: what is known of components, by their names: the tokens that a neuron promotes.
@@ -104,8 +109,20 @@ def write_matrix_page(path: str | os.PathLike[str], attributions: Attributions, 
         attributions: one a target.
         title: what the page is about.
     """
-    examples = [{"id": own.target} for own in attributions]
-    write_page(path, attributions, title=title, examples=examples)
+    write_page(path, attributions, title=title, examples=matrix_examples(attributions))
+
+
+def matrix_examples(attributions: Attributions, name: str = "matrix") -> list[dict[str, Any]]:
+    """Return what a page must know of attributions to show them as one matrix.
+
+    Args:
+        attributions: one a target.
+        name: what the matrix is called.
+    """
+    generated = attributions.generated if isinstance(attributions, Generation) else attributions.targets
+    return [
+        {"id": f"{index + 1} {bare(row)}", "matrix": name, "row": row} for index, row in enumerate(generated)
+    ]
 
 
 def page_html(
@@ -128,13 +145,17 @@ def page_html(
     names = _distinct([str(example.get("id", f"prompt {i + 1}")) for i, example in enumerate(known)])
     shared = _shared_settings(attributions)
     grids: list[Grid] = []
+    matrices = matrices_of([example.get("matrix") for example in known])
+    together = {row: attributions[slice(*matrix.rows)] for matrix in matrices for row in range(*matrix.rows)}
     prompts = [
-        _prompt(name, attribution, example, grids) | {"settings": _settings(attribution, without=shared)}
-        for name, attribution, example in zip(names, attributions, known, strict=True)
+        _prompt(names[i], attribution, known[i], grids, together.get(i, ()))
+        | {"settings": _settings(attribution, without=shared)}
+        for i, attribution in enumerate(attributions)
     ]
     data = {
-        "prompts": prompts,
-        "mean": _mean(attributions, mean, grids),
+        "prompts": shared_rows(prompts, matrices),
+        "matrices": [{"name": visible(own.name), "rows": own.rows} for own in matrices],
+        "mean": None if matrices else _mean(attributions, mean, grids),
         "grids": [_grid(grid) for grid in grids],
         "notes": {visible(name): visible(note) for name, note in (notes or {}).items()},
         "curves": (summary or {}).get("curves") or {},
@@ -160,11 +181,18 @@ def page_html(
 
 
 def _prompt(
-    name: str, attribution: Attribution, example: Mapping[str, Any], grids: list[Grid]
+    name: str,
+    attribution: Attribution,
+    example: Mapping[str, Any],
+    grids: list[Grid],
+    together: Sequence[Attribution],
 ) -> dict[str, Any]:
-    """Collect what the page shows of one prompt; a grid that no prompt before had is added to `grids`."""
+    """Collect what the page shows of one prompt; a grid that no prompt before had is added to `grids`.
+
+    What stands together in a matrix shows the same components.
+    """
     words = attribution.words()
-    views = {"tokens": _view(attribution, grids)}
+    views = {"tokens": _view(attribution, grids, together)}
     if len(words) < len(attribution):
         views["words"] = _components(words)
     evidence = _evidence_ranges(example)
@@ -174,6 +202,8 @@ def _prompt(
         "tokens": [visible(token) for token in attribution.tokens],
         "special": [i for i, (start, end) in enumerate(attribution.offsets or ()) if start == end],
         "position": attribution.position,
+        "stands": _stands(attribution),
+        "row": visible(bare(str(example.get("row", name)))),
         "views": views,
         "marks": _marks(attribution, example) if known else [],
         "share": _rounded(attribution.share(evidence))
@@ -190,16 +220,27 @@ def _prompt(
     }
 
 
-def _view(attribution: Attribution, grids: list[Grid]) -> dict[str, Any]:
+def _stands(attribution: Attribution) -> int | None:
+    """Return the place where the target's token stands in the text itself, as in what was generated."""
+    following, target = attribution.position + 1, attribution.metadata.get("target_ids")
+    if following < len(attribution.tokens) and target == [attribution.token_ids[following]]:
+        return following
+    return None
+
+
+def _view(
+    attribution: Attribution, grids: list[Grid], together: Sequence[Attribution] = ()
+) -> dict[str, Any]:
     """Collect the components as they are shown: in a grid, whose names all prompts share, or in a list."""
     grid = grid_of(attribution)
-    view = _components(strongest_of(attribution))
+    shown = strongest_of(attribution, among=together)
+    view = _components(shown)
     if grid is not None:
         if grid not in grids:
             grids.append(grid)
         view |= {"names": [], "spans": [], "grid": grids.index(grid)}
     elif not placed(attribution):
-        view["remainders"] = remainders_of(strongest_of(attribution))
+        view["remainders"] = remainders_of(shown)
         view["partial"] = attribution.groups > 1  # the strongest of several splits: no part of any one
     return view
 

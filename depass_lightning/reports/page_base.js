@@ -73,6 +73,16 @@ function ink(ground) {
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
 
+// A row of a matrix has what it does not say itself from the matrix's first.
+for (const prompt of PROMPTS.filter((prompt) => prompt.like != null)) {
+  const first = PROMPTS[prompt.like];
+  for (const [name, view] of Object.entries(prompt.views)) prompt.views[name] = { ...first.views[name], ...view };
+  Object.assign(prompt, { ...first, ...prompt });
+}
+// The prompt that stands for another in the list: of a matrix its first row.
+const leading = (i) => DATA.matrices[PROMPTS[i].matrix]?.rows[0] ?? i;
+const LEADING = PROMPTS.map((_, i) => i).filter((i) => leading(i) === i);
+
 // Prompts whose components stand in the same grid share one list of names, and what is left of the state.
 for (const grid of DATA.grids) {
   grid.names = grid.layers.flatMap((layer) => grid.columns.map((name) => `layer ${layer} ${name}`));

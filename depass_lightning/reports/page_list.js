@@ -3,12 +3,14 @@
 
 const ROW = 70;
 
-const HAYSTACK = PROMPTS.map((p) => [p.id, p.tokens.join(""), p.target, p.prediction, p.answer].join("\n").toLowerCase());
+const listName = (prompt) => (prompt.matrix == null ? prompt.id : DATA.matrices[prompt.matrix].name);
+
+const HAYSTACK = PROMPTS.map((p) => [listName(p), p.id, p.tokens.join(""), p.target, p.prediction, p.answer].join("\n").toLowerCase());
 
 const FILTERS = {
   "all prompts": () => true,
-  "the model is right": (p) => p.rank === 0,
-  "the model is wrong": (p) => p.rank > 0,
+  "the model is right": (p) => p.rank === 0 && p.matrix == null,
+  "the model is wrong": (p) => p.rank > 0 && p.matrix == null,
   "the right token is first": (p) => p.first === true,
   "the right token is not first": (p) => p.first === false,
 };
@@ -38,7 +40,7 @@ function arrange() {
   const keep = FILTERS[byId("filter").value];
   const key = SORTS[byId("sort").value];
   const collator = new Intl.Collator("en", { numeric: true });
-  state.visible = PROMPTS.map((_, i) => i).filter((i) => keep(PROMPTS[i]) && words.every((word) => HAYSTACK[i].includes(word)));
+  state.visible = LEADING.filter((i) => keep(PROMPTS[i]) && words.every((word) => HAYSTACK[i].includes(word)));
   if (key) {
     const compare = (a, b) => (typeof a === "string" ? collator.compare(a, b) : a - b);
     const known = state.visible.filter((i) => key(PROMPTS[i]) != null);
@@ -47,7 +49,7 @@ function arrange() {
     state.visible = [...known, ...state.visible.filter((i) => key(PROMPTS[i]) == null)];
   } else if (!descending) state.visible.reverse();
   byId("direction").textContent = descending ? "↓" : "↑";
-  byId("shown").textContent = state.visible.length === PROMPTS.length ? "" : `${state.visible.length.toLocaleString("en")} of ${PROMPTS.length.toLocaleString("en")}`;
+  byId("shown").textContent = state.visible.length === LEADING.length ? "" : `${state.visible.length.toLocaleString("en")} of ${LEADING.length.toLocaleString("en")}`;
   drawList();
 }
 
@@ -59,7 +61,7 @@ function drawList() {
   rows.style.height = `${state.visible.length * ROW}px`;
   rows.replaceChildren(...state.visible.slice(first, first + count).map((i, k) => listRow(i, first + k)));
   if (!state.visible.length) rows.replaceChildren(element("p", { class: "nothing" }, "No prompt fits."));
-  const chosen = byId(`prompt-${state.chosen}`);
+  const chosen = byId(`prompt-${leading(state.chosen)}`);
   chosen ? list.setAttribute("aria-activedescendant", chosen.id) : list.removeAttribute("aria-activedescendant");
 }
 
@@ -67,12 +69,13 @@ function listRow(i, place) {
   const prompt = PROMPTS[i];
   const strip = element("i", { class: "strip", "aria-hidden": "true" });
   strip.style.background = stripes(prompt);
-  const right = prompt.rank == null ? "" : prompt.rank === 0 ? "✓" : "✗";
+  const rows = DATA.matrices[prompt.matrix]?.rows;
+  const right = prompt.rank == null || rows ? "" : prompt.rank === 0 ? "✓" : "✗";
   const row = element(
     "div",
-    { id: `prompt-${i}`, class: "item", role: "option", "aria-selected": String(i === state.chosen), "aria-setsize": state.visible.length, "aria-posinset": place + 1, onclick: () => choose(i, { show: true }) },
-    element("span", { class: "item-head" }, element("b", {}, prompt.id), element("span", { class: prompt.rank === 0 ? "good" : "bad", title: "whether the model is right" }, right),
-      element("span", { class: "item-value" }, signed(prompt.value))),
+    { id: `prompt-${i}`, class: "item", role: "option", "aria-selected": String(i === leading(state.chosen)), "aria-setsize": state.visible.length, "aria-posinset": place + 1, onclick: () => choose(i, { show: true }) },
+    element("span", { class: "item-head" }, element("b", {}, listName(prompt)), element("span", { class: prompt.rank === 0 ? "good" : "bad", title: "whether the model is right" }, right),
+      element("span", { class: "item-value" }, rows ? `${rows[1] - rows[0]} targets` : signed(prompt.value))),
     element("span", { class: "item-text", dir: "auto" }, snippet(prompt)),
     strip,
   );
@@ -98,7 +101,7 @@ function stripes(prompt) {
 }
 
 function scrollToChosen() {
-  const place = state.visible.indexOf(state.chosen);
+  const place = state.visible.indexOf(leading(state.chosen));
   const list = byId("list");
   if (place < 0) return;
   const top = place * ROW;

@@ -4,7 +4,7 @@
 // The order in which the scripts add them is their order on the page.
 const PANELS = [];
 
-const state = { chosen: 0, view: "tokens", order: "score", all: false, visible: PROMPTS.map((_, i) => i) };
+const state = { chosen: 0, view: "tokens", order: "score", all: false, visible: LEADING };
 
 const viewOf = (prompt) => prompt.views[state.view] ?? prompt.views.tokens;
 
@@ -18,7 +18,7 @@ function drawDetail() {
 }
 
 function detailHead(prompt) {
-  const place = state.visible.indexOf(state.chosen);
+  const place = state.visible.indexOf(leading(state.chosen));
   const count = state.visible.length;
   const step = (by, sign, label) =>
     element("button", { type: "button", class: "quiet", "aria-label": label, disabled: !count, onclick: () => move(by) }, sign);
@@ -36,7 +36,7 @@ function detailHead(prompt) {
 function badges(prompt) {
   const badge = (good, yes, no) =>
     good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ ${no}`);
-  const right = prompt.rank == null ? null : prompt.rank === 0;
+  const right = prompt.rank == null || prompt.matrix != null ? null : prompt.rank === 0;
   return [badge(right, "model is right", "model is wrong"), badge(prompt.first, "right token first", "right token not first")].filter(Boolean);
 }
 

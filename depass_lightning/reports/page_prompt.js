@@ -26,7 +26,7 @@ function promptText(prompt, view, scale) {
     while (i >= 0 && componentAt[end] === i) end++;
     const written = i < 0 ? prompt.tokens[start] : textOf(prompt, view, i);
     appendPiece(text, prompt, { i, start, end, written, strength: i < 0 ? 0 : view.scores[i] / scale });
-    if (start <= prompt.position && prompt.position < end) appendAnswer(text, prompt);
+    if (prompt.stands == null && start <= prompt.position && prompt.position < end) appendAnswer(text, prompt);
   }
   text.addEventListener("pointerover", (event) => {
     const piece = event.target.closest("[data-component]");
@@ -46,7 +46,10 @@ function appendPiece(text, prompt, { i, start, end, written, strength }) {
   const underline = marks.some((mark) => mark.right) ? " right" : marks.length ? " named" : "";
   const special = prompt.special.includes(start) ? " special" : "";
   const piece = element("span", { class: `piece${underline}${special}`, "data-component": i >= 0 ? i : null }, shown.replaceAll("↵", "↵\n"));
-  if (i >= 0) {
+  if (prompt.stands != null && start <= prompt.stands && prompt.stands < end) {
+    piece.classList.add("answer", ...(prompt.rank > 0 ? ["wrong"] : []));
+    piece.title = "the target";
+  } else if (i >= 0 && (prompt.stands == null || start <= prompt.position)) {
     const ground = shade(strength);
     piece.style.background = css(ground);
     piece.style.color = ink(ground);

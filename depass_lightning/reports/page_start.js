@@ -19,9 +19,10 @@ function choose(i, { remember = true, show = false } = {}) {
 function move(by) {
   const count = state.visible.length;
   if (!count) return;
-  const place = state.visible.indexOf(state.chosen);
+  const chosen = leading(state.chosen);
+  const place = state.visible.indexOf(chosen);
   const next = place < 0 ? 0 : Math.min(Math.max(place + by, 0), count - 1);
-  if (state.visible[next] !== state.chosen) choose(state.visible[next]);
+  if (state.visible[next] !== chosen) choose(state.visible[next]);
 }
 
 function chooseFromAddress() {
@@ -80,9 +81,10 @@ function rememberedTheme() {
 }
 
 function start() {
-  byId("count").textContent = PROMPTS.length === 1 ? "1 prompt" : `${PROMPTS.length.toLocaleString("en")} prompts`;
-  byId("browser").hidden = PROMPTS.length === 1;
-  document.querySelector(".explorer").classList.toggle("single", PROMPTS.length === 1);
+  const several = DATA.matrices.length ? `, ${PROMPTS.length.toLocaleString("en")} targets` : "";
+  byId("count").textContent = (LEADING.length === 1 ? "1 prompt" : `${LEADING.length.toLocaleString("en")} prompts`) + several;
+  byId("browser").hidden = LEADING.length === 1;
+  document.querySelector(".explorer").classList.toggle("single", LEADING.length === 1);
   fillControls();
   useTheme(rememberedTheme());
   arrange();
@@ -91,7 +93,7 @@ function start() {
   for (const id of ["search", "filter", "sort"]) byId(id).addEventListener("input", () => {
     byId("list").scrollTop = 0;
     arrange();
-    if (!state.visible.includes(state.chosen) && state.visible.length) choose(state.visible[0]);
+    if (!state.visible.includes(leading(state.chosen)) && state.visible.length) choose(state.visible[0]);
     else drawDetail();
   });
   byId("direction").addEventListener("click", () => {
