@@ -32,6 +32,7 @@ class AttributionWriter(Callback):
         flush_every: how many prompts a shard holds at least: what a killed process loses at most, and a
             batch.
         expected: how many prompts must be accounted for at the end; not checked where None.
+        rows: how many rows a prompt has at most; its first has the index of the prompt times this.
         skipped: what was skipped before the run, with the reason: it is listed with the rest.
     """
 
@@ -41,11 +42,13 @@ class AttributionWriter(Callback):
         *,
         flush_every: int = 64,
         expected: int | None = None,
+        rows: int = 1,
         skipped: list[dict[str, Any]] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.flush_every = flush_every
         self.expected = expected
+        self.rows = rows
         self.skipped_before = list(skipped or [])
         self._rows: list[dict[str, Any]] = []
         self._skipped: list[dict[str, Any]] = []
@@ -114,7 +117,8 @@ class AttributionWriter(Callback):
         skipped.sort(key=lambda row: row["index"])
         expected = None
         if whole and self.expected is not None:
-            expected = set(range(self.expected)) - {row["index"] for row in skipped}
+            done = set(range(self.expected)) - {row["index"] for row in skipped}
+            expected = {index * self.rows for index in done}
         shards = sorted(self._shards.glob("*.parquet"))
         if shards or expected:
             merge_shards(shards, self.path, expected=expected)

@@ -317,6 +317,7 @@ class DePass:
         rule: RuleName = "softmax",
         rule_temperature: float = 0.1,
         bias: BiasMode = "component",
+        path: Path = "content",
         input_ids: Int[Tensor, "batch position"] | None = None,
         **arguments: Any,
     ) -> Generation:
@@ -326,7 +327,7 @@ class DePass:
             prompt: one prompt.
             max_new_tokens: how many tokens are generated at most.
             source: the tokens of which layer; by default `Tokens()`.
-            rule: as for `attribute`, and so is `bias`.
+            rule: as for `attribute`, and so are `bias` and `path`.
             rule_temperature: of the softmax rule.
             input_ids: `[1, position]` the prompt's ids instead.
             arguments: of the model's own `generate`, `temperature` among them; greedy by default.
@@ -335,7 +336,7 @@ class DePass:
             DePassError: as for `attribute`; or the finished text would be longer than the model's context,
                 or `generate` refuses an argument.
         """
-        settings = self._settings(source, rule, rule_temperature, bias, None, "auto")
+        settings = self._settings(source, rule, rule_temperature, bias, None, "auto", path)
         prompts = self._prompts(prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
         return generate(self._decoder, self.tokenizer, prompts, settings, arguments)

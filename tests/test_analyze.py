@@ -180,6 +180,69 @@ def test_every_source_runs_and_is_shown(tmp_path, capsys, source):
     assert ("each layer's" in capsys.readouterr().out) == (source in ("heads", "modules"))
 
 
+def test_generated_tokens_are_rows_of_a_matrix(tmp_path, capsys):
+    """A row a token, as the library gives it; on the page a matrix a prompt; the same on two processes."""
+    typed = ["target=generation", "target.max_new_tokens=3", "task.size=3", "batch_size=2"]
+    assert run(tmp_path / "one", *typed) == 0
+    rows = read_rows(tmp_path / "one" / "attributions")
+    task, depass = tasks.load("ioi", size=3), DePass.from_pretrained("tiny")
+    assert [row["id"] for row in rows] == [f"{example.id}/{k}" for example in task for k in range(3)]
+    found = depass.attribute_generation(task[1].prompt, max_new_tokens=3)
+    for row, read, own in zip(
+        rows[3:6], read_attributions(tmp_path / "one" / "attributions")[3:6], found, strict=True
+    ):
+        torch.testing.assert_close(read.scores, own.scores, atol=1e-5, rtol=1e-5)
+        assert (read.text, read.target, read.position) == (found.text, own.target, own.position)
+        assert [tuple(span) for span in row["evidence"]] == task[1].evidence_ranges()
+        assert (row["correct"], row["evidence_first"], row["patch_top"], row["answer"]) == (None,) * 4
+    summary = summary_of(tmp_path / "one")
+    assert (summary["prompts"], summary["generated_tokens"]) == (3, 9)
+    assert not {"correct", "curves", "evidence_first"} & set(summary)
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert f'"name":"{task[2].id}","rows":[6,9]' in page
+    said = capsys.readouterr()
+    assert task[0].prompt.split()[-1] in said.out
+    assert "+10" in said.out
+    assert "faithfulness and right answers are not measured" in said.err
+    two = ["trainer.devices=2", "trainer.strategy=ddp_fork"]
+    assert run(tmp_path / "two", *typed, *two) == 0
+    files = [tmp_path / name / "attributions" / "attributions.parquet" for name in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_page_has_the_first_prompts_matrices_whole(tmp_path):
+    assert (
+        run(tmp_path, "target=generation", "target.max_new_tokens=2", "task.size=3", "report.prompts=2") == 0
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert '"rows":[2,4]' in page
+    assert '"rows":[4,6]' not in page
+    assert "the first 2 of 3 prompts" in page
+
+
+def test_a_prompt_that_cannot_be_gone_on_with_costs_itself_alone(tmp_path):
+    long = good("long") | {"prompt": "Mary and John " * 40 + "gave a drink to"}
+    task = jsonl(tmp_path, good("first"), long, good("last"))
+    assert run(tmp_path, *task, "target=generation", "target.max_new_tokens=4", "batch_size=3") == 1
+    ids = [row["id"] for row in read_rows(tmp_path / "attributions")]
+    assert [name for name in ids if name.endswith("/0")] == ["first/0", "last/0"]
+    assert summary_of(tmp_path)["skipped"] == 1
+
+
+def test_control_paths_are_reported_apart(tmp_path, capsys):
+    """The library's own, and no word of a distance from the value, of which they are only a part."""
+    assert run(tmp_path, "rule=taylor", "path=control", "task.size=2", "faithfulness=null") == 0
+    (read, _), example = read_attributions(tmp_path / "attributions"), tasks.load("ioi", size=2)[0]
+    alone = DePass.from_pretrained("tiny").attribute(
+        example.prompt, example.target(), rule="taylor", path="control"
+    )
+    torch.testing.assert_close(read.scores, alone.scores, atol=1e-5, rtol=1e-5)
+    assert not [key for key in summary_of(tmp_path) if key.startswith("completeness")]
+    said = capsys.readouterr().out
+    assert "control paths alone" in said
+    assert "completeness" not in said
+
+
 def good(name):
     prompt = "When Mary and John went to the store, John gave a drink to"
     return {"id": name, "prompt": prompt, "target": " Mary", "foil": " John", "evidence": ["Mary"]}
@@ -222,6 +285,11 @@ def test_nothing_but_bad_rows_is_no_crash(tmp_path, capsys):
         (["source=subspace", "source.path=nowhere.npy"], "no file nowhere.npy"),
         (["source=neurons", "source.indices=[4000]"], "no neuron 4000"),
         (["batch_size=0"], "batch_size"),
+        (["path=control"], "path='control' needs rule='taylor'"),
+        (["path=sideways", "rule=taylor"], "path='sideways' is unknown; choose 'content' or 'control'"),
+        (["target=generation", "source=heads"], "what is generated is attributed to Tokens()"),
+        (["target=generation", "compat=release"], "compat='release' explains no generated tokens"),
+        (["target=generation", "target.max_new_tokens=0"], "max_new_tokens is 0"),
         (["faithfulness.percents=[0,120]"], "percents must rise"),
         (["task=jsonl"], "task.path has to be given"),
         (["task=jsonl", "task.path=nowhere.jsonl"], "no file nowhere.jsonl"),

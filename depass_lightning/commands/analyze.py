@@ -46,7 +46,11 @@ def analyze(config: DictConfig) -> int:
     task = tasks.load(**config.task)
     depass = load(config)
     fingerprint = weights_fingerprint(depass.model)
-    writer = AttributionWriter(folder, expected=len(task), skipped=task.skipped)
+    generates = config.target.kind == "generation"
+    if generates and config.faithfulness is not None:
+        tell("what is generated is explained token by token; faithfulness and right answers are not measured")
+    rows = config.target.get("max_new_tokens", 1)
+    writer = AttributionWriter(folder, expected=len(task), rows=rows, skipped=task.skipped)
     loggers = instantiate_each(config.get("logger"))
     # Objects are handed to a partial function: Hydra would copy them into the configuration.
     trainer: Trainer = instantiate(config.trainer, _partial_=True)(
@@ -73,6 +77,7 @@ def analyze(config: DictConfig) -> int:
         prompts=config.report.prompts,
         figures=config.report.figures,
         notes=functools.partial(notes_on, depass, source),
+        generated=generates,
     )
     log_results(loggers, results)
     print_results(results, console, config.report.shown)
@@ -126,6 +131,7 @@ def attribution_module(
         **rule,
         "bias": config.bias,
         "compat": config.compat,
+        "path": config.path,
     }
     removal = None
     if config.faithfulness is not None:
@@ -137,6 +143,7 @@ def attribution_module(
         removal=removal,
         run={"model": config.model.name, "fingerprint": fingerprint},
         trial=min((example.prompt for example in task), key=len),
+        new_tokens=config.target.get("max_new_tokens", 1),
     )
 
 
@@ -153,7 +160,7 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
             "dtype": config.compute_dtype,
         },
         **{name: plain[name] for name in ("task", "source", "rule", "target")},
-        "settings": {name: plain[name] for name in ("bias", "compat", "seed", "batch_size")},
+        "settings": {name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},
         "hardware": {"device": trainer.strategy.root_device.type, "processes": trainer.world_size},
         "versions": {
             "depass_lightning": __version__,

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from rich.text import Text
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.faithfulness import summarise
+from depass_lightning.generation import Generation
 from depass_lightning.reports.component_figures import attribution_figure
-from depass_lightning.reports.components import asked_for, mean_of, strongest_of
+from depass_lightning.reports.components import asked_for, complete, mean_of, strongest_of
 from depass_lightning.reports.figures import curves_figure, save_figure
+from depass_lightning.reports.matrix import score_matrix
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from depass_lightning.storage import attribution_from_row, read_rows, write_json
@@ -27,15 +30,17 @@ class Results:
 
     Attributes:
         folder: the run's folder.
-        rows: a row a prompt, in the task's order.
+        rows: a row a prompt, or a generated token of one, in the task's order.
         summary: what `summary.json` holds.
         page: the report; None where nothing could be attributed.
+        generated: each row is a generated token.
     """
 
     folder: Path
     rows: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
     page: Path | None
+    generated: bool = False
 
 
 def write_results(
@@ -48,6 +53,7 @@ def write_results(
     prompts: int = 200,
     figures: int = 4,
     notes: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+    generated: bool = False,
 ) -> Results:
     """Write the summary, the page and the figures of a run.
 
@@ -60,20 +66,26 @@ def write_results(
         prompts: how many prompts the page shows at most, the first ones.
         figures: how many prompts are drawn as pictures.
         notes: says what is known of components, given their names, such as what a neuron promotes.
+        generated: each row is a generated token, and those of a prompt follow one another.
     """
     rows = read_rows(attributions)
     mean = mean_of([attribution_from_row(row) for row in rows])
-    summary = {**summarise(rows), **_mean_scores(mean), **about}
+    counts = _lengths(rows) if generated else [1] * len(rows)
+    summary = {**_summary(rows, counts), **_mean_scores(mean), **about}
     write_json(folder / "summary.json", summary)
     page = folder / "report.html"
     if not rows:
         page.unlink(missing_ok=True)  # an earlier run's
         return Results(folder, rows, summary, None)
-    shown = [attribution_from_row(row) for row in rows[:prompts]]
-    _draw(folder / "figures", summary, rows, shown[:figures], mean)
-    if len(rows) > prompts:
-        subtitle = f"{subtitle}; the first {prompts:,} of {len(rows):,} prompts".lstrip("; ")
-    examples = [_example(row) for row in rows[:prompts]]
+    most = sum(counts[:prompts])
+    shown = [attribution_from_row(row) for row in rows[:most]]
+    if not generated:
+        _draw(folder / "figures", summary, rows, shown[:figures], mean)
+    if len(counts) > prompts:
+        subtitle = f"{subtitle}; the first {prompts:,} of {len(counts):,} prompts".lstrip("; ")
+    examples = [_example(row) for row in rows[:most]]
+    if generated:
+        examples = [known | _in_matrix(row) for known, row in zip(examples, rows, strict=False)]
     write_page(
         page,
         shown,
@@ -84,7 +96,7 @@ def write_results(
         mean=mean,
         notes=None if notes is None or mean is None else notes(_leading([mean, *shown])),
     )
-    return Results(folder, rows, summary, page)
+    return Results(folder, rows, summary, page, generated)
 
 
 def print_results(results: Results, console: Console, prompts: int = 6) -> None:
@@ -95,8 +107,13 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
         console: where to print.
         prompts: how many prompts the table has at most.
     """
-    shown = [attribution_from_row(row) for row in results.rows[:prompts]]
-    if shown:
+    most = _lengths(results.rows)[0] if results.generated and results.rows else prompts
+    shown = [attribution_from_row(row) for row in results.rows[:most]]
+    if shown and results.generated:
+        generation = Generation(shown)
+        console.print(f"\n{generation.text}\n", markup=False, highlight=False)
+        console.print(score_matrix(generation, console.width))
+    elif shown:
         console.print()
         console.print(attribution_text(shown[0], top=5))
         console.print()
@@ -106,6 +123,27 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
     if results.page is not None:
         _print_path(console, "page", results.page)
     _print_path(console, "folder", results.folder)
+
+
+def _lengths(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return how many tokens were generated behind each prompt."""
+    return [len(list(own)) for _, own in groupby(rows, key=lambda row: row["id"].rpartition("/")[0])]
+
+
+def _in_matrix(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a generated token stands on the page: in its prompt's matrix, under its own text."""
+    return {"matrix": row["id"].rpartition("/")[0], "row": row["tokens"][row["position"] + 1]}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Any]:
+    """Return the run's numbers, less a distance from the value where scores are only a part of it."""
+    summary = summarise(rows)
+    if len(counts) < len(rows):
+        counted = {"prompts": len(counts), "generated_tokens": len(rows)}
+        summary = {**counted, **summary, **counted}  # in this order
+    if rows and not complete(attribution_from_row(rows[0])):
+        summary = {key: value for key, value in summary.items() if not key.startswith("completeness")}
+    return summary
 
 
 def _mean_scores(mean: Attribution | None) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from depass_lightning.faithfulness import (
     removal_curves,
     text_components,
 )
+from depass_lightning.generation import Generation
 from depass_lightning.modules.prompts import PromptBatch
 from depass_lightning.storage import attribution_to_row
 from depass_lightning.targets import Contrast, Token, token_id
 from depass_lightning.tasks import Example
 
-TARGETS = ("contrast", "token", "own")
+TARGETS = ("contrast", "token", "own", "generation")
 
 
 @dataclass
@@ -59,11 +60,14 @@ class AttributionModule(LightningModule):
         depass: the model to attribute, with its tokenizer.
         settings: what `DePass.attribute` takes beside prompt and target: `source`, `rule` and the like.
         target: what is explained: "contrast", the answer against the task's foil (the answer alone where
-            there is none); "token", the answer; "own", whatever the model itself finds most likely.
+            there is none); "token", the answer; "own", whatever the model itself finds most likely;
+            "generation", every token that it goes on with.
         removal: how patch top and recover top are measured; None leaves them out, which is much faster.
         run: what every row says about the run: `model`, its name, and `fingerprint`, its weights'.
         trial: a prompt that is attributed once at the start: a wrong setting then ends the run at once,
             instead of failing at every prompt.
+        new_tokens: how many tokens are generated at most, where these are what is explained. Each is a row:
+            a prompt's first has the index of the prompt times `new_tokens`, and the id "<id>/0".
     """
 
     def __init__(
@@ -71,10 +75,11 @@ class AttributionModule(LightningModule):
         depass: DePass,
         settings: Mapping[str, Any] | None = None,
         *,
-        target: Literal["contrast", "token", "own"] = "contrast",
+        target: Literal["contrast", "token", "own", "generation"] = "contrast",
         removal: Removal | None = None,
         run: Mapping[str, Any] | None = None,
         trial: str | None = None,
+        new_tokens: int = 20,
     ) -> None:
         super().__init__()
         if target not in TARGETS:
@@ -88,10 +93,15 @@ class AttributionModule(LightningModule):
         self.removal = removal
         self.run = dict(run or {})
         self.trial = trial
+        self.new_tokens = new_tokens
 
     def on_predict_start(self) -> None:
         """Try the settings on one prompt."""
-        if self.trial is not None:
+        if self.trial is None:
+            return
+        if self.target == "generation":
+            self._generation(self.trial)
+        else:
             self.depass.attribute(self.trial, **self.settings)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int = 0) -> Predictions:
@@ -114,7 +124,29 @@ class AttributionModule(LightningModule):
             found.skipped += one.skipped
         return found
 
+    def _generation(self, prompt: str) -> Generation:
+        """Let the model go on with a prompt, and attribute what it says."""
+        settings = dict(self.settings)
+        if settings.pop("compat", None) is not None:
+            raise DePassError("compat='release' explains no generated tokens; leave out one of the two")
+        if "temperature" in settings:  # which is an argument of `generate` too
+            settings["rule_temperature"] = settings.pop("temperature")
+        return self.depass.attribute_generation(prompt, max_new_tokens=self.new_tokens, **settings)
+
+    def _generated_rows(self, index: int, example: Example) -> list[dict[str, Any]]:
+        """Return a row for each token that is generated behind one prompt."""
+        rows = []
+        for number, attribution in enumerate(self._generation(example.prompt)):
+            attribution.metadata |= self.run
+            known = self._known(example) | {"id": f"{example.id}/{number}", "answer": None, "foil": None}
+            place = index * self.new_tokens + number
+            rows.append({"index": place, **attribution_to_row(attribution), **known, **self.run})
+        return rows
+
     def _rows(self, indices: Sequence[int], examples: Sequence[Example]) -> list[dict[str, Any]]:
+        if self.target == "generation":
+            both = zip(indices, examples, strict=True)
+            return [row for index, example in both for row in self._generated_rows(index, example)]
         attributions = self.depass.attribute(
             [example.prompt for example in examples],
             target=[self._explained(example) for example in examples],
@@ -164,21 +196,26 @@ class AttributionModule(LightningModule):
         self, example: Example, attribution: Attribution, curves: RemovalCurves | None
     ) -> dict[str, Any]:
         """Return what a row says beside the attribution itself."""
-        ranges = example.evidence_ranges()
-        evidence = evidence_found(attribution, ranges)
+        evidence = evidence_found(attribution, example.evidence_ranges())
         row = {
-            "id": example.id,
-            "answer": example.answer,
-            "foil": example.foil,
+            **self._known(example),
             "correct": self._is_right(example, attribution),
-            "roles": [
-                {"name": name, "start": start, "end": end}
-                for name, spans in example.roles.items()
-                for start, end in spans
-            ],
-            "evidence": ranges,
             "evidence_first": evidence.first if evidence else None,
             "evidence_chance": evidence.chance if evidence else None,
             **self.run,
         }
         return row if curves is None else row | dataclasses.asdict(curves)
+
+    def _known(self, example: Example) -> dict[str, Any]:
+        """Return what the task knows of a prompt."""
+        return {
+            "id": example.id,
+            "answer": example.answer,
+            "foil": example.foil,
+            "roles": [
+                {"name": name, "start": start, "end": end}
+                for name, spans in example.roles.items()
+                for start, end in spans
+            ],
+            "evidence": example.evidence_ranges(),
+        }

@@ -58,6 +58,11 @@ def placed(attribution: Attribution) -> bool:
     return any(span is not None for span in attribution.positions)
 
 
+def complete(attribution: Attribution) -> bool:
+    """Say whether the scores ought to sum to the value, which control paths, as a part of it, do not."""
+    return attribution.metadata.get("path") != "control"
+
+
 def remainders_of(attribution: Attribution) -> list[int]:
     """Return the components that are what is left of a state: larger than all, and not what was asked for.
 

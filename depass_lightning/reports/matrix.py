@@ -7,7 +7,7 @@ from rich.text import Text
 
 from depass_lightning.attributions import Attributions
 from depass_lightning.generation import Generation
-from depass_lightning.reports.components import asked_for_together
+from depass_lightning.reports.components import asked_for_together, complete
 from depass_lightning.reports.numbers import plain, signed, visible
 from depass_lightning.reports.terminal import score_style
 
@@ -31,8 +31,9 @@ def score_matrix(attributions: Attributions, width: int) -> RenderableType:
     if isinstance(attributions, Generation):
         title = "what each generated token rests on, in tenths of the strongest of its column"
         return Group(Text(title, "dim"), *parts)
-    worst = plain(attributions.completeness.max().item())
-    title = f"what each target rests on, in tenths of the strongest of its column; completeness {worst}"
+    title = "what each target rests on, in tenths of the strongest of its column"
+    if complete(attributions[0]):
+        title += f"; completeness {plain(attributions.completeness.max().item())}"
     return Group(_legend(attributions), Text(), Text(title, "dim"), *parts)
 
 

@@ -3,7 +3,7 @@
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depass_lightning.attribution import Attribution
-from depass_lightning.reports.components import asked_for, made
+from depass_lightning.reports.components import asked_for, complete, made
 from depass_lightning.reports.numbers import percent, plain, signed, visible
 from depass_lightning.reports.pieces import pieces_of, strengths
 
@@ -77,4 +77,6 @@ def _facts(attribution: Attribution) -> str:
     if attribution.rank is not None:
         facts.append(f"rank {attribution.rank + 1:,}")
     facts.append(f"{made(attribution)}, rule {attribution.rule}")
-    return ", ".join([*facts, f"completeness {plain(attribution.completeness)}"])
+    if complete(attribution):
+        facts.append(f"completeness {plain(attribution.completeness)}")
+    return ", ".join(facts)

@@ -27,6 +27,7 @@ from depass_lightning.files import write_whole
 from depass_lightning.generation import Generation
 from depass_lightning.reports.components import (
     Grid,
+    complete,
     grid_of,
     made,
     mean_of,
@@ -216,7 +217,7 @@ def _prompt(
         "prediction": visible(attribution.prediction),
         "probability": _rounded(attribution.probability),
         "rank": attribution.rank,
-        "completeness": _rounded(attribution.completeness),
+        "completeness": _rounded(attribution.completeness) if complete(attribution) else None,
     }
 
 

@@ -9,7 +9,7 @@ function factsPanel(prompt) {
     ["probability of the target", prompt.probability == null ? null : percent(prompt.probability)],
     ["rank of the target", prompt.rank == null ? null : (prompt.rank + 1).toLocaleString("en")],
     ["score on the right tokens", prompt.share == null ? null : percent(prompt.share)],
-    ["completeness", plain(prompt.completeness), prompt.completeness > 1e-3 ? "bad" : null],
+    ["completeness", prompt.completeness == null ? null : plain(prompt.completeness), prompt.completeness > 1e-3 ? "bad" : null],
     ["tokens", prompt.tokens.length.toLocaleString("en")],
     ...Object.entries(prompt.settings),
   ];

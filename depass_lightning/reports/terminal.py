@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from depass_lightning.attribution import Attribution
-from depass_lightning.reports.components import Grid, asked_for, grid_of, made, remainders_of
+from depass_lightning.reports.components import Grid, asked_for, complete, grid_of, made, remainders_of
 from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
 from depass_lightning.reports.pieces import pieces_of, strengths
@@ -54,7 +54,10 @@ def _headline(attribution: Attribution) -> Text:
 
 
 def _settings(attribution: Attribution) -> str:
-    return f"{made(attribution)}, rule {attribution.rule}, completeness {plain(attribution.completeness)}"
+    how = f"{made(attribution)}, rule {attribution.rule}"
+    if not complete(attribution):
+        return f"{how}, control paths alone, which are not all of the value"
+    return f"{how}, completeness {plain(attribution.completeness)}"
 
 
 def _tokens(attribution: Attribution) -> Text:
