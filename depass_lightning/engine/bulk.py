@@ -15,9 +15,10 @@ exponentials are `exp(g / T) = exp(mu) (1 + g / T - mu)` to first order, and the
 
 Neurons that are exactly zero at a position and at all positions that it has seen take no share there, as in
 the exact pass. Shares sum to one by construction, so scores sum to the target's value however good or bad
-the approximation is: completeness does not measure it. No bound on its error is known, and it is worse where
-few components are large enough to matter together; so it is made twice, with `top` and twice as many, and
-their difference is reported with the latter's scores. The algorithm is this project's own.
+the approximation is: completeness does not measure it. It is made twice, with `top` and twice as many, and
+their difference is reported with the latter's scores. That is the order of the error that is left, not a
+bound, for none is known: between a tenth and twelve times the error on `tiny` and on SmolLM2-135M, whose
+error is largest in the first layer (1e-2 with 64 of 1536 neurons) and least in late ones (4e-4).
 """
 
 import math
@@ -106,9 +107,9 @@ class Bulk:
         return scores.scatter(1, chosen + before, exact[:, before:])
 
     def _largest(self, top: int) -> Int[Tensor, "batch chosen"]:
-        """The neurons that write most, anywhere in the prompt, beside the residual stream's size there."""
+        """The neurons that write most, anywhere up to the target, beside the residual stream's size there."""
         state = self.recording.state(self.layer)
-        real = torch.arange(state.shape[1], device=state.device) < self.recording.lengths[:, None]
+        real = torch.arange(state.shape[1], device=state.device) <= self.positions[:, None]
         size = state.square().mean(-1).sqrt()
         written = self.group.values.abs() / torch.where(real, size, math.inf)[..., None]
         return (written.amax(1) * self.group.columns.norm(dim=2)).topk(top, dim=1).indices
