@@ -10,6 +10,7 @@ Steps 2 to 5 are in `passes.py`; here stand the face and what is checked before 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 from jaxtyping import Int
@@ -39,7 +40,7 @@ from depass_lightning.passes import Decomposition, Settings, decompose_batch, de
 from depass_lightning.prompts import Prompt, prompts_of_ids, prompts_of_texts
 from depass_lightning.readings import attribute_batch, attribute_targets, check_target, reading_place
 from depass_lightning.sources import Source, Tokens, resolve_layer
-from depass_lightning.targets import TargetLike, as_targets
+from depass_lightning.targets import TargetLike, as_targets, has_constant
 
 
 class DePass:
@@ -207,6 +208,8 @@ class DePass:
         settings = self._settings(source, rule, temperature, bias, compat, engine, path)
         prompts = self._prompts(prompt, input_ids, attention_mask)
         targets, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
+        if bias == "component" and any(has_constant(aim) for aims in targets for aim in aims):
+            settings = replace(settings, bias=True, bias_mode=bias)
         layers = len(self._decoder.blocks)
         begins = max(own.layers(layers)[-1] for own in settings.sources)
         for entry, aims in zip(prompts, targets, strict=True):

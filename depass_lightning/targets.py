@@ -139,6 +139,15 @@ def _listed(targets: Sequence[Any], name: str) -> list[Target]:
     return [as_target(entry) for entry in targets]
 
 
+def has_constant(target: Target) -> bool:
+    """Say whether a target adds something of its own, which no component of the state has: an intercept."""
+    return isinstance(target, ProbeLogit) and bool(torch.as_tensor(_intercept(target)).any())
+
+
+def _intercept(target: ProbeLogit) -> Any:
+    return getattr(target.probe, "intercept_", 0.0)
+
+
 def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:
     """What a state is multiplied with and what is added, for a target inside the model.
 
@@ -160,7 +169,7 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
         vector = torch.as_tensor(target.probe.coef_)
         if vector.ndim == 2 and len(vector) == 1:
             vector = vector[0]
-        constant = float(torch.as_tensor(getattr(target.probe, "intercept_", 0.0)).flatten()[0])
+        constant = float(torch.as_tensor(_intercept(target)).flatten()[0])
     if vector.shape != (hidden,):
         raise DePassError(
             f"{what}: its shape is {tuple(vector.shape)}, but the model's states have {hidden} numbers; "

@@ -18,6 +18,7 @@ from depass_lightning import (
     Direction,
     Heads,
     Neurons,
+    ProbeLogit,
     Token,
     Tokens,
 )
@@ -129,6 +130,31 @@ def test_they_are_shown_as_a_matrix(tiny: DePass, source: Any) -> None:
     if source == Tokens():
         assert strongest in shown
     assert len(shown.splitlines()) < 40
+
+
+class Probe:
+    """A fitted linear probe, whose intercept is most of its logit."""
+
+    coef_ = VECTOR[None].numpy()
+    intercept_ = (torch.ones(1) * 7).numpy()
+
+
+@pytest.mark.parametrize("rule", ["softmax", "taylor"])
+@pytest.mark.parametrize("source", [Tokens(), Heads(0), Neurons(1)])
+def test_a_probes_intercept_is_a_component_where_the_model_has_no_constants(
+    tiny: DePass, rule: Any, source: Any
+) -> None:
+    probe = ProbeLogit(Probe(), layer=2)
+    own = tiny.attribute(TEXT, probe, source=source, rule=rule)
+    assert own.names[-1] == "bias"
+    assert own.scores[-1] == pytest.approx(7)
+    assert own.completeness < 1e-5
+    both = tiny.attribute(TEXT, [" Mary", probe], source=source, rule=rule)
+    must_equal(both[1], own)
+    assert both.scores[0, -1] == 0
+    assert both.completeness.max() < 1e-5
+    dropped = tiny.attribute(TEXT, probe, source=source, rule=rule, bias="drop")
+    assert dropped.value - dropped.scores.sum().item() == pytest.approx(7, rel=1e-4)
 
 
 REFUSED: list[tuple[Any, Any, str]] = [
