@@ -1,0 +1,199 @@
+"""Time of all layers' heads in one sweep, and of one backward pass for all components.
+
+The random Llama of `engine.py`, interleaved runs and medians, as there; what counts is the ratios.
+
+- *Heads:* under the softmax rule the library carries the groups of all layers together, from one recorded
+  pass. Beside it stand the same layers one by one, each with its own recorded pass: by the library, and in
+  the naive structure as published (`[component, position, head, hidden]` in attention, the whole
+  `[component, position, neuron]` in the MLP).
+- *Adjoint:* under the taylor rule one backward pass gives every component's score. It is measured against
+  a plain forward pass, with the recorded pass that it needs and without it.
+
+    python benchmarks/linear.py                                 # heads at 16 and 32 tokens, adjoint to 128
+    python benchmarks/linear.py --heads --adjoint 32 128 512    # the adjoint alone, up to 512 tokens
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+from engine import HEADS, HIDDEN, LAYERS, NEURONS, VOCABULARY, _normed, random_llama, timed
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from depass_lightning import Attribution, DePass, Heads, Neurons, Token, Tokens
+from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP
+from depass_lightning.engine.record import Recording, record
+
+TARGET = 7
+
+
+def one_prompt(tokens: int) -> Tensor:
+    """Random token ids `[1, position]`."""
+    return torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def recorded(depass: DePass, ids: Tensor) -> Recording:
+    """The recorded pass that every decomposition begins with."""
+    count = ids.shape[1]
+    return record(depass._decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
+
+
+@torch.no_grad()
+def naive_heads(depass: DePass, ids: Tensor, layer: int) -> Tensor:
+    """The scores of one layer's heads with the published structure, from a recorded pass of its own."""
+    recording = recorded(depass, ids)
+    state = recording.state(layer)[0]
+    attention = recording.block(layer).attention
+    heads = _head_outputs(attention, state[None])[:, 0]
+    components = torch.cat([state[None], heads])
+    for index in range(layer, recording.layers):
+        block = recording.block(index)
+        if index > layer:
+            components = components + _head_outputs(block.attention, components).sum(0)
+        components = components + _shared(block.mlp, components)
+    row, _ = depass._decoder.readout(torch.tensor([TARGET]))
+    return _normed(components, recording.final_norm)[:, -1] @ row[0]
+
+
+def _head_outputs(attention: FrozenAttention, components: Tensor) -> Tensor:
+    """What every head adds to every component, `[head, component, position, hidden]`."""
+    count, positions, hidden = components.shape
+    values = (_normed(components, attention.norm) @ attention.value.weight.T).view(
+        count, positions, HEADS, -1
+    )
+    output = attention.output.weight.view(hidden, HEADS, -1)
+    projected = torch.einsum("mkhi,dhi->mkhd", values, output)
+    return torch.einsum("hnk,mkhd->hmnd", attention.probabilities[0], projected)
+
+
+def _shared(mlp: FrozenMLP, components: Tensor) -> Tensor:
+    """What the MLP adds to every component under the softmax rule."""
+    gates = _normed(components, mlp.norm) @ mlp.gate.weight.T
+    shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
+    return (shares * mlp.neurons) @ mlp.down.weight.T
+
+
+def head_cases(tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """Three ways to score every head of every layer, each giving `[layer * (head + 1)]` scores."""
+    depass = DePass(random_llama())
+    ids = one_prompt(tokens)
+
+    def attributed(layer: int | None) -> Tensor:
+        return depass.attribute(input_ids=ids, target=Token(TARGET), source=Heads(layer))[0].scores
+
+    return {
+        "naive loop": lambda: torch.cat([naive_heads(depass, ids, layer) for layer in range(LAYERS)]),
+        "loop": lambda: torch.cat([attributed(layer) for layer in range(LAYERS)]),
+        "sweep": lambda: attributed(None),
+    }
+
+
+def adjoint_cases(tokens: int) -> dict[str, Callable[[], object]]:
+    """A plain pass, a recorded one, and backward passes that include a recorded one."""
+    model = random_llama()
+    depass = DePass(model)
+    ids = one_prompt(tokens)
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+    def everything() -> list[list[Attribution]]:
+        sources = [Tokens(), Heads(), Neurons()]
+        return depass.attribute(input_ids=ids, target=Token(TARGET), source=sources, rule="taylor")
+
+    return {
+        "plain": plain,
+        "recording": lambda: recorded(depass, ids),
+        "tokens": lambda: depass.attribute(input_ids=ids, target=Token(TARGET), rule="taylor"),
+        "everything": everything,
+    }
+
+
+def interleaved(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every case, in rounds, behind one round that is not counted."""
+    for call in work.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, call in work.items():
+            seconds[name].append(timed(call))
+    return seconds
+
+
+def heads_row(tokens: int, repeats: int) -> list[str]:
+    """One line of the table of heads."""
+    work = head_cases(tokens)
+    expected = work["naive loop"]()
+    errors = [float((work[name]() - expected).norm() / expected.norm()) for name in ("loop", "sweep")]
+    seconds = interleaved(work, repeats)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return [
+        str(tokens),
+        *(f"{median[name]:.3f}" for name in work),
+        f"{median['naive loop'] / median['sweep']:.1f}",
+        f"{median['loop'] / median['sweep']:.1f}",
+        f"{max(errors):.0e}",
+    ]
+
+
+def adjoint_row(tokens: int, repeats: int) -> list[str]:
+    """One line of the table of backward passes; what a recording takes is subtracted round by round."""
+    seconds = interleaved(adjoint_cases(tokens), repeats)
+    plain = statistics.median(seconds["plain"])
+    row = [str(tokens), f"{plain:.3f}", f"{statistics.median(seconds['recording']) / plain:.2f}"]
+    for name in ("tokens", "everything"):
+        beside = [whole - own for whole, own in zip(seconds[name], seconds["recording"], strict=True)]
+        row += [f"{statistics.median(times) / plain:.2f}" for times in (seconds[name], beside)]
+    return row
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table of right-aligned columns."""
+    empty = Table(title=title)
+    for column in columns:
+        empty.add_column(column, justify="right")
+    return empty
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--heads", type=int, nargs="*", default=[16, 32], help="prompt lengths for heads")
+    parser.add_argument("--adjoint", type=int, nargs="*", default=[32, 128], help="and for the adjoint")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    console = Console(width=130)
+    console.print(
+        f"random Llama, {LAYERS} layers, {HIDDEN} hidden, {NEURONS} neurons, {HEADS} heads, float32, "
+        f"{torch.get_num_threads()} threads; load at the start {os.getloadavg()[0]:.1f}"
+    )
+    if options.heads:
+        heads = table(
+            "all heads of all layers, softmax rule",
+            *("tokens", "naive loop s", "loop s", "sweep s"),
+            *("times faster than naive loop", "than loop", "error"),
+        )
+        for tokens in options.heads:
+            heads.add_row(*heads_row(tokens, options.repeats))
+        console.print(heads)
+    if options.adjoint:
+        adjoint = table(
+            "one backward pass, taylor rule; in plain forward passes",
+            *("tokens", "plain s", "recording", "tokens' scores", "without recording"),
+            *("and all heads and neurons", "without recording"),
+        )
+        for tokens in options.adjoint:
+            adjoint.add_row(*adjoint_row(tokens, options.repeats * 3))
+        console.print(adjoint)
+
+
+if __name__ == "__main__":
+    main()
