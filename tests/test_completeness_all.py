@@ -32,9 +32,8 @@ DIRECTIONS = torch.randn(5, 36, generator=torch.Generator().manual_seed(0))
 class Probe:
     """What a fitted scikit-learn probe looks like."""
 
-    def __init__(self, intercept: float) -> None:
-        self.coef_ = DIRECTIONS[4:].numpy()
-        self.intercept_ = torch.tensor([intercept]).numpy()
+    coef_ = DIRECTIONS[4:].numpy()
+    intercept_ = torch.tensor([0.7]).numpy()
 
 
 def unequal_parts(state: Tensor) -> Tensor:
@@ -64,17 +63,16 @@ SOURCES: dict[str, tuple[Any, int]] = {
 }
 
 
-def targets(*, intercept: float) -> dict[str, tuple[Any, int]]:
-    """Each with the layer at which it is read."""
-    return {
-        "token": (Token(7), LAYERS),
-        "the model's own": (Token(), LAYERS),
-        "contrast": (Contrast(7, 30, -2), LAYERS),
-        "direction": (Direction(DIRECTIONS[4]), LAYERS),
-        "direction at 2": (Direction(DIRECTIONS[4], 2, 4), 2),
-        "probe": (ProbeLogit(Probe(intercept)), LAYERS),
-        "probe at 2": (ProbeLogit(Probe(intercept), 2), 2),
-    }
+# Each with the layer at which it is read.
+TARGETS: dict[str, tuple[Any, int]] = {
+    "token": (Token(7), LAYERS),
+    "the model's own": (Token(), LAYERS),
+    "contrast": (Contrast(7, 30, -2), LAYERS),
+    "direction": (Direction(DIRECTIONS[4]), LAYERS),
+    "direction at 2": (Direction(DIRECTIONS[4], 2, 4), 2),
+    "probe": (ProbeLogit(Probe()), LAYERS),
+    "probe at 2": (ProbeLogit(Probe(), 2), 2),
+}
 
 
 def inputs(count: int) -> dict[str, Any]:
@@ -88,9 +86,7 @@ def inputs(count: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["llama", "qwen3-biases"])
 def test_scores_of_every_target(name: str, source: str, rule: Rule) -> None:
     own, begun = SOURCES[source]
-    # Without a component for constants nobody could take a probe's intercept.
-    asked = targets(intercept=0.0 if name == "llama" else 0.7)
-    asked = {kind: target for kind, (target, layer) in asked.items() if layer >= begun}
+    asked = {kind: target for kind, (target, layer) in TARGETS.items() if layer >= begun}
     if own.layers(LAYERS)[0] == 2:
         asked = {kind: target for kind, target in asked.items() if "at 2" not in kind}
     depass = DePass(build(name))
@@ -113,9 +109,9 @@ def test_scores_of_given_components(name: str, rule: Rule) -> None:
     model = build(name)
     ids = prompt(9)
     source = Components(1, unequal_parts(real_states(model, ids)[1]))
-    asked = targets(intercept=0.0 if name == "llama" else 0.7)
-    del asked["contrast"], asked["direction at 2"]  # read before the end
-    for kind, (target, _) in asked.items():
+    for kind, (target, _) in TARGETS.items():
+        if target.position != -1:
+            continue
         given = DePass(model).attribute(input_ids=ids[None], source=source, target=target, rule=rule)[0]
         assert given.completeness < 1e-5, kind
 

@@ -214,10 +214,11 @@ class Probe:
 
 
 def probed(trace: Trace, states: Tensor) -> Tensor:
-    """A probe's logit of each component; its intercept is a constant like a bias."""
+    """A probe's logit of each component; its intercept is a constant, which makes a component if need be."""
     scores = states @ torch.from_numpy(Probe.coef_[0]).double()
-    if twin.has_bias(trace.model):
-        scores[-1] += 0.7
+    if not twin.has_bias(trace.model):
+        scores = torch.cat([scores, scores.new_zeros(1)])
+    scores[-1] += 0.7
     return scores
 
 
@@ -236,15 +237,16 @@ TARGETS: dict[str, tuple[Any, Read]] = {
 }
 
 
+@pytest.mark.parametrize("probes", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "components"])
 @pytest.mark.parametrize("name", ["llama", "llama-biases"])
-def test_scores_of_every_kind_of_target(name: str, case: str) -> None:
-    """All in one call, the prompt once for each."""
+def test_scores_of_every_kind_of_target(name: str, case: str, probes: bool) -> None:
+    """Probes, and all others, in one call, the prompt once for each."""
     model, trace = model_and_trace(name)
     for rule in RULES:
         found = expected_states(name, case, rule)
         begun = all(2 in own for own in found)
-        kinds = [kind for kind in TARGETS if begun or "at 2" not in kind]
+        kinds = [kind for kind in TARGETS if ("probe" in kind) == probes and (begun or "at 2" not in kind)]
         scored = DePass(model).attribute(
             input_ids=prompt(LENGTH, seed=LENGTH)[None].expand(len(kinds), -1),
             target=[TARGETS[kind][0] for kind in kinds],
