@@ -1,8 +1,8 @@
 """Time, error and peak memory of neuron scores, beside the naive structure.
 
 The naive structure is the published one: every neuron of a layer at every position as a dense
-`[component, position, hidden]`, attention by head, the whole `[component, position, neuron]` in the MLP (a
-position at a time here, or it would not fit). It is compared with the exact scores, which need less the
+`[component, position, hidden]`, `[component, position, head, hidden]` in attention, the whole
+`[component, position, neuron]` in the MLP. It is compared with the exact scores, which need less the
 nearer the layer is to the target, and with `Neurons(top=K)`, whose time includes its second run with twice as
 many. All run on the same model, interleaved; figures are medians, and what counts is their ratios: errors
 are those of the neurons' scores against the exact ones. Peaks are the growth of resident memory in a fresh
@@ -49,17 +49,15 @@ def naive(depass: DePass, ids: Tensor, layer: int, token: int) -> Tensor:
         heads, size = attention.heads, attention.head_size
         groups = heads // attention.key_value_heads
         output = attention.output.weight.view(-1, heads, size)
-        for first in range(0, len(components), 64):
-            part = components[first : first + 64]
-            values = _normed(part, attention.norm) @ attention.value.weight.T
-            values = values.unflatten(2, (-1, size)).repeat_interleave(groups, 2)
-            projected = torch.einsum("mkhi,dhi->mkhd", values, output)
-            part += torch.einsum("hnk,mkhd->mnd", attention.probabilities[0], projected)
-        normed = _normed(components, mlp.norm)
-        for position in range(count):
-            gates = normed[:, position] @ mlp.gate.weight.T
-            shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
-            components[:, position] += (shares * mlp.neurons[0, position]) @ mlp.down.weight.T
+        values = _normed(components, attention.norm) @ attention.value.weight.T
+        values = values.unflatten(2, (-1, size)).repeat_interleave(groups, 2)
+        projected = torch.einsum("mkhi,dhi->mkhd", values, output)
+        components = components + torch.einsum("hnk,mkhd->mnd", attention.probabilities[0], projected)
+        del projected
+        gates = _normed(components, mlp.norm) @ mlp.gate.weight.T
+        shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
+        components = components + (shares * mlp.neurons[0]) @ mlp.down.weight.T
+        del gates, shares
     row, _ = decoder.readout(torch.tensor([token]))
     return _normed(components, recording.final_norm)[:, -1] @ row[0]
 

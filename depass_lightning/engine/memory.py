@@ -61,19 +61,24 @@ class Budget:
 
 
 def available() -> int:
-    """Bytes of memory that can still be used here, as far as the system tells."""
+    """Bytes of memory that can still be used here, as far as the system tells; a quarter GiB at least."""
     found = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")  # what a container may take, where it says so
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            found.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
+        found.append(_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024)
+        # What a container may take, where there is a limit; files that were read are not in the way.
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        found.append(limit - used + _numbers(group / "memory.stat")["inactive_file"])
+    except (OSError, ValueError, KeyError):
         pass
-    return max(0, min(found, default=8 * 2**30))
+    return max(2**28, min(found, default=8 * 2**30))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """A system file's lines of a name and a number."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {name: int(value) for name, value, *_ in lines}
 
 
 @dataclass
