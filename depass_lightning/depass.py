@@ -35,6 +35,7 @@ from depass_lightning.options import (
     ScoreOptions,
     StatesOptions,
     as_sources,
+    check_choices,
 )
 from depass_lightning.passes import Decomposition, Settings, decompose_batch, decompose_layers
 from depass_lightning.prompts import Prompt, prompts_of_ids, prompts_of_texts
@@ -357,14 +358,7 @@ class DePass:
         path: str = "content",
     ) -> Settings:
         chosen = rule_named(rule, temperature)
-        for name, value, choices in (
-            ("bias", bias, ("component", "drop")),
-            ("compat", compat, (None, "release")),
-            ("engine", engine, ("auto", "propagate", "adjoint")),
-            ("path", path, ("content", "control")),
-        ):
-            if value not in choices:
-                raise DePassError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, choices))}")
+        check_choices(bias=bias, compat=compat, engine=engine, path=path)
         adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
         sources = as_sources(source)
         for own in sources:

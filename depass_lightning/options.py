@@ -1,7 +1,7 @@
 """The keyword arguments that the methods of `DePass` share, for type checkers, and how sources are read."""
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 from jaxtyping import Int
 from torch import Tensor
@@ -12,6 +12,13 @@ from depass_lightning.sources import Source, Tokens
 
 BiasMode = Literal["component", "drop"]
 Engine = Literal["auto", "propagate", "adjoint"]
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "bias": get_args(BiasMode),
+    "compat": (None, "release"),
+    "engine": get_args(Engine),
+    "path": get_args(Path),
+}
 
 
 class PassOptions(TypedDict, total=False):
@@ -68,3 +75,18 @@ def as_sources(source: Source | Sequence[Source] | None) -> tuple[Source, ...]:
     if not sources:
         raise DePassError("the list of sources is empty")
     return sources
+
+
+def check_choices(**settings: str | None) -> None:
+    """Refuse a value that a setting does not have, which no type checker has seen.
+
+    Args:
+        settings: values by the names in `CHOICES`.
+
+    Raises:
+        DePassError: there is none of that name.
+    """
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            known = " or ".join(map(repr, CHOICES[name]))
+            raise DePassError(f"{name}={value!r} is unknown; choose {known}")
