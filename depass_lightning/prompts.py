@@ -23,6 +23,7 @@ class Prompt:
         tokens: the text that each token stands for; joined they read like the prompt.
         offsets: each token's character range in the text; (0, 0) for special tokens; None where unknown.
         name: what it is called in an error.
+        index: its place in the call.
     """
 
     text: str
@@ -30,6 +31,7 @@ class Prompt:
     tokens: list[str]
     offsets: list[tuple[int, int]] | None
     name: str
+    index: int = 0
 
     def resolve_position(self, position: int) -> int:
         """Turn a position that may count from the end into an index.
@@ -78,7 +80,7 @@ def prompts_of_texts(
         ids = list(encoded["input_ids"])
         offsets = [tuple(pair) for pair in encoded["offset_mapping"]] if tokenizer.is_fast else None
         _check_length(name, len(ids), limit)
-        prompts.append(Prompt(text, ids, _pieces(ids, text, offsets, tokenizer), offsets, name))
+        prompts.append(Prompt(text, ids, _pieces(ids, text, offsets, tokenizer), offsets, name, index))
     return prompts
 
 
@@ -121,7 +123,7 @@ def prompts_of_ids(
             raise DePassError(f"{name} has an id outside the vocabulary of {vocabulary} tokens")
         _check_length(name, len(ids), limit)
         tokens = [token_text(token, tokenizer) for token in ids]
-        prompts.append(Prompt("", ids, tokens, None, name))
+        prompts.append(Prompt("", ids, tokens, None, name, index))
     return prompts
 
 

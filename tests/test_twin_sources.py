@@ -16,6 +16,7 @@ from depass_lightning import (
     Components,
     Contrast,
     DePass,
+    DePassError,
     Direction,
     Heads,
     Module,
@@ -27,7 +28,7 @@ from depass_lightning import (
     Tokens,
 )
 from tests import twin, twin_sources
-from tests.models import build, padded, prompt
+from tests.models import build, distance, padded, prompt, real_states
 from tests.twin import RULES, Rule, Trace
 from tests.twin_sources import Group
 
@@ -329,3 +330,30 @@ def test_what_adds_exactly_nothing_takes_no_share(name: str, rule: Rule) -> None
         assert largest_error(given, expected, trace.final) < 1e-9
         assert not given[silent].any()
         assert given[silent - 1].any()
+
+
+def test_components_of_prompts_of_other_lengths_and_targets_in_the_middle() -> None:
+    """Each prompt finds its own tensor, however the call is cut into batches and wherever its target is."""
+    model = build("llama")
+    depass = DePass(model)
+    rows = [prompt(9), prompt(6, seed=1), prompt(9, seed=2)]
+    ids, mask = padded(rows, "left")
+    tensors = []
+    for row in rows:
+        state = real_states(model, row)[1]
+        part = torch.randn(state.shape, generator=torch.Generator().manual_seed(len(row)))
+        tensors.append(torch.stack([part, state - part]))
+    targets = [Token(7, position=4), Token(7), Direction(torch.ones(36), 2)]
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "target": targets}
+    together = depass.attribute(**arguments, source=Components(1, tensors))
+    stacked = torch.zeros(3, 2, 9, 36)
+    for row, own in enumerate(tensors):
+        stacked[row, :, : own.shape[1]] = own
+    again = depass.attribute(**arguments, source=Components(1, stacked), batch_size=1)
+    for index, (row, own, target) in enumerate(zip(rows, tensors, targets, strict=True)):
+        alone = depass.attribute(input_ids=row[None], target=target, source=Components(1, own))[0]
+        assert alone.completeness < 1e-5
+        assert distance(together[index].scores, alone.scores) < 1e-5
+        assert distance(again[index].scores, alone.scores) < 1e-5
+    with pytest.raises(DePassError, match="no tensor for row 2"):
+        depass.attribute(**arguments, source=Components(1, tensors[:2]))

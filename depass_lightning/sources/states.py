@@ -12,7 +12,7 @@ from depass_lightning.engine.record import Recording
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, GroupSource, resolve_layer
+from depass_lightning.sources.base import Described, GroupSource, Pass, resolve_layer
 
 
 def directions_of(basis: Any) -> Float[Tensor, "direction hidden"]:
@@ -74,7 +74,7 @@ class Subspace(GroupSource):
         )
         return [directions_of(entry) for entry in (self.basis if several else [self.basis])]
 
-    def entering(self, recording: Recording, layer: int) -> Tensor:
+    def entering(self, recording: Recording, layer: int, settings: Pass) -> Tensor:
         state = recording.state(layer)
         parts = []
         for rows in self.bases:
@@ -106,38 +106,59 @@ class Components(GroupSource):
 
     Args:
         layer: the block whose input is split; negative counts from the end.
-        tensor: `[component, position, hidden]` for one prompt, or `[batch, component, position, hidden]`.
+        tensor: `[component, position, hidden]`, or one such tensor for each prompt in the call's order, in a
+            list or in one tensor that is padded on the right.
         names: what the components are called.
     """
 
     layer: int
-    tensor: Float[Tensor, "*batch component position hidden"]
+    tensor: Float[Tensor, "*prompt component position hidden"] | Sequence[Tensor]
     names: Sequence[str] | None = None
     kind: ClassVar[str] = "components"
 
     def layers(self, count: int) -> list[int]:
         return [resolve_layer(self.layer, count, "Components")]
 
-    def entering(self, recording: Recording, layer: int) -> Tensor:
+    def entering(self, recording: Recording, layer: int, settings: Pass) -> Tensor:
         state = recording.state(layer)
-        given = self.tensor.to(state)
-        given = given[None] if given.ndim == 3 else given
-        if given.ndim != 4 or given[:, 0].shape != state.shape:
-            raise DePassError(
-                f"Components: the tensor's shape is {tuple(self.tensor.shape)}, but the state at layer "
-                f"{layer} is [batch, position, hidden] = {list(state.shape)}; "
-                "give [component, position, hidden]"
-            )
-        error = float((given.sum(1) - state).norm() / state.norm())
-        if not error < 1e-4:
-            raise DePassError(
-                f"Components: they do not sum to the state at layer {layer} (relative error {error:.2g}); "
-                "add what is missing as one more component"
-            )
-        return given
+        lengths = recording.lengths.tolist()
+        split = state.new_zeros(len(state), self._of(settings.prompts[0]).shape[0], *state.shape[1:])
+        for row, (prompt, length) in enumerate(zip(settings.prompts, lengths, strict=True)):
+            # What stands behind the target was cut off, and what stands behind the prompt is padding.
+            given = self._of(prompt)[:, :length].to(state)
+            if given.shape[1] < length:
+                raise DePassError(
+                    f"Components: the tensor for {prompt.name} has {given.shape[1]} positions, but the state "
+                    f"has {length}; give [component, position, hidden]"
+                )
+            split[row, :, :length] = given
+            own = state[row, :length]
+            error = float((split[row, :, :length].sum(0) - own).norm() / own.norm())
+            if not error < 1e-4:
+                raise DePassError(
+                    f"Components: they do not sum to the state of {prompt.name} at layer {layer} (relative "
+                    f"error {error:.2g}); add what is missing as one more component"
+                )
+        return split
+
+    def _of(self, prompt: Prompt) -> Float[Tensor, "component position hidden"]:
+        """One prompt's own components."""
+        given = self.tensor
+        if isinstance(given, Tensor) and given.ndim == 3:
+            return given
+        if not prompt.index < len(given):
+            raise DePassError(f"Components: there is no tensor for {prompt.name}; give one for each prompt")
+        return given[prompt.index]
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
-        count = self.tensor.shape[-3]
+        given = self._of(prompt)
+        expected = [len(prompt.ids), decoder.hidden_size]
+        if given.ndim != 3 or given.shape[2] != expected[1]:
+            raise DePassError(
+                f"Components: the tensor's shape for {prompt.name} is {tuple(given.shape)}, but its state at "
+                f"layer {self.layer} is [position, hidden] = {expected}; give [component, position, hidden]"
+            )
+        count = len(given)
         names = (
             list(self.names) if self.names is not None else [f"component {index}" for index in range(count)]
         )
