@@ -55,7 +55,7 @@ def random_llama() -> LlamaForCausalLM:
 @torch.no_grad()
 def naive(depass: DePass, ids: Tensor, token: int) -> Tensor:
     """Token scores with the published structure, from the same recorded pass and under the same rule."""
-    decoder = depass._decoder
+    decoder = depass.decoder
     count = ids.shape[1]
     recording = record(decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
     state = recording.state(0)[0]

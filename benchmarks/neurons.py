@@ -37,7 +37,7 @@ from depass_lightning.engine.record import record
 @torch.no_grad()
 def naive(depass: DePass, ids: Tensor, layer: int, token: int) -> Tensor:
     """Neuron scores with the published structure, from the same recorded pass and under the same rule."""
-    decoder = depass._decoder
+    decoder = depass.decoder
     count = ids.shape[1]
     recording = record(decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
     block = recording.block(layer)
@@ -89,7 +89,7 @@ def cases(
         {} if options.no_naive else {"naive": lambda: naive(depass, ids, layer, 7)}
     )
     work["exact"] = lambda: ours(None)
-    if layer < len(depass._decoder.blocks) - 2:
+    if layer < len(depass.decoder.blocks) - 2:
         work |= {f"top {top}": lambda top=top: ours(top) for top in options.top}
     return work
 

@@ -13,11 +13,14 @@ from depass_lightning.attributions import Attributions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.generation import Generation
+from depass_lightning.models.families import register_family
+from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
 from depass_lightning.passes import Decomposition
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
 from depass_lightning.targets import Contrast, Direction, ProbeLogit, Token
 
 __all__ = [
+    "AttentionSpec",
     "Attribution",
     "Attributions",
     "Components",
@@ -26,8 +29,11 @@ __all__ = [
     "DePassError",
     "Decomposition",
     "Direction",
+    "ExpertsSpec",
+    "FamilySpec",
     "Generation",
     "Heads",
+    "MLPSpec",
     "Module",
     "Neurons",
     "ProbeLogit",
@@ -36,4 +42,5 @@ __all__ = [
     "Token",
     "Tokens",
     "__version__",
+    "register_family",
 ]

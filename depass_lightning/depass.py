@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -23,10 +24,10 @@ from depass_lightning.batches import in_batches
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.release import release_rule
 from depass_lightning.engine.rules import Path, RuleName, goes_back, rule_named
+from depass_lightning.engine.validate import bind_checked
 from depass_lightning.errors import DePassError
 from depass_lightning.generation import Generation, generate
-from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.load import load_model
+from depass_lightning.models.load import dtype_of, load_model
 from depass_lightning.options import (
     AttributeOptions,
     BiasMode,
@@ -53,11 +54,13 @@ class DePass:
     Args:
         model: a Hugging Face causal language model of a supported family.
         tokenizer: its tokenizer; without one, prompts are given as ids and targets too.
+        compute_dtype: the precision that components are carried and scores are computed in, whatever the
+            model's own is; by default float64 for a model in float64 and float32 for every other.
         memory_budget: bytes of working memory for one step of the engine, beside the components
             themselves; by default chosen for the device.
 
     Raises:
-        DePassError: the model's architecture is not supported.
+        DePassError: the model's architecture is not supported, or is not built as its family is declared.
     """
 
     def __init__(
@@ -65,21 +68,30 @@ class DePass:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        compute_dtype: str | torch.dtype | None = None,
         memory_budget: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.memory_budget = memory_budget
-        self._decoder = Decoder(model)
+        self.decoder = bind_checked(
+            model, compute_dtype=None if compute_dtype is None else dtype_of(compute_dtype)
+        )
 
     @classmethod
     def from_pretrained(
-        cls, name: str = "tiny", *, memory_budget: int | None = None, **options: Any
+        cls,
+        name: str = "tiny",
+        *,
+        compute_dtype: str | torch.dtype | None = None,
+        memory_budget: int | None = None,
+        **options: Any,
     ) -> "DePass":
         """Load a model and its tokenizer.
 
         Args:
             name: `tiny` for the embedded model, a hub name, a folder, or the path of a `.gguf` file.
+            compute_dtype: as for `DePass`.
             memory_budget: as for `DePass`.
             options: as for `depass_lightning.models.load.load_model`: `revision`, `dtype`, `device`,
                 `device_map`.
@@ -87,7 +99,7 @@ class DePass:
         Raises:
             DePassError: the model cannot be loaded, or its architecture is not supported.
         """
-        return cls(*load_model(name, **options), memory_budget=memory_budget)
+        return cls(*load_model(name, **options), compute_dtype=compute_dtype, memory_budget=memory_budget)
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
@@ -211,20 +223,20 @@ class DePass:
         targets, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         if bias == "component" and any(has_constant(aim) for aims in targets for aim in aims):
             settings = replace(settings, bias=True, bias_mode=bias)
-        layers = len(self._decoder.blocks)
+        layers = len(self.decoder.blocks)
         begins = max(own.layers(layers)[-1] for own in settings.sources)
         for entry, aims in zip(prompts, targets, strict=True):
             for aim in aims:
-                check_target(self._decoder, self.tokenizer, entry, aim, begins)
+                check_target(self.decoder, self.tokenizer, entry, aim, begins)
             for own in settings.sources:
-                own.describe(entry, self._decoder)
+                own.describe(entry, self.decoder)
 
         def explain(batch: list[int]) -> list[Any]:
             if several:
                 (i,) = batch
-                return [attribute_targets(self._decoder, self.tokenizer, prompts[i], targets[i], settings)]
+                return [attribute_targets(self.decoder, self.tokenizer, prompts[i], targets[i], settings)]
             chosen, aims = [prompts[i] for i in batch], [targets[i][0] for i in batch]
-            return attribute_batch(self._decoder, self.tokenizer, chosen, aims, settings)
+            return attribute_batch(self.decoder, self.tokenizer, chosen, aims, settings)
 
         # Targets of one batch are read at the same place.
         kinds = [
@@ -291,10 +303,10 @@ class DePass:
             DePassError: as for `attribute`; or the layer is out of range or before the source's.
         """
         settings = self._settings(source, rule, temperature, bias, compat, "propagate")
-        layers = len(self._decoder.blocks)
+        layers = len(self.decoder.blocks)
         if to_layer == "all":
             entries = self._prompts(prompt, input_ids, attention_mask)
-            tours = [decompose_layers(self._decoder, entry, settings) for entry in entries]
+            tours = [decompose_layers(self.decoder, entry, settings) for entry in entries]
             return tours[0] if isinstance(prompt, str) else tours
         stop = layers
         if to_layer is not None and to_layer != layers:
@@ -305,7 +317,7 @@ class DePass:
         prompts = self._prompts(prompt, input_ids, attention_mask)
 
         def states(batch: list[int]) -> list[Decomposition]:
-            return decompose_batch(self._decoder, [prompts[i] for i in batch], settings, stop)
+            return decompose_batch(self.decoder, [prompts[i] for i in batch], settings, stop)
 
         results = in_batches(
             [(stop, len(entry.ids)) for entry in prompts], batch_size, states, progress=False
@@ -343,7 +355,7 @@ class DePass:
         settings = self._settings(source, rule, rule_temperature, bias, None, "auto", path)
         prompts = self._prompts(prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
-        return generate(self._decoder, self.tokenizer, prompts, settings, arguments)
+        return generate(self.decoder, self.tokenizer, prompts, settings, arguments)
 
     # What goes in
 
@@ -362,35 +374,36 @@ class DePass:
         adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
         sources = as_sources(source)
         for own in sources:
-            own.layers(len(self._decoder.blocks))
+            own.layers(len(self.decoder.blocks))
         if compat == "release":
             bias = "drop"
             chosen = release_rule(chosen, remainder=sources[0].positional)
-        if not self._decoder.has_biases:
+        if not self.decoder.has_biases:
             bias = "none"
         return Settings(
             sources=sources,
             rule=chosen,
             rule_name=rule,
             bias=bias == "component",
+            rounding=self.decoder.rounds and compat is None and rule != "dual" and path == "content",
             bias_mode=bias,
             compat=compat,
             adjoint=adjoint,
             path=path,
-            budget=Budget.default(self._decoder.device, self.memory_budget),
+            budget=Budget.default(self.decoder.device, self.memory_budget),
         )
 
     def _prompts(
         self, prompt: str | Sequence[str] | None, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> list[Prompt]:
-        limit = self._decoder.max_positions
+        limit = self.decoder.max_positions
         if prompt is None:
             if input_ids is None:
                 raise DePassError(
                     "there is nothing to explain: pass a prompt, a list of prompts, or input_ids"
                 )
             return prompts_of_ids(
-                input_ids, attention_mask, self.tokenizer, limit, self._decoder.vocabulary_size
+                input_ids, attention_mask, self.tokenizer, limit, self.decoder.vocabulary_size
             )
         if input_ids is not None:
             raise DePassError("pass either prompts or input_ids, not both")

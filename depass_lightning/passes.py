@@ -4,7 +4,7 @@ The functions take what `depass.py` has checked; they know neither the order of 
 defaults.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from depass_lightning.engine.groups import RankOne
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
+from depass_lightning.engine.rounding import rounding_scores, rounding_states
 from depass_lightning.engine.rules import LinearPaths, Rule, Softmax
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
@@ -50,6 +51,7 @@ class Settings:
         rule: how neurons are shared.
         rule_name: what the rule is called.
         bias: whether constants have a component of their own.
+        rounding: whether the model's own rounding has one.
         bias_mode: what becomes of constants: component, drop, or none where the model has none.
         compat: `release` for the published code's behaviour, else None.
         adjoint: take scores back from the target instead of carrying components to it.
@@ -64,6 +66,7 @@ class Settings:
     rule: Rule
     rule_name: str
     bias: bool
+    rounding: bool
     bias_mode: str
     compat: str | None
     adjoint: bool
@@ -77,6 +80,11 @@ class Settings:
                 "Neurons(top=) approximates rule='softmax' with every constant carried (bias='component', no "
                 "compat); leave top out"
             )
+
+    @property
+    def extras(self) -> list[str]:
+        """The components that stand behind a source's own in each group."""
+        return ["bias"] * self.bias + ["rounding"] * self.rounding
 
     def begin(self, prompts: list[Prompt]) -> Pass:
         """What sources must know of a batch's pass."""
@@ -106,7 +114,7 @@ def decompose_batch(
     with exact(decoder.device):
         recording = _record_whole(decoder, prompts, settings)
         carry = _carry(recording, settings.sources[0], settings, settings.begin(prompts), stop)
-        return _decompositions(carry, decoder, prompts, settings, stop)
+        return _decompositions(carry, recording, prompts, settings, stop)
 
 
 def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> Iterator[Decomposition]:
@@ -128,7 +136,7 @@ def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> It
     split = source.split(recording, settings.begin([prompt]))
     for layer, carry in propagate(recording, split, settings.rule, stop=recording.layers):
         if carry.layout.groups == len(source.layers(recording.layers)):
-            yield _decompositions(carry, decoder, [prompt], settings, layer)[0]
+            yield _decompositions(carry, recording, [prompt], settings, layer)[0]
 
 
 def _record_whole(decoder: Decoder, prompts: list[Prompt], settings: Settings) -> Recording:
@@ -139,15 +147,22 @@ def _record_whole(decoder: Decoder, prompts: list[Prompt], settings: Settings) -
 
 
 def _decompositions(
-    carry: Carry, decoder: Decoder, prompts: list[Prompt], settings: Settings, layer: int
+    carry: Carry, recording: Recording, prompts: list[Prompt], settings: Settings, layer: int
 ) -> list[Decomposition]:
     states = carry.dense().unflatten(1, (carry.layout.groups, -1))
-    results = []
-    for prompt, own in zip(prompts, states, strict=True):
-        names, _ = described(settings.sources[0], prompt, decoder, bias=settings.bias)
-        members = len(names) // len(own)
+    decoder, results = recording.decoder, []
+    rounded = torch.empty(0)
+    if settings.rounding:
+        (source,) = settings.sources
+        starts, behind = source.layers(recording.layers), source.behind_mlp
+        rounded = rounding_states(recording, settings.rule, starts, behind_mlp=behind, stop=layer)
+    for row, (prompt, own) in enumerate(zip(prompts, states, strict=True)):
+        names, _ = described(settings.sources[0], prompt, decoder, settings)
+        members = len(names) // len(own) - int(settings.rounding)
         # The bias component is carried first and named last; what longer prompts have more is padding.
         kept = torch.cat([own[:, 1:members], own[:, :1]], 1) if settings.bias else own[:, :members]
+        if settings.rounding:
+            kept = torch.cat([kept, rounded[row][:, None]], 1)
         results.append(Decomposition(kept.flatten(0, 1)[:, : len(prompt.ids)], names, layer))
     return results
 
@@ -161,6 +176,7 @@ class Reading:
         positions: `[batch]` each prompt's position.
         vectors: `[batch, hidden]` what the state is multiplied with.
         constants: `[batch]` what is added.
+        values: `[batch]` the model's own values of the targets.
         normed: the state is read behind the final norm.
     """
 
@@ -168,6 +184,7 @@ class Reading:
     positions: Tensor
     vectors: Float[Tensor, "batch hidden"]
     constants: Float[Tensor, "batch"]
+    values: Float[Tensor, "batch"]
     normed: bool
 
 
@@ -216,12 +233,51 @@ def score_batch(
         scores = [Scores(own, [{} for _ in prompts]) for own in groups]
     else:
         scores = [_carried(recording, source, settings, begin, reading) for source in settings.sources]
-    return [replace(own, values=bias_last(own.values, settings)) for own in scores]
+    return finished(recording, scores, settings, [reading])
 
 
-def bias_last(scores: Float[Tensor, "*any component"], settings: Settings) -> Tensor:
-    """Put the bias component, which is carried first, behind the others of its group."""
-    return torch.cat([scores[..., 1:], scores[..., :1]], -1) if settings.bias else scores
+def finished(
+    recording: Recording, scores: list[Scores], settings: Settings, readings: Sequence[Reading]
+) -> list[Scores]:
+    """Put the bias component, which is carried first, behind the others of its group, and rounding last.
+
+    Args:
+        recording: the recorded pass.
+        scores: of each source, all readings one behind the other.
+        settings: how the pass is made.
+        readings: how the targets were read, all at one layer.
+    """
+    if settings.bias:
+        scores = [
+            replace(own, values=torch.cat([own.values[..., 1:], own.values[..., :1]], -1)) for own in scores
+        ]
+    if not settings.rounding:
+        return scores
+    first = min(source.layers(recording.layers)[0] for source in settings.sources)
+    each = [_rounding(recording, settings, reading, first) for reading in readings]
+    found = []
+    for own, source in zip(scores, settings.sources, strict=True):
+        layers = source.layers(recording.layers)
+        rounded = torch.cat(
+            [torch.stack([sums[layer][source.behind_mlp] for layer in layers], 1) for sums in each]
+        )
+        found.append(replace(own, values=torch.cat([own.values, rounded[..., None]], -1)))
+    return found
+
+
+def _rounding(
+    recording: Recording, settings: Settings, reading: Reading, first: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """What rounding from each block on adds to the targets, that of the logits themselves included."""
+    derivative = at_readout(
+        recording, reading.positions, reading.vectors, reading.constants, normed=reading.normed
+    )
+    batch = torch.arange(len(reading.positions), device=reading.positions.device)
+    place = batch, reading.positions
+    read = (derivative.states[place] * recording.state(reading.layer)[place]).sum(1) + derivative.constants
+    last = reading.values.to(read) - read
+    sums = rounding_scores(recording, settings.rule, derivative, layer=reading.layer, first=first)
+    return {layer: (before + last, behind + last) for layer, (before, behind) in sums.items()}
 
 
 def _carried(
@@ -366,21 +422,21 @@ def _carry(
 
 
 def described(
-    source: Source, prompt: Prompt, decoder: Decoder, *, bias: bool
+    source: Source, prompt: Prompt, decoder: Decoder, settings: Settings
 ) -> tuple[list[str], list[tuple[int, int] | None]]:
-    """The names and token ranges of all components of a prompt, each group's bias component last.
+    """The names and token ranges of all components of a prompt, each group's bias and rounding last.
 
     Args:
         source: what its state is split into.
         prompt: the prompt.
         decoder: the model.
-        bias: there is a bias component.
+        settings: how the pass is made.
     """
     description = source.describe(prompt, decoder)
     layers = source.layers(len(decoder.blocks))
     names, positions = [], []
     for layer, group in zip(layers, description.names, strict=True):
-        last = [f"layer {layer} bias" if len(layers) > 1 else "bias"] if bias else []
+        last = [f"layer {layer} {name}" if len(layers) > 1 else name for name in settings.extras]
         names += [*group, *last]
         positions += [*description.positions, *([None] * len(last))]
     return names, positions

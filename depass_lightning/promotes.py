@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from depass_lightning.depass import DePass
 from depass_lightning.engine.frozen import NormProbe
 from depass_lightning.errors import DePassError
-from depass_lightning.models.decoder import Decoder, linear_of
+from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import token_text
 from depass_lightning.sources import Neurons, Source, Subspace, resolve_layer
 
@@ -37,15 +37,15 @@ def promoted_tokens(
     Raises:
         DePassError: the directions are not of the model's hidden size.
     """
-    decoder = Decoder(depass.model)
+    decoder = depass.decoder
     if directions.ndim != 2 or directions.shape[1] != decoder.hidden_size:
         raise DePassError(
             f"directions of shape {tuple(directions.shape)} cannot be read by a model whose states have "
             f"{decoder.hidden_size} numbers; give [direction, {decoder.hidden_size}]"
         )
-    unembedding = linear_of(decoder.unembedding).weight
     with torch.no_grad():
-        norm = NormProbe.of(decoder.final_norm, decoder.hidden_size, unembedding, decoder.dtype)
+        unembedding = decoder.unembedded().weight
+        norm = _probe(decoder, decoder.final_norm)
         found = []
         for some in directions.to(unembedding.device, decoder.dtype).split(AT_ONCE):
             logits = norm.direction(some).to(unembedding.dtype) @ unembedding.T
@@ -64,26 +64,34 @@ def notes_on(depass: DePass, source: Source, names: Sequence[str]) -> dict[str, 
         names: which of its components to read; what is no neuron and no single direction is left out.
     """
     read: dict[str, Tensor] = {}
+    decoder = depass.decoder
     if isinstance(source, Neurons):
-        decoder = Decoder(depass.model)
         only = None if source.layer is None else resolve_layer(source.layer, len(decoder.blocks), "Neurons")
         for name in names:
             match = NEURON.fullmatch(name)
             layer = only if match is None or match[1] is None else int(match[1])
             if match is not None and layer is not None:
-                read[name] = linear_of(decoder.blocks[layer].down).weight[:, int(match[2])]
+                block = decoder.blocks[layer]
+                column = block.mlp.column(int(match[2]), decoder.dtype)
+                read[name] = _probe(decoder, block.mlp.post_norm).direction(column)
     elif isinstance(source, Subspace):
         named = source.names if source.names is not None else ["subspace"]
         read = {name: basis[0] for name, basis in zip(named, source.bases, strict=False) if len(basis) == 1}
     if not read:
         return {}
-    device = linear_of(Decoder(depass.model).unembedding).weight.device
-    directions = torch.stack([direction.to(device, torch.float32) for direction in read.values()])
+    directions = torch.stack([direction.to(decoder.device, torch.float32) for direction in read.values()])
     ends = promoted_tokens(depass, directions)
     return {
         name: f"promotes {', '.join(up)}; demotes {', '.join(down)}"
         for name, (up, down) in zip(read, ends, strict=True)
     }
+
+
+def _probe(decoder: Decoder, norm: nn.Module | None) -> NormProbe:
+    """What a norm does besides scaling, or nothing where there is none."""
+    if norm is None:
+        return NormProbe.nothing(decoder.hidden_size, decoder.device, decoder.dtype)
+    return NormProbe.of(norm, decoder.hidden_size, decoder.model_dtype, decoder.dtype)
 
 
 def _words(depass: DePass, tokens: Sequence[int], count: int) -> list[str]:

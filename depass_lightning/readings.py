@@ -183,7 +183,9 @@ def _read(
     vectors, constants, answers = [], [], []
     layer = reading_layer(targets[0], recording.layers)
     for row, (prompt, target, position) in enumerate(zip(prompts, targets, at, strict=True)):
-        logits = recording.logits[row, recording.kept.index(position)].to(recording.dtype)
+        at_position = row, recording.kept.index(position)
+        logits = recording.logits[at_position].to(recording.dtype)
+        uncapped = recording.uncapped[at_position].to(recording.dtype)
         if isinstance(target, (Direction, ProbeLogit)):
             vector, constant = inner_reading(target, decoder.hidden_size)
             vector = vector.to(recording.final_state)
@@ -198,12 +200,13 @@ def _read(
             signs = rows.new_tensor([1, -1][: len(ids)])
             vector = signs @ rows
             name = " − ".join(repr(token_text(token, tokenizer)) for token in ids)
-            answers.append(_Answer(position, ids, name, float(signs @ logits[ids]), logits))
+            answers.append(_Answer(position, ids, name, float(signs @ uncapped[ids]), logits))
             constants.append(signs @ biases)
         vectors.append(vector)
     normed = isinstance(targets[0], (Token, Contrast))
     positions = torch.tensor(at, device=recording.final_state.device)
-    return Reading(layer, positions, torch.stack(vectors), torch.stack(constants), normed), answers
+    values = torch.tensor([answer.value for answer in answers]).to(positions.device, recording.dtype)
+    return Reading(layer, positions, torch.stack(vectors), torch.stack(constants), values, normed), answers
 
 
 @dataclass(frozen=True)
@@ -215,16 +218,16 @@ class _Naming:
     settings: Settings
 
     def attribution(self, source: Source, prompt: Prompt, answer: _Answer, scored: Scored) -> Attribution:
-        bias, scores = self.settings.bias, scored.values
-        names, positions = described(source, prompt, self.decoder, bias=bias)
-        members = len(names) // len(scores) - int(bias)
+        extras, scores = len(self.settings.extras), scored.values
+        names, positions = described(source, prompt, self.decoder, self.settings)
+        members = len(names) // len(scores) - extras
         # What begins behind the target's position was cut off and stays at zero: it cannot have contributed.
         # What longer prompts of the batch have more is padding.
-        own = (scores[:, :-1] if bias else scores)[:, :members]
+        whole = scores.shape[1] - extras
+        own = scores[:, : min(whole, members)]
         full = scores.new_zeros(len(scores), members)
         full[:, : own.shape[1]] = own
-        if bias:
-            full = torch.cat([full, scores[:, -1:]], 1)
+        full = torch.cat([full, scores[:, whole:]], 1)
         logits = answer.logits
         return Attribution(
             scores=full.flatten(),

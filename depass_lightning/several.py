@@ -5,13 +5,12 @@ A linear rule goes back from each target by itself, through the same recording.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact
-from depass_lightning.passes import Reading, Scores, Settings, bias_last, joined, score_batch, uncarried
+from depass_lightning.passes import Reading, Scores, Settings, finished, joined, score_batch, uncarried
 from depass_lightning.prompts import Prompt
 from depass_lightning.sources import Pass, Source
 
@@ -38,9 +37,8 @@ def score_targets(
             apart = [uncarried(recording, own, settings, begin, reading) for reading in readings]
             scores = [each for each in apart if each is not None]
             parts.append(_of_targets(scores or [_carried(recording, own, settings, begin, readings)]))
-        whole = joined(parts)
-        found.append(replace(whole, values=bias_last(whole.values, settings)))
-    return found
+        found.append(joined(parts))
+    return finished(recording, found, settings, readings)
 
 
 def _of_targets(each: Sequence[Scores]) -> Scores:

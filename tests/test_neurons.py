@@ -276,8 +276,8 @@ def test_neurons_that_are_zero_take_no_share(monkeypatch: pytest.MonkeyPatch) ->
         output[:, :4, 1::3] = 0
         return output
 
-    handle = up.register_forward_hook(silence)
     depass: Any = DePass(quiet)
+    handle = up.register_forward_hook(silence)
     arguments: dict[str, Any] = {"input_ids": prompt(8)[None], "target": Contrast(5, 7, position=6)}
     (exact,) = depass.attribute(**arguments, source=Neurons(0))
     (found,) = depass.attribute(**arguments, source=Neurons(0, top=1))

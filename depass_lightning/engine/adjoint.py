@@ -38,6 +38,10 @@ class Derivative:
     states: Float[Tensor, "batch position hidden"]
     constants: Float[Tensor, "batch"]
 
+    def plus(self, other: "Derivative") -> "Derivative":
+        """The sum of two, as along two ways to the target."""
+        return Derivative(self.states + other.states, self.constants + other.constants)
+
     def of(self, components: Float[Tensor, "batch component position hidden"]) -> Tensor:
         """The scores `[batch, component]` of components that begin here."""
         return torch.einsum("bmnd,bnd->bm", components, self.states)
@@ -52,6 +56,7 @@ class BlockDerivatives:
         entry: at its entry.
         middle: between its attention and its MLP.
         after: behind its MLP.
+        beside: by what its MLP reads, where that is what enters the block and not the middle.
         heads: by each head's mixed values, `[batch, position, head, size]`.
         neurons: by each neuron's value.
     """
@@ -60,6 +65,7 @@ class BlockDerivatives:
     entry: Derivative
     middle: Derivative
     after: Derivative
+    beside: Float[Tensor, "batch position hidden"] | None
     heads: Float[Tensor, "batch position head size"]
     neurons: Float[Tensor, "batch position neuron"]
 
@@ -114,15 +120,21 @@ def pull_back(
         with exact(derivative.states.device):
             block = recording.block(index)
             neurons = derivative.states @ block.mlp.down.weight
-            middle = _through_mlp(block.mlp, rule, derivative, neurons)
+            read = _through_mlp(block.mlp, rule, derivative, neurons)
+            middle = derivative.plus(read)
+            beside = None
+            if block.parallel:  # the MLP reads what enters the block
+                beside, middle = read.states, Derivative(derivative.states, middle.constants)
             heads = (middle.states @ block.attention.output.weight).unflatten(2, (block.attention.heads, -1))
-            entry = _through_attention(recording.decoder, block.attention, rule, middle, heads)
-        yield BlockDerivatives(block, entry, middle, derivative, heads, neurons)
+            entry = middle.plus(_through_attention(recording.decoder, block.attention, rule, middle, heads))
+            if beside is not None:
+                entry = Derivative(entry.states + beside, entry.constants)
+        yield BlockDerivatives(block, entry, middle, derivative, beside, heads, neurons)
         derivative = entry
 
 
 def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: Derivative, neurons: Tensor) -> Derivative:
-    """From behind the MLP to before it."""
+    """From behind the MLP to what it reads."""
     gates = neurons * rule.slopes(mlp.pre_activations, mlp.neurons)
     normed, constants = _through(mlp.gate, mlp.norm, gates if rule.gate == 1 else rule.gate * gates)
     if rule.up:
@@ -132,16 +144,13 @@ def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: Derivative, neurons: 
         ups = rule.up * neurons * rule.slopes(values, mlp.neurons)
         beside, added = _through(mlp.up, mlp.norm, ups)
         normed, constants = normed + beside, constants + added
-    constants = constants + after.constants
-    if mlp.down.bias is not None:
-        constants = constants + after.states.sum(1) @ mlp.down.bias
-    return Derivative(after.states + _before_norm(mlp.norm, normed), constants)
+    return Derivative(_before_norm(mlp.norm, normed), constants + _of_constants(after, mlp.added))
 
 
 def _through_attention(
     decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: Derivative, heads: Tensor
 ) -> Derivative:
-    """From behind attention to before it."""
+    """From behind attention to what it reads."""
     values = attention.probabilities.transpose(2, 3) @ heads.transpose(1, 2)
     values = values.unflatten(1, (attention.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
     normed, constants = _through(
@@ -152,10 +161,13 @@ def _through_attention(
         normed, constants = normed + beside, constants + added
         if attention.norm.probe.bias is not None:
             constants = constants + beside.sum(1) @ attention.norm.probe.bias
-    constants = constants + middle.constants
-    if attention.output.bias is not None:
-        constants = constants + middle.states.sum(1) @ attention.output.bias
-    return Derivative(middle.states + _before_norm(attention.norm, normed), constants)
+    constants = constants + _of_constants(middle, attention.added)
+    return Derivative(_before_norm(attention.norm, normed), constants)
+
+
+def _of_constants(derivative: Derivative, added: Tensor | None) -> Tensor | float:
+    """What a sublayer's constants add to the target."""
+    return 0.0 if added is None else (derivative.states * added).sum((1, 2))
 
 
 def _through(

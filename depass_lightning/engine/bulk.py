@@ -127,6 +127,8 @@ class Bulk:
         found = []
         for index in range(self.layer, self.stop):
             block = self.recording.block(index)
+            if block.parallel:
+                carry.beside = carry.rows.clone()
             if index == self.stop - 1:
                 carry = carry.attend_at(block.attention, self.positions[:, None])
             else:

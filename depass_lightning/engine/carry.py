@@ -33,6 +33,7 @@ class Carry:
         positions: `[batch, position]` which of the prompt's positions the layout's positions are.
         budget: how much working memory a step may take.
         storage: what keeps the rows, where it may be a file.
+        beside: the rows as they entered a block whose MLP reads these and not what attention leaves.
     """
 
     layout: Layout
@@ -40,6 +41,7 @@ class Carry:
     positions: Int[Tensor, "batch position"]
     budget: Budget
     storage: Storage | None = None
+    beside: Float[Tensor, "row hidden"] | None = None
 
     @classmethod
     def begin(
@@ -109,6 +111,22 @@ class Carry:
         if self.storage is not None:
             self.storage.settle()
 
+    def read_beside(self, before: "Carry | None") -> None:
+        """Let the MLP of a block read what entered it, where the last group has begun behind attention.
+
+        Args:
+            before: this carry before that group joined it, if there was one.
+        """
+        index, old = self.layout.index.to(self.rows.device), 0
+        self.beside = torch.zeros_like(self.rows)
+        if before is not None and before.beside is not None:
+            old = before.layout.components
+            self.beside[index[:, :, :old]] = before.beside[before.layout.index.to(self.rows.device)]
+        # At the block's entry the new group was its base alone.
+        base = index[:, :, old + self.layout.fallback]
+        self.beside[base] = self.rows[base]
+        self.beside[-1] = 0
+
     def dense(self) -> Float[Tensor, "batch component position hidden"]:
         """All components at all positions, zeros included."""
         return self.rows[self.layout.index.to(self.rows.device)].transpose(1, 2)
@@ -150,8 +168,8 @@ class Carry:
         )
         mixed = mixed.permute(0, 3, 4, 1, 2, 5)[prompt, position, component].reshape(-1, heads * size)
         result = mixed @ attention.output.weight.T
-        if attention.output.bias is not None:
-            result[block.bias] += attention.output.bias
+        if attention.added is not None:
+            result[block.bias] += self.at_positions(attention.added)[block.at[block.bias]]
         return result
 
     def attend_at(self, attention: FrozenAttention, positions: Int[Tensor, "batch target"]) -> "Carry":
@@ -194,10 +212,15 @@ class Carry:
             layout.fallback,
             layout.device,
         )
-        rows = self.rows.new_zeros(kept.rows + 1, self.rows.shape[1])
-        to = self.rows.device
-        rows[kept.index.to(to)] = self.rows[layout.index[batch, chosen].to(to)]
-        return Carry(kept, rows, self.positions.gather(1, positions), self.budget)
+        to, of = kept.index.to(self.rows.device), layout.index[batch, chosen].to(self.rows.device)
+
+        def picked(rows: Tensor) -> Tensor:
+            own = rows.new_zeros(kept.rows + 1, rows.shape[1])
+            own[to] = rows[of]
+            return own
+
+        beside = None if self.beside is None else picked(self.beside)
+        return Carry(kept, picked(self.rows), self.positions.gather(1, positions), self.budget, beside=beside)
 
     def _mixed_states(self, attention: FrozenAttention, queries: Tensor, source: Tensor) -> Tensor:
         """The attention output `[batch, target, component, hidden]` of some components, without constants."""
@@ -229,8 +252,8 @@ class Carry:
             # Rows of probabilities need not sum to one (attention sinks), so the constant is mixed as well.
             mixed = queries.sum(-1)[..., None] * heads
             total = total + mixed.flatten(2) @ attention.output.weight.T
-        if attention.output.bias is not None:
-            total = total + attention.output.bias
+        if attention.added is not None:
+            total = total + carry.at_positions(attention.added).view(*carry.positions.shape, -1)
         members = carry.layout.alive.shape[3]
         rows = carry.layout.index[:, :, self.layout.bias :: members].to(self.rows.device)
         carry.rows[rows] += total[:, :, None]
@@ -256,6 +279,7 @@ class Carry:
                     self._share_in_parts(frozen, rule, chunk, limit)
                 else:
                     self._share(frozen, rule, chunk)
+        self.beside = None
 
     def chunk_rows(self, mlp: FrozenMLP) -> int:
         """How many rows may go through an MLP at once."""
@@ -269,12 +293,14 @@ class Carry:
             self.at_positions(mlp.norm.scale),
             self.at_positions(mlp.neurons),
             mlp.norm.constant_through(mlp.gate),
+            None if mlp.added is None else self.at_positions(mlp.added),
         )
 
     def gates(self, frozen: "MLPAtPositions", chunk: Chunk, part: slice) -> Tensor:
         """The components' parts of the pre-activation, for some of a chunk's rows."""
         start = chunk.rows.start
-        rows = self.rows[start + part.start : start + part.stop]
+        source = self.rows if self.beside is None else self.beside
+        rows = source[start + part.start : start + part.stop]
         gates = frozen.mlp.norm(rows, frozen.scale[chunk.row_at[part]]) @ frozen.mlp.gate.weight.T
         if frozen.constant is not None:
             gates[_within(chunk.bias, part)] += frozen.constant
@@ -284,8 +310,9 @@ class Carry:
         """Project shared neurons down into the rows."""
         rows = self.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
         rows.addmm_(shared, frozen.mlp.down.weight.T)
-        if frozen.mlp.down.bias is not None:
-            rows[_within(chunk.bias, part)] += frozen.mlp.down.bias
+        if frozen.added is not None:
+            bias = _within(chunk.bias, part)
+            rows[bias] += frozen.added[chunk.row_at[part][bias]]
         self._settle()
 
     def _share(self, frozen: "MLPAtPositions", rule: CompetingRule, chunk: Chunk) -> None:
@@ -372,6 +399,7 @@ class MLPAtPositions:
     scale: Float[Tensor, "at"]
     neurons: Float[Tensor, "at neuron"]
     constant: Float[Tensor, "neuron"] | None
+    added: Float[Tensor, "at hidden"] | None
 
 
 def living(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:

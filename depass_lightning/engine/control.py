@@ -22,6 +22,7 @@ from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, Froze
 from depass_lightning.engine.record import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.linear import Part, features, has_bias
 
 
 def through_scores(
@@ -50,8 +51,9 @@ def through_scores(
         for module, hook in _hooks(call, dtype, biases):
             stack.callback(module.register_forward_hook(hook).remove)
         arguments, keywords, normed = _with_gradient(call)
-        result = call.block.attention(*arguments, **keywords)
+        result = call.block.attention.module(*arguments, **keywords)
         result = result[0] if isinstance(result, tuple) else result
+        output = call.before_post_norm(output)
         leaves = [normed, *(leaf for leaf, _ in biases)]
         back, *added = torch.autograd.grad(result, leaves, _ordinary(output.to(result.dtype)))
         constants = output.new_zeros(len(output))
@@ -68,33 +70,54 @@ def _hooks(
 ) -> list[tuple[nn.Module, Hook]]:
     """What holds values and inner norms fixed, and leaves a gradient at every other bias in `biases`."""
 
-    def detached(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        return output.detach()
+    parts = call.block.attention
+    kept = _beside_values(parts.value)
+
+    def detached(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        if kept is None:
+            return output.detach()
+        mask = kept.to(output.device)
+        if has_bias(module):
+            output = at_bias(module, arguments, output)
+        return torch.where(mask, output, output.detach())
 
     def at_bias(module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         leaf = torch.zeros_like(output, requires_grad=True)
-        assert isinstance(module.bias, Tensor)
-        biases.append((leaf, module.bias.detach()))
+        bias = getattr(module, "base_layer", module).bias
+        assert isinstance(bias, Tensor)
+        biases.append((leaf, bias.detach()))
         return output + leaf
 
     hooks: list[tuple[nn.Module, Hook]] = []
-    for name, module in call.block.attention.named_modules():
+    within = None
+    for name, module in parts.module.named_modules():
         weight = getattr(module, "weight", None)
-        if module is call.block.value:
-            hooks.append((module, detached))
-        elif module is call.block.output or not isinstance(weight, Tensor):
+        if (within is not None and name.startswith(within)) or not isinstance(weight, Tensor):
             continue
-        elif weight.ndim == 1:
-            hooks.append((module, _frozen(module, weight, dtype, f"block {call.block.index}: {name}")))
-        if module is not call.block.value and isinstance(getattr(module, "bias", None), Tensor):
-            hooks.append((module, at_bias))
+        within = f"{name}."  # a layer with adapters is one layer
+        if module is parts.value.module:
+            hooks.append((module, detached))
+        elif module is not parts.output.module:
+            if weight.ndim == 1:
+                hooks.append((module, _frozen(module, weight, dtype, f"block {call.block.index}: {name}")))
+            if has_bias(module):
+                hooks.append((module, at_bias))
     return hooks
+
+
+def _beside_values(value: Part) -> Tensor | None:
+    """Which outputs of the value map's module are no values; None where all are."""
+    if value.rows is None:
+        return None
+    mask = torch.ones(features(value.module)[1], dtype=torch.bool)
+    mask[value.rows] = False
+    return mask
 
 
 def _frozen(norm: nn.Module, weight: Tensor, dtype: torch.dtype, name: str) -> Hook:
     """Replace a norm's output by the same from its scale held fixed."""
     with torch.no_grad():
-        probe = NormProbe.of(norm, len(weight), weight, dtype)
+        probe = NormProbe.of(norm, len(weight), weight.dtype, dtype)
 
     def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         states = arguments[0]
@@ -111,8 +134,8 @@ def _with_gradient(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]
     given = arguments[0] if arguments else keywords.get("hidden_states")
     if not isinstance(given, Tensor):
         raise DePassError(
-            f"block {call.block.index}: {type(call.block.attention).__name__} is not called with the normed "
-            "state first or as hidden_states; its control path cannot be taken"
+            f"block {call.block.index}: {type(call.block.attention.module).__name__} is not called with the "
+            "normed state first or as hidden_states; its control path cannot be taken"
         )
     normed = given.detach().requires_grad_()
     if arguments:

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.decoder import Block, Linear
+from depass_lightning.models.block import Block
+from depass_lightning.models.linear import Linear, Part, device_of
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class NormProbe:
     centred: bool
 
     @classmethod
-    def of(cls, norm: nn.Module, hidden: int, like: Tensor, dtype: torch.dtype) -> "NormProbe":
+    def of(cls, norm: nn.Module, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "NormProbe":
         """Probe a norm.
 
         Args:
             norm: the model's norm module.
-            hidden: the size of the residual stream.
-            like: a tensor with the device and dtype that the module expects.
+            hidden: the size of what it norms.
+            expects: the precision of its input.
             dtype: the precision of the result.
         """
-        probes = like.new_ones(1, 3, hidden)
+        probes = torch.ones(1, 3, hidden, device=device_of(norm), dtype=expects)
         probes[0, 0] = 0
         probes[0, 2, 1::2] = -1
         at_zero, at_ones, at_signs = norm(probes)[0].to(dtype)
@@ -47,6 +48,17 @@ class NormProbe:
             signs = signs - signs.mean()
         bias = at_zero if bool(at_zero.any()) else None
         return cls((at_signs - at_zero) / signs, bias, centred)
+
+    @classmethod
+    def nothing(cls, hidden: int, device: torch.device, dtype: torch.dtype) -> "NormProbe":
+        """What stands for a norm where a sublayer has none.
+
+        Args:
+            hidden: the size of the residual stream.
+            device: where it is.
+            dtype: its precision.
+        """
+        return cls(torch.ones(hidden, device=device, dtype=dtype), None, False)
 
     def direction(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """The norm's linear part, before the per-position scale."""
@@ -92,6 +104,16 @@ class FrozenNorm:
             raise DePassError(f"{name} is neither an RMSNorm nor a LayerNorm (misfit {residual:.1e})")
         return cls(probe, scale)
 
+    @classmethod
+    def nothing(cls, states: Float[Tensor, "batch position hidden"]) -> "FrozenNorm":
+        """What stands for a norm where states are read as they are.
+
+        Args:
+            states: what is read, in the precision of the result.
+        """
+        probe = NormProbe.nothing(states.shape[-1], states.device, states.dtype)
+        return cls(probe, states.new_ones(states.shape[:2]))
+
     def __call__(
         self, rows: Float[Tensor, "row hidden"], scale: Float[Tensor, "row"]
     ) -> Float[Tensor, "row hidden"]:
@@ -124,11 +146,30 @@ class FrozenNorm:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """How the model called a block's attention, so that `engine/control.py` can call it again."""
+    """How the model called a block's attention, so that `engine/control.py` can call it again.
+
+    Args:
+        block: the block.
+        arguments: what attention was called with.
+        keywords: the same by name.
+        post_norm: what stands behind it, if a norm does.
+    """
 
     block: Block
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    post_norm: FrozenNorm | None
+
+    def before_post_norm(self, output: Float[Tensor, "batch position hidden"]) -> Tensor:
+        """Take a derivative by what is added to the residual stream back to what attention returns.
+
+        Args:
+            output: the derivative.
+        """
+        if self.post_norm is not None:
+            scale = self.post_norm.scale.flatten()
+            output = self.post_norm.transposed(output.flatten(0, 1), scale).view(output.shape)
+        return output * self.block.scale
 
 
 @dataclass(frozen=True)
@@ -136,13 +177,23 @@ class FrozenAttention:
     """Attention with its probabilities held fixed: a linear map over positions.
 
     Grouped queries follow from the shapes: `heads * head_dim` is the output map's width, `key-value heads *
-    head_dim` the value map's height.
+    head_dim` the value map's height. A norm behind attention, its scale held fixed, is part of it: its
+    weights are in the output map, its scale at each query in the probabilities.
+
+    Args:
+        norm: what it reads the residual stream through.
+        probabilities: of each query for each key; they need not sum to one.
+        value: the value map.
+        output: the output map, without its bias.
+        added: what it adds at each position besides, from biases.
+        call: how the model called it.
     """
 
     norm: FrozenNorm
     probabilities: Float[Tensor, "batch head query key"]
     value: Linear
     output: Linear
+    added: Float[Tensor, "batch position hidden"] | None
     call: AttentionCall
 
     @property
@@ -198,20 +249,34 @@ class FrozenAttention:
 class FrozenMLP:
     """An MLP with its neurons' values held fixed; components share each of them.
 
+    The neurons of a mixture of experts stand one expert behind the other, those of experts that a position
+    was not routed to at zero and all others times their expert's weight. A norm behind the MLP, its scale
+    held fixed, is part of it: its weights are in the down map, its scale at each position in the neurons.
+
     Args:
+        norm: what it reads the residual stream through.
+        gate: the map to the pre-activations.
+        beside: the map beside the gate, if there is one that is known.
+        down: the map from the neurons' values, without its bias.
+        added: what it adds at each position besides, from biases.
         pre_activations: the activation's true input, biases included.
         neurons: the neurons' true values, which the down map reads.
-        up: the map beside the gate, if there is one.
         normed: what gate and up map read, in the model's precision.
     """
 
     norm: FrozenNorm
     gate: Linear
-    up: Linear | None
+    beside: Part | None
     down: Linear
+    added: Float[Tensor, "batch position hidden"] | None
     pre_activations: Float[Tensor, "batch position neuron"]
     neurons: Float[Tensor, "batch position neuron"]
     normed: Float[Tensor, "batch position hidden"]
+
+    @cached_property
+    def up(self) -> Linear | None:
+        """The map beside the gate, read when it is asked for: most rules do not need it."""
+        return None if self.beside is None else self.beside.linear(self.neurons.dtype)
 
 
 @dataclass(frozen=True)
@@ -221,27 +286,31 @@ class FrozenBlock:
     Args:
         index: the block's number.
         state: the residual stream that enters it.
+        leaving: the residual stream that leaves it.
         attention: its first sublayer.
         mlp: its second sublayer.
+        parallel: the MLP reads what enters the block, beside attention.
     """
 
     index: int
     state: Float[Tensor, "batch position hidden"]
+    leaving: Float[Tensor, "batch position hidden"]
     attention: FrozenAttention
     mlp: FrozenMLP
+    parallel: bool
 
     @cached_property
     def attention_output(self) -> Float[Tensor, "batch position hidden"]:
         """What attention adds to the residual stream, biases included."""
         values, constants = self.attention.head_values(self.state)
         total = values if constants is None else values + constants
-        return torch.nn.functional.linear(total.flatten(2), *_pair(self.attention.output))
+        return _plus(total.flatten(2) @ self.attention.output.weight.T, self.attention.added)
 
     @cached_property
     def mlp_output(self) -> Float[Tensor, "batch position hidden"]:
         """What the MLP adds to the residual stream, biases included."""
-        return torch.nn.functional.linear(self.mlp.neurons, *_pair(self.mlp.down))
+        return _plus(self.mlp.neurons @ self.mlp.down.weight.T, self.mlp.added)
 
 
-def _pair(linear: Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias
+def _plus(states: Tensor, added: Tensor | None) -> Tensor:
+    return states if added is None else states + added

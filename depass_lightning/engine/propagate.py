@@ -77,17 +77,23 @@ def propagate(
         wanted = positions if last and positions is not None else everywhere
         with exact(device):
             block = recording.block(layer)
+            if carry is not None and block.parallel:
+                carry.beside = carry.rows.clone()
             if waiting is not None:
                 carry, waiting = behind_attention(recording, split, waiting, block, wanted), None
             elif carry is not None and last:
                 carry = carry.attend_at(block.attention, wanted)
             elif carry is not None:
                 carry.attend(block.attention)
-            carry = _take_in(recording, split, split.inside(block, "middle"), carry, wanted)
+            before, group = carry, split.inside(block, "middle")
+            carry = _take_in(recording, split, group, carry, wanted)
+            if carry is not None and group is not None and block.parallel:
+                carry.read_beside(before)
             if carry is not None:
                 carry.share_neurons(block.mlp, rule)
             group = split.inside(block, "after")
-            if isinstance(group, RankOne) and carry is None and positions is not None and layer == stop - 2:
+            ahead = positions is not None and layer == stop - 2 and not block.parallel
+            if isinstance(group, RankOne) and carry is None and ahead:
                 waiting = group  # only the next attention's target needs it
             else:
                 carry = _take_in(recording, split, group, carry, wanted)

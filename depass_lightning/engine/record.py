@@ -8,27 +8,20 @@
    when it is asked for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
-from depass_lightning.engine.frozen import (
-    AttentionCall,
-    FrozenAttention,
-    FrozenBlock,
-    FrozenMLP,
-    FrozenNorm,
-    NormProbe,
-)
+from depass_lightning.engine.capture import BlockProbes, Capture, freeze
+from depass_lightning.engine.frozen import FrozenBlock, FrozenNorm, NormProbe
 from depass_lightning.errors import DePassError
-from depass_lightning.models.decoder import Block, Decoder, linear_of
+from depass_lightning.models.block import Block
+from depass_lightning.models.decoder import Decoder
 
 
 @contextmanager
@@ -43,12 +36,16 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(decoder: Decoder) -> Iterator[None]:
+def undisturbed(decoder: Decoder, *, eager: bool = True) -> Iterator[None]:
     """Run the model for looking at: no dropout, no gradients, no autocast, eager attention; undone on
     leaving.
 
     Each module's training flag and each configuration's attention implementation are put back one by one,
     since a model may mix them.
+
+    Args:
+        decoder: the model.
+        eager: have attention compute its probabilities; else it runs as it is.
     """
     training = [module for module in decoder.model.modules() if module.training]
     found = (getattr(module, "config", None) for module in decoder.model.modules())
@@ -57,7 +54,7 @@ def undisturbed(decoder: Decoder) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        for config, _ in implementations:
+        for config, _ in implementations if eager else ():
             config._attn_implementation_internal = "eager"
         with exact(decoder.device):
             yield
@@ -69,63 +66,6 @@ def undisturbed(decoder: Decoder) -> Iterator[None]:
 
 
 @dataclass
-class _Capture:
-    """What the hooks of one block have seen."""
-
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = field(default_factory=dict)
-    state: Tensor | None = None
-    result: Tensor | None = None
-    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    attention_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    probabilities: Tensor | None = None
-    pre_activations: Tensor | None = None
-    neurons: Tensor | None = None
-
-    def enter(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.arguments, self.keywords = arguments, keywords
-        self.state = arguments[0] if arguments else keywords["hidden_states"]
-
-    def leave(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        self.result = output[0] if isinstance(output, tuple) else output
-
-    def norm(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            self.norms[name] = (arguments[0], output)
-
-        return hook
-
-    def call(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.attention_call = arguments, keywords
-
-    def attention(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        self.probabilities = output[1]
-
-    def gate(self, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
-        self.pre_activations = output
-
-    def down(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.neurons = arguments[0]
-
-    def hooks(self, block: Block, *, everything: bool) -> list[RemovableHandle]:
-        """Hang this capture on a block; without `everything` it keeps the block's input and output only."""
-        handles = [
-            block.module.register_forward_pre_hook(self.enter, with_kwargs=True),
-            block.module.register_forward_hook(self.leave),
-        ]
-        if everything:
-            handles += [
-                block.attention_norm.register_forward_hook(self.norm("attention")),
-                block.mlp_norm.register_forward_hook(self.norm("mlp")),
-                block.attention.register_forward_pre_hook(self.call, with_kwargs=True),
-                block.attention.register_forward_hook(self.attention),
-                block.gate.register_forward_hook(self.gate),
-                block.down.register_forward_pre_hook(self.down),
-            ]
-        return handles
-
-
-@dataclass
 class Recording:
     """One recorded pass over a batch of right-padded prompts.
 
@@ -134,6 +74,7 @@ class Recording:
         input_ids: `[batch, position]`.
         lengths: `[batch]` real positions of each prompt.
         logits: the model's logits at each of `kept`, as the model itself gives them.
+        uncapped: the same before a soft cap, which is what scores sum to.
         kept: the positions of `logits`.
         final_state: what the last block leaves in the residual stream.
         final_norm: the frozen norm before the unembedding.
@@ -144,12 +85,13 @@ class Recording:
     input_ids: Int[Tensor, "batch position"]
     lengths: Int[Tensor, "batch"]
     logits: Float[Tensor, "batch kept vocabulary"]
+    uncapped: Float[Tensor, "batch kept vocabulary"]
     kept: list[int]
     final_state: Float[Tensor, "batch position hidden"]
     final_norm: FrozenNorm
     dtype: torch.dtype
-    _captures: list[_Capture]
-    _probes: list[tuple[NormProbe, NormProbe]]
+    _captures: list[Capture]
+    _probes: list[BlockProbes]
 
     @property
     def layers(self) -> int:
@@ -160,9 +102,7 @@ class Recording:
         """The model's residual stream that enters a block; `layer == layers` is what leaves the last one."""
         if layer == self.layers:
             return self.final_state
-        state = self._captures[layer].state
-        assert state is not None
-        return state.to(self.dtype)
+        return self._captures[layer].entered.to(self.dtype)
 
     def block(self, layer: int) -> FrozenBlock:
         """Freeze one block, running it again where only its input was kept.
@@ -174,40 +114,14 @@ class Recording:
             DePassError: the block's attention gives no probabilities, or a norm is of an unknown kind.
         """
         block, capture = self.decoder.blocks[layer], self._captures[layer]
-        if capture.neurons is None:
+        if not capture.everything:
             capture = self._replay(block, capture)
-        if capture.probabilities is None:
-            raise DePassError(f"block {layer}: attention returned no probabilities under eager attention")
-        assert capture.pre_activations is not None
-        assert capture.neurons is not None
-        assert capture.attention_call is not None
-        attention_probe, mlp_probe = self._probes[layer]
-        dtype, name = self.dtype, f"block {layer}: the norm before"
-        return FrozenBlock(
-            index=layer,
-            state=self.state(layer),
-            attention=FrozenAttention(
-                norm=FrozenNorm.fit(attention_probe, *capture.norms["attention"], f"{name} attention"),
-                probabilities=capture.probabilities.to(dtype),
-                value=linear_of(block.value).to(dtype),
-                output=linear_of(block.output).to(dtype),
-                call=AttentionCall(block, *capture.attention_call),
-            ),
-            mlp=FrozenMLP(
-                norm=FrozenNorm.fit(mlp_probe, *capture.norms["mlp"], f"{name} the MLP"),
-                gate=linear_of(block.gate).to(dtype),
-                up=None if block.up is None else linear_of(block.up).to(dtype),
-                down=linear_of(block.down).to(dtype),
-                pre_activations=capture.pre_activations.to(dtype),
-                neurons=capture.neurons.to(dtype),
-                normed=capture.norms["mlp"][1],
-            ),
-        )
+        return freeze(block, capture, self.state(layer), self._probes[layer])
 
-    def _replay(self, block: Block, kept: _Capture) -> _Capture:
-        capture = _Capture()
+    def _replay(self, block: Block, kept: Capture) -> Capture:
+        capture = Capture(everything=True)
         with undisturbed(self.decoder), ExitStack() as stack:
-            for handle in capture.hooks(block, everything=True):
+            for handle in capture.hooks(block):
                 stack.callback(handle.remove)
             block.module(*kept.arguments, **kept.keywords)
         return capture
@@ -221,12 +135,9 @@ def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
         batch: the number of prompts.
         positions: the number of tokens of the longest.
     """
-    block = decoder.blocks[0]
-    hidden, neurons = linear_of(block.down).weight.shape
-    heads = decoder.heads
-    per_position = heads * positions + 2 * neurons + 5 * hidden
-    size = linear_of(block.down).weight.element_size()
-    return len(decoder.blocks) * batch * positions * per_position * size
+    hidden, neurons = decoder.hidden_size, decoder.neurons
+    per_position = decoder.heads * positions + 2 * neurons + 5 * hidden
+    return len(decoder.blocks) * batch * positions * per_position * decoder.model_dtype.itemsize
 
 
 def record(
@@ -250,7 +161,7 @@ def record(
     Raises:
         DePassError: a block's output is not finite; it is named, and so is a parameter that is not.
     """
-    captures = [_Capture() for _ in decoder.blocks]
+    captures = [Capture(everything=keep_everything) for _ in decoder.blocks]
     final: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep_final(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -260,40 +171,46 @@ def record(
         probes, final_probe = _probe_norms(decoder)
         with ExitStack() as stack:
             for block, capture in zip(decoder.blocks, captures, strict=True):
-                for handle in capture.hooks(block, everything=keep_everything):
+                for handle in capture.hooks(block):
                     stack.callback(handle.remove)
-            stack.callback(decoder.final_norm.register_forward_hook(keep_final).remove)
-            logits, kept = decoder.logits(input_ids, positions)
+            if decoder.final_norm is not None:
+                stack.callback(decoder.final_norm.register_forward_hook(keep_final).remove)
+            logits, uncapped, kept = decoder.logits(input_ids, positions)
         real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
         _check_finite(decoder, captures, real)
-        final_state = final["norm"][0].to(decoder.dtype)
-        final_norm = FrozenNorm.fit(final_probe, *final["norm"], "the final norm")
+        final_state = captures[-1].left.to(decoder.dtype)
+        final_norm = FrozenNorm.nothing(final_state)
+        if final_probe is not None:
+            final_norm = FrozenNorm.fit(final_probe, *final["norm"], "the final norm")
     return Recording(
-        decoder, input_ids, lengths, logits, kept, final_state, final_norm, decoder.dtype, captures, probes
+        decoder=decoder,
+        input_ids=input_ids,
+        lengths=lengths,
+        logits=logits,
+        uncapped=uncapped,
+        kept=kept,
+        final_state=final_state,
+        final_norm=final_norm,
+        dtype=decoder.dtype,
+        _captures=captures,
+        _probes=probes,
     )
 
 
-def _probe_norms(decoder: Decoder) -> tuple[list[tuple[NormProbe, NormProbe]], NormProbe]:
-    like = decoder.embedding
-    hidden = linear_of(decoder.blocks[0].down).weight.shape[0]
-
-    def probe(norm: nn.Module) -> NormProbe:
-        return NormProbe.of(norm, hidden, like, decoder.dtype)
-
-    blocks = [(probe(block.attention_norm), probe(block.mlp_norm)) for block in decoder.blocks]
-    return blocks, probe(decoder.final_norm)
+def _probe_norms(decoder: Decoder) -> tuple[list[BlockProbes], NormProbe | None]:
+    like = decoder.hidden_size, decoder.model_dtype, decoder.dtype
+    blocks = [BlockProbes.of(block, *like) for block in decoder.blocks]
+    return blocks, None if decoder.final_norm is None else NormProbe.of(decoder.final_norm, *like)
 
 
-def _check_finite(decoder: Decoder, captures: list[_Capture], real: Tensor) -> None:
+def _check_finite(decoder: Decoder, captures: list[Capture], real: Tensor) -> None:
     """Name the first block whose output is not finite at a real position."""
     for block, capture in zip(decoder.blocks, captures, strict=True):
-        assert capture.state is not None
-        assert capture.result is not None
-        if not bool(torch.isfinite(capture.state[real]).all()):
+        if not bool(torch.isfinite(capture.entered[real]).all()):
             raise DePassError(
                 f"the state that enters block {block.index} is not finite; check the embedding's weights"
             )
-        if bool(torch.isfinite(capture.result[real]).all()):
+        if bool(torch.isfinite(capture.left[real]).all()):
             continue
         broken = [
             name for name, value in block.module.named_parameters() if not bool(torch.isfinite(value).all())

@@ -1,7 +1,8 @@
 """A causal language model seen as what the method needs: blocks, norms, linear maps and an unembedding."""
 
 import inspect
-from dataclasses import dataclass
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,115 +10,65 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.families import family_of
-from depass_lightning.models.spec import FamilySpec, submodule
-
-
-@dataclass(frozen=True)
-class Linear:
-    """An affine map of the model as plain tensors, `x -> x weight^T + bias`."""
-
-    weight: Float[Tensor, "out in"]
-    bias: Float[Tensor, "out"] | None
-
-    def to(self, dtype: torch.dtype) -> "Linear":
-        """Give the same map in another precision, without a copy where it already has it."""
-        return Linear(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-
-def linear_of(module: nn.Module) -> Linear:
-    """Read a module's affine map.
-
-    Args:
-        module: a linear layer of the model.
-
-    Raises:
-        DePassError: the module has no weight matrix.
-    """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise DePassError(f"{type(module).__name__} is not a linear layer with a weight matrix")
-    bias = getattr(module, "bias", None)
-    return Linear(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None)
-
-
-@dataclass(frozen=True)
-class Block:
-    """The modules of one decoder block that take part in a decomposed pass."""
-
-    index: int
-    module: nn.Module
-    attention_norm: nn.Module
-    attention: nn.Module
-    value: nn.Module
-    output: nn.Module
-    mlp_norm: nn.Module
-    gate: nn.Module
-    up: nn.Module | None
-    down: nn.Module
-
-    @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        """The maps whose biases belong to no component; the gate's pushes the bias component's shares."""
-        return (self.value, self.output, self.gate, self.down)
+from depass_lightning.models.block import bind
+from depass_lightning.models.linear import Linear, features, has_bias, linear_of
+from depass_lightning.models.spec import FamilySpec, configured, submodule
 
 
 class Decoder:
     """Binds a family's declaration to one model.
 
     Args:
-        model: a Hugging Face causal language model, compiled or not.
+        model: a Hugging Face causal language model, compiled or not, with `peft` adapters or not.
+        spec: its family's declaration (`engine/validate.py` finds and checks it).
+        compute_dtype: the precision that components are carried in; by default float64 for a model in
+            float64 and float32 for every other.
 
     Raises:
-        DePassError: the architecture is not supported, or its declaration does not fit.
+        DePassError: this is no causal language model, or the declaration does not name its parts.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        # A compiled model runs its original module's code; hooks must stand on that.
-        original = getattr(model, "_orig_mod", model)
-        if not isinstance(original, PreTrainedModel):
-            raise DePassError(
-                f"{type(original).__name__} is not a Hugging Face causal language model; "
-                "pass the model itself, for instance AutoModelForCausalLM.from_pretrained(...)"
-            )
-        self.model = original
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: FamilySpec,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = _original(model)
         owner = type(self.model).__name__
-        self.spec: FamilySpec = family_of(self.config.model_type)
+        self.config = self.config_of(model)
+        self.spec = spec
         unembedding = self.model.get_output_embeddings()
         if unembedding is None:
             raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
         self.unembedding: nn.Module = unembedding
         inner = self.model.get_decoder()
-        self.final_norm = submodule(inner, self.spec.final_norm, owner)
-        modules = submodule(inner, self.spec.blocks, owner)
-        self.blocks = [self._bind(index, module) for index, module in enumerate(modules.children())]
+        self.final_norm = None if spec.final_norm is None else submodule(inner, spec.final_norm, owner)
+        modules = submodule(inner, spec.blocks, owner)
+        self.blocks = [
+            bind(spec, index, module, self.config, f"block {index} of {owner}")
+            for index, module in enumerate(modules.children())
+        ]
+        self._compute_dtype = compute_dtype
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
-    def _bind(self, index: int, module: nn.Module) -> Block:
-        attention, mlp = self.spec.attention, self.spec.mlp
-        owner = f"block {index} of {type(self.model).__name__}"
-        return Block(
-            index=index,
-            module=module,
-            attention_norm=submodule(module, attention.norm, owner),
-            attention=submodule(module, attention.module, owner),
-            value=submodule(module, f"{attention.module}.{attention.value}", owner),
-            output=submodule(module, f"{attention.module}.{attention.output}", owner),
-            mlp_norm=submodule(module, mlp.norm, owner),
-            gate=submodule(module, f"{mlp.module}.{mlp.gate}", owner),
-            up=None if mlp.up is None else submodule(module, f"{mlp.module}.{mlp.up}", owner),
-            down=submodule(module, f"{mlp.module}.{mlp.down}", owner),
-        )
+    @staticmethod
+    def config_of(model: nn.Module) -> PretrainedConfig:
+        """The configuration of a model's decoder, its text part where there are others.
 
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        return self.model.config
+        Args:
+            model: a Hugging Face causal language model.
+
+        Raises:
+            DePassError: it is none.
+        """
+        return _original(model).config.get_text_config()
 
     @property
     def name(self) -> str:
         """What the model is called: the name or folder that it was loaded from, or its class."""
-        return str(getattr(self.config, "_name_or_path", "") or type(self.model).__name__)
+        return str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
 
     @property
     def embedding(self) -> Float[Tensor, "vocabulary hidden"]:
@@ -129,31 +80,50 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where token ids must be."""
-        return self.embedding.device
+        if not self.embedding.is_meta:
+            return self.embedding.device
+        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The precision that the model itself computes in."""
+        return self.embedding.dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that components are carried in: the model's own, and float32 at least."""
-        own = self.embedding.dtype
-        return own if own == torch.float64 else torch.float32
+        """The precision that components are carried in."""
+        if self._compute_dtype is not None:
+            return self._compute_dtype
+        return torch.float64 if self.model_dtype == torch.float64 else torch.float32
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model itself computes less precisely than components are carried."""
+        quantised = getattr(self.model, "hf_quantizer", None) is not None
+        return quantised or self.model_dtype.itemsize < self.dtype.itemsize
 
     @property
     def has_biases(self) -> bool:
         """Whether any constant enters the residual stream, so that a bias component exists."""
-        modules = [module for block in self.blocks for module in block.linears]
-        norms = [norm for block in self.blocks for norm in (block.attention_norm, block.mlp_norm)]
-        outer = (self.final_norm, self.unembedding)
-        return any(getattr(module, "bias", None) is not None for module in (*modules, *norms, *outer))
+        if self.final_norm is not None and has_bias(self.final_norm):
+            return True
+        return has_bias(self.unembedding) or any(block.has_biases for block in self.blocks)
 
     @property
     def hidden_size(self) -> int:
         """The size of the residual stream."""
-        return self.embedding.shape[1]
+        return self.blocks[0].attention.output.shape[0]
 
     @property
     def heads(self) -> int:
         """The number of query heads of a block."""
         return self.config.num_attention_heads
+
+    @property
+    def neurons(self) -> int:
+        """The number of neurons of the widest MLP; a mixture's experts count one behind the other."""
+        return max(block.mlp.width for block in self.blocks)
 
     @property
     def max_positions(self) -> int | None:
@@ -163,7 +133,26 @@ class Decoder:
     @property
     def vocabulary_size(self) -> int:
         """The number of rows of the unembedding."""
-        return linear_of(self.unembedding).weight.shape[0]
+        return features(self.unembedding)[1]
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies the unembedding's output with."""
+        spec = self.spec
+        return configured(self.config, spec.logit_scale) / configured(self.config, spec.logit_divisor)
+
+    @property
+    def soft_capped(self) -> bool:
+        """Whether logits go through a soft cap last; scores then sum to the logit before it."""
+        return getattr(self.config, "final_logit_softcapping", None) is not None
+
+    def unembedded(self) -> Linear:
+        """The map from the final norm's output to the logits before any soft cap."""
+        linear = linear_of(self.unembedding, self.dtype)
+        if self.logit_scale == 1:
+            return linear
+        bias = None if linear.bias is None else linear.bias * self.logit_scale
+        return Linear(linear.weight * self.logit_scale, bias)
 
     def readout(
         self, tokens: Int[Tensor, "target"]
@@ -173,14 +162,19 @@ class Decoder:
         Args:
             tokens: `[target]` token ids.
         """
-        linear = linear_of(self.unembedding)
-        rows = linear.weight[tokens].to(self.dtype)
-        biases = rows.new_zeros(len(tokens)) if linear.bias is None else linear.bias[tokens].to(self.dtype)
-        return rows, biases
+        head = self.unembedding
+        if isinstance(head, nn.Linear) and type(head.weight) is nn.Parameter and not head.weight.is_meta:
+            # A few rows of a large vocabulary, without a copy of it.
+            rows, bias = head.weight.detach()[tokens].to(self.dtype), head.bias
+        else:
+            linear = linear_of(head, self.dtype)
+            rows, bias = linear.weight[tokens], linear.bias
+        biases = rows.new_zeros(len(tokens)) if bias is None else bias.detach()[tokens].to(self.dtype)
+        return rows * self.logit_scale, biases * self.logit_scale
 
     def logits(
         self, input_ids: Tensor, positions: Tensor
-    ) -> tuple[Float[Tensor, "batch kept vocabulary"], list[int]]:
+    ) -> tuple[Float[Tensor, "batch kept vocabulary"], Float[Tensor, "batch kept vocabulary"], list[int]]:
         """Run the model once on right-padded ids.
 
         Padding needs no mask there: attention is causal, so no real token sees what follows it.
@@ -190,10 +184,34 @@ class Decoder:
             positions: every position at which logits are wanted, in any shape.
 
         Returns:
-            The logits and the positions that they stand at.
+            The logits as the model gives them, the same before any soft cap, and the positions that they
+            stand at.
         """
         kept: Tensor = positions.unique()
-        arguments = {"logits_to_keep": kept} if self._takes_logits_to_keep else {}
-        output = self.model(input_ids=input_ids, use_cache=False, **arguments)
-        logits = output.logits if self._takes_logits_to_keep else output.logits[:, kept]
-        return logits, kept.tolist()
+        seen: list[Tensor] = []
+
+        def keep(_module: nn.Module, _arguments: object, output: Tensor) -> None:
+            seen.append(output)
+
+        with ExitStack() as stack:
+            if self.soft_capped:
+                stack.callback(self.unembedding.register_forward_hook(keep).remove)
+            arguments = {"logits_to_keep": kept} if self._takes_logits_to_keep else {}
+            logits = self.model(input_ids=input_ids, use_cache=False, **arguments).logits
+        before = seen[0].to(logits.dtype) * self.logit_scale if self.soft_capped else logits
+        if not self._takes_logits_to_keep:
+            logits, before = logits[:, kept], before[:, kept]
+        return logits, before, kept.tolist()
+
+
+def _original(model: nn.Module) -> PreTrainedModel:
+    """The model itself, inside what compiles it or adds adapters to it."""
+    original: Any = getattr(model, "_orig_mod", model)
+    if hasattr(original, "get_base_model"):  # peft: the layers with adapters stand in the model's own places
+        original = original.get_base_model()
+    if not isinstance(original, PreTrainedModel):
+        raise DePassError(
+            f"{type(original).__name__} is not a Hugging Face causal language model; "
+            "pass the model itself, for instance AutoModelForCausalLM.from_pretrained(...)"
+        )
+    return original

@@ -1,33 +1,219 @@
 """The decoder families that are supported, one declaration each."""
 
-from depass_lightning.errors import DePassError
-from depass_lightning.models.spec import FamilySpec
+from dataclasses import replace
+from typing import Any
 
-FAMILIES: tuple[FamilySpec, ...] = (
-    # Pre-norm RMSNorm decoders with a gated MLP; Qwen2's biases and Qwen3's head norms need no mention:
-    # the former are read from the modules, the latter only act through the attention probabilities.
-    FamilySpec(model_types=("llama", "mistral", "qwen2", "qwen3")),
+from depass_lightning.errors import DePassError
+from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
+
+_PLAIN = MLPSpec(gate="up_proj", up=None)
+_FOUR = MLPSpec(gate="dense_h_to_4h", up=None, down="dense_4h_to_h")
+_FUSED = MLPSpec(gate="gate_up_proj", up="gate_up_proj")
+_BEFORE = AttentionSpec(norm="ln_1", module="attn")
+_CONV = MLPSpec(norm="ln_2", gate="c_fc", up=None, down="c_proj")
+_FUSED_ATTENTION = AttentionSpec(
+    module="self_attention", value="query_key_value", layout="interleaved", output="dense"
 )
+_SANDWICH = FamilySpec(
+    ("gemma2", "gemma3_text", "gemma3"),
+    attention=AttentionSpec(post_norm="post_attention_layernorm"),
+    mlp=MLPSpec(norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
+)
+_LATENT = AttentionSpec(
+    value="kv_b_proj", layout="interleaved", latent=("kv_a_proj_with_mqa", "kv_a_layernorm")
+)
+
+
+def _beside(config: Any) -> bool:
+    return bool(config.use_parallel_residual)
+
+
+def _falcon(config: Any) -> str:
+    """Which of Falcon's three kinds of blocks a configuration has."""
+    if config.new_decoder_architecture and getattr(config, "num_ln_in_parallel_attn", None) != 1:
+        return "two norms"
+    return "one norm" if config.new_decoder_architecture or config.parallel_attn else "sequential"
+
+
+_NEOX = FamilySpec(
+    ("gpt_neox",),
+    final_norm="final_layer_norm",
+    attention=replace(_FUSED_ATTENTION, module="attention"),
+    mlp=_FOUR,
+    parallel=True,
+    when=_beside,
+)
+_FALCON = FamilySpec(
+    ("falcon",),
+    blocks="h",
+    final_norm="ln_f",
+    attention=replace(_FUSED_ATTENTION, in_mask="alibi"),
+    mlp=_FOUR,
+    when=lambda config: _falcon(config) == "sequential",
+)
+
+FAMILIES: list[FamilySpec] = [
+    # Pre-norm decoders with a gated MLP; biases, head norms, windows and layers without rotary positions need
+    # no mention: the former are read from the modules, the rest only acts through the probabilities.
+    FamilySpec(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "ernie4_5", "helium")),
+    FamilySpec(("hunyuan_v1_dense", "seed_oss")),
+    FamilySpec(("granite",), residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
+    FamilySpec(("arcee", "nemotron"), mlp=_PLAIN),
+    FamilySpec(
+        ("apertus",),
+        attention=AttentionSpec(norm="attention_layernorm"),
+        mlp=replace(_PLAIN, norm="feedforward_layernorm"),
+    ),
+    FamilySpec(("starcoder2",), mlp=MLPSpec(gate="c_fc", up=None, down="c_proj")),
+    FamilySpec(
+        ("phi3",),
+        attention=AttentionSpec(value="qkv_proj", layout="concatenated"),
+        mlp=_FUSED,
+    ),
+    # Norms before and behind each sublayer.
+    _SANDWICH,
+    FamilySpec(
+        ("glm4",),
+        attention=AttentionSpec(post_norm="post_self_attn_layernorm"),
+        mlp=replace(_FUSED, post_norm="post_mlp_layernorm"),
+    ),
+    # Norms behind each sublayer only.
+    FamilySpec(
+        ("olmo2", "olmo3", "exaone4"),
+        attention=AttentionSpec(norm=None, post_norm="post_attention_layernorm"),
+        mlp=MLPSpec(norm=None, post_norm="post_feedforward_layernorm"),
+    ),
+    # Attention and MLP beside each other.
+    FamilySpec(
+        ("cohere", "cohere2"), mlp=MLPSpec(norm="input_layernorm"), parallel=True, logit_scale="logit_scale"
+    ),
+    FamilySpec(
+        ("phi",),
+        final_norm="final_layernorm",
+        attention=AttentionSpec(output="dense"),
+        mlp=MLPSpec(norm="input_layernorm", gate="fc1", up=None, down="fc2"),
+        parallel=True,
+    ),
+    FamilySpec(
+        ("gptj",),
+        blocks="h",
+        final_norm="ln_f",
+        attention=replace(_BEFORE, output="out_proj"),
+        mlp=MLPSpec(norm="ln_1", gate="fc_in", up=None, down="fc_out"),
+        parallel=True,
+    ),
+    FamilySpec(("stablelm",), mlp=MLPSpec(norm="input_layernorm"), parallel=True, when=_beside),
+    FamilySpec(("stablelm",), when=lambda config: not _beside(config)),
+    _NEOX,
+    replace(_NEOX, parallel=False, when=lambda config: not _beside(config)),
+    _FALCON,
+    replace(
+        _FALCON,
+        mlp=replace(_FOUR, norm="input_layernorm"),
+        parallel=True,
+        when=lambda config: _falcon(config) == "one norm",
+    ),
+    replace(
+        _FALCON,
+        attention=replace(_FALCON.attention, norm="ln_attn"),
+        mlp=replace(_FOUR, norm="ln_mlp"),
+        parallel=True,
+        when=lambda config: _falcon(config) == "two norms",
+    ),
+    # Older decoders, one behind the other.
+    FamilySpec(
+        ("gpt2",),
+        blocks="h",
+        final_norm="ln_f",
+        attention=replace(_BEFORE, value="c_attn", layout="concatenated", output="c_proj"),
+        mlp=_CONV,
+    ),
+    FamilySpec(
+        ("gpt_neo",),
+        blocks="h",
+        final_norm="ln_f",
+        attention=replace(_BEFORE, module="attn.attention", output="out_proj"),
+        mlp=_CONV,
+    ),
+    FamilySpec(
+        ("opt",),
+        final_norm="final_layer_norm",
+        attention=AttentionSpec(norm="self_attn_layer_norm", output="out_proj"),
+        mlp=MLPSpec(module="", norm="final_layer_norm", gate="fc1", up=None, down="fc2"),
+        when=lambda config: config.do_layer_norm_before,
+    ),
+    FamilySpec(
+        ("bloom",),
+        blocks="h",
+        final_norm="ln_f",
+        attention=_FUSED_ATTENTION,
+        mlp=_FOUR,
+        when=lambda config: not config.apply_residual_connection_post_layernorm,
+    ),
+    # Mixtures of experts, with the routing held fixed.
+    FamilySpec(
+        ("mixtral", "qwen3_moe", "olmoe", "gpt_oss"),
+        mlp=MLPSpec(experts=ExpertsSpec()),
+    ),
+    FamilySpec(
+        ("qwen2_moe",),
+        mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
+    ),
+    FamilySpec(
+        ("deepseek_v2", "deepseek_v3"),
+        attention=_LATENT,
+        mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
+    ),
+]
+
+# What cannot be decomposed into frozen attention and MLPs, and why.
+REFUSED = {
+    "linear attention or a state space, which has no attention probabilities": frozenset(
+        {"qwen3_next", "minimax", "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba"}
+        | {"zamba2", "rwkv", "recurrent_gemma", "granitemoehybrid", "nemotron_h", "kimi_linear", "xlstm"}
+    ),
+    "convolutions between its blocks": frozenset({"lfm2", "lfm2_moe"}),
+    "an encoder, not a causal decoder": frozenset(
+        {"bert", "roberta", "distilbert", "deberta", "deberta-v2", "electra", "albert", "xlm-roberta", "t5"}
+        | {"mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper", "m2m_100", "modernbert"}
+    ),
+}
+
+
+def register_family(spec: FamilySpec) -> None:
+    """Declare a decoder family of one's own; it comes before those that are built in.
+
+    Args:
+        spec: which model types it covers and where its parts are. It is checked when a model of it is taken.
+    """
+    FAMILIES.insert(0, spec)
 
 
 def supported_model_types() -> list[str]:
     """List every `config.model_type` that has a declaration."""
-    return sorted(name for family in FAMILIES for name in family.model_types)
+    return sorted({name for family in FAMILIES for name in family.model_types})
 
 
-def family_of(model_type: str) -> FamilySpec:
-    """Find the declaration of a model type.
+def declared_families(config: Any) -> list[FamilySpec]:
+    """Find the declarations that cover a model's configuration, which may be none.
 
     Args:
-        model_type: the model's `config.model_type`.
+        config: the model's configuration.
 
     Raises:
-        DePassError: no family declares this model type.
+        DePassError: the architecture is known to be none that can be decomposed.
     """
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    raise DePassError(
-        f"model type '{model_type}' is not supported: its residual attention blocks are not declared; "
-        f"supported: {', '.join(supported_model_types())}"
-    )
+    kind = config.model_type
+    for reason, kinds in REFUSED.items():
+        if kind in kinds:
+            raise DePassError(f"model type '{kind}' is not supported: it is built with {reason}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise DePassError(f"model type '{kind}' is not supported: it is an encoder and a decoder")
+    of_type = [family for family in FAMILIES if kind in family.model_types]
+    found = [family for family in of_type if family.when(config)]
+    if of_type and not found:
+        raise DePassError(
+            f"this configuration of model type '{kind}' is not supported: its norms stand on the residual "
+            f"stream itself; supported: {', '.join(supported_model_types())}"
+        )
+    return found

@@ -1,15 +1,20 @@
-"""What the engine must be told of a decoder family: names of submodules, nothing else.
+"""What the engine must be told of a decoder family: names of submodules and the order of its parts.
 
 The engine owns the mathematics; a family is a declaration that says where in a block its norms, its value and
-output maps and its MLP maps are found. Biases, epsilon, scaling of weights and numbers of heads are read
-from the model itself, so that they need no declaration.
+output maps and its MLP maps are found, and whether attention and MLP stand behind or beside each other.
+Biases, epsilon, scaling of norm weights and numbers of heads are read from the model itself, so that they
+need no declaration, and `models/validate.py` checks a declaration against the model at hand.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 
 from depass_lightning.errors import DePassError
+
+Layout = Literal["own", "concatenated", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -18,15 +23,39 @@ class AttentionSpec:
 
     Args:
         module: the attention module, which returns its probabilities second under eager attention.
-        norm: the norm that it reads the residual stream through.
+        norm: the norm that it reads the residual stream through; None where it reads it as it is.
+        post_norm: the norm behind its output, before it is added to the residual stream.
         value: the value projection, inside `module`.
+        layout: where the values are among that projection's outputs: all of them (`own`), behind all queries
+            and keys (`concatenated`), or behind each group's queries and keys (`interleaved`).
+        latent: the projection and the norm before `value`, inside `module`, where values come from a latent.
         output: the output projection, inside `module`.
+        in_mask: the name of an argument that the mask holds already, but that eager attention adds once more.
     """
 
     module: str = "self_attn"
-    norm: str = "input_layernorm"
+    norm: str | None = "input_layernorm"
+    post_norm: str | None = None
     value: str = "v_proj"
+    layout: Layout = "own"
+    latent: tuple[str, str] | None = None
     output: str = "o_proj"
+    in_mask: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """Names of a mixture of experts' parts, inside the MLP of a block that has one.
+
+    Args:
+        module: the experts, which are called with states, the chosen experts' indices and their weights.
+        shared: an MLP that every position goes through, named inside like the family's dense MLP.
+        shared_gate: the map whose sigmoid the shared MLP's output is multiplied with.
+    """
+
+    module: str = "experts"
+    shared: str | None = None
+    shared_gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,18 +63,27 @@ class MLPSpec:
     """Names of an MLP sublayer's parts inside a block.
 
     Args:
-        module: the MLP.
-        norm: the norm that it reads the residual stream through.
+        module: the MLP; empty where its maps stand on the block.
+        norm: the norm that it reads the residual stream through; None where it reads it as it is.
+        post_norm: the norm behind its output, before it is added to the residual stream.
         gate: the map whose output is the neurons' pre-activation.
-        up: the map whose output the activation is multiplied with; None for an MLP without a gate.
+        up: the map whose output the activation is multiplied with; None for an MLP without a gate. The same
+            name as `gate` where one map gives both, the gate first.
         down: the map that the neurons' values go through, back into the residual stream.
+        experts: the family's blocks may have a mixture of experts in place of these.
     """
 
     module: str = "mlp"
-    norm: str = "post_attention_layernorm"
+    norm: str | None = "post_attention_layernorm"
+    post_norm: str | None = None
     gate: str = "gate_proj"
     up: str | None = "up_proj"
     down: str = "down_proj"
+    experts: ExpertsSpec | None = None
+
+
+def _always(_config: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -55,16 +93,26 @@ class FamilySpec:
     Args:
         model_types: the `config.model_type` values that it covers.
         blocks: the list of blocks, inside the decoder that `model.get_decoder()` returns.
-        final_norm: the norm before the unembedding, inside the same decoder.
+        final_norm: the norm before the unembedding, inside the same decoder; None where there is none.
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block.
+        parallel: the MLP reads what enters the block, beside attention, instead of what attention leaves.
+        residual_scale: the configuration's name for what both sublayers' outputs are multiplied with.
+        logit_scale: the configuration's name for what logits are multiplied with.
+        logit_divisor: the configuration's name for what logits are divided by.
+        when: which configurations of these model types it covers.
     """
 
     model_types: tuple[str, ...]
     blocks: str = "layers"
-    final_norm: str = "norm"
+    final_norm: str | None = "norm"
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     mlp: MLPSpec = field(default_factory=MLPSpec)
+    parallel: bool = False
+    residual_scale: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    when: Callable[[Any], bool] = _always
 
 
 def submodule(parent: nn.Module, path: str, owner: str) -> nn.Module:
@@ -83,5 +131,23 @@ def submodule(parent: nn.Module, path: str, owner: str) -> nn.Module:
     except AttributeError as error:
         raise DePassError(
             f"{owner} has no submodule '{path}', which its family's declaration names; "
-            "declare the model's own names in depass_lightning/models/families.py"
+            "declare the model's own names with depass_lightning.register_family"
         ) from error
+
+
+def configured(config: Any, name: str | None) -> float:
+    """Read a declared number of a configuration; 1 where none is declared.
+
+    Args:
+        config: the model's configuration.
+        name: what the configuration calls it.
+
+    Raises:
+        DePassError: the configuration has no such number.
+    """
+    if name is None:
+        return 1.0
+    value = getattr(config, name, None)
+    if not isinstance(value, int | float):
+        raise DePassError(f"the configuration of '{config.model_type}' has no number '{name}'")
+    return float(value)

@@ -80,6 +80,11 @@ class Source(ABC):
     # Whether the components are positions of the prompt, each of them zero before it begins.
     positional: ClassVar[bool] = False
 
+    @property
+    def behind_mlp(self) -> bool:
+        """Whether the components begin behind a block's MLP."""
+        return False
+
     @abstractmethod
     def layers(self, count: int) -> list[int]:
         """The blocks at or in which groups of components begin, in order.
@@ -138,7 +143,7 @@ class GroupSplit:
         return self.source.layers(self.recording.layers)[0]
 
     def at_entry(self, recording: Recording) -> Carry | None:
-        components = self.source.entering(recording, self.first)
+        components = self.source.entering(recording, self.first, self.settings)
         if components is None:
             return None
         device = components.device
@@ -177,7 +182,7 @@ class GroupSource(Source):
     def entry_scores(
         self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
     ) -> Tensor | None:
-        components = self.entering(recording, layer)
+        components = self.entering(recording, layer, settings)
         if components is None:
             return None
         return with_constants(derivative.of(components), derivative.constants, settings)
@@ -196,10 +201,14 @@ class GroupSource(Source):
                 total = derivative.constants
                 if constants is not None:
                     total = total + derivative.of(constants[:, None])[:, 0]
-                return with_constants(derivative.of(components), total, settings)
+                scores = derivative.of(components)
+                if place == "middle" and derivatives.beside is not None:
+                    # Only the base was there already when the MLP read the block's input.
+                    scores[:, 0] += (components[:, 0] * derivatives.beside).sum((1, 2))
+                return with_constants(scores, total, settings)
         return None
 
-    def entering(self, recording: Recording, layer: int) -> Tensor | None:
+    def entering(self, recording: Recording, layer: int, settings: Pass) -> Tensor | None:
         """The components `[batch, component, position, hidden]` at the entry of the first block, if there."""
         return None
 

@@ -12,7 +12,7 @@ from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.groups import RankOne, Table
 from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
-from depass_lightning.models.decoder import Decoder, linear_of
+from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.sources.base import Begun, Described, GroupSource, Pass, resolve_layer, with_constants
 
@@ -55,12 +55,25 @@ class Heads(_Blockwise):
         attention = block.attention
         values, constants = attention.head_values(block.state)
         heads = attention.head_outputs(values)
-        bias = attention.output.bias
-        total = None if bias is None else bias.expand_as(block.state)
+        total = attention.added
         if constants is not None:
             mixed = constants.flatten(2) @ attention.output.weight.T
             total = mixed if total is None else mixed + total
         return Table(torch.cat([block.state[:, None], heads], 1)), total
+
+    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
+        """Without ever building a head's state: its score is its values times the derivative by them."""
+        block, middle = derivatives.block, derivatives.middle
+        values, constants = block.attention.head_values(block.state)
+        scores = (values * derivatives.heads).sum((1, 3))
+        through = middle.states if derivatives.beside is None else middle.states + derivatives.beside
+        state = (block.state * through).sum((1, 2))
+        total = middle.constants
+        if constants is not None:
+            total = total + (constants * derivatives.heads).sum((1, 2, 3))
+        if block.attention.added is not None:
+            total = total + (block.attention.added * middle.states).sum((1, 2))
+        return with_constants(torch.cat([state[:, None], scores], 1), total, settings)
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
         return self._named(decoder, ["state", *(f"head {index}" for index in range(decoder.heads))])
@@ -85,12 +98,16 @@ class Module(_Blockwise):
         object.__setattr__(self, "module", module)
         object.__setattr__(self, "layer", layer)
 
+    @property
+    def behind_mlp(self) -> bool:
+        return self.module == "mlp"
+
     def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
-        if place != ("middle" if self.module == "attention" else "after"):
+        if place != ("after" if self.behind_mlp else "middle"):
             return None
         if self.module == "attention":
             return Table(torch.stack([block.state, block.attention_output], 1)), None
-        return Table(torch.stack([block.state + block.attention_output, block.mlp_output], 1)), None
+        return Table(torch.stack([block.leaving - block.mlp_output, block.mlp_output], 1)), None
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
         return self._named(decoder, ["state", self.module])
@@ -129,6 +146,10 @@ class Neurons(_Blockwise):
                 f"Neurons: top is {self.top}; carry at least one exactly, or leave it out for all"
             )
 
+    @property
+    def behind_mlp(self) -> bool:
+        return True
+
     def apart(self, count: int) -> "Sequence[Neurons]":
         return [replace(self, layer=layer) for layer in self.layers(count)]
 
@@ -138,24 +159,29 @@ class Neurons(_Blockwise):
         chosen = slice(None) if self.indices is None else list(self.indices)
         values = block.mlp.neurons[:, :, chosen]
         weights = block.mlp.down.weight[:, chosen]
-        rest = block.state + block.attention_output - values @ weights.T
-        if not settings.release:  # the published code's base has lost the MLP's output
-            rest = rest + block.mlp_output
+        rest = block.leaving - values @ weights.T
+        if settings.release:  # the published code's base has lost the MLP's output
+            rest = rest - block.mlp_output
         return RankOne(rest[:, None], values, weights.T[None]), None
 
     def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
         """Without ever building a neuron's state: its score is its value times the derivative by it."""
         mlp, after = derivatives.block.mlp, derivatives.after
         scores = (mlp.neurons * derivatives.neurons).sum(1)
-        block = derivatives.block
-        total = after.of((block.state + block.attention_output + block.mlp_output)[:, None])[:, 0]
+        total = (derivatives.block.leaving * after.states).sum((1, 2))
         if self.indices is not None:
             scores = scores[:, list(self.indices)]
         rest = total - scores.sum(1)
         return with_constants(torch.cat([rest[:, None], scores], 1), after.constants, settings)
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
-        width = linear_of(decoder.blocks[0].down).weight.shape[1]
+        widths = {decoder.blocks[layer].mlp.width for layer in self.layers(len(decoder.blocks))}
+        width = min(widths)
+        if self.indices is None and len(widths) > 1:
+            raise DePassError(
+                f"Neurons: the blocks' MLPs have {', '.join(map(str, sorted(widths)))} neurons; take one "
+                "block at a time by layer, or some neurons by indices"
+            )
         indices = range(width) if self.indices is None else self.indices
         outside = [index for index in indices if not 0 <= index < width]
         if outside:

@@ -1,0 +1,105 @@
+"""What a model's own rounding adds to the residual stream: a component of its own, so that sums stay exact.
+
+A model in half precision, or a quantised one, rounds what each block adds. Components are carried in a finer
+precision, so their sum leaves the recorded states by as much. That difference belongs to no component:
+
+1. at each block, take the recorded output less what the frozen block gives for the recorded input;
+2. carry it on through attention, as any component is, and under a linear rule through the MLPs too; under a
+   competing rule it takes no share of any neuron, or something next to nothing would get an even share.
+
+It is found from the plain states alone, so that it adds up with the components only if these are right.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from depass_lightning.engine.adjoint import Derivative, pull_back
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.record import Recording
+from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule
+
+
+class _AttentionOnly(LinearPaths):
+    """Nothing goes through an MLP."""
+
+    name = "attention only"
+
+    def __init__(self) -> None:
+        super().__init__(gate=0.0, up=0.0, value=1.0, control=0.0)
+
+
+def rounding_scores(
+    recording: Recording, rule: Rule, derivative: Derivative, *, layer: int, first: int
+) -> dict[int, tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]]:
+    """What rounding from each block on adds to a target.
+
+    Args:
+        recording: the recorded pass.
+        rule: how neurons are shared.
+        derivative: the target's derivative by the state that enters block `layer`.
+        layer: where the target is read.
+        first: the first block that is wanted.
+
+    Returns:
+        For each block the sum from there to the target, where components begin before its MLP and where they
+        begin behind it.
+    """
+    way = _AttentionOnly() if isinstance(rule, CompetingRule) else rule
+    total = torch.zeros_like(derivative.constants)
+    sums = {}
+    for at in pull_back(recording, way, derivative, layer=layer, first=first):
+        behind, total = total, total + (at.after.states * _rounded(at.block, rule)).sum((1, 2))
+        sums[at.block.index] = (total, behind)
+    return sums
+
+
+def rounding_states(
+    recording: Recording, rule: Rule, starts: Sequence[int], *, behind_mlp: bool, stop: int
+) -> Float[Tensor, "batch start position hidden"]:
+    """What rounding from each of some blocks on has added to the state at a layer.
+
+    Args:
+        recording: the recorded pass.
+        rule: how neurons are shared.
+        starts: the blocks.
+        behind_mlp: components begin behind their MLPs.
+        stop: the layer.
+    """
+    states = [torch.zeros_like(recording.final_state) for _ in starts]
+    for index in range(min(starts), stop):
+        block = recording.block(index)
+        added = _rounded(block, rule)
+        for own, start in enumerate(starts):
+            if start < index + (not behind_mlp):
+                states[own] = _through(block, rule, states[own]) + added
+    return torch.stack(states, 1)
+
+
+def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hidden"]:
+    """The recorded output of a block less what the frozen block gives for its input."""
+    left = block.leaving - block.state - block.attention_output
+    if isinstance(rule, CompetingRule):
+        return left - block.mlp_output
+    # The neurons as the rule's slopes give them, which rounding has moved too.
+    read = block.state if block.parallel else block.state + block.attention_output
+    mlp = _through_slopes(block, rule, read, block.mlp.norm.constant_through(block.mlp.gate))
+    return left - (mlp if block.mlp.added is None else mlp + block.mlp.added)
+
+
+def _through(block: FrozenBlock, rule: Rule, states: Tensor) -> Tensor:
+    """A component through a block."""
+    values, _ = block.attention.head_values(states)
+    behind = states + values.flatten(2) @ block.attention.output.weight.T
+    if isinstance(rule, CompetingRule):
+        return behind
+    return behind + _through_slopes(block, rule, states if block.parallel else behind, None)
+
+
+def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, constant: Tensor | None) -> Tensor:
+    mlp = block.mlp
+    gates = mlp.norm(states.flatten(0, 1), mlp.norm.scale.flatten()) @ mlp.gate.weight.T
+    gates = gates.view(*states.shape[:2], -1) + (0 if constant is None else constant)
+    return (gates * rule.slopes(mlp.pre_activations, mlp.neurons)) @ mlp.down.weight.T

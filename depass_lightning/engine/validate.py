@@ -1,0 +1,275 @@
+"""Check a family's declaration against the model at hand, by one short pass, before anything is explained.
+
+A declaration that names the wrong parts may well give components that add up: sums alone do not tell a gate
+from the map beside it. So each piece is checked by itself:
+
+1. the model gives the same logits with its attention's probabilities kept (`eager`) as by itself;
+2. every norm is one (`FrozenNorm.fit`);
+3. what enters a block, plus what its frozen attention and MLP add, is what leaves it;
+4. the gate map gives the recorded pre-activations, an activation function reads these, and what it gives,
+   times what the map beside gives, are the recorded neurons.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.record import Recording, exact, record, undisturbed
+from depass_lightning.errors import DePassError
+from depass_lightning.models.block import Block
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.families import FAMILIES, declared_families, supported_model_types
+from depass_lightning.models.spec import FamilySpec
+
+logger = logging.getLogger(__name__)
+
+LENGTH = 8  # tokens of the pass that checks a model
+SEEN: "WeakKeyDictionary[nn.Module, Checked]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the check of a model found.
+
+    Args:
+        spec: the declaration that describes it.
+        error: the largest error of any block's sum, relative to what the block adds.
+        found: whether the declaration was found by trying, since the model's type has none.
+    """
+
+    spec: FamilySpec
+    error: float
+    found: bool
+
+
+def bind_checked(model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> Decoder:
+    """Bind a model to the declaration of its family, checked; a model that was checked is not checked again.
+
+    Args:
+        model: a Hugging Face causal language model.
+        compute_dtype: as for `Decoder`.
+
+    Raises:
+        DePassError: the architecture is not supported, or the declaration does not describe this model; the
+            message names the block, the sublayer and the error.
+    """
+    checked = SEEN.get(model)
+    if checked is None:
+        checked = _checked(model)
+        SEEN[model] = checked
+    return Decoder(model, checked.spec, compute_dtype=compute_dtype)
+
+
+def _checked(model: nn.Module) -> Checked:
+    config: Any = Decoder.config_of(model)
+    declared = declared_families(config)
+    if declared:
+        return Checked(declared[0], validate(Decoder(model, declared[0])), found=False)
+    spec, error = _discovered(model, config.model_type)
+    return Checked(spec, error, found=True)
+
+
+def _discovered(model: nn.Module, kind: str) -> tuple[FamilySpec, float]:
+    """Try every declaration on a model whose type has none."""
+    tried: dict[str, str] = {}
+    for family in FAMILIES:
+        for parallel in (family.parallel, not family.parallel):
+            spec = replace(family, model_types=(kind,), parallel=parallel)
+            try:
+                error = validate(Decoder(model, spec))
+            except DePassError as refused:
+                tried.setdefault(family.model_types[0], str(refused))
+                continue
+            logger.warning(
+                "model type '%s' has no declaration; its blocks are built like those of '%s'%s (checked: its "
+                "blocks' sums are right to %.0e)",
+                kind,
+                family.model_types[0],
+                "" if parallel == family.parallel else f", attention and MLP {_order(parallel)}",
+                error,
+            )
+            return spec, error
+    closest = next((f"; as '{name}': {why}" for name, why in tried.items() if "no submodule" not in why), "")
+    raise DePassError(
+        f"model type '{kind}' is not supported: no family declares it, and none of the known ones describes "
+        f"its blocks{closest}. Supported: {', '.join(supported_model_types())}; others can be declared with "
+        "depass_lightning.register_family"
+    )
+
+
+def _order(parallel: bool) -> str:
+    return "beside each other" if parallel else "one behind the other"
+
+
+def validate(decoder: Decoder) -> float:
+    """Check a bound declaration by a short pass over the model.
+
+    Args:
+        decoder: the model with its declaration.
+
+    Returns:
+        The largest error of any block's sum, relative to what the block adds.
+
+    Raises:
+        DePassError: the declaration does not describe the model; the block, the sublayer and the error are
+            named.
+    """
+    length = min(LENGTH, decoder.max_positions or LENGTH)
+    numbers = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, decoder.vocabulary_size, (1, length), generator=numbers).to(decoder.device)
+    last = torch.tensor([[length - 1]], device=decoder.device)
+    with undisturbed(decoder, eager=False):
+        own, _, _ = decoder.logits(ids, last)
+    with _activations(decoder) as activations:
+        recording = record(decoder, ids, torch.tensor([length], device=decoder.device), last)
+    with exact(decoder.device):
+        limit = tolerance(decoder)
+        _expect(_distance(recording.logits, own), limit, "eager attention gives other logits than its own")
+        _check_readout(decoder, recording, limit)
+        worst = 0.0
+        for block in decoder.blocks:
+            worst = max(worst, _check_block(decoder, recording, block, activations[block.index], limit))
+    return worst
+
+
+def tolerance(decoder: Decoder) -> float:
+    """How far a right declaration may be off in the model's own precision.
+
+    Args:
+        decoder: the model.
+    """
+    exact_weights = decoder.model_dtype in (torch.float32, torch.float64)
+    quantised = getattr(decoder.model, "is_quantized", False) or getattr(decoder.model, "hf_quantizer", None)
+    return 1e-3 if exact_weights and not quantised else 1e-1
+
+
+def _check_block(
+    decoder: Decoder, recording: Recording, block: Block, activations: "_Activations", limit: float
+) -> float:
+    """Check one block's sum and its gate; returns the error of its sum."""
+    frozen = recording.block(block.index)
+    name = f"block {block.index} of {type(decoder.model).__name__}"
+    added = frozen.attention_output + frozen.mlp_output
+    left = recording.state(block.index + 1) - frozen.state
+    _check_gate(frozen, block, activations, limit, name)
+    error = _distance(added, left)
+    if error > limit:
+        # Which sublayer is it? Attention's own output stands at its module, where no norm is behind it.
+        alone = _distance(frozen.attention_output, left - frozen.mlp_output)
+        raise DePassError(
+            f"{name} does not add up as its family's declaration says: attention and MLP "
+            f"{_order(block.parallel)} give its output up to {error:.1e} (attention's part alone is off by "
+            f"{alone:.1e}); declare it with depass_lightning.register_family"
+        )
+    return error
+
+
+def _check_gate(
+    frozen: FrozenBlock, block: Block, activations: "_Activations", limit: float, name: str
+) -> None:
+    """Check that the gate map gives what the activation reads, and the map beside it the rest."""
+    mlp = frozen.mlp
+    read = frozen.state if frozen.parallel else frozen.state + frozen.attention_output
+    normed = mlp.norm(read.flatten(0, 1), mlp.norm.scale.flatten())
+    constant = mlp.norm.constant_through(mlp.gate)
+    gates = (normed @ mlp.gate.weight.T).view(*read.shape[:2], -1) + (0 if constant is None else constant)
+    routed = mlp.neurons != 0 if block.mlp.experts is not None else torch.ones_like(gates, dtype=torch.bool)
+    error = _distance(gates[routed], mlp.pre_activations[routed])
+    _expect(error, limit, f"{name}, MLP: the gate map does not give the pre-activations from what it reads")
+    if block.mlp.dense is None or not activations.seen:
+        return
+    shape = mlp.pre_activations.shape
+    outputs = [
+        output.reshape(shape).to(gates)
+        for given, output in activations.seen
+        if given.numel() == mlp.pre_activations.numel()
+        and _distance(given.reshape(shape).to(gates), mlp.pre_activations) < limit
+    ]
+    if not outputs:
+        raise DePassError(
+            f"{name}, MLP: no activation function reads what is declared as the gate's output; declare the "
+            "map whose output goes into the activation, with depass_lightning.register_family"
+        )
+    neurons = outputs[0]
+    if mlp.up is not None:
+        neurons = neurons * torch.nn.functional.linear(mlp.normed.to(gates), mlp.up.weight, mlp.up.bias)
+    recorded = activations.neurons.reshape(shape).to(gates)
+    _expect(_distance(neurons, recorded), limit, f"{name}, MLP: activation times up map are not its neurons")
+
+
+def _check_readout(decoder: Decoder, recording: Recording, limit: float) -> None:
+    """Check that the final norm and the unembedding give the logits."""
+    states = recording.final_state[:, recording.kept].flatten(0, 1)
+    scale = recording.final_norm.scale[:, recording.kept].flatten()
+    normed = recording.final_norm(states, scale)
+    if recording.final_norm.probe.bias is not None:
+        normed = normed + recording.final_norm.probe.bias
+    rows, biases = decoder.readout(torch.arange(min(decoder.vocabulary_size, 256), device=normed.device))
+    logits = normed @ rows.T + biases
+    found = recording.uncapped.flatten(0, 1)[:, : len(rows)].to(logits)
+    _expect(
+        _distance(logits, found),
+        limit,
+        f"the final norm and the unembedding of {type(decoder.model).__name__} do not give its logits",
+    )
+
+
+def _expect(error: float, limit: float, otherwise: str) -> None:
+    if not error <= limit:
+        raise DePassError(f"{otherwise} (error {error:.1e}); its family's declaration does not describe it")
+
+
+def _distance(given: Tensor, expected: Tensor) -> float:
+    expected = expected.to(given)
+    return float((given - expected).norm() / expected.norm().clamp_min(torch.finfo(given.dtype).tiny))
+
+
+@dataclass
+class _Activations:
+    """What the modules of an MLP without weights of their own were given and gave, and its neurons."""
+
+    seen: list[tuple[Tensor, Tensor]]
+    neurons: Tensor
+
+    def keep(self, _module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if arguments and isinstance(arguments[0], Tensor) and isinstance(output, Tensor):
+            self.seen.append((arguments[0], output))
+
+    def down(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.neurons = arguments[0]
+
+
+@contextmanager
+def _activations(decoder: Decoder) -> Iterator[list[_Activations]]:
+    """Watch the activation functions of every dense MLP."""
+    watched = [_Activations([], torch.empty(0)) for _ in decoder.blocks]
+    with ExitStack() as stack:
+        for block, own in zip(decoder.blocks, watched, strict=True):
+            if block.mlp.dense is None:
+                continue
+            stack.callback(block.mlp.dense.down.module.register_forward_pre_hook(own.down).remove)
+            for module in _elementwise(block):
+                stack.callback(module.register_forward_hook(own.keep).remove)
+        yield watched
+
+
+def _elementwise(block: Block) -> list[nn.Module]:
+    """The leaf modules of a block's MLP that may be its activation: no matrix, no norm, no dropout."""
+    attention = set(block.attention.module.modules())
+    norms = {block.attention.norm, block.attention.post_norm, block.mlp.norm, block.mlp.post_norm}
+    return [
+        module
+        for module in block.mlp.module.modules()
+        if not any(True for _ in module.children())
+        and module not in attention
+        and module not in norms
+        and not isinstance(module, nn.Dropout | nn.Identity)
+        and not any(parameter.ndim > 1 for parameter in module.parameters())
+    ]

@@ -1,0 +1,301 @@
+"""One decoder block as its family declares it, bound to the modules of the model at hand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from depass_lightning.errors import DePassError
+from depass_lightning.models.linear import Part, features, has_bias
+from depass_lightning.models.spec import AttentionSpec, FamilySpec, MLPSpec, configured, submodule
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The modules of an attention sublayer.
+
+    Args:
+        module: returns the probabilities second.
+        norm: what it reads the residual stream through, if there is one.
+        post_norm: what stands behind its output, if there is one.
+        value: the value map; behind `latent` where there is one.
+        latent: the map to the latent and the norm behind it.
+        output: the output map.
+        heads: the number of query heads.
+        in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
+    """
+
+    module: nn.Module
+    norm: nn.Module | None
+    post_norm: nn.Module | None
+    value: Part
+    latent: tuple[Part, nn.Module] | None
+    output: Part
+    heads: int
+    in_mask: str | None
+
+
+@dataclass(frozen=True)
+class DenseParts:
+    """The maps of an MLP; see `MLPSpec`."""
+
+    gate: Part
+    up: Part | None
+    down: Part
+
+
+@dataclass(frozen=True)
+class ExpertsParts:
+    """The modules of a mixture of experts.
+
+    Args:
+        module: the experts, called with states, indices and weights.
+        shared: the MLP that every position goes through, if there is one.
+        shared_gate: the map whose sigmoid scales the shared MLP's output.
+    """
+
+    module: nn.Module
+    shared: DenseParts | None
+    shared_gate: nn.Module | None
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        return self._weight("down_proj").shape[0]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights are stored `[expert, in, out]`."""
+        return hasattr(self.module, "gate_up_proj_bias")
+
+    @property
+    def width(self) -> int:
+        """The number of one expert's neurons."""
+        return self._weight("down_proj").shape[1 if self.transposed else 2]
+
+    def _weight(self, name: str) -> Tensor:
+        weight = getattr(self.module, name, None)
+        if not isinstance(weight, Tensor) or weight.ndim != 3:
+            raise DePassError(f"{type(self.module).__name__} keeps no weights of all experts in '{name}'")
+        return weight.detach()
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Gate and up together `[expert, 2 neuron, hidden]`, their bias, down `[expert, hidden, neuron]`, its
+        bias.
+
+        Args:
+            dtype: the precision of the result.
+        """
+        gate_up, down = self._weight("gate_up_proj").to(dtype), self._weight("down_proj").to(dtype)
+        if self.transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        biases = [getattr(self.module, f"{name}_proj_bias", None) for name in ("gate_up", "down")]
+        first, second = (None if bias is None else bias.detach().to(dtype) for bias in biases)
+        return gate_up, first, down, second
+
+    def column(self, expert: int, neuron: int, dtype: torch.dtype) -> Float[Tensor, "hidden"]:
+        """What one neuron of one expert writes.
+
+        Args:
+            expert: the expert's number.
+            neuron: the neuron's number inside it.
+            dtype: the precision of the result.
+        """
+        down = self._weight("down_proj")[expert]
+        return (down[neuron] if self.transposed else down[:, neuron]).to(dtype)
+
+    def gate_rows(self) -> tuple[slice, slice]:
+        """Where gates and ups stand among `gate_up`'s outputs."""
+        if self.transposed:
+            return slice(0, None, 2), slice(1, None, 2)
+        return slice(0, self.width), slice(self.width, None)
+
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """One expert's neurons from its gates and ups, by the module's own code.
+
+        Args:
+            gate_up: `[*rows, 2 neuron]`.
+        """
+        module: Any = self.module
+        if hasattr(module, "_apply_gate"):
+            return module._apply_gate(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return module.act_fn(gate) * up
+
+
+@dataclass(frozen=True)
+class MLPParts:
+    """The modules of an MLP sublayer, which is dense or a mixture of experts.
+
+    Args:
+        module: the MLP, or the block where its maps stand there.
+        norm: what it reads the residual stream through, if there is one.
+        post_norm: what stands behind its output, if there is one.
+        dense: its maps.
+        experts: or its experts.
+    """
+
+    module: nn.Module
+    norm: nn.Module | None
+    post_norm: nn.Module | None
+    dense: DenseParts | None
+    experts: ExpertsParts | None
+
+    @property
+    def width(self) -> int:
+        """The number of its neurons, those of all experts one behind the other and of a shared one last."""
+        if self.dense is not None:
+            return self.dense.down.shape[1]
+        assert self.experts is not None
+        shared = self.experts.shared
+        return self.experts.count * self.experts.width + (0 if shared is None else shared.down.shape[1])
+
+    def column(self, neuron: int, dtype: torch.dtype) -> Float[Tensor, "hidden"]:
+        """What one neuron writes, before any norm behind the MLP.
+
+        Args:
+            neuron: its number, as `width` counts them.
+            dtype: the precision of the result.
+        """
+        dense = self.dense
+        if self.experts is not None:
+            expert, inside = divmod(neuron, self.experts.width)
+            if expert < self.experts.count:
+                return self.experts.column(expert, inside, dtype)
+            neuron, dense = neuron - self.experts.count * self.experts.width, self.experts.shared
+        assert dense is not None
+        return dense.down.linear(dtype).weight[:, neuron]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The modules of one decoder block that take part in a decomposed pass.
+
+    Args:
+        index: the block's number.
+        module: the block.
+        attention: its first sublayer.
+        mlp: its second sublayer.
+        parallel: the MLP reads what enters the block.
+        scale: what both sublayers' outputs are multiplied with.
+    """
+
+    index: int
+    module: nn.Module
+    attention: AttentionParts
+    mlp: MLPParts
+    parallel: bool
+    scale: float
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether any constant enters the residual stream here, or pushes a bias component's shares."""
+        attention, mlp = self.attention, self.mlp
+        dense = [parts for parts in (mlp.dense, mlp.experts and mlp.experts.shared) if parts is not None]
+        modules = [
+            attention.norm,
+            attention.post_norm,
+            mlp.norm,
+            mlp.post_norm,
+            attention.value.module,
+            attention.output.module,
+            *(part.module for parts in dense for part in (parts.gate, parts.down)),
+        ]
+        if any(module is not None and has_bias(module) for module in modules):
+            return True
+        return mlp.experts is not None and hasattr(mlp.experts.module, "down_proj_bias")
+
+
+def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: str) -> Block:
+    """Bind a declaration to one block.
+
+    Args:
+        spec: the family's declaration.
+        index: the block's number.
+        module: the block.
+        config: the model's configuration.
+        owner: what the block is called in an error.
+
+    Raises:
+        DePassError: the block lacks a declared submodule.
+    """
+    return Block(
+        index=index,
+        module=module,
+        attention=_attention(spec.attention, module, config.num_attention_heads, owner),
+        mlp=_mlp(spec.mlp, module, owner),
+        parallel=spec.parallel,
+        scale=configured(config, spec.residual_scale),
+    )
+
+
+def _optional(module: nn.Module, path: str | None, owner: str) -> nn.Module | None:
+    return None if path is None else submodule(module, path, owner)
+
+
+def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -> AttentionParts:
+    inside = submodule(module, spec.module, owner)
+    output = Part(submodule(inside, spec.output, owner))
+    size = output.shape[1] // heads
+    value = submodule(inside, spec.value, owner)
+    latent = None
+    if spec.latent is not None:
+        projection, norm = (submodule(inside, name, owner) for name in spec.latent)
+        latent = Part(projection, slice(0, features(value)[0])), norm
+    rows = _value_rows(spec, features(value)[1], heads, size, owner)
+    return AttentionParts(
+        module=inside,
+        norm=_optional(module, spec.norm, owner),
+        post_norm=_optional(module, spec.post_norm, owner),
+        value=Part(value, rows),
+        latent=latent,
+        output=output,
+        heads=heads,
+        in_mask=spec.in_mask,
+    )
+
+
+def _value_rows(spec: AttentionSpec, outputs: int, heads: int, size: int, owner: str) -> Tensor | None:
+    """Which outputs of a fused projection are values."""
+    if spec.layout == "own":
+        return None
+    # Queries have `heads` parts; keys and values, or groups of queries, keys and values, share the rest.
+    groups = heads if spec.latent is not None else (outputs // size - heads) // 2
+    if groups < 1 or outputs % groups:
+        raise DePassError(f"{owner}: '{spec.value}' has {outputs} outputs, too few for {heads} heads' values")
+    everything = torch.arange(outputs)
+    if spec.layout == "concatenated":
+        return everything[-groups * size :]
+    return everything.view(groups, -1)[:, -size:].flatten()
+
+
+def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
+    inside = submodule(module, spec.module, owner)
+    experts = None
+    if spec.experts is not None and hasattr(inside, spec.experts.module):
+        names = spec.experts
+        shared = getattr(inside, names.shared, None) if names.shared else None
+        experts = ExpertsParts(
+            module=submodule(inside, names.module, owner),
+            shared=None if shared is None else _dense(spec, shared, f"{owner}'s shared expert"),
+            shared_gate=None if names.shared_gate is None else submodule(inside, names.shared_gate, owner),
+        )
+    return MLPParts(
+        module=inside,
+        norm=_optional(module, spec.norm, owner),
+        post_norm=_optional(module, spec.post_norm, owner),
+        dense=_dense(spec, inside, owner) if experts is None else None,
+        experts=experts,
+    )
+
+
+def _dense(spec: MLPSpec, inside: nn.Module, owner: str) -> DenseParts:
+    gate = submodule(inside, spec.gate, owner)
+    down = Part(submodule(inside, spec.down, owner))
+    if spec.up == spec.gate:
+        half = features(gate)[1] // 2
+        return DenseParts(Part(gate, slice(0, half)), Part(gate, slice(half, 2 * half)), down)
+    up = _optional(inside, spec.up, owner)
+    return DenseParts(Part(gate), None if up is None else Part(up), down)
