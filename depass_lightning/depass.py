@@ -2,11 +2,12 @@
 
 1. Tokenise, and pad prompts of similar length into batches.
 2. Record one plain pass (`engine/record.py`).
-3. Split a state into components (`sources.py`).
+3. Split a state into components (`sources/`).
 4. Carry them through the remaining blocks (`engine/propagate.py`).
 5. Read each component's part of the target (`targets.py`) into an `Attribution`.
 
-Steps 2 to 5 are in `passes.py`; here stand the face and what is checked before anything expensive starts.
+Steps 2 to 4 are in `passes.py`, step 5 in `scores.py` and `readings.py`; here stands the face, and what is
+checked before anything expensive starts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from depass_lightning.attribution import Attribution
 from depass_lightning.attributions import Attributions
 from depass_lightning.batches import in_batches
-from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.release import release_rule
-from depass_lightning.engine.rules import Path, RuleName, goes_back, rule_named
+from depass_lightning.engine.rules import Path, RuleName
 from depass_lightning.engine.validate import bind_checked
 from depass_lightning.errors import DePassError
 from depass_lightning.generation import Generation, generate
@@ -35,12 +34,11 @@ from depass_lightning.options import (
     Engine,
     ScoreOptions,
     StatesOptions,
-    as_sources,
-    check_choices,
 )
-from depass_lightning.passes import Decomposition, Settings, decompose_batch, decompose_layers
-from depass_lightning.prompts import Prompt, prompts_of_ids, prompts_of_texts
+from depass_lightning.passes import Decomposition, decompose_batch, decompose_layers
+from depass_lightning.prompts import prompts_of
 from depass_lightning.readings import attribute_batch, attribute_targets, check_target, reading_place
+from depass_lightning.settings import settings_of
 from depass_lightning.sources import Source, Tokens, resolve_layer
 from depass_lightning.targets import TargetLike, as_targets, has_constant
 
@@ -218,8 +216,18 @@ class DePass:
                 or of another length than that of prompts, a layer is out of range, a setting is unknown, or
                 the model's values are not finite.
         """
-        settings = self._settings(source, rule, temperature, bias, compat, engine, path)
-        prompts = self._prompts(prompt, input_ids, attention_mask)
+        settings = settings_of(
+            self.decoder,
+            source,
+            rule=rule,
+            temperature=temperature,
+            bias=bias,
+            compat=compat,
+            engine=engine,
+            path=path,
+            memory_budget=self.memory_budget,
+        )
+        prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         targets, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         if bias == "component" and any(has_constant(aim) for aims in targets for aim in aims):
             settings = replace(settings, bias=True, bias_mode=bias)
@@ -302,10 +310,19 @@ class DePass:
         Raises:
             DePassError: as for `attribute`; or the layer is out of range or before the source's.
         """
-        settings = self._settings(source, rule, temperature, bias, compat, "propagate")
+        settings = settings_of(
+            self.decoder,
+            source,
+            rule=rule,
+            temperature=temperature,
+            bias=bias,
+            compat=compat,
+            engine="propagate",
+            memory_budget=self.memory_budget,
+        )
         layers = len(self.decoder.blocks)
         if to_layer == "all":
-            entries = self._prompts(prompt, input_ids, attention_mask)
+            entries = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
             tours = [decompose_layers(self.decoder, entry, settings) for entry in entries]
             return tours[0] if isinstance(prompt, str) else tours
         stop = layers
@@ -314,7 +331,7 @@ class DePass:
         last = settings.sources[0].layers(layers)[-1]
         if stop < last:
             raise DePassError(f"to_layer={stop} lies before layer {last}, where the state is split")
-        prompts = self._prompts(prompt, input_ids, attention_mask)
+        prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
 
         def states(batch: list[int]) -> list[Decomposition]:
             return decompose_batch(self.decoder, [prompts[i] for i in batch], settings, stop)
@@ -352,63 +369,15 @@ class DePass:
             DePassError: as for `attribute`; or the finished text would be longer than the model's context,
                 or `generate` refuses an argument.
         """
-        settings = self._settings(source, rule, rule_temperature, bias, None, "auto", path)
-        prompts = self._prompts(prompt, input_ids, None)
+        settings = settings_of(
+            self.decoder,
+            source,
+            rule=rule,
+            temperature=rule_temperature,
+            bias=bias,
+            path=path,
+            memory_budget=self.memory_budget,
+        )
+        prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
         return generate(self.decoder, self.tokenizer, prompts, settings, arguments)
-
-    # What goes in
-
-    def _settings(
-        self,
-        source: Source | Sequence[Source] | None,
-        rule: str,
-        temperature: float,
-        bias: str,
-        compat: str | None,
-        engine: str,
-        path: str = "content",
-    ) -> Settings:
-        chosen = rule_named(rule, temperature)
-        check_choices(bias=bias, compat=compat, engine=engine, path=path)
-        adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
-        sources = as_sources(source)
-        for own in sources:
-            own.layers(len(self.decoder.blocks))
-        if compat == "release":
-            bias = "drop"
-            chosen = release_rule(chosen, remainder=sources[0].positional)
-        if not self.decoder.has_biases:
-            bias = "none"
-        return Settings(
-            sources=sources,
-            rule=chosen,
-            rule_name=rule,
-            bias=bias == "component",
-            rounding=self.decoder.rounds and compat is None and rule != "dual" and path == "content",
-            bias_mode=bias,
-            compat=compat,
-            adjoint=adjoint,
-            path=path,
-            budget=Budget.default(self.decoder.device, self.memory_budget),
-        )
-
-    def _prompts(
-        self, prompt: str | Sequence[str] | None, input_ids: Tensor | None, attention_mask: Tensor | None
-    ) -> list[Prompt]:
-        limit = self.decoder.max_positions
-        if prompt is None:
-            if input_ids is None:
-                raise DePassError(
-                    "there is nothing to explain: pass a prompt, a list of prompts, or input_ids"
-                )
-            return prompts_of_ids(
-                input_ids, attention_mask, self.tokenizer, limit, self.decoder.vocabulary_size
-            )
-        if input_ids is not None:
-            raise DePassError("pass either prompts or input_ids, not both")
-        if self.tokenizer is None:
-            raise DePassError(
-                "prompts are text, but there is no tokenizer; use DePass(model, tokenizer) or input_ids"
-            )
-        return prompts_of_texts([prompt] if isinstance(prompt, str) else list(prompt), self.tokenizer, limit)

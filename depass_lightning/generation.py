@@ -19,9 +19,9 @@ from depass_lightning.attributions import Attributions
 from depass_lightning.engine.record import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.passes import Settings
 from depass_lightning.prompts import Prompt, continued
 from depass_lightning.readings import attribute_targets
+from depass_lightning.settings import Settings
 from depass_lightning.sources import Tokens
 from depass_lightning.targets import Token
 

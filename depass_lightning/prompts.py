@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
 
 CHARACTER_BYTES = 4  # the most that a character of UTF-8 is spread over
 
@@ -51,6 +52,39 @@ class Prompt:
         if self.offsets is None:
             return self.text if self.text and position == len(self.ids) - 1 else None
         return self.text[: self.offsets[position][1]]
+
+
+def prompts_of(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | Sequence[str] | None,
+    input_ids: Int[Tensor, "batch position"] | None,
+    attention_mask: Int[Tensor, "batch position"] | None,
+) -> list[Prompt]:
+    """Take what a call was given: a prompt, several, or ids.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer; without one prompts must be ids, and are shown as ids.
+        prompt: the prompts as text.
+        input_ids: or as ids.
+        attention_mask: of these ids.
+
+    Raises:
+        DePassError: neither or both are given, there is no tokenizer, or as for either of them.
+    """
+    limit = decoder.max_positions
+    if prompt is None:
+        if input_ids is None:
+            raise DePassError("there is nothing to explain: pass a prompt, a list of prompts, or input_ids")
+        return prompts_of_ids(input_ids, attention_mask, tokenizer, limit, decoder.vocabulary_size)
+    if input_ids is not None:
+        raise DePassError("pass either prompts or input_ids, not both")
+    if tokenizer is None:
+        raise DePassError(
+            "prompts are text, but there is no tokenizer; use DePass(model, tokenizer) or input_ids"
+        )
+    return prompts_of_texts([prompt] if isinstance(prompt, str) else list(prompt), tokenizer, limit)
 
 
 def prompts_of_texts(

@@ -14,8 +14,10 @@ from depass_lightning.attributions import Attributions
 from depass_lightning.engine.record import Recording, exact
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.passes import Reading, Scored, Settings, described, record_batch, score_batch
+from depass_lightning.passes import described, record_batch
 from depass_lightning.prompts import Prompt, token_text
+from depass_lightning.scores import Reading, Scored, score_batch
+from depass_lightning.settings import Settings
 from depass_lightning.several import score_targets
 from depass_lightning.sources import Source, resolve_layer
 from depass_lightning.targets import Contrast, Direction, ProbeLogit, Target, Token, inner_reading, target_ids

@@ -10,8 +10,9 @@ import torch
 
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, exact
-from depass_lightning.passes import Reading, Scores, Settings, finished, joined, score_batch, uncarried
 from depass_lightning.prompts import Prompt
+from depass_lightning.scores import Reading, Scores, finished, joined, score_batch, uncarried
+from depass_lightning.settings import Settings
 from depass_lightning.sources import Pass, Source
 
 

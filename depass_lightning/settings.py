@@ -1,0 +1,117 @@
+"""How a pass is made: what a call's arguments come to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.release import release_rule
+from depass_lightning.engine.rules import LinearPaths, Rule, goes_back, rule_named
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.options import as_sources, check_choices
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources import Neurons, Pass, Source
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a pass is made: the same for every prompt of a call.
+
+    Args:
+        sources: what the state is split into, each by itself.
+        rule: how neurons are shared.
+        rule_name: what the rule is called.
+        bias: whether constants have a component of their own.
+        rounding: whether the model's own rounding has one.
+        bias_mode: what becomes of constants: component, drop, or none where the model has none.
+        compat: `release` for the published code's behaviour, else None.
+        adjoint: take scores back from the target instead of carrying components to it.
+        path: content, or control for what comes on top where attention's probabilities are not held fixed.
+        budget: the engine's memory.
+
+    Raises:
+        DePassError: a source approximates what this pass has exact, or does not have.
+    """
+
+    sources: tuple[Source, ...]
+    rule: Rule
+    rule_name: str
+    bias: bool
+    rounding: bool
+    bias_mode: str
+    compat: str | None
+    adjoint: bool
+    path: str
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
+        tops = [source.top for source in self.sources if isinstance(source, Neurons)]
+        if not softmax and any(top is not None for top in tops):
+            raise DePassError(
+                "Neurons(top=) approximates rule='softmax' with every constant carried (bias='component', no "
+                "compat); leave top out"
+            )
+
+    @property
+    def extras(self) -> list[str]:
+        """The components that stand behind a source's own in each group."""
+        return ["bias"] * self.bias + ["rounding"] * self.rounding
+
+    def begin(self, prompts: list[Prompt]) -> Pass:
+        """What sources must know of a batch's pass."""
+        return Pass(
+            prompts,
+            bias=self.bias,
+            competing=not isinstance(self.rule, LinearPaths),
+            release=self.compat == "release",
+            budget=self.budget,
+        )
+
+
+def settings_of(
+    decoder: Decoder,
+    source: Source | Sequence[Source] | None,
+    *,
+    rule: str,
+    temperature: float,
+    bias: str,
+    compat: str | None = None,
+    engine: str = "auto",
+    path: str = "content",
+    memory_budget: int | None = None,
+) -> Settings:
+    """Check a call's arguments and say what they come to.
+
+    Args:
+        decoder: the model.
+        source: as for `DePass.attribute`, and so are the others.
+        memory_budget: as for `DePass`.
+
+    Raises:
+        DePassError: a setting is unknown, or two of them do not go together.
+    """
+    chosen = rule_named(rule, temperature)
+    check_choices(bias=bias, compat=compat, engine=engine, path=path)
+    adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
+    sources = as_sources(source)
+    for own in sources:
+        own.layers(len(decoder.blocks))
+    if compat == "release":
+        bias = "drop"
+        chosen = release_rule(chosen, remainder=sources[0].positional)
+    if not decoder.has_biases:
+        bias = "none"
+    return Settings(
+        sources=sources,
+        rule=chosen,
+        rule_name=rule,
+        bias=bias == "component",
+        # What is off with a rule or a way that does not add up cannot be told from rounding.
+        rounding=decoder.rounds and compat is None and rule != "dual" and path == "content",
+        bias_mode=bias,
+        compat=compat,
+        adjoint=adjoint,
+        path=path,
+        budget=Budget.default(decoder.device, memory_budget),
+    )
