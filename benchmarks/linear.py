@@ -40,7 +40,7 @@ def one_prompt(tokens: int) -> Tensor:
 def recorded(depass: DePass, ids: Tensor) -> Recording:
     """The recorded pass that every decomposition begins with."""
     count = ids.shape[1]
-    return record(depass._decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
+    return record(depass.decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def naive_heads(depass: DePass, ids: Tensor, layer: int) -> Tensor:
         if index > layer:
             components = components + _head_outputs(block.attention, components).sum(0)
         components = components + _shared(block.mlp, components)
-    row, _ = depass._decoder.readout(torch.tensor([TARGET]))
+    row, _ = depass.decoder.readout(torch.tensor([TARGET]))
     return _normed(components, recording.final_norm)[:, -1] @ row[0]
 
 

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
 from depass_lightning.engine.rules import rule_named
+from depass_lightning.models.load import dtype_of
 from depass_lightning.modules.attribution import TARGETS
 from depass_lightning.sources import Heads, Module, Neurons, Spans, Subspace, Tokens
 
@@ -96,14 +97,37 @@ def test_a_wrong_key_and_a_wrong_choice_are_refused(tmp_path):
         composed("analyze", ["rule=sofmax"], tmp_path)
 
 
-def test_every_model_says_where_it_is_from(tmp_path):
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+ANY = {"hf", "gguf"}  # what the reader names
+PAPERS = {
+    *("llama2-7b", "llama2-7b-chat", "llama2-13b", "llama3.1-8b", "llama3.1-70b", "llama3.2-1b"),
+    *("llama3.2-3b", "qwen2-1.5b", "qwen2-7b"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_says_what_matters(name, tmp_path):
     """The same keys everywhere, so that no entry can be half filled in."""
-    for path in sorted((CONF / "model").glob("*.yaml")):
-        model = composed("analyze", [f"model={path.stem}", *REQUIRED.get(("model", path.stem), [])], tmp_path)
-        keys = {"name", "revision", "device_map", "licence", "gated"}
-        assert set(model.model) - {"path"} == keys, path.stem
-        known = {"tiny", "smollm2-135m"} | ({"folder"} if path.stem == "hf" else set())
-        assert model.model.name in known or "/" in model.model.name or model.model.name.endswith(".gguf")
+    model = composed("analyze", [f"model={name}", *REQUIRED.get(("model", name), [])], tmp_path).model
+    facts = {"parameters", "context", "licence", "gated"}
+    assert set(model) - {"path"} == {"name", "revision", "dtype", "device_map"} | facts
+    assert dtype_of(model.dtype).is_floating_point
+    assert (CONF / "model" / f"{name}.yaml").read_text().startswith("# ")
+    if name in ANY:
+        return
+    assert "/" in model.name or model.name in {"tiny", "smollm2-135m"}
+    assert model.licence
+    assert isinstance(model.context, int)
+    number, unit = model.parameters.split()
+    assert 1 <= float(number) * {"thousand": 1, "million": 1e3, "billion": 1e6}[unit] < 1e9
+    assert model.gated in (True, False, None)
+
+
+def test_the_papers_models_have_entries():
+    """And no two entries are one model."""
+    assert set(MODELS) >= PAPERS
+    names = [OmegaConf.load(CONF / "model" / f"{name}.yaml").name for name in MODELS if name not in ANY]
+    assert len(names) == len({own.lower() for own in names})
 
 
 def test_sources_rules_and_targets_are_the_librarys(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from depass_lightning import Components, DePass, Heads, Module, Neurons, Token
 from tests.models import distance
@@ -76,9 +77,10 @@ def test_scores_are_those_of_the_published_code(name: str) -> None:
 
 def cut(source: Any, positions: int) -> Any:
     """Given components reach as far as the target does."""
-    return (
-        Components(source.layer, source.tensor[:, :positions]) if isinstance(source, Components) else source
-    )
+    if not isinstance(source, Components):
+        return source
+    assert isinstance(source.tensor, Tensor)
+    return Components(source.layer, source.tensor[:, :positions])
 
 
 @pytest.mark.parametrize("name", MODELS)

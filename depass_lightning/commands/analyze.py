@@ -100,7 +100,8 @@ def load(config: DictConfig) -> DePass:
     if not first_process():
         disable_progress_bar()
     expect_hub(model.name)
-    options = {"revision": model.revision, "device_map": model.device_map, "dtype": config.compute_dtype}
+    options = {key: model[key] for key in ("revision", "dtype", "device_map")}
+    options["compute_dtype"] = config.compute_dtype
     try:
         return DePass.from_pretrained(model.name, **{k: v for k, v in options.items() if v is not None})
     except DePassError as error:
@@ -157,10 +158,12 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
             **plain["model"],
             "fingerprint": fingerprint,
             "parameters": sum(parameter.numel() for parameter in depass.model.parameters()),
-            "dtype": config.compute_dtype,
         },
         **{name: plain[name] for name in ("task", "source", "rule", "target")},
-        "settings": {name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},
+        "settings": {
+            "compute_dtype": str(depass.decoder.dtype).removeprefix("torch."),
+            **{name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},
+        },
         "hardware": {"device": trainer.strategy.root_device.type, "processes": trainer.world_size},
         "versions": {
             "depass_lightning": __version__,

@@ -45,7 +45,7 @@ class Results:
 
 def write_results(
     folder: Path,
-    attributions: Path,
+    table: Path,
     *,
     about: Mapping[str, Any],
     title: str,
@@ -59,7 +59,7 @@ def write_results(
 
     Args:
         folder: the run's folder.
-        attributions: the Parquet file of its rows.
+        table: the Parquet file of its rows.
         about: what else the summary says: model, settings, versions, time.
         title: the page's title.
         subtitle: the line below it.
@@ -68,17 +68,18 @@ def write_results(
         notes: says what is known of components, given their names, such as what a neuron promotes.
         generated: each row is a generated token, and those of a prompt follow one another.
     """
-    rows = read_rows(attributions)
-    mean = mean_of([attribution_from_row(row) for row in rows])
+    rows = read_rows(table)
+    attributions = [attribution_from_row(row) for row in rows]
+    mean = mean_of(attributions)
     counts = _lengths(rows) if generated else [1] * len(rows)
-    summary = {**_summary(rows, counts), **_mean_scores(mean), **about}
+    summary = {**_summary(rows, counts), **_rounding(attributions), **_mean_scores(mean), **about}
     write_json(folder / "summary.json", summary)
     page = folder / "report.html"
     if not rows:
         page.unlink(missing_ok=True)  # an earlier run's
         return Results(folder, rows, summary, None)
     most = sum(counts[:prompts])
-    shown = [attribution_from_row(row) for row in rows[:most]]
+    shown = attributions[:most]
     if not generated:
         _draw(folder / "figures", summary, rows, shown[:figures], mean)
     if len(counts) > prompts:
@@ -144,6 +145,20 @@ def _summary(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[s
     if rows and not complete(attribution_from_row(rows[0])):
         summary = {key: value for key, value in summary.items() if not key.startswith("completeness")}
     return summary
+
+
+def _rounding(attributions: Sequence[Attribution]) -> dict[str, Any]:
+    """Return how large what the model itself rounds off is, where it computes in less than is carried."""
+    shares = []
+    for each in attributions:
+        largest = max(abs(each.value), float(each.scores.abs().max()))
+        named = zip(each.names, each.positions, each.scores.tolist(), strict=True)
+        own = [abs(score) for name, place, score in named if place is None and name.endswith("rounding")]
+        if own and largest:
+            shares.append(max(own) / largest)
+    if not shares:
+        return {}
+    return {"rounding": {"value": max(shares), "note": "of the value or the largest score, worst prompt"}}
 
 
 def _mean_scores(mean: Attribution | None) -> dict[str, Any]:
