@@ -145,16 +145,21 @@ def main() -> None:
         "8 at once",
     ):
         table.add_column(column, justify="right")
-    for column in ("plain forwards", "error", "naive peak", "depass peak"):
+    for column in ("plain forwards", "error", "naive peak", "depass peak", "estimated s", "estimated bytes"):
         table.add_column(column, justify="right")
     for tokens in options.tokens:
         table.add_row(*measure(tokens, options))
-    Console(width=150).print(table)
+    Console(width=180).print(table)
 
 
 def measure(tokens: int, options: argparse.Namespace) -> list[str]:
-    """One line of the table; peaks are multiples of the least state, `N^2 / 2 * hidden * 4` bytes."""
+    """One line of the table; peaks are multiples of the least state, `N^2 / 2 * hidden * 4` bytes.
+
+    What was estimated before the run is given as a multiple of what was measured then.
+    """
     work = cases(tokens)
+    ids = torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
+    expected_cost = DePass(random_llama()).estimate(input_ids=ids)
     if tokens > options.naive_up_to:
         del work["naive"]
     outcome = {name: call() for name, call in work.items()}
@@ -171,9 +176,12 @@ def measure(tokens: int, options: argparse.Namespace) -> list[str]:
         error = f"{float((expected - found).norm() / expected.norm()):.0e}"
     least = tokens**2 / 2 * HIDDEN * 4
     peaks = {
-        name: "-" if options.no_memory or name not in work else f"{peak_bytes(tokens, name) / least:.1f}"
+        name: peak_bytes(tokens, name)
         for name in ("naive", "depass")
+        if name in work and not options.no_memory
     }
+    shown = {name: f"{peaks[name] / least:.1f}" if name in peaks else "-" for name in ("naive", "depass")}
+    bytes_ratio = f"{expected_cost.bytes / peaks['depass']:.2f}" if "depass" in peaks else "-"
     each = median["depass, 8 at once"] / 8
 
     def ratio(of: str, to: float) -> str:
@@ -189,8 +197,10 @@ def measure(tokens: int, options: argparse.Namespace) -> list[str]:
         ratio("naive", each),
         ratio("depass", median["plain forward"]),
         error,
-        peaks["naive"],
-        peaks["depass"],
+        shown["naive"],
+        shown["depass"],
+        f"{expected_cost.seconds / median['depass']:.2f}",
+        bytes_ratio,
     ]
 
 

@@ -12,6 +12,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.attributions import Attributions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
+from depass_lightning.estimate import Estimate
 from depass_lightning.generation import Generation
 from depass_lightning.models.families import register_family
 from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
@@ -29,6 +30,7 @@ __all__ = [
     "DePassError",
     "Decomposition",
     "Direction",
+    "Estimate",
     "ExpertsSpec",
     "FamilySpec",
     "Generation",

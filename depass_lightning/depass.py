@@ -25,6 +25,7 @@ from depass_lightning.batches import in_batches
 from depass_lightning.engine.rules import Path, RuleName
 from depass_lightning.engine.validate import bind_checked
 from depass_lightning.errors import DePassError
+from depass_lightning.estimate import Estimate, estimate
 from depass_lightning.generation import Generation, generate
 from depass_lightning.models.load import dtype_of, load_model
 from depass_lightning.options import (
@@ -38,7 +39,7 @@ from depass_lightning.options import (
 from depass_lightning.passes import Decomposition, decompose_batch, decompose_layers
 from depass_lightning.prompts import prompts_of
 from depass_lightning.readings import attribute_batch, attribute_targets, check_target, reading_place
-from depass_lightning.settings import settings_of
+from depass_lightning.settings import Settings, settings_of
 from depass_lightning.sources import Source, Tokens, resolve_layer
 from depass_lightning.targets import TargetLike, as_targets, has_constant
 
@@ -216,16 +217,8 @@ class DePass:
                 or of another length than that of prompts, a layer is out of range, a setting is unknown, or
                 the model's values are not finite.
         """
-        settings = settings_of(
-            self.decoder,
-            source,
-            rule=rule,
-            temperature=temperature,
-            bias=bias,
-            compat=compat,
-            engine=engine,
-            path=path,
-            memory_budget=self.memory_budget,
+        settings = self._settings(
+            source, rule=rule, temperature=temperature, bias=bias, compat=compat, engine=engine, path=path
         )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         targets, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
@@ -310,15 +303,8 @@ class DePass:
         Raises:
             DePassError: as for `attribute`; or the layer is out of range or before the source's.
         """
-        settings = settings_of(
-            self.decoder,
-            source,
-            rule=rule,
-            temperature=temperature,
-            bias=bias,
-            compat=compat,
-            engine="propagate",
-            memory_budget=self.memory_budget,
+        settings = self._settings(
+            source, rule=rule, temperature=temperature, bias=bias, compat=compat, engine="propagate"
         )
         layers = len(self.decoder.blocks)
         if to_layer == "all":
@@ -369,15 +355,35 @@ class DePass:
             DePassError: as for `attribute`; or the finished text would be longer than the model's context,
                 or `generate` refuses an argument.
         """
-        settings = settings_of(
-            self.decoder,
-            source,
-            rule=rule,
-            temperature=rule_temperature,
-            bias=bias,
-            path=path,
-            memory_budget=self.memory_budget,
-        )
+        settings = self._settings(source, rule=rule, temperature=rule_temperature, bias=bias, path=path)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
         return generate(self.decoder, self.tokenizer, prompts, settings, arguments)
+
+    def estimate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        source: Source | Sequence[Source] | None = None,
+        *,
+        batch_size: int = 16,
+        input_ids: Int[Tensor, "batch position"] | None = None,
+        attention_mask: Int[Tensor, "batch position"] | None = None,
+        **options: Any,
+    ) -> Estimate:
+        """Estimate the time and the memory that `attribute` will take, by trying a small piece of it.
+
+        Args:
+            prompt: as for `attribute`, and so are all other arguments (`rule`, `engine`, ...).
+
+        Raises:
+            DePassError: as for `attribute`.
+        """
+        given = {"rule": "softmax", "temperature": 0.1, "bias": "component"} | options
+        settings = self._settings(source, **given)
+        prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
+        ordered = sorted(prompts, key=lambda entry: len(entry.ids))
+        batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
+        return estimate(self.decoder, batches, settings)
+
+    def _settings(self, source: Source | Sequence[Source] | None, **options: Any) -> Settings:
+        return settings_of(self.decoder, source, **options, memory_budget=self.memory_budget)

@@ -119,14 +119,14 @@ def test_token_scores_are_the_frozen_models_derivative(name: str) -> None:
 
 
 def test_several_sources_are_read_from_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    import depass_lightning.passes as passes
+    import depass_lightning.scores as scores
 
     depass = DePass(build("qwen2"))
     rows, mask = ids()
     sources = [Tokens(), Heads(), Neurons(2)]
     calls = []
-    original = passes.pull_back
-    monkeypatch.setattr(passes, "pull_back", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = scores.pull_back
+    monkeypatch.setattr(scores, "pull_back", lambda *a, **k: calls.append(1) or original(*a, **k))
     together = depass.attribute(input_ids=rows, attention_mask=mask, target=5, source=sources, rule="taylor")
     assert len(calls) == 1
     for index, source in enumerate(sources):

@@ -23,7 +23,7 @@ from depass_lightning.spans import Unit, segment
 
 
 @dataclass(frozen=True)
-class _Positional(Source):
+class Positional(Source):
     """A source that gives each position of the prompt to one component."""
 
     layer: int = 0
@@ -63,7 +63,7 @@ class _Positional(Source):
 
 
 @dataclass(frozen=True)
-class Tokens(_Positional):
+class Tokens(Positional):
     """Each token's state at a layer is a component; at layer 0 that is input attribution.
 
     Args:
@@ -82,7 +82,7 @@ class Tokens(_Positional):
 
 
 @dataclass(frozen=True)
-class Spans(_Positional):
+class Spans(Positional):
     """The tokens of a word, a sentence or any given range together are a component.
 
     Few components are carried however long the prompt is. The first position stays a component of its own,
@@ -123,7 +123,7 @@ class Spans(_Positional):
 class _PositionSplit:
     """Begins the components of positions at the entry of one block."""
 
-    source: _Positional
+    source: Positional
     first: int
     settings: Pass
 

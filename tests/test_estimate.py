@@ -1,0 +1,69 @@
+"""What is estimated before a run is what the run then holds; its seconds are checked in `benchmarks/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens
+from depass_lightning.engine.carry import Carry
+from depass_lightning.estimate import carried_rows
+from depass_lightning.prompts import prompts_of_ids
+from depass_lightning.settings import settings_of
+from tests.models import build, prompt
+
+SOURCES: dict[str, Any] = {
+    "tokens": Tokens(),
+    "tokens in the middle": Tokens(1),
+    "spans": Spans([(1, 3), (5, 6)], "token"),
+    "heads": Heads(),
+    "one layer's heads": Heads(1),
+    "mlp": Module("mlp"),
+    "neurons": Neurons(),
+    "first neurons": Neurons(0),
+    "subspace": Subspace(1, torch.randn(2, 36, generator=torch.Generator().manual_seed(0))),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    depass = DePass(build(name, num_hidden_layers=5))
+    ids = prompt(9)[None]
+    (entry,) = prompts_of_ids(ids, None, None, None, 61)
+    settings = settings_of(depass.decoder, source, rule="softmax", temperature=0.1, bias="component")
+    expected = carried_rows(source, entry, depass.decoder, settings)
+    found: list[int] = []
+    share = Carry.share_neurons
+
+    def counted(self: Carry, *given: Any) -> None:
+        if self.layout.positions == ids.shape[1]:  # not at the target alone
+            found.append(self.layout.rows)
+        share(self, *given)
+
+    monkeypatch.setattr(Carry, "share_neurons", counted)
+    depass.attribute(input_ids=ids, target=5, source=source)
+    assert sum(found) == sum(expected) > 0
+
+
+def test_bytes_grow_with_the_prompt_and_not_where_scores_are_taken_back() -> None:
+    depass = DePass(build("llama"))
+    short, long = (depass.estimate(input_ids=prompt(length)[None]) for length in (8, 32))
+    rows, hidden = 32 * 33 // 2, 36
+    assert long.components == rows * hidden * 4
+    assert long.recording > 4 * short.recording
+    assert long.bytes == long.recording + long.components + long.working
+    back = depass.estimate(input_ids=prompt(32)[None], rule="taylor")
+    assert back.components == 0
+    assert back.seconds > 0
+    assert "GiB beside the model" in str(back)
+
+
+def test_an_estimate_refuses_what_attribute_refuses() -> None:
+    depass = DePass(build("llama"))
+    with pytest.raises(DePassError, match="rule 'hard' is unknown"):
+        depass.estimate(input_ids=prompt(5)[None], rule="hard")
+    with pytest.raises(DePassError, match="nothing to explain"):
+        depass.estimate()
