@@ -14,7 +14,7 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 5
 
-.PHONY: help setup smollm2 demo test lint format bench clean
+.PHONY: help setup smollm2 demo test lint format families bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -39,6 +39,9 @@ lint: $(READY) ## ruff and pyright
 format: $(READY) ## let ruff write
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+families: $(READY) ## measure every model family, and write docs/families.md's table
+	$(RUN)/python -m tests.families_table
 
 bench: $(READY) ## time the decomposed pass beside a plain one
 	$(RUN)/python benchmarks/engine.py $(ARGS)
