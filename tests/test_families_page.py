@@ -62,9 +62,7 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     exec(compile(precision, "families.md", "exec"), names)
     assert capsys.readouterr().out == "rounding True\n"
     exec(compile(model, "families.md", "exec"), names)
-    with pytest.raises(
-        DePassError, match=r"'house' is not supported: no family declares it"
-    ):
+    with pytest.raises(DePassError, match=r"'house' is not supported: no family declares it"):
         DePass(names["model"])  # type: ignore[arg-type]
     exec(compile(declaration, "families.md", "exec"), names)
     assert float(capsys.readouterr().out) < 1e-5
