@@ -50,6 +50,7 @@ SCRIPTS = (
     "page_facts.js",
     "page_curves.js",
     "page_list.js",
+    "page_film.js",
     "page_start.js",
 )
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
@@ -136,8 +137,15 @@ def page_html(
     examples: Sequence[Mapping[str, Any]] | None = None,
     mean: Attribution | None = None,
     notes: Mapping[str, str] | None = None,
+    film: Mapping[str, Any] | None = None,
+    beside: Sequence[Sequence[Attribution]] | None = None,
 ) -> str:
-    """Return the page that `write_page` writes, for a logger that takes HTML."""
+    """Return the page that `write_page` writes, for a logger that takes HTML.
+
+    Args:
+        film: what `film.py` knows of the same prompts at all steps; other arguments as for `write_page`.
+        beside: each prompt's attributions at all steps, which show the same components.
+    """
     if not attributions:
         raise DePassError("a page needs at least one attribution")
     if examples is not None and len(examples) != len(attributions):
@@ -147,9 +155,10 @@ def page_html(
     shared = _shared_settings(attributions)
     grids: list[Grid] = []
     matrices = matrices_of([example.get("matrix") for example in known])
-    together = {row: attributions[slice(*matrix.rows)] for matrix in matrices for row in range(*matrix.rows)}
+    together = dict(enumerate(beside or ()))
+    together |= {row: attributions[slice(*matrix.rows)] for matrix in matrices for row in range(*matrix.rows)}
     prompts = [
-        _prompt(names[i], attribution, known[i], grids, together.get(i, ()))
+        prompt_data(names[i], attribution, known[i], grids, together.get(i, ()))
         | {"settings": _settings(attribution, without=shared)}
         for i, attribution in enumerate(attributions)
     ]
@@ -160,6 +169,7 @@ def page_html(
         "grids": [_grid(grid) for grid in grids],
         "notes": {visible(name): visible(note) for name, note in (notes or {}).items()},
         "curves": (summary or {}).get("curves") or {},
+        "film": film,
     }
     script = _script()
     environment = Environment(
@@ -181,7 +191,7 @@ def page_html(
     )
 
 
-def _prompt(
+def prompt_data(
     name: str,
     attribution: Attribution,
     example: Mapping[str, Any],
@@ -190,7 +200,7 @@ def _prompt(
 ) -> dict[str, Any]:
     """Collect what the page shows of one prompt; a grid that no prompt before had is added to `grids`.
 
-    What stands together in a matrix shows the same components.
+    What stands together, in a matrix or in a film, shows the same components.
     """
     words = attribution.words()
     views = {"tokens": _view(attribution, grids, together)}
