@@ -10,7 +10,8 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from depass_lightning.engine.capture import BlockProbes, Capture, freeze
-from depass_lightning.engine.frozen import FrozenBlock, FrozenNorm, NormProbe
+from depass_lightning.engine.frozen import AttentionCall, FrozenBlock, FrozenNorm, NormProbe
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.linear import Part
 
 
 @contextmanager
@@ -102,10 +104,13 @@ class Recording:
         """The model's residual stream that enters a block; `layer == layers` is what leaves the last one."""
         if layer == self.layers:
             return self.final_state
-        return self._captures[layer].entered.to(self.dtype)
+        return self._captures[layer].entered.to(self.final_state)
 
     def block(self, layer: int) -> FrozenBlock:
         """Freeze one block, running it again where only its input was kept.
+
+        A block of a model that is spread over several devices is frozen where it computes, and brought to
+        where the token ids are.
 
         Args:
             layer: the block's index.
@@ -116,7 +121,8 @@ class Recording:
         block, capture = self.decoder.blocks[layer], self._captures[layer]
         if not capture.everything:
             capture = self._replay(block, capture)
-        return freeze(block, capture, self.state(layer), self._probes[layer])
+        state = capture.entered.to(capture.left.device, self.dtype)
+        return brought(freeze(block, capture, state, self._probes[layer]), self.final_state.device)
 
     def _replay(self, block: Block, kept: Capture) -> Capture:
         capture = Capture(everything=True)
@@ -125,6 +131,24 @@ class Recording:
                 stack.callback(handle.remove)
             block.module(*kept.arguments, **kept.keywords)
         return capture
+
+
+def brought(value: Any, device: torch.device) -> Any:
+    """Bring what is frozen to a device, except the arguments with which the model called its own modules.
+
+    Args:
+        value: a frozen block, or a part of one.
+        device: the device; nothing is copied that is there already.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, AttentionCall):
+        return replace(value, post_norm=brought(value.post_norm, device))
+    if isinstance(value, Part):
+        return replace(value, device=device)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{own.name: brought(getattr(value, own.name), device) for own in fields(value)})
 
 
 def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
@@ -178,16 +202,19 @@ def record(
             logits, uncapped, kept = decoder.logits(input_ids, positions)
         real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
         _check_finite(decoder, captures, real)
-        final_state = captures[-1].left.to(decoder.dtype)
+        home = input_ids.device
+        final_state = captures[-1].left.to(home, decoder.dtype)
         final_norm = FrozenNorm.nothing(final_state)
         if final_probe is not None:
-            final_norm = FrozenNorm.fit(final_probe, *final["norm"], "the final norm")
+            states, normed = final["norm"]
+            found = FrozenNorm.fit(final_probe, states.to(normed.device), normed, "the final norm")
+            final_norm = brought(found, home)
     return Recording(
         decoder=decoder,
         input_ids=input_ids,
         lengths=lengths,
-        logits=logits,
-        uncapped=uncapped,
+        logits=logits.to(home),
+        uncapped=uncapped.to(home),
         kept=kept,
         final_state=final_state,
         final_norm=final_norm,
@@ -206,11 +233,11 @@ def _probe_norms(decoder: Decoder) -> tuple[list[BlockProbes], NormProbe | None]
 def _check_finite(decoder: Decoder, captures: list[Capture], real: Tensor) -> None:
     """Name the first block whose output is not finite at a real position."""
     for block, capture in zip(decoder.blocks, captures, strict=True):
-        if not bool(torch.isfinite(capture.entered[real]).all()):
+        if not bool(torch.isfinite(capture.entered[real.to(capture.entered.device)]).all()):
             raise DePassError(
                 f"the state that enters block {block.index} is not finite; check the embedding's weights"
             )
-        if bool(torch.isfinite(capture.left[real]).all()):
+        if bool(torch.isfinite(capture.left[real.to(capture.left.device)]).all()):
             continue
         broken = [
             name for name, value in block.module.named_parameters() if not bool(torch.isfinite(value).all())

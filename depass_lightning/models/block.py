@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.linear import Part, features, has_bias
+from depass_lightning.models.linear import Part, base_of, features, has_bias, is_quantised, parameter_of
 from depass_lightning.models.spec import AttentionSpec, FamilySpec, MLPSpec, configured, submodule
 
 
@@ -63,23 +63,29 @@ class ExpertsParts:
     @property
     def count(self) -> int:
         """The number of experts."""
-        return self._weight("down_proj").shape[0]
+        return self._stored("down_proj").shape[0]
 
     @property
     def transposed(self) -> bool:
         """Whether the weights are stored `[expert, in, out]`."""
-        return hasattr(self.module, "gate_up_proj_bias")
+        return hasattr(base_of(self.module), "gate_up_proj_bias")
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether the experts add constants."""
+        return hasattr(base_of(self.module), "down_proj_bias")
 
     @property
     def width(self) -> int:
         """The number of one expert's neurons."""
-        return self._weight("down_proj").shape[1 if self.transposed else 2]
+        return self._stored("down_proj").shape[1 if self.transposed else 2]
 
-    def _weight(self, name: str) -> Tensor:
-        weight = getattr(self.module, name, None)
+    def _stored(self, name: str) -> Tensor:
+        weight = getattr(base_of(self.module), name, None)
         if not isinstance(weight, Tensor) or weight.ndim != 3:
-            raise DePassError(f"{type(self.module).__name__} keeps no weights of all experts in '{name}'")
-        return weight.detach()
+            kind = type(base_of(self.module)).__name__
+            raise DePassError(f"{kind} keeps no weights of all experts in '{name}'")
+        return weight
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Gate and up together `[expert, 2 neuron, hidden]`, their bias, down `[expert, hidden, neuron]`, its
@@ -88,11 +94,13 @@ class ExpertsParts:
         Args:
             dtype: the precision of the result.
         """
-        gate_up, down = self._weight("gate_up_proj").to(dtype), self._weight("down_proj").to(dtype)
+        names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+        self._stored(names[0])
+        gate_up, first, down, second = (parameter_of(self.module, name, dtype) for name in names)
+        assert gate_up is not None
+        assert down is not None
         if self.transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        biases = [getattr(self.module, f"{name}_proj_bias", None) for name in ("gate_up", "down")]
-        first, second = (None if bias is None else bias.detach().to(dtype) for bias in biases)
         return gate_up, first, down, second
 
     def column(self, expert: int, neuron: int, dtype: torch.dtype) -> Float[Tensor, "hidden"]:
@@ -103,8 +111,9 @@ class ExpertsParts:
             neuron: the neuron's number inside it.
             dtype: the precision of the result.
         """
-        down = self._weight("down_proj")[expert]
-        return (down[neuron] if self.transposed else down[:, neuron]).to(dtype)
+        down = parameter_of(self.module, "down_proj", None)
+        assert down is not None
+        return (down[expert, neuron] if self.transposed else down[expert, :, neuron]).to(dtype)
 
     def gate_rows(self) -> tuple[slice, slice]:
         """Where gates and ups stand among `gate_up`'s outputs."""
@@ -118,7 +127,7 @@ class ExpertsParts:
         Args:
             gate_up: `[*rows, 2 neuron]`.
         """
-        module: Any = self.module
+        module: Any = base_of(self.module)
         if hasattr(module, "_apply_gate"):
             return module._apply_gate(gate_up)
         gate, up = gate_up.chunk(2, -1)
@@ -205,7 +214,21 @@ class Block:
         ]
         if any(module is not None and has_bias(module) for module in modules):
             return True
-        return mlp.experts is not None and hasattr(mlp.experts.module, "down_proj_bias")
+        return mlp.experts is not None and mlp.experts.has_biases
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any map here is kept more coarsely than in half precision."""
+        attention, mlp = self.attention, self.mlp
+        dense = [parts for parts in (mlp.dense, mlp.experts and mlp.experts.shared) if parts is not None]
+        modules = [
+            attention.value.module,
+            attention.output.module,
+            None if attention.latent is None else attention.latent[0].module,
+            None if mlp.experts is None else mlp.experts.module,
+            *(part.module for parts in dense for part in (parts.gate, parts.up, parts.down) if part),
+        ]
+        return any(module is not None and is_quantised(module) for module in modules)
 
 
 def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: str) -> Block:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import bind
-from depass_lightning.models.linear import Linear, features, has_bias, linear_of
+from depass_lightning.models.linear import Linear, features, has_bias, is_quantised, linear_of, rows_of
 from depass_lightning.models.spec import FamilySpec, configured, submodule
 
 
@@ -51,7 +51,11 @@ class Decoder:
             for index, module in enumerate(modules.children())
         ]
         self._compute_dtype = compute_dtype
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        places: dict[str, Any] = getattr(self.model, "hf_device_map", None) or {}
+        # An index would have to be where the last block is, and accelerate brings it to the first.
+        spread = len({place for place in places.values() if place not in ("cpu", "disk")}) > 1
+        takes = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._takes_logits_to_keep = takes and not spread
 
     @staticmethod
     def config_of(model: nn.Module) -> PretrainedConfig:
@@ -100,8 +104,12 @@ class Decoder:
     @property
     def rounds(self) -> bool:
         """Whether the model itself computes less precisely than components are carried."""
-        quantised = getattr(self.model, "hf_quantizer", None) is not None
-        return quantised or self.model_dtype.itemsize < self.dtype.itemsize
+        return self.quantised or self.model_dtype.itemsize < self.dtype.itemsize
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any of its maps is kept more coarsely than in half precision."""
+        return is_quantised(self.unembedding) or any(block.quantised for block in self.blocks)
 
     @property
     def has_biases(self) -> bool:
@@ -148,7 +156,7 @@ class Decoder:
 
     def unembedded(self) -> Linear:
         """The map from the final norm's output to the logits before any soft cap."""
-        linear = linear_of(self.unembedding, self.dtype)
+        linear = linear_of(self.unembedding, self.dtype).to(self.device)
         if self.logit_scale == 1:
             return linear
         bias = None if linear.bias is None else linear.bias * self.logit_scale
@@ -162,15 +170,8 @@ class Decoder:
         Args:
             tokens: `[target]` token ids.
         """
-        head = self.unembedding
-        if isinstance(head, nn.Linear) and type(head.weight) is nn.Parameter and not head.weight.is_meta:
-            # A few rows of a large vocabulary, without a copy of it.
-            rows, bias = head.weight.detach()[tokens].to(self.dtype), head.bias
-        else:
-            linear = linear_of(head, self.dtype)
-            rows, bias = linear.weight[tokens], linear.bias
-        biases = rows.new_zeros(len(tokens)) if bias is None else bias.detach()[tokens].to(self.dtype)
-        return rows * self.logit_scale, biases * self.logit_scale
+        rows, biases = rows_of(self.unembedding, tokens, self.dtype)
+        return rows.to(self.device) * self.logit_scale, biases.to(self.device) * self.logit_scale
 
     def logits(
         self, input_ids: Tensor, positions: Tensor
@@ -208,6 +209,7 @@ def _original(model: nn.Module) -> PreTrainedModel:
     """The model itself, inside what compiles it or adds adapters to it."""
     original: Any = getattr(model, "_orig_mod", model)
     if hasattr(original, "get_base_model"):  # peft: the layers with adapters stand in the model's own places
+        _check_adapter(original)
         original = original.get_base_model()
     if not isinstance(original, PreTrainedModel):
         raise DePassError(
@@ -215,3 +217,19 @@ def _original(model: nn.Module) -> PreTrainedModel:
             "pass the model itself, for instance AutoModelForCausalLM.from_pretrained(...)"
         )
     return original
+
+
+def _check_adapter(model: Any) -> None:
+    """Refuse adapters that are no linear maps of every position alike."""
+    adapter = getattr(model, "active_peft_config", None)
+    kind = str(getattr(getattr(adapter, "peft_type", None), "value", "this adapter"))
+    if getattr(adapter, "is_prompt_learning", False):
+        raise DePassError(
+            f"{kind} puts learnt states before or into every prompt, which are no tokens that could be "
+            "explained; pass model.get_base_model() to explain the model without them"
+        )
+    if getattr(adapter, "alora_invocation_tokens", None):
+        raise DePassError(
+            f"{kind} with alora_invocation_tokens changes the model's maps from one position on; load it "
+            "without them to explain it"
+        )

@@ -4,11 +4,14 @@ A map may be stored transposed (GPT-2), with an adapter beside it (LoRA), quanti
 until it is called. What cannot be read directly is asked: fed the identity, an affine map shows its matrix.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +28,14 @@ class Linear:
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, "out"] | None
 
+    def to(self, device: torch.device) -> "Linear":
+        """The same map on a device.
+
+        Args:
+            device: the device.
+        """
+        return Linear(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+
 
 def linear_of(module: nn.Module, dtype: torch.dtype) -> Linear:
     """Read a module's affine map, dequantised and with its active adapters.
@@ -34,17 +45,65 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> Linear:
         dtype: the precision of the result; nothing is copied where the module already has it.
 
     Raises:
-        DePassError: the module has no weight matrix.
+        DePassError: the module is not a linear layer.
     """
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if isinstance(weight, Tensor) and _readable(module, weight):
-        matrix = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
-        return Linear(matrix.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None)
-    if _is_plain_lora(module):
-        return _with_adapters(module, dtype)
-    if not isinstance(weight, Tensor) and not hasattr(module, "base_layer"):
-        raise DePassError(f"{type(module).__name__} is not a linear layer with a weight matrix")
-    return _asked(module, dtype)
+    module = chosen(module)
+    with held(module):
+        found = _read(module, dtype)
+    return _asked(module, dtype) if found is None else found
+
+
+def rows_of(
+    module: nn.Module, rows: Int[Tensor, "row"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "row in"], Float[Tensor, "row"]]:
+    """Read some outputs' weights and biases, without a copy of all others where the module allows it.
+
+    Args:
+        module: a linear layer of the model.
+        rows: the outputs' numbers.
+        dtype: the precision of the result.
+
+    Raises:
+        DePassError: the module is not a linear layer.
+    """
+    module = chosen(module)
+    with held(module):
+        if isinstance(module, nn.Linear) and _readable(module):
+            rows = rows.to(module.weight.device)
+            weight, bias = module.weight.detach()[rows].to(dtype), module.bias
+            return weight, weight.new_zeros(len(rows)) if bias is None else bias.detach()[rows].to(dtype)
+    linear = linear_of(module, dtype)
+    rows = rows.to(linear.weight.device)
+    biases = linear.weight.new_zeros(len(rows)) if linear.bias is None else linear.bias[rows]
+    return linear.weight[rows], biases
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Have a module's tensors where it computes: those that `accelerate` offloads are fetched meanwhile.
+
+    Args:
+        module: a part of the model.
+    """
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
+        yield
+
+
+def chosen(module: nn.Module) -> Any:
+    """What computes in a module's place, where `peft` trains a whole copy of it (`modules_to_save`).
+
+    Args:
+        module: a part of the model.
+    """
+    own: Any = module
+    if not hasattr(own, "modules_to_save") or not hasattr(own, "original_module"):
+        return module
+    active = (
+        [] if own.disable_adapters else [name for name in own.active_adapters if name in own.modules_to_save]
+    )
+    return own.modules_to_save[active[0]] if active else own.original_module
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -72,19 +131,116 @@ def has_bias(module: nn.Module) -> bool:
     Args:
         module: a linear layer or a norm.
     """
+    module = chosen(module)
     base = getattr(module, "base_layer", module)
-    return getattr(base, "bias", None) is not None
+    return getattr(base, "bias", None) is not None or _with_biases(module, None, torch.float32) is not None
 
 
-def _readable(module: nn.Module, weight: Tensor) -> bool:
+def bias_of(module: nn.Module, dtype: torch.dtype) -> Float[Tensor, "out"]:
+    """The constant that a layer adds, those of its active adapters included.
+
+    Args:
+        module: a linear layer or a norm that adds one.
+        dtype: the precision of the result.
+    """
+    module = chosen(module)
+    with held(module):
+        bias = getattr(getattr(module, "base_layer", module), "bias", None)
+        found = None if bias is None else bias.detach().to(dtype)
+        found = _with_biases(module, found, dtype)
+    assert found is not None
+    return found
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The model's own module inside those of `peft` that adapt its parameters, one around another.
+
+    Args:
+        module: a module whose parameters are no layers of their own, such as experts.
+    """
+    while hasattr(module, "parameter_name") and isinstance(module.base_layer, nn.Module):
+        module = module.base_layer
+    return module
+
+
+def parameter_of(module: nn.Module, name: str, dtype: torch.dtype | None) -> Tensor | None:
+    """Read a parameter that is no layer of its own, with its active adapters.
+
+    Args:
+        module: the module that has it, or the adapters around that.
+        name: the parameter's name.
+        dtype: the precision of the result; None for its own.
+
+    Returns:
+        The parameter; None where there is none of this name.
+    """
+    with held(module):
+        parameter = getattr(base_of(module), name, None)
+        if parameter is None:
+            return None
+        found = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+        around: Any = module
+        while around is not base_of(module):
+            if around.parameter_name == name:
+                for adapter in _added(around):
+                    found = found + around.get_delta_weight(adapter).detach().to(found)
+            around = around.base_layer
+        return found
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer's weights are kept more coarsely than in half precision, by whatever library.
+
+    Args:
+        module: a linear layer of the model, with adapters or without.
+    """
+    return any(
+        type(tensor) not in (nn.Parameter, Tensor)
+        or tensor.dtype.itemsize < 2
+        or not (tensor.is_floating_point() or tensor.ndim < 2)
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+
+
+def _read(module: nn.Module, dtype: torch.dtype) -> Linear | None:
+    """Read a map from its tensors; None where these do not say what it computes."""
+    if _is_plain_lora(module):
+        return _with_adapters(module, dtype)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if _readable(module):
+        matrix = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    elif _dequantises(module):
+        matrix = weight.detach().dequantize()
+    else:
+        return None
+    return Linear(matrix.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None)
+
+
+def _readable(module: nn.Module) -> bool:
     """Whether a module's weight is what it multiplies with."""
+    weight = getattr(module, "weight", None)
     plain = isinstance(module, nn.Linear | Conv1D) and not hasattr(module, "base_layer")
     # A quantised weight may be a tensor of its own class.
     return (
         plain
+        and isinstance(weight, Tensor)
         and type(weight) in (nn.Parameter, Tensor)
         and weight.ndim == 2
         and weight.is_floating_point()
+        and not weight.is_meta
+    )
+
+
+def _dequantises(module: nn.Module) -> bool:
+    """Whether a module's weight is a quantised tensor of `torchao` that says what it stands for."""
+    weight: Any = getattr(module, "weight", None)
+    return (
+        type(module) is nn.Linear
+        and type(weight).__module__.startswith("torchao.")
+        and type(weight).dequantize is not Tensor.dequantize
+        and getattr(weight, "act_pre_scale", None) is None  # inputs are scaled beside it
         and not weight.is_meta
     )
 
@@ -93,37 +249,58 @@ def _is_plain_lora(module: Any) -> bool:
     """Whether a module is a LoRA layer of the `peft` package whose adapters simply add up."""
     return (
         hasattr(module, "get_delta_weight")
-        and hasattr(module, "active_adapters")
+        and hasattr(module, "lora_A")
         and isinstance(getattr(module, "base_layer", None), nn.Linear | Conv1D)
         and not any(getattr(module, "use_dora", {}).values())
         and not getattr(module, "lora_variant", {})
     )
 
 
+def _added(module: Any) -> list[str]:
+    """The adapters of a LoRA layer that are added to its base when it is called."""
+    if not hasattr(module, "lora_A") or module.merged or module.disable_adapters:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
 def _with_adapters(module: Any, dtype: torch.dtype) -> Linear:
     base = linear_of(module.base_layer, dtype)
-    if module.merged or module.disable_adapters:
-        return base
-    weight, bias = base.weight, base.bias
-    for adapter in module.active_adapters:
-        if adapter in module.lora_A:
-            delta = module.get_delta_weight(adapter).detach().to(dtype)
-            # peft gives it in the base layer's own orientation.
-            weight = weight + (delta.T if isinstance(module.base_layer, Conv1D) else delta)
-            added = module.lora_B[adapter].bias
-            if added is not None:
-                added = module.scaling[adapter] * added.detach().to(dtype)
-                bias = added if bias is None else bias + added
-    return Linear(weight, bias)
+    weight = base.weight
+    for name in _added(module):
+        delta = module.get_delta_weight(name).detach().to(weight)
+        # peft gives it in the base layer's own orientation.
+        weight = weight + (delta.T if isinstance(module.base_layer, Conv1D) else delta)
+    return Linear(weight, _with_biases(module, base.bias, dtype))
+
+
+def _with_biases(module: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Add a LoRA layer's own biases, where it has any, to its base's."""
+    for name in _added(module):
+        own = module.lora_B[name].bias
+        if own is not None:
+            own = module.scaling[name] * own.detach().to(dtype)
+            bias = own if bias is None else bias.to(own) + own
+    return bias
 
 
 def _asked(module: nn.Module, dtype: torch.dtype) -> Linear:
     """Read an affine map by feeding it the identity."""
     width, _ = features(module)
-    with torch.no_grad():
-        identity = torch.eye(width, device=device_of(module), dtype=_precision_of(module))
-        constant = module(identity.new_zeros(1, width))[0].to(dtype)
-        columns = [module(rows).to(dtype) - constant for rows in identity.split(AT_ONCE)]
+    like: dict[str, Any] = {"device": device_of(module), "dtype": _precision_of(module)}
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:  # an adapter's dropout
+            part.training = False
+        with torch.no_grad():
+            constant = module(torch.zeros(1, width, **like))[0].to(dtype)
+            columns = []
+            for first in range(0, width, AT_ONCE):
+                rows = torch.zeros(min(AT_ONCE, width - first), width, **like)
+                rows.diagonal(first).fill_(1)
+                columns.append(module(rows).to(dtype) - constant)
+    finally:
+        for part in training:
+            part.training = True
     return Linear(torch.cat(columns).T.contiguous(), constant if bool(constant.any()) else None)
 
 
@@ -133,9 +310,10 @@ def device_of(module: nn.Module) -> torch.device:
     Args:
         module: a part of the model.
     """
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    for device in (getattr(hook, "execution_device", None) for hook in hooks):
+        if device is not None:
+            return torch.device(device)
     tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
@@ -145,7 +323,8 @@ def _precision_of(module: nn.Module) -> torch.dtype:
     base: Any = getattr(module, "base_layer", module)
     precision = getattr(base, "compute_dtype", None)  # bitsandbytes
     if precision is None:
-        kinds = [tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()]
+        tensors = (*base.parameters(), *base.buffers())
+        kinds = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
         precision = kinds[0] if kinds else torch.float32
     return precision
 
@@ -157,10 +336,12 @@ class Part:
     Args:
         module: the module.
         rows: which of its outputs; None for all.
+        device: where it is read to; None for where it is.
     """
 
     module: nn.Module
     rows: Int[Tensor, "out"] | slice | None = None
+    device: torch.device | None = None
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -176,11 +357,11 @@ class Part:
         Args:
             dtype: the precision of the result.
         """
-        whole = linear_of(self.module, dtype)
-        if self.rows is None:
-            return whole
-        rows = self.rows if isinstance(self.rows, slice) else self.rows.to(whole.weight.device)
-        return Linear(whole.weight[rows], None if whole.bias is None else whole.bias[rows])
+        found = linear_of(self.module, dtype)
+        if self.rows is not None:
+            rows = self.rows if isinstance(self.rows, slice) else self.rows.to(found.weight.device)
+            found = Linear(found.weight[rows], None if found.bias is None else found.bias[rows])
+        return found if self.device is None else found.to(self.device)
 
     def of(self, output: Float[Tensor, "*rows all"]) -> Float[Tensor, "*rows out"]:
         """Pick this map's outputs from the module's."""

@@ -33,11 +33,17 @@ def load_model(
         revision: a branch, tag or commit of a hub model.
         dtype: the weights' precision, as `torch.float32` or `"float32"`.
         device: where to put the model; by default where it loads.
-        options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map` or `token`.
+        options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map`,
+            `quantization_config` or `token`.
 
     Raises:
-        DePassError: the model cannot be found, reached or read, or access to it must be granted first.
+        DePassError: the model cannot be found, reached or read, or access to it must be granted first; or
+            both `device` and `device_map` are given.
     """
+    if device is not None and options.get("device_map") is not None:
+        raise DePassError(
+            f"device='{device}' and device_map='{options['device_map']}' both say where it goes; pass one"
+        )
     precision = dtype_of(dtype)
     folder, gguf = _locate(name)
     arguments: dict[str, Any] = {"revision": revision} if revision else {}
