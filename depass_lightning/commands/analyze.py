@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from depass_lightning import __version__, tasks
@@ -26,6 +28,8 @@ from depass_lightning.commands.common import (
     open_run,
     tell,
 )
+from depass_lightning.commands.compare import compare
+from depass_lightning.commands.film import write_films
 from depass_lightning.commands.results import Results, print_results, write_results
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -36,15 +40,56 @@ from depass_lightning.sources import Source
 from depass_lightning.storage import read_json_lines, weights_fingerprint
 from depass_lightning.tasks import Task
 
+SKIPPED = "skipped.jsonl"
+WORTH_TELLING = 10.0  # seconds
+
 
 @command
 def analyze(config: DictConfig) -> int:
     """Run an analysis and return the exit code: 1 where a prompt had to be skipped."""
+    if config.film is not None:
+        for page in write_films(config.film):
+            console.print(Text(f"film     {page}"), soft_wrap=True)
+        return 0
+    if config.compare is not None:
+        return compare(config, load, attribute_task, console)
+    done = attribute_task(config, open_run(config), lambda: load(config))
+    if done is None:
+        return 0
+    print_results(done.results, console, config.report.shown)
+    return tell_skipped(done.skipped, done.prompts, done.results.folder / SKIPPED)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task that was attributed.
+
+    Attributes:
+        results: what was written.
+        skipped: the prompts that could not be attributed, and why.
+        prompts: how many there were, those included.
+    """
+
+    results: Results
+    skipped: list[dict[str, Any]]
+    prompts: int
+
+
+def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass]) -> Done | None:
+    """Attribute the prompts of the configured task, and write what came of it.
+
+    Args:
+        config: the configuration.
+        folder: where to write.
+        load: loads the model, once everything else is known to be right.
+
+    Returns:
+        What was done; None on a process that does not write it.
+    """
     started = time.perf_counter()
-    folder = open_run(config)
     source = instantiate(config.source, _convert_="all")
     task = tasks.load(**config.task)
-    depass = load(config)
+    depass = load()
     fingerprint = weights_fingerprint(depass.model)
     generates = config.target.kind == "generation"
     if generates and config.faithfulness is not None:
@@ -59,9 +104,11 @@ def analyze(config: DictConfig) -> int:
     )
     module = attribution_module(config, source, depass, task, fingerprint)
     data = PromptData(task, config.batch_size, length=token_counter(depass))
+    if not generates:
+        tell_estimate(config, depass, task, module)
     trainer.predict(module, datamodule=data, return_predictions=False)
     if not trainer.is_global_zero:
-        return 0
+        return None
     skipped = read_json_lines(writer.skipped_path) if writer.skipped_path.exists() else []
     about = {
         "skipped": len(skipped),
@@ -80,8 +127,7 @@ def analyze(config: DictConfig) -> int:
         generated=generates,
     )
     log_results(loggers, results)
-    print_results(results, console, config.report.shown)
-    return tell_skipped(skipped, len(task) + len(task.skipped), writer.skipped_path)
+    return Done(results, skipped, len(task) + len(task.skipped))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")
@@ -146,6 +192,20 @@ def attribution_module(
         trial=min((example.prompt for example in task), key=len),
         new_tokens=config.target.get("max_new_tokens", 1),
     )
+
+
+def tell_estimate(config: DictConfig, depass: DePass, task: Task, module: AttributionModule) -> None:
+    """Say how long the scores will take, and how much memory, where that is worth knowing before."""
+    if not first_process():
+        return
+    fitting = [example.prompt for example in task if example.prompt.strip()]
+    limit, count = depass.decoder.max_positions, token_counter(depass)
+    fitting = [prompt for prompt in fitting if limit is None or count(prompt) <= limit]
+    if not fitting:
+        return
+    cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
+    if cost.seconds > WORTH_TELLING:
+        tell(f"the scores of {len(fitting):,} prompts: {cost}")
 
 
 def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: str) -> dict[str, Any]:

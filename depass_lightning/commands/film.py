@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,3 @@ def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
 
 def _finite(points: Any) -> list[tuple[float, float]]:
     return sorted((float(x), float(y)) for x, y in points if y is not None and math.isfinite(y))
-
-
-def film_titles(pages: Sequence[Path]) -> list[str]:
-    """What a terminal shows of the pages."""
-    return [f"film     {page}" for page in pages]

@@ -84,7 +84,7 @@ def write_results(
         _draw(folder / "figures", summary, rows, shown[:figures], mean)
     if len(counts) > prompts:
         subtitle = f"{subtitle}; the first {prompts:,} of {len(counts):,} prompts".lstrip("; ")
-    examples = [_example(row) for row in rows[:most]]
+    examples = [example_of(row) for row in rows[:most]]
     if generated:
         examples = [known | _in_matrix(row) for known, row in zip(examples, rows, strict=False)]
     write_page(
@@ -186,7 +186,7 @@ def _print_path(console: Console, name: str, path: Path) -> None:
     console.print(Text.assemble(f"{name:9}", (str(path), link)), soft_wrap=True)
 
 
-def _example(row: Mapping[str, Any]) -> dict[str, Any]:
+def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of a prompt, as the page takes it."""
     roles: dict[str, list[tuple[int, int]]] = {}
     for role in row["roles"] or ():

@@ -22,6 +22,7 @@ from depass_lightning.commands.common import (
     instantiate_each,
     open_run,
 )
+from depass_lightning.commands.film import write_films
 from depass_lightning.errors import DePassError
 from depass_lightning.models.load import dtype_of, load_model
 from depass_lightning.modules.export import export_model
@@ -57,6 +58,9 @@ def train(config: DictConfig) -> int:
             dtype = None if config.export_dtype is None else dtype_of(config.export_dtype)
             export_model(model, tokenizer, config.export_dir, dtype)
         show(trainer, callbacks, folder, config.export_dir)
+        if any(len(own.history[name].steps) > 1 for own in probing(callbacks) for name in own.history):
+            for page in write_films(folder):
+                console.print(Text(f"{'film':9}{page}"), soft_wrap=True)
     return 0
 
 
@@ -78,10 +82,9 @@ def make_model(config: DictConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 def show(trainer: Trainer, callbacks: list[Callback], folder: Path, export_dir: str | None) -> None:
     """Print what the training came to, and where it lies."""
-    for callback in callbacks:
-        if isinstance(callback, DePassCallback):
-            for name, history in callback.history.items():
-                console.print(history_table(name, history.steps, history.curves))
+    for callback in probing(callbacks):
+        for name, history in callback.history.items():
+            console.print(history_table(name, history.steps, history.curves))
     metrics = {
         name: value.item() for name, value in trainer.callback_metrics.items() if "depass/" not in name
     }
@@ -89,6 +92,11 @@ def show(trainer: Trainer, callbacks: list[Callback], folder: Path, export_dir: 
     for label, place in (("maps", folder / "depass"), ("model", export_dir), ("folder", folder)):
         if place is not None and Path(place).exists():
             console.print(Text(f"{label:9}{place}"), soft_wrap=True)
+
+
+def probing(callbacks: list[Callback]) -> list[DePassCallback]:
+    """Return those that attribute probes."""
+    return [callback for callback in callbacks if isinstance(callback, DePassCallback)]
 
 
 def history_table(name: str, steps: list[int], curves: Mapping[str, list[float]], rows: int = 8) -> Table:

@@ -1,0 +1,188 @@
+"""`python analyze.py compare=[...]`: the same prompts through several checkpoints, revisions or adapters."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from depass_lightning.commands.common import open_run
+from depass_lightning.commands.results import example_of
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.reports.film import Frame, write_film
+from depass_lightning.storage import attribution_from_row, write_json
+
+ADAPTER = "adapter_config.json"
+SHOWN = ("correct", "evidence_first", "patch_top_area", "recover_top_area", "cosine", "spearman")
+
+
+def compare(
+    config: DictConfig, load: Callable[[DictConfig], DePass], run: Callable[..., Any], console: Console
+) -> int:
+    """Attribute a task with each of several models, and write what changed from one to the next.
+
+    Args:
+        config: the configuration; its `compare` lists the models.
+        load: loads the model that a configuration names.
+        run: attributes a task with a model, and writes its results into a folder.
+        console: where to print.
+
+    Raises:
+        DePassError: fewer than two are given, two are the same, or one of them cannot be loaded.
+    """
+    entries = [str(entry) for entry in config.compare]
+    if len(entries) < 2 or len(set(entries)) < len(entries):
+        raise DePassError(f"compare={entries}: give two different models or more, as compare=[first,second]")
+    if config.trainer.get("devices", 1) not in (1, "auto"):
+        raise DePassError(
+            "compare= runs on one process; leave trainer.devices out, or sweep with -m model=..."
+        )
+    folder = open_run(config)
+    frames, rows, known = [], [], {}
+    labels = labelled(entries)
+    for place, (entry, label) in enumerate(zip(entries, labels, strict=True)):
+        own_config = _of(config, label)
+        results = run(own_config, folder / label, partial(load_entry, entry, config, load)).results
+        own = {row["id"]: attribution_from_row(row) for row in results.rows}
+        frames.append(Frame(label, place, own))
+        rows.append({"model": label, "from": entry} | _numbers(results.summary))
+        known |= {row["id"]: example_of(row) for row in results.rows}
+    changes = changed(frames)
+    for row, change in zip(rows, changes, strict=True):
+        row |= change
+    write_json(folder / "compare.json", {"models": rows})
+    page = folder / "compare.html"
+    title = f"What changed from {labels[0]} to {labels[-1]}"
+    subtitle = f"{config.task.name}, {len(labels)} models"
+    write_film(page, frames, title=title, subtitle=subtitle, examples=known)
+    console.print(_table(rows))
+    console.print(Text(f"page     {page}\nfolder   {folder}"), soft_wrap=True)
+    return 0
+
+
+def load_entry(entry: str, config: DictConfig, load: Callable[[DictConfig], DePass]) -> DePass:
+    """Load one of the models.
+
+    Args:
+        entry: a folder or hub name, `name@revision`, the folder of a `peft` adapter of the configured model,
+            or a checkpoint (`.ckpt`) of a training of it.
+        config: names the model that adapters and checkpoints belong to.
+        load: loads the model that a configuration names.
+
+    Raises:
+        DePassError: it cannot be loaded, or a checkpoint does not fit the model.
+    """
+    path = Path(entry).expanduser()
+    if path.suffix == ".ckpt":
+        depass = load(config)
+        load_checkpoint(depass.model, path)
+        return depass
+    if (path / ADAPTER).is_file():
+        depass = load(config)
+        return DePass(_adapted(depass.model, path), depass.tokenizer, compute_dtype=config.compute_dtype)
+    name, _, revision = (entry, "", "") if path.exists() else entry.partition("@")
+    own = config.copy()
+    with open_dict(own):
+        own.model = {**config.model, "name": name, "revision": revision or None, "gated": False}
+    return load(own)
+
+
+def _adapted(model: torch.nn.Module, path: Path) -> torch.nn.Module:
+    """A model with an adapter of the `peft` package on it."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise DePassError(f"{path} is an adapter, which needs the package peft: pip install peft") from error
+    return PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
+
+
+def load_checkpoint(model: torch.nn.Module, path: Path) -> None:
+    """Put the weights of a Lightning checkpoint into a model.
+
+    Args:
+        model: the model that was trained.
+        path: the checkpoint; its weights may stand anywhere in the LightningModule.
+
+    Raises:
+        DePassError: there is no such file, or it lacks weights of the model.
+    """
+    if not path.is_file():
+        raise DePassError(f"there is no checkpoint at {path}")
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    wanted = model.state_dict()
+    probe = next(iter(wanted))
+    ends = [key[: -len(probe)] for key in state if key.endswith(probe)]
+    prefix = ends[0] if ends else ""
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    missing = [key for key in wanted if key not in own]
+    if missing:
+        raise DePassError(
+            f"{path} does not hold the weights of {type(model).__name__}: '{missing[0]}' is not in it; name "
+            "the model that was trained by model="
+        )
+    model.load_state_dict({key: own[key] for key in wanted})
+
+
+def labelled(entries: Sequence[str]) -> list[str]:
+    """Return a short name for each model that is none of the others', fit for a folder."""
+    short = [re.sub(r"[^\w.@=-]+", "-", Path(entry).name) or "model" for entry in entries]
+    return [name if short.count(name) == 1 else f"{place + 1}-{name}" for place, name in enumerate(short)]
+
+
+def changed(frames: Sequence[Frame]) -> list[dict[str, Any]]:
+    """Return how far each frame's scores are from the first one's, over the prompts that both have."""
+    rows = []
+    for frame in frames:
+        comparisons = [
+            frames[0].attributions[id].compare(own)
+            for id, own in frame.attributions.items()
+            if id in frames[0].attributions and frames[0].attributions[id].names == own.names
+        ]
+        count = len(comparisons)
+        rows.append(
+            {
+                "prompts_in_both": count,
+                "cosine": sum(own.cosine for own in comparisons) / count if count else None,
+                "spearman": sum(own.spearman for own in comparisons) / count if count else None,
+            }
+        )
+    return rows
+
+
+def _of(config: DictConfig, label: str) -> DictConfig:
+    """The configuration of one model's run."""
+    own = config.copy()
+    with open_dict(own):
+        own.model.name = label
+        own.compare = None
+    return own
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """A summary's plain numbers."""
+    found = {}
+    for name, entry in summary.items():
+        value = entry.get("value") if isinstance(entry, Mapping) else entry
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = float(value)
+    return found
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line a model."""
+    names = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
+    columns = (name.replace("_", " ") for name in names)
+    table = Table("model", *columns, title="what changed", title_justify="left", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        values = (row.get(name) for name in names)
+        table.add_row(Text(row["model"]), *("" if value is None else f"{value:.3f}" for value in values))
+    return table
