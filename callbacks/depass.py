@@ -13,10 +13,9 @@ Training does not notice: DePass leaves the model as it was, and `untouched` the
 """
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,22 +24,23 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.attribution import Attribution
-from depass_lightning.callbacks.history import SCALARS, History, measure, summarise
+from depass_lightning.callbacks.choices import Settings, Sources, check_settings, name_sources
+from depass_lightning.callbacks.find import ModelFinder, find_model, find_tokenizer
+from depass_lightning.callbacks.history import History
+from depass_lightning.callbacks.pace import Pace
 from depass_lightning.callbacks.probes import (
-    ModelFinder,
     Probe,
     ProbeSource,
-    find_model,
-    find_tokenizer,
+    TargetKind,
+    check_target_kind,
     load_set,
     name_sets,
 )
-from depass_lightning.callbacks.publish import Result, publish
+from depass_lightning.callbacks.publish import publish
+from depass_lightning.callbacks.results import Result, result_of
 from depass_lightning.callbacks.share import Failure, Outcome, Prober, gather, untouched
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.sources import Source, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -54,20 +54,26 @@ class DePassCallback(Callback):
     never twice at one optimiser step. With `trainer.validate` it runs once, and leaves the history alone.
 
     Args:
-        probes: a task or its name ("ioi"), a file of JSON lines, a list of `(prompt, target)` or of
-            `Example`; or a mapping that gives several such sets their names.
+        probes: a task or its name ("ioi"), a file of JSON lines, a DataLoader (see `callbacks/batches.py`), a
+            list of `(prompt, target)` or of `Example`; or a mapping that gives several such sets their names.
         size: how many probes of each set to take at most.
-        source: what the states are split into; `Tokens()` where None.
-        rule: how neurons are shared out.
+        source: what the states are split into: a source or its name ("tokens", "heads", ...), or several in a
+            list or by names of your own; these share one pass, and are logged apart. `Tokens()` where None.
+        target: what is explained: "contrast", each probe's target, against its foil where it has one;
+            "token", without the foil; "own", the model's own most likely next token.
         tokenizer: the model's; where None the LightningModule's or the data module's `tokenizer`, or that
             of the model's own name.
         model: where the language model is, if it is not to be searched for: the path of an attribute of the
             LightningModule, or a function of the LightningModule.
         every_n_steps: run every so many optimiser steps, too.
+        max_overhead: the largest share of the wall time that it may take; to stay below, it skips runs, but
+            for the first and the last. None for no limit.
+        faithfulness: for how many probes of each set it measures what removing tokens does to the answer.
         batch_size: probes in one pass; a batch that fails is halved until the probe to blame is found.
         on_error: what a failing probe does: "log" says which and why, and training goes on; "raise" ends it.
         folder: where pages and scores are written, in a folder `depass`; that of the first logger where None,
             or the trainer's `default_root_dir` without a logger.
+        settings: `rule`, `temperature`, `bias`, `engine` and `path`, as `DePass.attribute` takes them.
 
     Raises:
         DePassError: for arguments that make no sense; when training starts, for probes, a model or a
@@ -79,36 +85,54 @@ class DePassCallback(Callback):
         probes: ProbeSource | Mapping[str, ProbeSource] = "ioi",
         *,
         size: int = 16,
-        source: Source | None = None,
-        rule: str = "softmax",
+        source: Sources = None,
+        target: TargetKind = "contrast",
         tokenizer: PreTrainedTokenizerBase | None = None,
         model: ModelFinder | None = None,
         every_n_steps: int | None = None,
+        max_overhead: float | None = None,
+        faithfulness: int = 4,
         batch_size: int = 8,
         on_error: Literal["log", "raise"] = "log",
         folder: str | Path | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         for name, number in (("size", size), ("every_n_steps", every_n_steps), ("batch_size", batch_size)):
             if number is not None and number < 1:
                 raise DePassError(f"{name} must be at least 1, not {number}")
+        if max_overhead is not None and not 0 < max_overhead <= 1:
+            raise DePassError(
+                f"max_overhead is a share of the time, above 0 and at most 1; not {max_overhead}"
+            )
+        if faithfulness < 0:
+            raise DePassError(f"faithfulness must be a number of probes, 0 for none; not {faithfulness}")
         if on_error not in ("log", "raise"):
             raise DePassError(f"on_error must be 'log' or 'raise', not {on_error!r}")
+        if unknown := sorted(set(settings) - Settings.__annotations__.keys()):
+            raise DePassError(
+                f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}"
+            )
+        check_target_kind(target)
         self.size = size
-        self.options = {"source": Tokens() if source is None else source, "rule": rule}
+        self.sources = name_sources(source)
+        self.target: TargetKind = target
+        self.settings = settings
         self.tokenizer = tokenizer
         self.model = model
         self.every_n_steps = every_n_steps
+        self.faithfulness = faithfulness
         self.batch_size = batch_size
         self.on_error = on_error
         self.folder = folder
         self.history: dict[str, History] = {}
+        self.pace = Pace(max_overhead)
         self._given = name_sets(probes)
         self._sets: dict[str, list[Probe]] = {}
         self._prober: Prober | None = None
         self._step: int | None = None
+        self._skipped: int | None = None
         self._scalars: dict[str, float] = {}
         self._interrupted = False
-        self._began = self._spent = 0.0
 
     @property
     def state_key(self) -> str:
@@ -135,7 +159,11 @@ class DePassCallback(Callback):
             )
         if stage in ("fit", "validate") and not self._sets:
             with untouched():
-                self._sets = {name: load_set(name, given, self.size) for name, given in self._given.items()}
+                sets = {
+                    name: load_set(name, given, self.size, self.target) for name, given in self._given.items()
+                }
+            # a loader may give each rank rows of its own
+            self._sets = trainer.strategy.broadcast(sets)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, now that it is on its device, before the first batch."""
@@ -147,7 +175,8 @@ class DePassCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run once before training: the first reference."""
-        self._began, self._spent = time.perf_counter(), 0.0
+        self.pace.start()
+        self._skipped = None
         if self._step is not None and trainer.global_step < self._step:  # another training begins
             self._step, self.history = None, {}
         self._run_and_log(trainer)
@@ -156,24 +185,35 @@ class DePassCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Run where `every_n_steps` says so."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0 and self._due(trainer):
             self._run_and_log(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run with the validation, and log the scalars beside its own."""
         if trainer.sanity_checking:
             return
-        scalars, _ = self._run(trainer)
+        due = self._due(trainer)
+        scalars = self._run(trainer)[0] if due else self._scalars
         for name, value in scalars.items():
-            # the ranks agree already, but Lightning warns unless it may make sure
-            pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+            # The ranks agree already, but Lightning warns unless it may make sure. What watches a scalar
+            # finds the last run's after a skipped one; a logger would show it as if it were new.
+            pl_module.log(
+                name,
+                value,
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                batch_size=1,
+                logger=None if due else False,
+            )
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Run for the checkpoint that is being written, and put the run into it."""
         if self._prober is not None and not self._interrupted and trainer.state.fn == TrainerFn.FITTING:
-            self._run_and_log(trainer)
+            if self._due(trainer):
+                self._run_and_log(trainer)
             # Lightning collected the callbacks' states before it called this
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -192,9 +232,25 @@ class DePassCallback(Callback):
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._prober is None:
             model = find_model(pl_module, self.model)
+            sources = list(self.sources.values())
             with untouched(model.device):
-                depass = DePass(model, find_tokenizer(trainer, pl_module, model, self.tokenizer))
-            self._prober = Prober(depass, model.device, self.options, self.batch_size)
+                text = any(probe.ids is None for probes in self._sets.values() for probe in probes)
+                tokenizer = find_tokenizer(trainer, pl_module, model, self.tokenizer, needed=text)
+                depass = DePass(model, tokenizer)
+                check_settings(depass, sources, self.settings)
+            self._prober = Prober(depass, model.device, sources, self.batch_size, self.settings)
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Say, on all ranks alike, whether there is room for a run here; one answer a step."""
+        step = trainer.global_step
+        if self.pace.limit is None or trainer.state.fn != TrainerFn.FITTING or step == self._step:
+            return True
+        if step == self._skipped:
+            return False
+        # every rank has a clock of its own, but a run needs all of them
+        due = trainer.strategy.broadcast(trainer.is_global_zero and self.pace.has_room())
+        self._skipped = None if due else step
+        return due
 
     def _run_and_log(self, trainer: Trainer) -> None:
         """Run outside of a validation, where Lightning's own logging would wait for it or refuse."""
@@ -213,18 +269,18 @@ class DePassCallback(Callback):
         step, fitting = trainer.global_step, trainer.state.fn == TrainerFn.FITTING
         if self._prober is None or (fitting and step == self._step):
             return self._scalars, False
-        began = time.perf_counter()
+        began = self.pace.clock()
         with untouched(self._prober.device):
             shares = gather({name: self._share(trainer, probes) for name, probes in self._sets.items()})
             results = []
             for name in self._sets:
                 outcomes = {i: outcome for share in shares for i, outcome in share[name].items()}
-                results.append(self._result(name, step, outcomes, fitting))
+                results += self._results(name, step, outcomes, fitting)
             self._publish(trainer, results)
         scalars = {name: value for result in results for name, value in result.scalars.items()}
         if fitting:
-            self._spent += time.perf_counter() - began
-            scalars["depass/overhead"] = self._spent / (time.perf_counter() - self._began)
+            self.pace.spend(self.pace.clock() - began)
+            scalars["depass/overhead"] = trainer.strategy.broadcast(self.pace.share)
             self._step, self._scalars = step, scalars
         return scalars, True
 
@@ -232,23 +288,26 @@ class DePassCallback(Callback):
         """Attribute this rank's probes, and return the outcomes by the probes' indices."""
         assert self._prober is not None
         mine = range(trainer.global_rank, len(probes), trainer.world_size)
-        return dict(zip(mine, self._prober.outcomes([probes[i] for i in mine]), strict=True))
+        removal = len(range(trainer.global_rank, min(self.faithfulness, len(probes)), trainer.world_size))
+        outcomes = self._prober.outcomes([probes[i] for i in mine], removal)
+        return dict(zip(mine, outcomes, strict=True))
 
-    def _result(self, name: str, step: int, outcomes: Mapping[int, Outcome], record: bool) -> Result:
-        """Measure what came of a set's probes, and append it to the set's history where `record` says so."""
+    def _results(self, name: str, step: int, outcomes: Mapping[int, Outcome], record: bool) -> list[Result]:
+        """Measure what came of a set's probes, source by source, and append it where `record` says so."""
         probes = self._sets[name]
         failed = {probes[i].id: o.reason for i, o in sorted(outcomes.items()) if isinstance(o, Failure)}
         self._report(name, step, failed)
-        scored = {i: o for i, o in sorted(outcomes.items()) if isinstance(o, Attribution)}
-        history = self.history.get(name, History())
-        rows = [measure(probes[i], a) | history.similarities(probes[i], a) for i, a in scored.items()]
-        known = any(probe.evidence for probe in probes)
-        metrics = summarise(rows, [scalar for scalar in SCALARS if known or scalar != "on_target"])
-        metrics["failed"] = float(len(failed))
-        if record:
-            history.add(step, metrics, {probes[i].id: a for i, a in scored.items()})
-            self.history[name] = history
-        return Result(name, step, [probes[i] for i in scored], list(scored.values()), rows, metrics, history)
+        results = []
+        for index, source in enumerate(self.sources):
+            key = name if len(self.sources) == 1 else f"{name}/{source}"
+            history = self.history.get(key, History())
+            result = result_of(key, step, probes, outcomes, index, history)
+            if record:
+                ids = [probe.id for probe in result.probes]
+                history.add(step, result.metrics, dict(zip(ids, result.attributions, strict=True)))
+                self.history[key] = history
+            results.append(result)
+        return results
 
     def _report(self, name: str, step: int, failed: Mapping[str, str]) -> None:
         """Say which probes failed, those that did so for one reason together; or raise for the first."""

@@ -1,20 +1,22 @@
 """What the probes measured at each step, and how far their scores have drifted.
 
 1. Every probe is measured on its own (`measure`).
-2. Its scores are compared with those of the first and of the previous run (`History.similarities`).
+2. Its scores are compared with those of the first and of the previous run (`History.compare`).
 3. The set's scalars are the means over its probes, and the worst completeness (`summarise`).
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from depass_lightning.attribution import Attribution
+from depass_lightning.attribution import Attribution, Comparison
 from depass_lightning.callbacks.probes import Probe
+from depass_lightning.faithfulness import RemovalCurves, area, text_components
 
 SCALARS = (
     "value",
@@ -25,11 +27,20 @@ SCALARS = (
     "entropy",
     "similarity_first",
     "similarity_previous",
+    "spearman_first",
+    "spearman_previous",
+    "faithfulness",
 )
 
 
-def measure(probe: Probe, attribution: Attribution) -> dict[str, float]:
-    """Return the scalars of one probe that need no history; what cannot be known of it is left out."""
+def measure(probe: Probe, attribution: Attribution, curves: RemovalCurves | None = None) -> dict[str, float]:
+    """Return the scalars of one probe that need no history; what cannot be known of it is left out.
+
+    Args:
+        probe: what was asked.
+        attribution: what came of it.
+        curves: what removing tokens does to the answer, if that was measured.
+    """
     found = {
         "value": attribution.value,
         "completeness": attribution.completeness,
@@ -39,8 +50,12 @@ def measure(probe: Probe, attribution: Attribution) -> dict[str, float]:
         found["probability"] = attribution.probability
     if attribution.rank is not None:
         found["rank"] = float(attribution.rank)
-    if probe.evidence and attribution.offsets is not None:
+    if probe.evidence and attribution.offsets is not None and text_components(attribution):
         found["on_target"] = attribution.share(probe.evidence)
+    if curves is not None:
+        found["faithfulness"] = area(curves.percents, curves.patch_random) - area(
+            curves.percents, curves.patch_top
+        )
     return found
 
 
@@ -66,6 +81,12 @@ def summarise(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict
     return summary
 
 
+def similarities(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
+    """Return the scalars of a probe's drift: cosine similarity and rank correlation to each run."""
+    cosines = {f"similarity_{name}": comparison.cosine for name, comparison in comparisons.items()}
+    return cosines | {f"spearman_{name}": comparison.spearman for name, comparison in comparisons.items()}
+
+
 class History:
     """The runs of one probe set so far: its curves, and the scores of its first and its previous run."""
 
@@ -75,16 +96,19 @@ class History:
         self._first: dict[str, dict[str, Any]] = {}
         self._previous: dict[str, dict[str, Any]] = {}
 
-    def similarities(self, probe: Probe, attribution: Attribution) -> dict[str, float]:
-        """Return the cosine similarity of a probe's scores to those of its first and of its previous run.
+    def compare(self, probe: Probe, attribution: Attribution) -> dict[str, Comparison]:
+        """Compare a probe's scores with those of its first and of its previous run: `first`, `previous`.
 
-        1 in a probe's first run. A probe whose components are no longer the same has none.
+        In its first run with itself. A probe whose components are no longer the same has none.
         """
-        return {
-            name: similarity
-            for name, run in (("similarity_first", self._first), ("similarity_previous", self._previous))
-            if (similarity := _cosine(run.get(probe.id), attribution)) is not None
-        }
+        found = {}
+        for name, run in (("first", self._first), ("previous", self._previous)):
+            before = run.get(probe.id)
+            if before is None:
+                found[name] = attribution.compare(attribution)
+            elif before["names"] == attribution.names:
+                found[name] = replace(attribution, scores=before["scores"]).compare(attribution)
+        return found
 
     def add(self, step: int, metrics: Mapping[str, float], scored: Mapping[str, Attribution]) -> None:
         """Append one run.
@@ -124,12 +148,3 @@ class History:
         history.curves = {name: list(curve) for name, curve in state["curves"].items()}
         history._first, history._previous = dict(state["first"]), dict(state["previous"])
         return history
-
-
-def _cosine(before: Mapping[str, Any] | None, after: Attribution) -> float | None:
-    """Return the cosine similarity to stored scores; None where they are of other components."""
-    if before is None:
-        return 1.0
-    if before["names"] != after.names:
-        return None
-    return torch.cosine_similarity(before["scores"].double(), after.scores.double(), dim=0).item()

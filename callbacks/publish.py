@@ -3,21 +3,21 @@
 Files are always written. What a logger gets beside the scalars:
 
 - Weights & Biases: the page as an Html panel under one key, so that its step slider plays the training, and a
-  fresh Table of the probes; both in the same row of the run's history as the scalars.
+  fresh Table of the probes, both in the same row of the run's history as the scalars; and the scores as a new
+  version of one Artifact.
 - TensorBoard: a figure of each of the first probes, and the table as text.
 - MLflow: the page and the scores' file as artifacts.
 """
 
+import dataclasses
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from depass_lightning.attribution import Attribution
-from depass_lightning.callbacks.history import History
-from depass_lightning.callbacks.probes import Probe
+from depass_lightning.callbacks.results import Result
 from depass_lightning.reports.page import write_page
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
 
@@ -26,37 +26,13 @@ CARDS = {
     "rank": "rank of the answer",
     "similarity_first": "similarity to the first run",
     "similarity_previous": "similarity to the previous run",
+    "spearman_first": "rank correlation with the first run",
+    "spearman_previous": "rank correlation with the previous run",
+    "faithfulness": "faithfulness, random removal less removal of the top",
     "failed": "failed probes",
 }
-COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one run of one probe set found.
-
-    Attributes:
-        name: the set's name.
-        step: the optimiser step.
-        probes: those that succeeded.
-        attributions: one a probe.
-        rows: the scalars of each probe.
-        metrics: the scalars of the set.
-        history: the runs so far, this one included.
-    """
-
-    name: str
-    step: int
-    probes: Sequence[Probe]
-    attributions: Sequence[Attribution]
-    rows: Sequence[dict[str, float]]
-    metrics: dict[str, float]
-    history: History
-
-    @property
-    def scalars(self) -> dict[str, float]:
-        """The set's scalars by their full names, as loggers and `trainer.callback_metrics` have them."""
-        return {f"depass/{self.name}/{name}": value for name, value in self.metrics.items()}
+COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens", "gained most", "lost most")
+SHOWN = 3  # tokens in a cell of the table
 
 
 def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int) -> None:
@@ -75,7 +51,7 @@ def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int) 
     page, scores = write_maps(result, folder)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            _to_wandb(logger, result, page, step)
+            _to_wandb(logger, result, page, scores, step)
         elif isinstance(logger, TensorBoardLogger):
             _to_tensorboard(logger, result, step)
         elif isinstance(logger, MLFlowLogger):
@@ -93,12 +69,18 @@ def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
         page,
         result.attributions,
         title=f"{result.name}, step {result.step}",
+        subtitle=_moved(result),
         summary={CARDS.get(name, name): value for name, value in result.metrics.items()},
         examples=known,
     )
     rows = [
-        attribution_to_row(attribution) | probe | {"index": i, "correct": attribution.correct}
-        for i, (probe, attribution) in enumerate(zip(known, result.attributions, strict=True))
+        attribution_to_row(attribution)
+        | probe
+        | {"index": i, "correct": attribution.correct}
+        | (dataclasses.asdict(curves) if curves else {})
+        for i, (probe, attribution, curves) in enumerate(
+            zip(known, result.attributions, result.curves, strict=True)
+        )
     ]
     return page, write_shard(page.with_suffix(".parquet"), rows, ATTRIBUTION_SCHEMA)
 
@@ -106,21 +88,42 @@ def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
 def table(result: Result) -> tuple[list[int | str], list[Any]]:
     """Return one row a probe: what was asked, what the model says, which tokens count, and the scalars."""
     names = [name for name in result.metrics if any(name in row for row in result.rows)]
-    rows = [
-        [
-            probe.id,
-            probe.prompt,
-            attribution.target,
-            attribution.prediction,
-            ", ".join(f"{name.strip()} {score:+.2f}" for name, score in attribution.top(3)),
-            *(row.get(name) for name in names),
-        ]
-        for probe, attribution, row in zip(result.probes, result.attributions, result.rows, strict=True)
-    ]
+    rows = []
+    for probe, attribution, drift, row in zip(
+        result.probes, result.attributions, result.drifts, result.rows, strict=True
+    ):
+        first = drift.get("first")
+        text = probe.prompt or "".join(attribution.tokens)
+        top = ", ".join(f"{name.strip()} {score:+.2f}" for name, score in attribution.top(SHOWN))
+        moved = (_changes(first.gained), _changes(first.lost)) if first else ("", "")
+        cells = (probe.id, text, attribution.target, attribution.prediction, top, *moved)
+        rows.append([*cells, *(row.get(name) for name in names)])
     return [*COLUMNS, *names], rows
 
 
-def _to_wandb(logger: WandbLogger, result: Result, page: Path, step: int) -> None:
+def _changes(changes: Sequence[tuple[str, float, float]]) -> str:
+    return ", ".join(
+        f"{name.strip()} {before:+.2f} → {after:+.2f}" for name, before, after in changes[:SHOWN]
+    )
+
+
+def _moved(result: Result) -> str:
+    """Say which component of all probes gained most since the first run, and which lost most."""
+    found = []
+    for word, pick in (("gained", max), ("lost", min)):
+        changes = [
+            (after - before, name.strip(), before, after, probe.id)
+            for probe, drift in zip(result.probes, result.drifts, strict=True)
+            if "first" in drift
+            for name, before, after in getattr(drift["first"], word)[:1]
+        ]
+        if changes:
+            _, name, before, after, probe = pick(changes)
+            found.append(f"{name} in {probe} has {word} most ({before:+.2f} → {after:+.2f})")
+    return f"Since step {result.history.steps[0]}: {'; '.join(found)}." if found else ""
+
+
+def _to_wandb(logger: WandbLogger, result: Result, page: Path, scores: Path, step: int) -> None:
     import wandb  # takes a second, which only those who use it should wait
 
     columns, rows = table(result)
@@ -130,6 +133,13 @@ def _to_wandb(logger: WandbLogger, result: Result, page: Path, step: int) -> Non
         "table": wandb.Table(columns=columns, data=rows),
     }
     logger.log_metrics({f"depass/{result.name}/{key}": shown for key, shown in maps.items()}, step=step)
+    run = logger.experiment
+    # its name is the project's, so that it has to say which run it is of
+    name = re.sub(r"[^\w.-]", "-", f"attributions-{result.name}-{run.id}")
+    metadata = {"step": result.step, **result.metrics}
+    artifact = wandb.Artifact(name, type="attributions", metadata=metadata)
+    artifact.add_file(str(scores), name="attributions.parquet")
+    run.log_artifact(artifact, aliases=["latest", f"step-{result.step}"])
 
 
 def _to_tensorboard(logger: TensorBoardLogger, result: Result, step: int) -> None:

@@ -3,20 +3,26 @@
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.callbacks.choices import Settings
 from depass_lightning.callbacks.probes import Probe
 from depass_lightning.depass import DePass
+from depass_lightning.faithfulness import RemovalCurves, removal_curves, text_components
+from depass_lightning.sources import Source
 
 log = logging.getLogger(__name__)
+
+REMOVED = (0, 20, 40, 60, 80, 100)  # percent: coarse, because it is measured again and again
+ORDERS = 2  # random ones a probe
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,20 @@ class Failure:
     reason: str
 
 
-Outcome = Attribution | Failure
+@dataclass(frozen=True)
+class Finding:
+    """What a probe came to.
+
+    Attributes:
+        attributions: one a source.
+        curves: for each source what removal does to the answer; None where it was not measured.
+    """
+
+    attributions: list[Attribution]
+    curves: list[RemovalCurves | None]
+
+
+Outcome = Finding | Failure
 
 
 @dataclass
@@ -36,29 +55,34 @@ class Prober:
     Attributes:
         depass: the model.
         device: where it is.
-        options: what every call of `attribute` is given: the source and the rule.
+        sources: what states are split into; all share one recorded pass, and a linear rule's backward pass.
         batch_size: probes in one pass. It is halved for good where memory runs out.
+        settings: what else every call of `attribute` is given: the rule and the like.
     """
 
     depass: DePass
     device: torch.device
-    options: Mapping[str, Any]
+    sources: Sequence[Source]
     batch_size: int
+    settings: Settings = field(default_factory=Settings)
 
-    def outcomes(self, probes: Sequence[Probe]) -> list[Outcome]:
-        """Return an attribution, or why there is none, for each probe in order."""
+    def outcomes(self, probes: Sequence[Probe], removal: int = 0) -> list[Outcome]:
+        """Return what each probe came to, in order.
+
+        Args:
+            probes: all as text, or all as ids.
+            removal: for how many of them, from the first, tokens are removed as well.
+        """
         done: list[Outcome] = []
         while len(done) < len(probes):
             batch = probes[len(done) : len(done) + self.batch_size]
-            done += self._halving(batch)
+            done += self._halving(batch, max(0, removal - len(done)))
         return done
 
-    def _halving(self, probes: Sequence[Probe]) -> list[Outcome]:
+    def _halving(self, probes: Sequence[Probe], removal: int) -> list[Outcome]:
         """Attribute a batch; where it fails, its halves, until the probe that is to blame stands alone."""
         try:
-            prompts, targets = [probe.prompt for probe in probes], [probe.target for probe in probes]
-            found = self.depass.attribute(prompts, target=targets, batch_size=len(probes), **self.options)
-            return [_checked(attribution) for attribution in found]
+            return self._outcomes(probes, removal)
         except torch.OutOfMemoryError as error:
             reason, short = _reason(error), True
         except Exception as error:
@@ -71,7 +95,45 @@ class Prober:
         if short:
             self.batch_size = min(self.batch_size, middle)
             log.warning("memory ran out on %d probes; there are %d in a pass now", len(probes), middle)
-        return self._halving(probes[:middle]) + self._halving(probes[middle:])
+        return self._halving(probes[:middle], removal) + self._halving(
+            probes[middle:], max(0, removal - middle)
+        )
+
+    def _outcomes(self, probes: Sequence[Probe], removal: int) -> list[Outcome]:
+        found = self.depass.attribute(
+            **_asked(probes),
+            target=[probe.target for probe in probes],
+            source=self.sources,
+            batch_size=len(probes),
+            **self.settings,
+        )
+        outcomes = [_checked(attributions) for attributions in found]
+        sample = [own for own in outcomes[:removal] if isinstance(own, Finding)]
+        self._remove([(own, i) for own in sample for i in range(len(self.sources))])
+        return outcomes
+
+    def _remove(self, places: Sequence[tuple[Finding, int]]) -> None:
+        """Measure what removal does, where components stand for text and the target is a token."""
+        places = [
+            (finding, i)
+            for finding, i in places
+            if finding.attributions[i].metadata.get("target_ids") and text_components(finding.attributions[i])
+        ]
+        attributions = [finding.attributions[i] for finding, i in places]
+        if not attributions:
+            return
+        answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
+        with _modes_kept(self.depass.model):
+            curves = removal_curves(
+                self.depass.model,
+                attributions,
+                answers,
+                percents=REMOVED,
+                draws=ORDERS,
+                batch_size=8 * self.batch_size,  # plain passes: no components to hold
+            )
+        for (finding, i), curve in zip(places, curves, strict=True):
+            finding.curves[i] = curve
 
 
 def gather(share: Any) -> list[Any]:
@@ -106,9 +168,33 @@ def untouched(device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _checked(attribution: Attribution) -> Outcome:
-    finite = math.isfinite(attribution.value) and bool(attribution.scores.isfinite().all())
-    return attribution if finite else Failure("its value or its scores are not finite")
+def _asked(probes: Sequence[Probe]) -> dict[str, Any]:
+    """Return the probes as `DePass.attribute` takes prompts: as text, or as ids padded on the right."""
+    rows = [probe.ids for probe in probes if probe.ids is not None]
+    if not rows:
+        return {"prompt": [probe.prompt for probe in probes]}
+    longest = max(map(len, rows))
+    padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+
+
+def _checked(attributions: list[Attribution]) -> Outcome:
+    for own in attributions:
+        if not (math.isfinite(own.value) and bool(own.scores.isfinite().all())):
+            return Failure("its value or its scores are not finite")
+    return Finding(attributions, [None] * len(attributions))
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module's own mode back: in a model that trains, some parts may stay in evaluation."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _reason(error: Exception) -> str:

@@ -252,11 +252,11 @@ def test_want_of_memory_halves_the_batch_for_good(
 ) -> None:
     attribute, sizes = DePass.attribute, []
 
-    def short_of_memory(self: DePass, prompts: list[str], **options: Any) -> Any:
-        sizes.append(len(prompts))
-        if len(prompts) > 2:
+    def short_of_memory(self: DePass, prompt: list[str], **options: Any) -> Any:
+        sizes.append(len(prompt))
+        if len(prompt) > 2:
             raise torch.OutOfMemoryError("no room")
-        return attribute(self, prompts, **options)
+        return attribute(self, prompt, **options)
 
     monkeypatch.setattr(DePass, "attribute", short_of_memory)
     callback = DePassCallback(list(PROMPTS), batch_size=4)

@@ -13,8 +13,9 @@ import torch
 
 from depass_lightning import Contrast, DePassError
 from depass_lightning.callbacks import DePassCallback
+from depass_lightning.callbacks.find import find_model, find_tokenizer
 from depass_lightning.callbacks.history import History, entropy
-from depass_lightning.callbacks.probes import find_model, find_tokenizer, load_set, name_sets
+from depass_lightning.callbacks.probes import load_set, name_sets
 from depass_lightning.tasks import Example, load
 from tests.training import PROMPTS, OwnModule, language_model, tokenizer, trainer
 
@@ -59,8 +60,11 @@ def test_it_finds_the_tokenizer_or_says_what_to_do(tmp_path: Path) -> None:
         find_tokenizer(run, module, model, None)
     own.save_pretrained(tmp_path / "model")
     model.config._name_or_path = str(tmp_path / "model")
-    assert find_tokenizer(run, module, model, None).get_vocab() == own.get_vocab()
+    loaded = find_tokenizer(run, module, model, None)
+    assert loaded is not None
+    assert loaded.get_vocab() == own.get_vocab()
     model.config._name_or_path = str(tmp_path / "nowhere")
+    assert find_tokenizer(run, module, model, None, needed=False) is None
     with pytest.raises(DePassError, match="nowhere, which could not be loaded"):
         find_tokenizer(run, module, model, None)
 

@@ -1,0 +1,113 @@
+"""Prompts out of a DataLoader: the batches that a training or an evaluation reads anyway.
+
+A batch is a mapping of tensors, a row a prompt:
+
+- `input_ids` `[batch, position]`, and `attention_mask`, where rows are padded, on either side;
+- `labels` `[batch, position]`, as transformers has them: -100 outside of the answer, and at the answer the
+  same ids as `input_ids`. What stands before the answer is the prompt, its first token the target;
+- or `target` `[batch]`: the id of the token that follows the row.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from depass_lightning.errors import DePassError
+
+IGNORED = -100  # what transformers' losses leave out
+Prompt = tuple[tuple[int, ...], int]
+
+
+def prompts_in(name: str, loader: DataLoader, size: int) -> list[Prompt]:
+    """Return the ids of the first `size` prompts of a loader, each with the id of its target.
+
+    The loader's own generators are left as they are, and a shuffled one gives the same prompts every time.
+
+    Args:
+        name: the probe set's name, for errors.
+        loader: gives batches as the module describes them.
+        size: how many prompts to read at most.
+
+    Raises:
+        DePassError: a batch is laid out in another way, or a row has no answer or nothing before it.
+    """
+    found: list[Prompt] = []
+    with _repeatable(loader):
+        for batch in loader:
+            try:
+                for row in _rows(batch):
+                    if len(found) == size:
+                        break
+                    found.append(row)
+            except DePassError as error:
+                raise DePassError(f"prompt {len(found)} of {name!r}: {error}") from error
+            if len(found) == size:
+                break
+    return found
+
+
+def _rows(batch: Any) -> Iterator[Prompt]:
+    """Read a batch row by row."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch or not {"labels", "target"} & set(batch):
+        held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise DePassError(
+            "a batch must be a mapping with input_ids and either labels (-100 outside of the answer) or "
+            f"target (an id a row), but it is {held}"
+        )
+    ids = torch.as_tensor(batch["input_ids"])
+    mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
+    labels, target = batch.get("labels"), batch.get("target")
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise DePassError(f"input_ids of {_shape(ids)} and attention_mask of {_shape(mask)} must be 2d alike")
+    if target is not None:
+        answers = torch.as_tensor(target)
+        if answers.shape != ids.shape[:1]:
+            raise DePassError(f"target of {_shape(answers)} must be one id a row of input_ids {_shape(ids)}")
+        for row, kept, answer in zip(ids, mask, answers, strict=True):
+            yield tuple(row[kept].tolist()), int(answer)
+        return
+    marked = torch.as_tensor(labels)
+    if marked.shape != ids.shape:
+        raise DePassError(f"labels of {_shape(marked)} must be of the shape of input_ids {_shape(ids)}")
+    for row, kept, own in zip(ids, mask, marked, strict=True):
+        yield _before_answer(row[kept].tolist(), own[kept].tolist())
+
+
+def _before_answer(ids: list[int], labels: list[int]) -> Prompt:
+    """Cut a row where its answer begins."""
+    first = next((i for i, label in enumerate(labels) if label != IGNORED), None)
+    if first is None:
+        raise DePassError("its labels are -100 throughout; mark the answer's tokens with their ids")
+    if first == 0:
+        raise DePassError("its labels mark the first token, so nothing is asked; set the prompt's to -100")
+    if labels[first] != ids[first]:
+        raise DePassError(
+            f"its labels begin with {labels[first]} where input_ids has {ids[first]}; labels must stand at "
+            "their tokens' own places, not one place earlier"
+        )
+    return tuple(ids[:first]), labels[first]
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+@contextmanager
+def _repeatable(loader: DataLoader) -> Iterator[None]:
+    """Read from a fixed seed, and leave the generators that shuffle as they were."""
+    holders = (loader, loader.sampler, loader.batch_sampler)
+    generators = [own for holder in holders if (own := getattr(holder, "generator", None)) is not None]
+    states = [generator.get_state() for generator in generators]
+    try:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            for generator in generators:
+                generator.manual_seed(0)
+            yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

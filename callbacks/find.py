@@ -1,0 +1,99 @@
+"""Where the language model and its tokenizer are, in whatever LightningModule is trained."""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from depass_lightning.errors import DePassError
+
+ModelFinder = str | Callable[[LightningModule], nn.Module]
+
+
+def find_model(pl_module: LightningModule, where: ModelFinder | None = None) -> PreTrainedModel:
+    """Find the causal language model inside a LightningModule; compiled and LoRA-wrapped ones are found too.
+
+    Args:
+        pl_module: the module that is trained.
+        where: the path of an attribute ("policy.model"), or a function that takes the module and returns the
+            model; None to search.
+
+    Raises:
+        DePassError: where there is none, or more than one.
+    """
+    root: Any = pl_module
+    if isinstance(where, str):
+        try:
+            root = attrgetter(where)(pl_module)
+        except AttributeError as error:
+            holder = type(pl_module).__name__
+            raise DePassError(f"model={where!r} is no attribute of {holder}: {error}") from error
+    elif where is not None:
+        root = where(pl_module)
+    if not isinstance(root, nn.Module):
+        raise DePassError(f"model= leads to a {type(root).__name__}; it must lead to a torch module")
+    found = _outermost_models(root)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    inside = f"inside {type(root).__name__}"
+    if not found:
+        raise DePassError(
+            f"there is no causal language model of transformers {inside}; hold one as a submodule, or "
+            "name it with DePassCallback(model='path.to.it')"
+        )
+    paths = ", ".join(repr(path) for path in found)
+    raise DePassError(
+        f"there are {len(found)} language models {inside}: {paths}; choose with DePassCallback(model=...)"
+    )
+
+
+def find_tokenizer(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    model: PreTrainedModel,
+    given: PreTrainedTokenizerBase | None,
+    needed: bool = True,
+) -> PreTrainedTokenizerBase | None:
+    """Find the tokenizer: the given one, the module's, the data module's, or that of the model's own name.
+
+    Args:
+        trainer: may have a data module.
+        pl_module: the module that is trained.
+        model: the language model in it.
+        given: what the callback was given.
+        needed: whether probes are text; ids can do without, and are then called by their numbers.
+
+    Raises:
+        DePassError: where there is none, but one is needed.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    for holder in (given, getattr(pl_module, "tokenizer", None), getattr(datamodule, "tokenizer", None)):
+        if holder is not None:
+            return holder
+    name = model.config._name_or_path
+    reason: object = "the model's configuration does not say where it came from"
+    if name:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # whatever the hub, the disk or the file's parser raised
+            reason = error
+    if not needed:
+        return None
+    raise DePassError(
+        f"the probes need the tokenizer of {name or type(model).__name__}, which could not be loaded "
+        f"({reason}); give DePassCallback(tokenizer=...), or set `tokenizer` on the LightningModule or its "
+        "data module"
+    )
+
+
+def _outermost_models(root: nn.Module) -> dict[str, PreTrainedModel]:
+    """Return the language models with a head, by path, that stand in no other such model."""
+    found: dict[str, PreTrainedModel] = {}
+    for path, module in root.named_modules():
+        inner = any(path.startswith(f"{outer}." if outer else "") for outer in found)
+        if not inner and isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            found[path] = module
+    return found
