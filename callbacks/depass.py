@@ -192,20 +192,13 @@ class DePassCallback(Callback):
         """Run with the validation, and log the scalars beside its own."""
         if trainer.sanity_checking:
             return
-        due = self._due(trainer)
-        scalars = self._run(trainer)[0] if due else self._scalars
+        scalars, new = self._run(trainer) if self._due(trainer) else (self._scalars, False)
+        if not new:
+            _watched(trainer, scalars)
+            return
         for name, value in scalars.items():
-            # The ranks agree already, but Lightning warns unless it may make sure. What watches a scalar
-            # finds the last run's after a skipped one; a logger would show it as if it were new.
-            pl_module.log(
-                name,
-                value,
-                on_step=False,
-                on_epoch=True,
-                sync_dist=True,
-                batch_size=1,
-                logger=None if due else False,
-            )
+            # the ranks agree already, but Lightning warns unless it may make sure
+            pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -214,6 +207,8 @@ class DePassCallback(Callback):
         if self._prober is not None and not self._interrupted and trainer.state.fn == TrainerFn.FITTING:
             if self._due(trainer):
                 self._run_and_log(trainer)
+            else:
+                _watched(trainer, self._scalars)
             # Lightning collected the callbacks' states before it called this
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -255,7 +250,7 @@ class DePassCallback(Callback):
     def _run_and_log(self, trainer: Trainer) -> None:
         """Run outside of a validation, where Lightning's own logging would wait for it or refuse."""
         scalars, new = self._run(trainer)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+        _watched(trainer, scalars)
         for logger in trainer.loggers if new else ():
             logger.log_metrics(scalars, step=_logged_step(trainer))
             logger.save()
@@ -333,6 +328,11 @@ class DePassCallback(Callback):
                     raise
                 log.warning("the maps of %r at step %d were not written: %s", result.name, result.step, error)
                 log.debug("the maps of %r were not written", result.name, exc_info=True)
+
+
+def _watched(trainer: Trainer, scalars: Mapping[str, float]) -> None:
+    """Put scalars where ModelCheckpoint and EarlyStopping look."""
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
 
 
 def _logged_step(trainer: Trainer) -> int:
