@@ -9,12 +9,13 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+EXTRA := $(VENV)/extra
 MAPPED := $(VENV)/mapped/depass_lightning
 PIP := $(RUN)/python -m pip --disable-pip-version-check
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 5
 
-.PHONY: help setup smollm2 demo test lint format families bench clean
+.PHONY: help setup smollm2 demo test quantized lint format families bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -30,6 +31,9 @@ demo: $(READY) ## explain the embedded model's answers: a table here, a page to 
 
 test: $(READY) ## run the tests
 	$(RUN)/python -m pytest --numprocesses=2 --dist=worksteal --clean-tree $(ARGS)
+
+quantized: $(EXTRA)/torchao ## run the tests of quantised models; their package stays out of the environment
+	PYTHONPATH=$(EXTRA) $(RUN)/python -m pytest --clean-tree tests/test_quantized.py $(ARGS)
 
 lint: $(READY) ## ruff and pyright
 	$(RUN)/ruff check .
@@ -63,6 +67,10 @@ $(RUN)/python:
 	echo "DePass-Lightning needs Python 3.11 or newer with its venv module; none of these is: $(PYTHON)." >&2; \
 	echo "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python ..." >&2; \
 	exit 1
+
+# Where it is installed, every start of transformers loads it, which takes a while and is not silent.
+$(EXTRA)/torchao: $(READY)
+	$(PIP) install --no-deps --target $(EXTRA) torchao -c $(VENV)/constraints.txt
 
 $(READY): pyproject.toml constraints.txt | $(RUN)/python
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt

@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "heads": {"source": Heads()},
     "neurons": {"source": Neurons(1)},
     "taylor": {"rule": "taylor"},
+    "control": {"rule": "taylor", "path": "control"},
 }
 
 
@@ -81,13 +82,6 @@ def test_offloaded_models_give_the_same_scores(name: str, how: str, tmp_path: Pa
     assert on_meta(model) == away
     assert all(own is hooks(model)[path] for path, own in attached.items())
     assert torch.equal(model(ids).logits, logits)
-
-
-def test_the_control_path_of_an_offloaded_model(tmp_path: Path) -> None:
-    plain, model = build("gemma"), build("gemma")
-    disk_offload(model, str(tmp_path), CPU)
-    way = {"rule": "taylor", "path": "control"}
-    assert torch.equal(explained(model, way).scores, explained(plain, way).scores)
 
 
 def test_one_layer_at_a_time_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

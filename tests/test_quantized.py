@@ -10,19 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torchao.quantization import (
-    Float8WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    quantize_,
-)
 from transformers import PreTrainedModel, TorchAoConfig
 
 from depass_lightning import Contrast, DePass, Heads, Neurons, Tokens
 from depass_lightning.models import linear
 from tests.models import distance, prompt
 from tests.zoo import build
+
+ao: Any = pytest.importorskip("torchao.quantization", reason="run by `make quantized`")
 
 TARGET = Contrast(5, 7)
 SHAPE: dict[str, Any] = {
@@ -33,9 +28,9 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
 }
 KINDS: dict[str, Any] = {
-    "int8": Int8WeightOnlyConfig(),
-    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4),  # pyright: ignore[reportAttributeAccessIssue]
-    "float8": Float8WeightOnlyConfig(),
+    "int8": ao.Int8WeightOnlyConfig(),
+    "int4": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+    "float8": ao.Float8WeightOnlyConfig(),
 }
 WAYS: dict[str, dict[str, Any]] = {
     "tokens": {"source": Tokens()},
@@ -49,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def quantised(kind: Any, name: str = "llama-biases", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny model whose blocks are quantised by hand, so that nothing but its weights says so."""
     model = build(name, dtype=dtype, **SHAPE)
-    quantize_(model, kind, filter_fn=lambda own, path: isinstance(own, nn.Linear) and path != "lm_head")
+    ao.quantize_(model, kind, filter_fn=lambda own, path: isinstance(own, nn.Linear) and path != "lm_head")
     return model
 
 
@@ -82,13 +77,19 @@ def test_scores_are_those_of_the_same_weights_in_plain_tensors(kind: str, way: s
 @pytest.mark.parametrize("kind", [*KINDS, "dynamic"])
 def test_sums_stay_exact_in_half_precision(kind: str) -> None:
     model = quantised(
-        (KINDS | {"dynamic": Int8DynamicActivationInt8WeightConfig()})[kind], dtype=torch.bfloat16
+        (KINDS | {"dynamic": ao.Int8DynamicActivationInt8WeightConfig()})[kind], dtype=torch.bfloat16
     )
     for way in WAYS.values():
         own = explained(model, way)
         groups = own.scores.view(own.groups, -1)
         assert own.completeness < 1e-5
         assert 0 < groups[:, -1].abs().max() < 0.2 * groups.abs().max()
+
+
+def test_rounded_activations_are_a_component_in_full_precision_too() -> None:
+    own = explained(quantised(ao.Int8DynamicActivationInt8WeightConfig()), {})
+    assert own.completeness < 1e-5
+    assert 1e-5 < abs(float(own.scores[-1])) < 0.2 * float(own.scores.abs().max())
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma2", "qwen3"])
@@ -111,7 +112,7 @@ def test_asking_a_layer_gives_what_its_weights_say(kind: str) -> None:
 
 def test_a_model_that_is_loaded_quantised(tmp_path: Path) -> None:
     build("llama", **SHAPE).save_pretrained(tmp_path)
-    config = TorchAoConfig(Int8WeightOnlyConfig())
+    config = TorchAoConfig(ao.Int8WeightOnlyConfig())
     model = type(build("llama")).from_pretrained(tmp_path, quantization_config=config)
     own, plain = explained(model, {}), explained(dequantised(model, "llama"), {})
     assert own.names == [*plain.names, "rounding"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from depass_lightning import Contrast, DePass, Heads, Tokens, tasks
 from tests import twin, twin_sources

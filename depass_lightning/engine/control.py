@@ -22,7 +22,7 @@ from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, Froze
 from depass_lightning.engine.record import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.linear import Part, features, has_bias
+from depass_lightning.models.linear import Part, bias_of, features, has_bias
 
 
 def through_scores(
@@ -55,11 +55,11 @@ def through_scores(
         result = result[0] if isinstance(result, tuple) else result
         output = call.before_post_norm(output)
         leaves = [normed, *(leaf for leaf, _ in biases)]
-        back, *added = torch.autograd.grad(result, leaves, _ordinary(output.to(result.dtype)))
+        back, *added = torch.autograd.grad(result, leaves, _ordinary(output.to(result)))
         constants = output.new_zeros(len(output))
         for (_, bias), own in zip(biases, added, strict=True):
-            constants = constants + (own.to(dtype) * bias.to(dtype)).flatten(1).sum(1)
-    return back.to(dtype), constants
+            constants = constants + (own.to(dtype) * bias).flatten(1).sum(1).to(output.device)
+    return back.to(output), constants
 
 
 Hook = Callable[[nn.Module, Any, Tensor], Tensor]
@@ -83,9 +83,7 @@ def _hooks(
 
     def at_bias(module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         leaf = torch.zeros_like(output, requires_grad=True)
-        bias = getattr(module, "base_layer", module).bias
-        assert isinstance(bias, Tensor)
-        biases.append((leaf, bias.detach()))
+        biases.append((leaf, bias_of(module, dtype).to(output.device)))
         return output + leaf
 
     hooks: list[tuple[nn.Module, Hook]] = []

@@ -146,8 +146,7 @@ def tolerance(decoder: Decoder) -> float:
         decoder: the model.
     """
     exact_weights = decoder.model_dtype in (torch.float32, torch.float64)
-    quantised = getattr(decoder.model, "is_quantized", False) or getattr(decoder.model, "hf_quantizer", None)
-    return 1e-3 if exact_weights and not quantised else 1e-1
+    return 1e-3 if exact_weights and not decoder.quantised else 1e-1
 
 
 def _check_block(
