@@ -183,10 +183,30 @@ def test_wandb_offline_has_a_page_and_a_table_a_step(tmp_path: Path) -> None:
         assert shown["_type"] == "table-file"
         table = json.loads((run / "files" / shown["path"]).read_text())
         assert table["columns"][:3] == ["probe", "prompt", "target"]
-        assert "similarity_first" in table["columns"]
+        assert {"similarity_first", "gained most", "lost most"} <= set(table["columns"])
         assert [row[0] for row in table["data"]] == [f"probes-{i}" for i in range(5)]
     assert len({shown["path"] for key in ("map", "table") for _, shown in by_key[key]}) == 8
+    assert_versions_of_one_artifact(run)
     assert_files(tmp_path)
+
+
+def assert_versions_of_one_artifact(run: Path) -> None:
+    """The scores of every step are a version of one artifact, which is that step's file."""
+    found = [
+        record.request.log_artifact.artifact if record.HasField("request") else record.artifact
+        for record in records(run)
+        if record.HasField("artifact") or record.request.HasField("log_artifact")
+    ]
+    assert [list(artifact.aliases) for artifact in found] == [["latest", f"step-{n}"] for n in STEPS]
+    assert {artifact.type for artifact in found} == {"attributions"}
+    [name] = {artifact.name for artifact in found}
+    assert name.startswith("attributions-probes-")
+    for step, artifact in zip(STEPS, found, strict=True):
+        [entry] = artifact.manifest.contents
+        assert entry.path == "attributions.parquet"
+        written = run.parent.parent / f"depass/probes/step-{step:06d}.parquet"
+        assert entry.size == written.stat().st_size
+        assert json.loads(artifact.metadata)["step"] == step
 
 
 SCRIPT = """

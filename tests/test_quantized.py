@@ -29,7 +29,7 @@ SHAPE: dict[str, Any] = {
 }
 KINDS: dict[str, Any] = {
     "int8": ao.Int8WeightOnlyConfig(),
-    "int4": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+    "int4": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4),  # pyright: ignore[reportAttributeAccessIssue]
     "float8": ao.Float8WeightOnlyConfig(),
 }
 WAYS: dict[str, dict[str, Any]] = {
