@@ -21,6 +21,7 @@ from depass_lightning.engine.groups import Table
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
 from depass_lightning.engine.rules import LinearPaths
+from depass_lightning.engine.share import share_neurons
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.linear import features
 from depass_lightning.prompts import Prompt
@@ -165,7 +166,7 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
     def through() -> None:
         carry = Carry.begin(Table(components), real, positions, bias=None, budget=settings.budget)
         carry.attend(block.attention)
-        carry.share_neurons(block.mlp, settings.rule)
+        share_neurons(carry, block.mlp, settings.rule)
 
     with exact(decoder.device):
         return _Rates(plain, _fastest(through, decoder) / (count * len(ids)), 0.0, len(ids))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens
+from depass_lightning.engine import propagate
 from depass_lightning.engine.carry import Carry
 from depass_lightning.estimate import carried_rows
 from depass_lightning.prompts import prompts_of_ids
@@ -36,14 +37,14 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
     settings = settings_of(depass.decoder, source, rule="softmax", temperature=0.1, bias="component")
     expected = carried_rows(source, entry, depass.decoder, settings)
     found: list[int] = []
-    share = Carry.share_neurons
+    share = propagate.share_neurons
 
-    def counted(self: Carry, *given: Any) -> None:
-        if self.layout.positions == ids.shape[1]:  # not at the target alone
-            found.append(self.layout.rows)
-        share(self, *given)
+    def counted(carry: Carry, *given: Any) -> None:
+        if carry.layout.positions == ids.shape[1]:  # not at the target alone
+            found.append(carry.layout.rows)
+        share(carry, *given)
 
-    monkeypatch.setattr(Carry, "share_neurons", counted)
+    monkeypatch.setattr(propagate, "share_neurons", counted)
     depass.attribute(input_ids=ids, target=5, source=source)
     assert sum(found) == sum(expected) > 0
 

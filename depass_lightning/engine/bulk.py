@@ -31,12 +31,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import Derivative, pull_back
-from depass_lightning.engine.carry import Carry, living
+from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP
 from depass_lightning.engine.groups import RankOne
 from depass_lightning.engine.propagate import Split
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import LinearPaths, Softmax
+from depass_lightning.engine.share import Sharing, living
 
 
 @dataclass(frozen=True)
@@ -196,23 +197,23 @@ def share_with_bulk(
     Returns:
         The slopes and constants of the bulk's shares, times the neurons' values, at the carry's positions.
     """
-    frozen = carry.frozen(mlp)
+    sharing = Sharing.of(carry, mlp)
     z, many = carry.at_positions(mlp.pre_activations), carry.at_positions(count)[:, None, None]
     slopes, constants = torch.zeros_like(z), torch.zeros_like(z)
-    for chunk in carry.layout.chunks(carry.chunk_rows(mlp)):
+    for chunk in carry.layout.chunks(sharing.limit):
         whole = slice(0, len(chunk.row_at))
-        gates = carry.gates(frozen, chunk, whole)
+        gates = sharing.gates(chunk, whole)
         for run in chunk.runs:
             table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
             present = living(gates[run.rows]).view(*table.shape[:2], 1)
             at = chunk.at[run.segments]
             bulk = (z[at] - table.sum(1))[:, None] / rule.temperature
             shares, slope, constant = _shares(table / rule.temperature, present, bulk, many[at])
-            values = frozen.neurons[at]
+            values = sharing.neurons[at]
             torch.mul(shares, values[:, None], out=table)
             slopes[at] = slope[:, 0] / rule.temperature * values
             constants[at] = constant[:, 0] * values
-        carry.add_down(frozen, chunk, whole, gates)
+        sharing.add_down(chunk, whole, gates)
     return slopes, constants
 
 

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from depass_lightning.engine.frozen import (
     AttentionCall,
+    Expert,
     FrozenAttention,
     FrozenBlock,
     FrozenMLP,
@@ -238,14 +239,18 @@ class _Freezer:
             gates, neurons = self._recorded(parts.dense, "")
             gate, down = parts.dense.gate.linear(dtype), parts.dense.down.linear(dtype)
             beside, normed = parts.dense.up, self.capture.seen["gate input"]
-            added = None
+            added = routed = None
         else:
             assert parts.experts is not None
             experts = _Experts(parts.experts, self.capture, dtype, self.state.shape[:2])
             gates, neurons, gate, down, added = experts.frozen()
+            routed = experts.routed()
             beside, normed = None, self.capture.seen["experts"][0]
             if parts.experts.shared is not None:
+                own = gates.shape[2]
                 gates, neurons, gate, down = self._with_shared(parts.experts, gates, neurons, gate, down)
+                everywhere = torch.ones_like(gates[..., 0], dtype=torch.bool)
+                routed = (*routed, Expert(slice(own, gates.shape[2]), everywhere))
         down, constant = self._projected(down, post, added)
         if post is not None:
             neurons = neurons * post.scale[..., None]
@@ -258,6 +263,7 @@ class _Freezer:
             pre_activations=gates,
             neurons=neurons,
             normed=normed.view(self.state.shape),
+            experts=routed,
         )
 
     def _norm(self, name: str, probe: NormProbe | None) -> FrozenNorm:
@@ -328,13 +334,26 @@ class _Experts:
     dtype: torch.dtype
     shape: torch.Size
 
+    def routed(self) -> tuple[Expert, ...]:
+        """Which neurons are each expert's, and which positions were routed to it."""
+        width, active = self.parts.width, self._weights() != 0
+        return tuple(
+            Expert(slice(expert * width, (expert + 1) * width), own.view(self.shape))
+            for expert, own in enumerate(active.T)
+        )
+
+    def _weights(self) -> Float[Tensor, "at expert"]:
+        """How much each expert counts at each position, flattened."""
+        states, indices, weights = self.capture.seen["experts"]
+        count = states.numel() // states.shape[-1]
+        routed = torch.zeros(count, self.parts.count, device=states.device, dtype=self.dtype)
+        return routed.scatter_add_(1, indices.view(count, -1), weights.view(count, -1).to(self.dtype))
+
     def frozen(self) -> tuple[Tensor, Tensor, Linear, Linear, Tensor | None]:
         """Pre-activations, neurons, the gate map, the down map, and what experts' biases add."""
-        states, indices, weights = self.capture.seen["experts"]
+        states, indices, _ = self.capture.seen["experts"]
         states = states.reshape(-1, states.shape[-1]).to(self.dtype)
-        count, width = self.parts.count, self.parts.width
-        routed = states.new_zeros(len(states), count)
-        routed.scatter_add_(1, indices.view(len(states), -1), weights.view(len(states), -1).to(self.dtype))
+        count, width, routed = self.parts.count, self.parts.width, self._weights()
         gate_up, bias, down, down_bias = self.parts.weights(self.dtype)
         gate_rows, _ = self.parts.gate_rows()
         gates, neurons = states.new_zeros(2, len(states), count, width)

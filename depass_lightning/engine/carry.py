@@ -1,13 +1,9 @@
-"""What happens to components inside one frozen block (Hong et al., section 3).
+"""Components on their way through the model, and what happens to them in attention (Hong et al., section 3).
 
-With everything that was recorded held fixed:
-
-1. attention, which is linear: norm the components, take values, mix them with the probabilities, project out;
-2. the MLP: norm the components, take their gates, share every neuron's value by the rule, project down.
-
-Values are mixed before they are projected out, so nothing of size heads x hidden is built, and both steps
-write into the packed rows in place: attention reads one component at all its positions, the MLP all
-components at one position.
+With everything that was recorded held fixed attention is linear: norm the components, take values, mix them
+with the probabilities, project out. Values are mixed before they are projected out, so nothing of size heads
+x hidden is built. It reads one component at all its positions and writes into the packed rows in place; the
+MLP (`engine/share.py`) does so with all components at one position.
 """
 
 from dataclasses import dataclass
@@ -16,11 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP, FrozenNorm
+from depass_lightning.engine.frozen import FrozenAttention, FrozenNorm
 from depass_lightning.engine.groups import Group
-from depass_lightning.engine.layout import Chunk, ComponentBlock, Layout
+from depass_lightning.engine.layout import ComponentBlock, Layout
 from depass_lightning.engine.memory import Budget, Storage
-from depass_lightning.engine.rules import CompetingRule, Rule, Taylor
 
 
 @dataclass
@@ -87,8 +82,8 @@ class Carry:
             some = slice(first, min(first + self._fill_step, old.components))
             to, of = (own.index[:, :, some].to(self.rows.device) for own in (layout, old))
             carry.rows[to] = self.rows[of]
-            carry._settle()
-            self._settle()
+            carry.settle()
+            self.settle()
         carry._fill(group, old.components)
         return carry
 
@@ -103,10 +98,10 @@ class Carry:
             some = slice(first, min(first + self._fill_step, group.count))
             index = self.layout.index[:, :, offset + some.start : offset + some.stop]
             self.rows[index.to(self.rows.device)] = group.states(some, self.positions).transpose(1, 2)
-            self._settle()
+            self.settle()
         self.rows[-1] = 0  # padding wrote here
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Let go of what the rows hold of memory, where they are kept in a file."""
         if self.storage is not None:
             self.storage.settle()
@@ -146,7 +141,7 @@ class Carry:
         scale = self.at_positions(attention.norm.scale)
         for block in self.layout.component_blocks(rows):
             self.rows.index_add_(0, block.rows, self._attention_of(attention, block, scale))
-            self._settle()
+            self.settle()
 
     def _attention_of(self, attention: FrozenAttention, block: ComponentBlock, scale: Tensor) -> Tensor:
         """One block's attention output, row by row."""
@@ -191,7 +186,7 @@ class Carry:
             components = slice(first, first + step)
             states = self._mixed_states(attention, queries, self.layout.index[:, :, components])
             kept.rows[kept.layout.index[:, :, components].to(self.rows.device)] += states
-            self._settle()
+            self.settle()
         # Components that do not live at a target have all written into the last row.
         kept.rows[-1] = 0
         self._add_output_constants(attention, queries, kept)
@@ -259,123 +254,6 @@ class Carry:
         carry.rows[rows] += total[:, :, None]
         carry.rows[-1] = 0
 
-    # MLP
-
-    def share_neurons(self, mlp: FrozenMLP, rule: Rule) -> None:
-        """Add each component's share of the MLP's output to it, a chunk of positions at a time."""
-        limit = self.chunk_rows(mlp)
-        frozen = self.frozen(mlp)
-        slopes = None
-        if isinstance(rule, Taylor):
-            slopes = rule.slopes(self.at_positions(mlp.pre_activations), frozen.neurons)
-        for chunk in self.layout.chunks(limit):
-            count = len(chunk.row_at)
-            if slopes is not None:
-                for part in _parts(count, limit):
-                    gates = self.gates(frozen, chunk, part)
-                    self.add_down(frozen, chunk, part, gates.mul_(slopes[chunk.row_at[part]]))
-            elif isinstance(rule, CompetingRule):
-                if count > limit and len(chunk.at) == 1:  # one position alone is too large
-                    self._share_in_parts(frozen, rule, chunk, limit)
-                else:
-                    self._share(frozen, rule, chunk)
-        self.beside = None
-
-    def chunk_rows(self, mlp: FrozenMLP) -> int:
-        """How many rows may go through an MLP at once."""
-        hidden, neurons = mlp.down.weight.shape
-        return self.budget.rows(2 * hidden + 2 * neurons, self.rows.dtype)
-
-    def frozen(self, mlp: FrozenMLP) -> "MLPAtPositions":
-        """What of a frozen MLP stands at this carry's positions."""
-        return MLPAtPositions(
-            mlp,
-            self.at_positions(mlp.norm.scale),
-            self.at_positions(mlp.neurons),
-            mlp.norm.constant_through(mlp.gate),
-            None if mlp.added is None else self.at_positions(mlp.added),
-        )
-
-    def gates(self, frozen: "MLPAtPositions", chunk: Chunk, part: slice) -> Tensor:
-        """The components' parts of the pre-activation, for some of a chunk's rows."""
-        start = chunk.rows.start
-        source = self.rows if self.beside is None else self.beside
-        rows = source[start + part.start : start + part.stop]
-        gates = frozen.mlp.norm(rows, frozen.scale[chunk.row_at[part]]) @ frozen.mlp.gate.weight.T
-        if frozen.constant is not None:
-            gates[_within(chunk.bias, part)] += frozen.constant
-        return gates
-
-    def add_down(self, frozen: "MLPAtPositions", chunk: Chunk, part: slice, shared: Tensor) -> None:
-        """Project shared neurons down into the rows."""
-        rows = self.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
-        rows.addmm_(shared, frozen.mlp.down.weight.T)
-        if frozen.added is not None:
-            bias = _within(chunk.bias, part)
-            rows[bias] += frozen.added[chunk.row_at[part][bias]]
-        self._settle()
-
-    def _share(self, frozen: "MLPAtPositions", rule: CompetingRule, chunk: Chunk) -> None:
-        """Share the neurons of a chunk whose segments each fit."""
-        whole = slice(0, len(chunk.row_at))
-        gates = self.gates(frozen, chunk, whole)
-        present = torch.cat([living(gates[run.rows]) for run in chunk.runs])
-        everybody = bool(present.all())
-        neurons = frozen.neurons[chunk.at]
-        for run in chunk.runs:
-            table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
-            live = present[run.rows].view(*table.shape[:2], 1)
-            prepared, live = rule.prepare(table, live, self._at_origin(chunk.at[run.segments]))
-            shares = rule.shares(prepared, live, everybody=everybody)
-            torch.mul(shares, neurons[run.segments, None], out=table)
-            if rule.complete and not everybody:
-                self._fall_back(frozen, chunk, live.any(1)[:, 0], run.segments)
-        self.add_down(frozen, chunk, whole, gates)
-
-    def _share_in_parts(
-        self, frozen: "MLPAtPositions", rule: CompetingRule, chunk: Chunk, limit: int
-    ) -> None:
-        """Share one position's neurons among more components than fit at once: twice over them, in parts."""
-        count = len(chunk.row_at)
-        neurons = frozen.neurons[chunk.at]
-        # Gates that fit by themselves are kept for the second time.
-        keep = count <= self.budget.rows(neurons.shape[1], neurons.dtype)
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def table(part: slice) -> tuple[Tensor, Tensor]:
-            if part.start in kept:
-                return kept.pop(part.start)
-            gates = self.gates(frozen, chunk, part)
-            at_origin = self._at_origin(chunk.at) & (part.start == 0)
-            return rule.prepare(gates[None], living(gates)[None], at_origin)
-
-        summary, anybody = None, torch.zeros_like(chunk.at, dtype=torch.bool)
-        for part in _parts(count, limit):
-            gates, present = table(part)
-            own = rule.summarise(gates, present, part.start)
-            summary = own if summary is None else rule.merge(summary, own)
-            anybody |= present.any()
-            if keep:
-                kept[part.start] = gates, present
-            self._settle()
-        assert summary is not None
-        # The first time is over before any row changes.
-        for part in _parts(count, limit):
-            gates, present = table(part)
-            self.add_down(frozen, chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
-        if rule.complete:
-            self._fall_back(frozen, chunk, anybody, slice(None))
-
-    def _at_origin(self, at: Tensor) -> Tensor:
-        """Which segments are a prompt's first position."""
-        return self.positions.flatten()[at] == 0
-
-    def _fall_back(self, frozen: "MLPAtPositions", chunk: Chunk, anybody: Tensor, segments: slice) -> None:
-        """Give a position's whole MLP output to one component where none competes for it."""
-        if not bool(anybody.all()):
-            rows, at = chunk.fallback[segments][~anybody], chunk.at[segments][~anybody]
-            self.rows.index_add_(0, rows, frozen.neurons[at] @ frozen.mlp.down.weight.T)
-
     # Read
 
     def read(self, norm: FrozenNorm) -> Float[Tensor, "batch component position hidden"]:
@@ -389,29 +267,3 @@ class Carry:
             lives = (index < self.layout.rows)[:, :, self.layout.bias :: members, None]
             states[:, :, self.layout.bias :: members] += norm.probe.bias * lives
         return states.transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class MLPAtPositions:
-    """A frozen MLP and what of it stands at a carry's positions, flattened."""
-
-    mlp: FrozenMLP
-    scale: Float[Tensor, "at"]
-    neurons: Float[Tensor, "at neuron"]
-    constant: Float[Tensor, "neuron"] | None
-    added: Float[Tensor, "at hidden"] | None
-
-
-def living(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
-    """Which components are not exactly zero (and, for the bias component, have no gate bias)."""
-    return gates.abs().amax(1, keepdim=True) != 0
-
-
-def _within(rows: Tensor, part: slice) -> Tensor:
-    """Those of the row numbers that lie in a part, counted from its start."""
-    return rows[(rows >= part.start) & (rows < part.stop)] - part.start
-
-
-def _parts(count: int, limit: int) -> list[slice]:
-    """So many rows, in parts of at most so many."""
-    return [slice(first, min(first + limit, count)) for first in range(0, count, limit)]

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
@@ -246,6 +246,19 @@ class FrozenAttention:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """One expert of a mixture, as a part of one wide MLP.
+
+    Args:
+        neurons: which of the neurons are its own.
+        active: the positions that were routed to it.
+    """
+
+    neurons: slice
+    active: Bool[Tensor, "batch position"]
+
+
+@dataclass(frozen=True)
 class FrozenMLP:
     """An MLP with its neurons' values held fixed; components share each of them.
 
@@ -262,6 +275,7 @@ class FrozenMLP:
         pre_activations: the activation's true input, biases included.
         neurons: the neurons' true values, which the down map reads.
         normed: what gate and up map read, in the model's precision.
+        experts: where it is a mixture, its experts, a shared one among them.
     """
 
     norm: FrozenNorm
@@ -272,6 +286,7 @@ class FrozenMLP:
     pre_activations: Float[Tensor, "batch position neuron"]
     neurons: Float[Tensor, "batch position neuron"]
     normed: Float[Tensor, "batch position hidden"]
+    experts: tuple[Expert, ...] | None = None
 
     @cached_property
     def up(self) -> Linear | None:

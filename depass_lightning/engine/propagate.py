@@ -17,6 +17,7 @@ from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.groups import BehindAttention, Group, RankOne, Table
 from depass_lightning.engine.record import Recording, exact
 from depass_lightning.engine.rules import Rule
+from depass_lightning.engine.share import share_neurons
 
 Place = Literal["middle", "after"]
 
@@ -90,7 +91,7 @@ def propagate(
             if carry is not None and group is not None and block.parallel:
                 carry.read_beside(before)
             if carry is not None:
-                carry.share_neurons(block.mlp, rule)
+                share_neurons(carry, block.mlp, rule)
             group = split.inside(block, "after")
             ahead = positions is not None and layer == stop - 2 and not block.parallel
             if isinstance(group, RankOne) and carry is None and ahead:

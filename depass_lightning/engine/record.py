@@ -146,6 +146,8 @@ def brought(value: Any, device: torch.device) -> Any:
         return replace(value, post_norm=brought(value.post_norm, device))
     if isinstance(value, Part):
         return replace(value, device=device)
+    if isinstance(value, tuple):
+        return tuple(brought(own, device) for own in value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return replace(value, **{own.name: brought(getattr(value, own.name), device) for own in fields(value)})
