@@ -131,3 +131,12 @@ def test_a_browser_draws_the_film_and_what_changed(tmp_path: Path) -> None:
     assert "step 20</output>" in page
     assert "What changed since step 0" in page
     assert re.search(r"loss<b>1</b>", page)
+
+
+def test_settings_that_differ_between_models_are_not_shown_as_shared() -> None:
+    one, other = frames()[:2]
+    own = other.attributions["a"]
+    renamed = replace(own, metadata=dict(own.metadata) | {"model": "another"})
+    page = film_html([one, Frame("other", 1, {"a": renamed})], title="")
+    assert "another" not in page
+    assert "softmax" in page

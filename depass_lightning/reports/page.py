@@ -152,14 +152,16 @@ def page_html(
         raise DePassError(f"{len(examples)} examples for {len(attributions)} attributions; give one for each")
     known = examples if examples is not None else [{}] * len(attributions)
     names = _distinct([str(example.get("id", f"prompt {i + 1}")) for i, example in enumerate(known)])
-    shared = _shared_settings(attributions)
+    steps = [own for each in beside or () for own in each]
+    shared = _shared_settings(steps or attributions)
     grids: list[Grid] = []
     matrices = matrices_of([example.get("matrix") for example in known])
     together = dict(enumerate(beside or ()))
     together |= {row: attributions[slice(*matrix.rows)] for matrix in matrices for row in range(*matrix.rows)}
     prompts = [
         prompt_data(names[i], attribution, known[i], grids, together.get(i, ()))
-        | {"settings": _settings(attribution, without=shared)}
+        # What differs from step to step of a film is what its slider says.
+        | {"settings": {} if steps else _settings(attribution, without=shared)}
         for i, attribution in enumerate(attributions)
     ]
     data = {
