@@ -136,7 +136,7 @@ def test_a_browser_draws_the_film_and_what_changed(tmp_path: Path) -> None:
 def test_settings_that_differ_between_models_are_not_shown_as_shared() -> None:
     one, other = frames()[:2]
     own = other.attributions["a"]
-    renamed = replace(own, metadata=dict(own.metadata) | {"model": "another"})
+    renamed = replace(own, metadata=dict(own.metadata) | {"model": "second-model"})
     page = film_html([one, Frame("other", 1, {"a": renamed})], title="")
-    assert "another" not in page
+    assert "second-model" not in page
     assert "softmax" in page
