@@ -3,8 +3,8 @@
 A user's own LightningModule learns IOI sentences; 16 held-out prompts are the probes, and pages and scores
 are written as in any run. Runs are interleaved, one after another without the callback and with it under each
 rule, and medians taken. Beside the ratios of wall time and of processor time (on one thread, with other work
-on the machine, the more telling of the two) stands what the callback itself reports, `depass/overhead`, as the
-ratio that it means: 1 / (1 - overhead).
+on the machine, the more telling of the two) stands what the callback itself reports, `depass/overhead`, as
+the ratio that it means: 1 / (1 - overhead).
 
     python benchmarks/callback.py                                       # the embedded model
     python benchmarks/callback.py --model smollm2-135m --steps 20 --every 10 --repeats 1
