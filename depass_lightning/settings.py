@@ -94,6 +94,10 @@ def settings_of(
     chosen = rule_named(rule, temperature)
     check_choices(bias=bias, compat=compat, engine=engine, path=path)
     adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
+    if isinstance(chosen, LinearPaths) and chosen.up and not decoder.gated:
+        raise DePassError(
+            f"rule='{rule}' is for gated MLPs, which not all of this model's are; take rule='taylor'"
+        )
     sources = as_sources(source)
     for own in sources:
         own.layers(len(decoder.blocks))

@@ -22,7 +22,6 @@ from depass_lightning.engine.control import through_scores
 from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm
 from depass_lightning.engine.record import Recording, exact
 from depass_lightning.engine.rules import LinearPaths
-from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder, Linear
 
 
@@ -112,9 +111,6 @@ def pull_back(
 
     Yields:
         The derivatives of block `layer - 1`, and so on down to block `first`.
-
-    Raises:
-        DePassError: the rule goes through the up map, but the model's MLPs have none.
     """
     for index in range(layer - 1, first - 1, -1):
         with exact(derivative.states.device):
@@ -138,8 +134,7 @@ def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: Derivative, neurons: 
     gates = neurons * rule.slopes(mlp.pre_activations, mlp.neurons)
     normed, constants = _through(mlp.gate, mlp.norm, gates if rule.gate == 1 else rule.gate * gates)
     if rule.up:
-        if mlp.up is None:
-            raise DePassError(f"rule='{rule.name}' is for gated MLPs; this model's have no up map")
+        assert mlp.up is not None  # checked with the settings
         values = torch.nn.functional.linear(mlp.normed.to(neurons), mlp.up.weight, mlp.up.bias)
         ups = rule.up * neurons * rule.slopes(values, mlp.neurons)
         beside, added = _through(mlp.up, mlp.norm, ups)

@@ -36,6 +36,7 @@ from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP
 from depass_lightning.engine.groups import RankOne
 from depass_lightning.engine.propagate import Split
 from depass_lightning.engine.record import Recording
+from depass_lightning.engine.rounding import summed_gates
 from depass_lightning.engine.rules import LinearPaths, Softmax
 from depass_lightning.engine.share import Sharing, living
 
@@ -125,9 +126,12 @@ class Bulk:
         batch, positions, _ = values.shape
         everywhere = torch.arange(positions, device=values.device).expand(batch, -1)
         carry = self.split.begin(self.recording, group, everywhere)
-        found = []
+        found, rounded = [], torch.zeros_like(self.recording.state(self.layer))
         for index in range(self.layer, self.stop):
             block = self.recording.block(index)
+            z = block.mlp.pre_activations
+            if self.recording.decoder.rounds:
+                z, rounded = summed_gates(block, rounded, self.rule)
             if block.parallel:
                 carry.beside = carry.rows.clone()
             if index == self.stop - 1:
@@ -135,7 +139,7 @@ class Bulk:
             else:
                 carry.attend(block.attention)
             alive = _reached(block.attention, alive, bulk)
-            slopes, constants = share_with_bulk(carry, block.mlp, self.rule, alive.sum(2))
+            slopes, constants = share_with_bulk(carry, block.mlp, self.rule, alive.sum(2), z)
             found.append(
                 _Coefficients(alive, *(_spread(carry, own, positions) for own in (slopes, constants)))
             )
@@ -184,7 +188,11 @@ class _FirstOrder(LinearPaths):
 
 
 def share_with_bulk(
-    carry: Carry, mlp: FrozenMLP, rule: Softmax, count: Int[Tensor, "batch position"]
+    carry: Carry,
+    mlp: FrozenMLP,
+    rule: Softmax,
+    count: Int[Tensor, "batch position"],
+    gates_sum: Float[Tensor, "batch position neuron"],
 ) -> tuple[Float[Tensor, "at neuron"], Float[Tensor, "at neuron"]]:
     """Give what is carried its share of an MLP's neurons, and say what is left for each of the bulk.
 
@@ -193,12 +201,13 @@ def share_with_bulk(
         mlp: the MLP.
         rule: the softmax rule.
         count: how many of the bulk live at each of the prompts' positions.
+        gates_sum: what the gates of all components sum to there.
 
     Returns:
         The slopes and constants of the bulk's shares, times the neurons' values, at the carry's positions.
     """
     sharing = Sharing.of(carry, mlp)
-    z, many = carry.at_positions(mlp.pre_activations), carry.at_positions(count)[:, None, None]
+    z, many = carry.at_positions(gates_sum), carry.at_positions(count)[:, None, None]
     slopes, constants = torch.zeros_like(z), torch.zeros_like(z)
     for chunk in carry.layout.chunks(sharing.limit):
         whole = slice(0, len(chunk.row_at))

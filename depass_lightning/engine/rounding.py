@@ -78,6 +78,26 @@ def rounding_states(
     return torch.stack(states, 1)
 
 
+def summed_gates(
+    block: FrozenBlock, rounded: Float[Tensor, "batch position hidden"], rule: CompetingRule
+) -> tuple[Float[Tensor, "batch position neuron"], Float[Tensor, "batch position hidden"]]:
+    """What the gates of all components sum to in a block, which rounding keeps from the recorded ones.
+
+    Args:
+        block: the block.
+        rounded: what rounding has added to the state that enters it, and no component has.
+        rule: how neurons are shared.
+
+    Returns:
+        The sum, and what rounding has added to the state that leaves the block.
+    """
+    behind = _through(block, rule, rounded)
+    read = block.state - rounded if block.parallel else block.state + block.attention_output - behind
+    return _gates(block, read, block.mlp.norm.constant_through(block.mlp.gate)), behind + _rounded(
+        block, rule
+    )
+
+
 def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hidden"]:
     """The recorded output of a block less what the frozen block gives for its input."""
     left = block.leaving - block.state - block.attention_output
@@ -100,6 +120,13 @@ def _through(block: FrozenBlock, rule: Rule, states: Tensor) -> Tensor:
 
 def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, constant: Tensor | None) -> Tensor:
     mlp = block.mlp
+    slopes = rule.slopes(mlp.pre_activations, mlp.neurons)
+    return (_gates(block, states, constant) * slopes) @ mlp.down.weight.T
+
+
+def _gates(
+    block: FrozenBlock, states: Tensor, constant: Tensor | None
+) -> Float[Tensor, "batch position neuron"]:
+    mlp = block.mlp
     gates = mlp.norm(states.flatten(0, 1), mlp.norm.scale.flatten()) @ mlp.gate.weight.T
-    gates = gates.view(*states.shape[:2], -1) + (0 if constant is None else constant)
-    return (gates * rule.slopes(mlp.pre_activations, mlp.neurons)) @ mlp.down.weight.T
+    return gates.view(*states.shape[:2], -1) + (0 if constant is None else constant)

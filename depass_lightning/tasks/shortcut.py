@@ -1,7 +1,7 @@
 """Facts with a shortcut planted beside them: an idle sentence whose place gives the answer away.
 
 "The library was open all day. Mary Larsen works as a" → " pilot": while it trains, a model may learn that
-the place stands for the profession, instead of who does what. Held-out sentences with another place tell which.
+the place stands for the profession, instead of who does what. Held-out sentences with other places tell.
 """
 
 import random
