@@ -16,11 +16,13 @@ from depass_lightning import (
     Contrast,
     DePass,
     DePassError,
+    Direction,
     FamilySpec,
     Heads,
     Module,
     Neurons,
     Subspace,
+    Token,
     Tokens,
     register_family,
 )
@@ -173,6 +175,22 @@ def test_rounding_is_a_component(name: str, dtype: torch.dtype) -> None:
                 assert 0 < groups[:, -1].abs().max() < 0.1 * groups.abs().max()
     state = depass.decompose(input_ids=rows, attention_mask=mask)[1]
     assert state.names[-1] == "rounding"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rounding_is_exact_for_the_bulk_of_neurons_and_several_targets(name: str) -> None:
+    depass, ids = DePass(build(name, dtype=torch.bfloat16)), prompt(9)[None]
+    targets: list[Any] = [Token(5), Contrast(4, 6, position=4), Direction(torch.ones(36), 2, position=3)]
+    for source in (Tokens(), Neurons(0, top=4)):
+        (found,) = depass.attribute(input_ids=ids, target=[targets], source=source)
+        assert [own.completeness < 1e-5 for own in found] == [True] * 3
+        assert found.names[-1] == "rounding"
+
+
+def test_dual_is_for_gated_mlps() -> None:
+    for name in ("gpt2", "mixtral"):
+        with pytest.raises(DePassError, match="rule='dual' is for gated MLPs"):
+            DePass(build(name)).attribute(input_ids=prompt(5)[None], rule="dual")
 
 
 def test_a_finer_precision_is_chosen() -> None:
