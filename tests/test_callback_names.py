@@ -21,9 +21,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/callback.md"
 
 def documented() -> dict[str, tuple[str, str]]:
     """Return the unit and the meaning of every name in the table."""
-    rows = re.findall(
-        r"^\| `(depass/[^`]+)` \|([^|]*)\|([^|]+)\|$", PAGE.read_text("utf-8"), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(depass/[^`]+)` \|([^|]*)\|([^|]+)\|$", PAGE.read_text("utf-8"), re.MULTILINE)
     return {name: (unit.strip(), meaning.strip()) for name, unit, meaning in rows}
 
 
