@@ -71,7 +71,7 @@ def main(model="tiny", steps=200, learning_rate=None, batch_size=16):
         enable_checkpointing=False,
     )
     trainer.fit(learner, loader)
-    learner.model.save_pretrained(f"{logger.log_dir}/adapter")
+    learner.model.save_pretrained(f"{logger.log_dir}/adapter", save_embedding_layers=False)
 
     history = callback.history["known"]
     print("step  probability of the answer  share of the score on the subject")
