@@ -15,7 +15,6 @@ process for each case.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.engine import VOCABULARY, random_llama, timed
+from benchmarks.engine import VOCABULARY, peak_growth, random_llama, timed
 from depass_lightning import Attribution, DePass, Neurons, Token
 from depass_lightning.engine.record import record
 
@@ -109,9 +108,7 @@ def _peak(options: argparse.Namespace, prompt: int, layer: int, name: str) -> in
     ids = prompts[prompt]
     with torch.no_grad():
         depass.model(input_ids=ids)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cases(depass, ids, layer, options)[name]()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_growth(cases(depass, ids, layer, options)[name])
 
 
 def neurons_of(scores: Tensor) -> Tensor:

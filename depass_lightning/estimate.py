@@ -200,10 +200,11 @@ def _with_bytes(
 ) -> Estimate:
     """Add the bytes of the largest batch."""
     size, hidden = decoder.dtype.itemsize, decoder.hidden_size
-    recordings, components = [], [0]
+    recordings, components, most = [], [0], 0
     for batch in batches:
         length = max(len(prompt.ids) for prompt in batch)
         recordings.append(_recorded(decoder, len(batch), length, settings.budget))
+        most = max(most, len(batch) * length)
         if not settings.adjoint:
             for source in settings.sources:
                 each = [carried_rows(_alone(source), prompt, decoder, settings) for prompt in batch]
@@ -219,7 +220,10 @@ def _with_bytes(
     copies = weights * size if decoder.rounds else 0
     vocabulary = features(decoder.unembedding)[1] * size
     parallel = 2 if block.parallel else 1
-    working = settings.budget.working + copies + 2 * vocabulary
+    # What a step holds, once more for what it is made from.
+    rows = max(most, max(components) // (hidden * size))
+    step = min(settings.budget.working, rows * (2 * hidden + 2 * block.mlp.width) * size)
+    working = 2 * step + copies + 2 * vocabulary
     return Estimate(seconds, max(recordings), parallel * max(components), working)
 
 
