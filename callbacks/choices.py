@@ -1,12 +1,11 @@
-"""What the callback splits states into, by name or as it is, and the settings that attributing takes."""
+"""What the callback splits states into, by name or as it is, and whether a model can be asked so."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from depass_lightning.depass import DePass
-from depass_lightning.engine.rules import Path, RuleName
 from depass_lightning.errors import DePassError
-from depass_lightning.options import BiasMode, Engine
+from depass_lightning.options import WayOptions
 from depass_lightning.settings import settings_of
 from depass_lightning.sources import Heads, Module, Neurons, Source, Spans, Tokens
 
@@ -21,16 +20,6 @@ NAMED: dict[str, Source] = {
     "modules": Module("attention"),
     "neurons": Neurons(-2),
 }
-
-
-class Settings(TypedDict, total=False):
-    """What else `DePass.attribute` takes."""
-
-    rule: RuleName
-    temperature: float
-    bias: BiasMode
-    engine: Engine
-    path: Path
 
 
 def name_sources(source: Sources) -> dict[str, Source]:
@@ -62,14 +51,13 @@ def name_sources(source: Sources) -> dict[str, Source]:
     return named
 
 
-def check_settings(depass: DePass, sources: Sequence[Source], settings: Settings) -> None:
+def check_settings(depass: DePass, sources: Sequence[Source], settings: WayOptions) -> None:
     """Refuse settings that could attribute no probe, before training begins.
 
     Raises:
         DePassError: a setting is unknown, two do not go together, or the model has no such layer.
     """
-    given: dict[str, Any] = {"rule": "softmax", "temperature": 0.1, "bias": "component", **settings}
-    settings_of(depass.decoder, sources, **given)
+    settings_of(depass.decoder, sources, **settings)
 
 
 def _source(own: Any) -> Source:

@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.callbacks.choices import Settings, Sources, check_settings, name_sources
+from depass_lightning.callbacks.choices import Sources, check_settings, name_sources
 from depass_lightning.callbacks.find import ModelFinder, find_model, find_tokenizer
 from depass_lightning.callbacks.history import History
 from depass_lightning.callbacks.pace import Pace
@@ -41,6 +41,7 @@ from depass_lightning.callbacks.results import Result, result_of
 from depass_lightning.callbacks.share import Failure, Outcome, Prober, gather, untouched
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
+from depass_lightning.options import WayOptions
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class DePassCallback(Callback):
         batch_size: int = 8,
         on_error: Literal["log", "raise"] = "log",
         folder: str | Path | None = None,
-        **settings: Unpack[Settings],
+        **settings: Unpack[WayOptions],
     ) -> None:
         for name, number in (("size", size), ("every_n_steps", every_n_steps), ("batch_size", batch_size)):
             if number is not None and number < 1:
@@ -108,9 +109,9 @@ class DePassCallback(Callback):
             raise DePassError(f"faithfulness must be a number of probes, 0 for none; not {faithfulness}")
         if on_error not in ("log", "raise"):
             raise DePassError(f"on_error must be 'log' or 'raise', not {on_error!r}")
-        if unknown := sorted(set(settings) - Settings.__annotations__.keys()):
+        if unknown := sorted(set(settings) - WayOptions.__annotations__.keys()):
             raise DePassError(
-                f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}"
+                f"there is no setting {unknown[0]!r}; there are {', '.join(WayOptions.__annotations__)}"
             )
         check_target_kind(target)
         self.size = size

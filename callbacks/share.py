@@ -13,10 +13,10 @@ import torch
 from torch import distributed, nn
 
 from depass_lightning.attribution import Attribution
-from depass_lightning.callbacks.choices import Settings
 from depass_lightning.callbacks.probes import Probe
 from depass_lightning.depass import DePass
 from depass_lightning.faithfulness import RemovalCurves, removal_curves, text_components
+from depass_lightning.options import WayOptions
 from depass_lightning.sources import Source
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Prober:
     device: torch.device
     sources: Sequence[Source]
     batch_size: int
-    settings: Settings = field(default_factory=Settings)
+    settings: WayOptions = field(default_factory=WayOptions)
 
     def outcomes(self, probes: Sequence[Probe], removal: int = 0) -> list[Outcome]:
         """Return what each probe came to, in order.

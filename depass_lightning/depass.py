@@ -35,6 +35,7 @@ from depass_lightning.options import (
     Engine,
     ScoreOptions,
     StatesOptions,
+    WayOptions,
 )
 from depass_lightning.passes import Decomposition, decompose_batch, decompose_layers
 from depass_lightning.prompts import prompts_of
@@ -368,7 +369,7 @@ class DePass:
         batch_size: int = 16,
         input_ids: Int[Tensor, "batch position"] | None = None,
         attention_mask: Int[Tensor, "batch position"] | None = None,
-        **options: Any,
+        **options: Unpack[WayOptions],
     ) -> Estimate:
         """Estimate the time and the memory that `attribute` will take, by trying a small piece of it.
 
@@ -378,8 +379,7 @@ class DePass:
         Raises:
             DePassError: as for `attribute`.
         """
-        given = {"rule": "softmax", "temperature": 0.1, "bias": "component"} | options
-        settings = self._settings(source, **given)
+        settings = self._settings(source, **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         ordered = sorted(prompts, key=lambda entry: len(entry.ids))
         batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]

@@ -72,8 +72,9 @@ def estimate(decoder: Decoder, batches: Sequence[Sequence[Prompt]], settings: Se
         settings: how the pass is made.
     """
     longest = max((prompt for batch in batches for prompt in batch), key=lambda prompt: len(prompt.ids))
+    sources = [own for source in settings.sources for own in source.apart(len(decoder.blocks))]
     rows = [
-        [carried_rows(source, prompt, decoder, settings) for prompt in batch for source in settings.sources]
+        [carried_rows(source, prompt, decoder, settings) for prompt in batch for source in sources]
         for batch in batches
     ]
     most = max((max(own, default=0) for batch in rows for own in batch), default=0)
@@ -100,27 +101,20 @@ def carried_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: Set
         settings: how the pass is made.
     """
     layers, length, extra = len(decoder.blocks), len(prompt.ids), int(settings.bias)
-    if isinstance(source, Neurons):
-        # One block's neurons are carried at a time; next to the target none are.
-        members = (2 * source.top + 1 if source.top else 1 + _count(source, prompt, decoder)) + extra
-        runs = 2 if source.top else 1
-        return [
-            runs * members * length * sum(own < layer for own in source.layers(layers) if own < layers - 2)
-            for layer in range(layers - 1)
-        ]
     if isinstance(source, Positional):
         owners = source.owners(prompt)
         rows = sum(length - owners.index(own) for own in set(owners)) + extra * length
         return [rows if layer >= source.layers(layers)[0] else 0 for layer in range(layers - 1)]
     members, behind = len(source.describe(prompt, decoder).names[0]) + extra, source.behind_mlp
+    if isinstance(source, Neurons):
+        if source.layers(layers)[0] >= layers - 2:
+            return []  # next to the target none are carried
+        if source.top is not None:  # once with these, and once with twice as many
+            members = 3 * source.top + 2 * (1 + extra)
     return [
         members * length * sum(own + behind <= layer for own in source.layers(layers))
         for layer in range(layers - 1)
     ]
-
-
-def _count(source: Neurons, prompt: Prompt, decoder: Decoder) -> int:
-    return len(source.describe(prompt, decoder).names[0]) - 1
 
 
 @dataclass(frozen=True)
@@ -205,9 +199,9 @@ def _with_bytes(
         length = max(len(prompt.ids) for prompt in batch)
         recordings.append(_recorded(decoder, len(batch), length, settings.budget))
         most = max(most, len(batch) * length)
-        if not settings.adjoint:
-            for source in settings.sources:
-                each = [carried_rows(_alone(source), prompt, decoder, settings) for prompt in batch]
+        for source in () if settings.adjoint else settings.sources:
+            for own in source.apart(len(decoder.blocks)):
+                each = [carried_rows(own, prompt, decoder, settings) for prompt in batch]
                 components.append(sum(max(rows, default=0) for rows in each) * hidden * size)
     block = decoder.blocks[0]
     weights = (
@@ -225,13 +219,6 @@ def _with_bytes(
     step = min(settings.budget.working, rows * (2 * hidden + 2 * block.mlp.width) * size)
     working = 2 * step + copies + 2 * vocabulary
     return Estimate(seconds, max(recordings), parallel * max(components), working)
-
-
-def _alone(source: Source) -> Source:
-    """One group of a source whose groups are carried one after another."""
-    if isinstance(source, Neurons) and source.layer is None:
-        return Neurons(0, source.indices, source.top)
-    return source
 
 
 def _recorded(decoder: Decoder, batch: int, length: int, budget: Budget) -> int:

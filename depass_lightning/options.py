@@ -21,23 +21,33 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-class PassOptions(TypedDict, total=False):
-    """Of every call."""
+class RuleOptions(TypedDict, total=False):
+    """How neurons are shared, and what becomes of constants."""
 
     rule: RuleName
     temperature: float
     bias: BiasMode
+
+
+class WayOptions(RuleOptions, total=False):
+    """And on which way scores are found."""
+
+    engine: Engine
+    path: Path
+
+
+class PassOptions(RuleOptions, total=False):
+    """Of every call."""
+
     compat: Literal["release"] | None
     batch_size: int
     input_ids: Int[Tensor, "batch position"] | None
     attention_mask: Int[Tensor, "batch position"] | None
 
 
-class ScoreOptions(PassOptions, total=False):
+class ScoreOptions(PassOptions, WayOptions, total=False):
     """Of a call that gives scores."""
 
-    engine: Engine
-    path: Path
     progress: bool
 
 

@@ -145,6 +145,19 @@ def carry_to(
     stop: int,
     positions: Tensor | None = None,
 ) -> Carry:
+    """Carry a source's components to a layer.
+
+    Args:
+        recording: the recorded pass.
+        source: what the state is split into.
+        settings: how the pass is made.
+        begin: what the source must know of it.
+        stop: the layer.
+        positions: `[batch, target]` the only positions needed there, or None for all.
+
+    Raises:
+        DePassError: some components begin behind that layer.
+    """
     carry = None
     split = source.split(recording, begin)
     for _, reached in propagate(recording, split, settings.rule, stop=stop, positions=positions):

@@ -16,9 +16,8 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.passes import described, record_batch
 from depass_lightning.prompts import Prompt, token_text
-from depass_lightning.scores import Reading, Scored, score_batch
+from depass_lightning.scores import Reading, Scored, score_batch, score_targets
 from depass_lightning.settings import Settings
-from depass_lightning.several import score_targets
 from depass_lightning.sources import Source, resolve_layer
 from depass_lightning.targets import Contrast, Direction, ProbeLogit, Target, Token, inner_reading, target_ids
 
@@ -220,6 +219,14 @@ class _Naming:
     settings: Settings
 
     def attribution(self, source: Source, prompt: Prompt, answer: _Answer, scored: Scored) -> Attribution:
+        """Name one prompt's scores.
+
+        Args:
+            source: what the state was split into.
+            prompt: the prompt.
+            answer: what the model itself says of the target.
+            scored: the scores.
+        """
         extras, scores = len(self.settings.extras), scored.values
         names, positions = described(source, prompt, self.decoder, self.settings)
         members = len(names) // len(scores) - extras

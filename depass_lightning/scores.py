@@ -1,4 +1,9 @@
-"""Scores of a batch's targets: components carried to them, or targets taken back to the components."""
+"""Scores of targets: components carried to them, or targets taken back to the components.
+
+A batch has one target a prompt. Several targets of one prompt share its recorded pass, and under a competing
+rule one sweep too: components are carried to all targets' places at once, since what they are there does not
+depend on what is read. A linear rule goes back from each target by itself.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from depass_lightning.engine.adjoint import at_readout, pull_back
+from depass_lightning.engine.adjoint import Derivative, at_readout, pull_back
 from depass_lightning.engine.bulk import Bulk
 from depass_lightning.engine.groups import RankOne
-from depass_lightning.engine.record import Recording
+from depass_lightning.engine.record import Recording, exact
 from depass_lightning.engine.rounding import rounding_scores
 from depass_lightning.engine.rules import LinearPaths, Softmax
 from depass_lightning.errors import DePassError
@@ -40,6 +45,14 @@ class Reading:
     constants: Float[Tensor, "batch"]
     values: Float[Tensor, "batch"]
     normed: bool
+
+    def derivative(self, recording: Recording) -> Derivative:
+        """The targets' derivatives where they are read.
+
+        Args:
+            recording: the recorded pass.
+        """
+        return at_readout(recording, self.positions, self.vectors, self.constants, normed=self.normed)
 
 
 @dataclass(frozen=True)
@@ -87,10 +100,36 @@ def score_batch(
         scores = [Scores(own, [{} for _ in prompts]) for own in groups]
     else:
         scores = [_carried(recording, source, settings, begin, reading) for source in settings.sources]
-    return finished(recording, scores, settings, [reading])
+    return _finished(recording, scores, settings, [reading])
 
 
-def finished(
+def score_targets(
+    recording: Recording, prompt: Prompt, settings: Settings, readings: list[Reading]
+) -> list[Scores]:
+    """Score every source's components for each target.
+
+    Args:
+        recording: the recorded pass of the prompt alone.
+        prompt: the prompt.
+        settings: how the pass is made.
+        readings: how each target is read, all at the same layer.
+    """
+    if settings.adjoint:
+        each = [score_batch(recording, [prompt], settings, reading) for reading in readings]
+        return [_of_targets(own) for own in zip(*each, strict=True)]
+    begin = settings.begin([prompt])
+    found = []
+    for source in settings.sources:
+        parts = []
+        for own in source.apart(recording.layers):
+            apart = [_uncarried(recording, own, settings, begin, reading) for reading in readings]
+            scores = [each for each in apart if each is not None]
+            parts.append(_of_targets(scores or [_carried_to_all(recording, own, settings, begin, readings)]))
+        found.append(_joined(parts))
+    return _finished(recording, found, settings, readings)
+
+
+def _finished(
     recording: Recording, scores: list[Scores], settings: Settings, readings: Sequence[Reading]
 ) -> list[Scores]:
     """Put the bias component, which is carried first, behind the others of its group, and rounding last.
@@ -123,9 +162,7 @@ def _rounding(
     recording: Recording, settings: Settings, reading: Reading, first: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """What rounding from each block on adds to the targets, that of the logits themselves included."""
-    derivative = at_readout(
-        recording, reading.positions, reading.vectors, reading.constants, normed=reading.normed
-    )
+    derivative = reading.derivative(recording)
     batch = torch.arange(len(reading.positions), device=reading.positions.device)
     place = batch, reading.positions
     read = (derivative.states[place] * recording.state(reading.layer)[place]).sum(1) + derivative.constants
@@ -140,7 +177,7 @@ def _carried(
     """Scores by carrying components to the target."""
     parts = []
     for own in source.apart(recording.layers):
-        scores = uncarried(recording, own, settings, begin, reading)
+        scores = _uncarried(recording, own, settings, begin, reading)
         if scores is None:
             carry = carry_to(recording, own, settings, begin, reading.layer, reading.positions[:, None])
             states = carry.read(recording.final_norm) if reading.normed else carry.dense()
@@ -150,10 +187,35 @@ def _carried(
                 values[:, :, 0] += reading.constants[:, None]
             scores = Scores(values, [{} for _ in values])
         parts.append(scores)
-    return joined(parts)
+    return _joined(parts)
 
 
-def uncarried(
+def _carried_to_all(
+    recording: Recording, source: Source, settings: Settings, begin: Pass, readings: list[Reading]
+) -> Scores:
+    """Scores by carrying components to all targets, which are then read place by place to bound memory."""
+    places, of_target = torch.cat([reading.positions for reading in readings]).unique(return_inverse=True)
+    decoder = recording.decoder
+    # At more places than a head has values, attention costs less done everywhere.
+    few = len(places) <= decoder.hidden_size // decoder.heads
+    kept = places[None] if few else None
+    carry = carry_to(recording, source, settings, begin, readings[0].layer, kept)
+    vectors = torch.cat([reading.vectors for reading in readings])
+    constants = torch.cat([reading.constants for reading in readings])
+    scores = vectors.new_zeros(len(vectors), carry.layout.components)
+    with exact(vectors.device):
+        for index, place in enumerate(torch.arange(len(places), device=places.device) if few else places):
+            here = carry.at(place.view(1, 1))
+            states = here.read(recording.final_norm) if readings[0].normed else here.dense()
+            own = of_target == index
+            scores[own] = vectors[own] @ states[0, :, 0].T
+    grouped = scores.unflatten(1, (carry.layout.groups, -1))
+    if settings.bias:
+        grouped[:, :, 0] += constants[:, None]
+    return Scores(grouped, [{} for _ in readings])
+
+
+def _uncarried(
     recording: Recording, source: Source, settings: Settings, begin: Pass, reading: Reading
 ) -> Scores | None:
     """Scores, the bias component first, of neurons that need not all be carried to the target.
@@ -171,9 +233,7 @@ def uncarried(
     group = None if near < 1 else split.inside(recording.block(layer), "after")
     if not isinstance(group, RankOne):
         raise DePassError(f"neurons of block {layer} begin behind layer {reading.layer}; take a later layer")
-    derivative = at_readout(
-        recording, reading.positions, reading.vectors, reading.constants, normed=reading.normed
-    )
+    derivative = reading.derivative(recording)
     if near == 1:
         batch = torch.arange(len(reading.positions), device=reading.positions.device)
         values, notes = group.read(reading.positions, derivative.states[batch, reading.positions]), None
@@ -190,7 +250,12 @@ def uncarried(
     return Scores(values[:, None], notes or [{} for _ in values])
 
 
-def joined(parts: list[Scores]) -> Scores:
+def _of_targets(each: Sequence[Scores]) -> Scores:
+    """Several targets' scores of the same components, each of them read by itself."""
+    return Scores(torch.cat([own.values for own in each]), [note for own in each for note in own.notes])
+
+
+def _joined(parts: list[Scores]) -> Scores:
     """One source's scores from those of its groups; of approximations the worst is noted."""
     notes = []
     for own in zip(*(part.notes for part in parts), strict=True):
@@ -208,9 +273,7 @@ def _pulled_back(
     recording: Recording, settings: Settings, rule: LinearPaths, begin: Pass, reading: Reading
 ) -> list[Tensor]:
     """Scores of all sources from one backward pass."""
-    derivative = at_readout(
-        recording, reading.positions, reading.vectors, reading.constants, normed=reading.normed
-    )
+    derivative = reading.derivative(recording)
     wanted = [source.layers(recording.layers) for source in settings.sources]
     scores: list[dict[int, Tensor]] = [{} for _ in settings.sources]
     first = min(layers[0] for layers in wanted)

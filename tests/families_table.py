@@ -24,7 +24,7 @@ from torch import nn
 from depass_lightning import Contrast, DePass
 from depass_lightning.engine.frozen import NormProbe
 from depass_lightning.engine.rules import RuleName
-from depass_lightning.engine.validate import SEEN
+from depass_lightning.engine.validate import validate
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.families import REFUSED
@@ -130,7 +130,7 @@ def measured(name: str) -> dict[str, float]:
         completeness(plain)[0],
         rounded,
         rounding,
-        SEEN[plain].error,
+        validate(DePass(plain).decoder),
     )
     return dict(zip(ERRORS, errors, strict=True))
 

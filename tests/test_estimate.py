@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 
 from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens
-from depass_lightning.engine import propagate
+from depass_lightning.engine import bulk, propagate
 from depass_lightning.engine.carry import Carry
 from depass_lightning.estimate import carried_rows
 from depass_lightning.prompts import prompts_of_ids
@@ -24,6 +25,7 @@ SOURCES: dict[str, Any] = {
     "mlp": Module("mlp"),
     "neurons": Neurons(),
     "first neurons": Neurons(0),
+    "few neurons": Neurons(0, top=3),
     "subspace": Subspace(1, torch.randn(2, 36, generator=torch.Generator().manual_seed(0))),
 }
 
@@ -35,16 +37,22 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
     ids = prompt(9)[None]
     (entry,) = prompts_of_ids(ids, None, None, None, 61)
     settings = settings_of(depass.decoder, source, rule="softmax", temperature=0.1, bias="component")
-    expected = carried_rows(source, entry, depass.decoder, settings)
+    expected = [
+        rows for own in source.apart(5) for rows in carried_rows(own, entry, depass.decoder, settings)
+    ]
     found: list[int] = []
-    share = propagate.share_neurons
+    share, bulk_share = propagate.share_neurons, bulk.share_with_bulk
 
-    def counted(carry: Carry, *given: Any) -> None:
-        if carry.layout.positions == ids.shape[1]:  # not at the target alone
-            found.append(carry.layout.rows)
-        share(carry, *given)
+    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def count(carry: Carry, *given: Any) -> Any:
+            if carry.layout.positions == ids.shape[1]:  # not at the target alone
+                found.append(carry.layout.rows)
+            return work(carry, *given)
 
-    monkeypatch.setattr(propagate, "share_neurons", counted)
+        return count
+
+    monkeypatch.setattr(propagate, "share_neurons", counted(share))
+    monkeypatch.setattr(bulk, "share_with_bulk", counted(bulk_share))
     depass.attribute(input_ids=ids, target=5, source=source)
     assert sum(found) == sum(expected) > 0
 
@@ -63,8 +71,8 @@ def test_bytes_grow_with_the_prompt_and_not_where_scores_are_taken_back() -> Non
 
 
 def test_an_estimate_refuses_what_attribute_refuses() -> None:
-    depass = DePass(build("llama"))
+    depass, unknown = DePass(build("llama")), cast(Any, "hard")
     with pytest.raises(DePassError, match="rule 'hard' is unknown"):
-        depass.estimate(input_ids=prompt(5)[None], rule="hard")
+        depass.estimate(input_ids=prompt(5)[None], rule=unknown)
     with pytest.raises(DePassError, match="nothing to explain"):
         depass.estimate()

@@ -27,7 +27,7 @@ from depass_lightning import (
     register_family,
 )
 from depass_lightning.engine.rules import RuleName
-from depass_lightning.engine.validate import SEEN, validate
+from depass_lightning.engine.validate import validate
 from depass_lightning.models import families
 from depass_lightning.models.decoder import Decoder
 from tests.models import distance, padded, prompt
@@ -258,7 +258,6 @@ def test_undeclared_models_are_recognised_by_their_blocks(
 ) -> None:
     model, ids = build(name), prompt(9)[None]
     declared = DePass(model).attribute(input_ids=ids, target=TARGET)[0]
-    SEEN.pop(model)
     rename(model, "brand_new")
     found = DePass(model).attribute(input_ids=ids, target=TARGET)[0]
     assert "'brand_new' has no declaration; its blocks are built like those of" in caplog.text
@@ -269,7 +268,6 @@ def test_a_family_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
     model, ids = build("llama"), prompt(9)[None]
     expected = DePass(model).attribute(input_ids=ids, target=TARGET)[0]
-    SEEN.pop(model)
     rename(model, "house_model")
     register_family(FamilySpec(("house_model",)))
     assert "house_model" in families.supported_model_types()

@@ -15,7 +15,7 @@ import torch
 
 from depass_lightning import Attribution, DePassError
 from depass_lightning.commands.film import read_losses, write_films
-from depass_lightning.reports.film import Frame, film_html, write_film
+from depass_lightning.reports.film import Frame, write_film
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
 from tests.attributions import ioi
 from tests.test_page import drawn
@@ -32,15 +32,20 @@ def frames(count: int = 3) -> list[Frame]:
     return [Frame("step 0", 0, {"gone": own} | dict(made[0].attributions)), *made[1:]]
 
 
+def page_of(folder: Path, given: list[Frame], **options: Any) -> str:
+    write_film(folder / "film.html", given, title="a film", **options)
+    return (folder / "film.html").read_text(encoding="utf-8")
+
+
 def data_of(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert found is not None
     return json.loads(found[1])
 
 
-def test_every_steps_scores_and_answers_are_in_the_page() -> None:
+def test_every_steps_scores_and_answers_are_in_the_page(tmp_path: Path) -> None:
     given = frames()
-    page = film_html(given, title="a film", lines={"loss": [(0, 2.0), (20, 1.0)]})
+    page = page_of(tmp_path, given, lines={"loss": [(0, 2.0), (20, 1.0)]})
     film = data_of(page)["film"]
     assert film["labels"] == ["step 0", "step 10", "step 20"]
     assert film["at"] == [0, 10, 20]
@@ -71,7 +76,7 @@ def test_films_that_cannot_be_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_neurons_of_all_steps_are_the_same_in_the_page() -> None:
+def test_neurons_of_all_steps_are_the_same_in_the_page(tmp_path: Path) -> None:
     """Of many components each page shows the strongest; a film shows those that are strong at any step."""
     count = 400
     many = Attribution(
@@ -87,12 +92,12 @@ def test_neurons_of_all_steps_are_the_same_in_the_page() -> None:
         )
     )
     early, late = torch.linspace(0, 1, count), torch.linspace(1, 0, count)
-    page = film_html(
+    page = page_of(
+        tmp_path,
         [
             Frame("early", 0, {"a": replace(many, scores=early)}),
             Frame("late", 1, {"a": replace(many, scores=late)}),
         ],
-        title="",
     )
     (prompt,), ((before, after),) = data_of(page)["prompts"], data_of(page)["film"]["prompts"]
     shown = [name or "" for name in prompt["views"]["tokens"]["names"]]
@@ -133,10 +138,10 @@ def test_a_browser_draws_the_film_and_what_changed(tmp_path: Path) -> None:
     assert re.search(r"loss<b>1</b>", page)
 
 
-def test_settings_that_differ_between_models_are_not_shown_as_shared() -> None:
+def test_settings_that_differ_between_models_are_not_shown_as_shared(tmp_path: Path) -> None:
     one, other = frames()[:2]
     own = other.attributions["a"]
     renamed = replace(own, metadata=dict(own.metadata) | {"model": "second-model"})
-    page = film_html([one, Frame("other", 1, {"a": renamed})], title="")
+    page = page_of(tmp_path, [one, Frame("other", 1, {"a": renamed})])
     assert "second-model" not in page
     assert "softmax" in page

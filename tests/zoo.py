@@ -15,21 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.models.bloom.modeling_bloom import BloomGelu
 
-from tests.models import VOCABULARY, randomise
+from tests.models import SMALL, randomise
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 36,
-    "intermediate_size": 44,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
 GPT = {"n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 64}
 HEAD = {"head_dim": 10}
 WINDOW = {"sliding_window": 4}
@@ -124,7 +111,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **cha
         changes: further settings of the configuration.
     """
     kind, settings = ZOO[name]
-    config = AutoConfig.for_model(kind, **(COMMON | settings | changes))
+    config = AutoConfig.for_model(kind, **(SMALL | settings | changes))
     config._experts_implementation = "eager"  # the grouped kernel takes no float64
     model = AutoModelForCausalLM.from_config(config)
     randomise(model, seed)

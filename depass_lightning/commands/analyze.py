@@ -40,7 +40,6 @@ from depass_lightning.sources import Source
 from depass_lightning.storage import read_json_lines, weights_fingerprint
 from depass_lightning.tasks import Task
 
-SKIPPED = "skipped.jsonl"
 WORTH_TELLING = 10.0  # seconds
 
 
@@ -57,7 +56,7 @@ def analyze(config: DictConfig) -> int:
     if done is None:
         return 0
     print_results(done.results, console, config.report.shown)
-    return tell_skipped(done.skipped, done.prompts, done.results.folder / SKIPPED)
+    return tell_skipped(done)
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,13 @@ class Done:
     Attributes:
         results: what was written.
         skipped: the prompts that could not be attributed, and why.
+        listed: the file that lists them.
         prompts: how many there were, those included.
     """
 
     results: Results
     skipped: list[dict[str, Any]]
+    listed: Path
     prompts: int
 
 
@@ -127,7 +128,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
         generated=generates,
     )
     log_results(loggers, results)
-    return Done(results, skipped, len(task) + len(task.skipped))
+    return Done(results, skipped, writer.skipped_path, len(task) + len(task.skipped))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")
@@ -254,14 +255,12 @@ def log_results(loggers: list[Logger], results: Results) -> None:
         logger.finalize("success")
 
 
-def tell_skipped(skipped: list[dict[str, Any]], prompts: int, path: Path) -> int:
+def tell_skipped(done: Done) -> int:
     """Say how many prompts were skipped, and return the exit code."""
-    if not skipped:
+    if not done.skipped:
         return 0
-    first = skipped[0]
+    first = done.skipped[0]
     name = f"row {first['row']}" if "row" in first else f"prompt {first['id']!r}"
-    tell(
-        f"{len(skipped)} of {prompts} prompts were skipped, listed in {path}; {name}: {first['reason']}",
-        "red",
-    )
+    skipped = f"{len(done.skipped)} of {done.prompts} prompts were skipped, listed in {done.listed}"
+    tell(f"{skipped}; {name}: {first['reason']}", "red")
     return 1

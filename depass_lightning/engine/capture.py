@@ -355,7 +355,7 @@ class _Experts:
         states = states.reshape(-1, states.shape[-1]).to(self.dtype)
         count, width, routed = self.parts.count, self.parts.width, self._weights()
         gate_up, bias, down, down_bias = self.parts.weights(self.dtype)
-        gate_rows, _ = self.parts.gate_rows()
+        gate_rows = self.parts.gate_rows
         gates, neurons = states.new_zeros(2, len(states), count, width)
         for expert in indices.unique().tolist():
             here = (indices.view(len(states), -1) == expert).any(1)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,26 +30,10 @@ from depass_lightning.models.spec import FamilySpec
 logger = logging.getLogger(__name__)
 
 LENGTH = 8  # tokens of the pass that checks a model
-SEEN: "WeakKeyDictionary[nn.Module, Checked]" = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the check of a model found.
-
-    Args:
-        spec: the declaration that describes it.
-        error: the largest error of any block's sum, relative to what the block adds.
-        found: whether the declaration was found by trying, since the model's type has none.
-    """
-
-    spec: FamilySpec
-    error: float
-    found: bool
 
 
 def bind_checked(model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> Decoder:
-    """Bind a model to the declaration of its family, checked; a model that was checked is not checked again.
+    """Bind a model to the declaration of its family, and check that this describes it.
 
     Args:
         model: a Hugging Face causal language model.
@@ -60,23 +43,15 @@ def bind_checked(model: nn.Module, *, compute_dtype: torch.dtype | None = None) 
         DePassError: the architecture is not supported, or the declaration does not describe this model; the
             message names the block, the sublayer and the error.
     """
-    checked = SEEN.get(model)
-    if checked is None:
-        checked = _checked(model)
-        SEEN[model] = checked
-    return Decoder(model, checked.spec, compute_dtype=compute_dtype)
-
-
-def _checked(model: nn.Module) -> Checked:
     config: Any = Decoder.config_of(model)
     declared = declared_families(config)
-    if declared:
-        return Checked(declared[0], validate(Decoder(model, declared[0])), found=False)
-    spec, error = _discovered(model, config.model_type)
-    return Checked(spec, error, found=True)
+    if not declared:
+        return Decoder(model, _discovered(model, config.model_type), compute_dtype=compute_dtype)
+    validate(Decoder(model, declared[0]))
+    return Decoder(model, declared[0], compute_dtype=compute_dtype)
 
 
-def _discovered(model: nn.Module, kind: str) -> tuple[FamilySpec, float]:
+def _discovered(model: nn.Module, kind: str) -> FamilySpec:
     """Try every declaration on a model whose type has none."""
     tried: dict[str, str] = {}
     for family in FAMILIES:
@@ -95,7 +70,7 @@ def _discovered(model: nn.Module, kind: str) -> tuple[FamilySpec, float]:
                 "" if parallel == family.parallel else f", attention and MLP {_order(parallel)}",
                 error,
             )
-            return spec, error
+            return spec
     closest = next((f"; as '{name}': {why}" for name, why in tried.items() if "no submodule" not in why), "")
     raise DePassError(
         f"model type '{kind}' is not supported: no family declares it, and none of the known ones describes "

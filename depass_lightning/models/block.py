@@ -115,11 +115,10 @@ class ExpertsParts:
         assert down is not None
         return (down[expert, neuron] if self.transposed else down[expert, :, neuron]).to(dtype)
 
-    def gate_rows(self) -> tuple[slice, slice]:
-        """Where gates and ups stand among `gate_up`'s outputs."""
-        if self.transposed:
-            return slice(0, None, 2), slice(1, None, 2)
-        return slice(0, self.width), slice(self.width, None)
+    @property
+    def gate_rows(self) -> slice:
+        """Where gates stand among the outputs of gates and ups together."""
+        return slice(0, None, 2) if self.transposed else slice(0, self.width)
 
     def activated(self, gate_up: Tensor) -> Tensor:
         """One expert's neurons from its gates and ups, by the module's own code.
@@ -151,6 +150,12 @@ class MLPParts:
     post_norm: nn.Module | None
     dense: DenseParts | None
     experts: ExpertsParts | None
+
+    @property
+    def every_dense(self) -> list[DenseParts]:
+        """Its own maps, or those of a shared expert, where there are any."""
+        found = (self.dense, None if self.experts is None else self.experts.shared)
+        return [parts for parts in found if parts is not None]
 
     @property
     def width(self) -> int:
@@ -202,7 +207,6 @@ class Block:
     def has_biases(self) -> bool:
         """Whether any constant enters the residual stream here, or pushes a bias component's shares."""
         attention, mlp = self.attention, self.mlp
-        dense = [parts for parts in (mlp.dense, mlp.experts and mlp.experts.shared) if parts is not None]
         modules = [
             attention.norm,
             attention.post_norm,
@@ -210,7 +214,7 @@ class Block:
             mlp.post_norm,
             attention.value.module,
             attention.output.module,
-            *(part.module for parts in dense for part in (parts.gate, parts.down)),
+            *(part.module for parts in mlp.every_dense for part in (parts.gate, parts.down)),
         ]
         if any(module is not None and has_bias(module) for module in modules):
             return True
@@ -220,14 +224,14 @@ class Block:
     def quantised(self) -> bool:
         """Whether any map here is kept more coarsely than in half precision."""
         attention, mlp = self.attention, self.mlp
-        dense = [parts for parts in (mlp.dense, mlp.experts and mlp.experts.shared) if parts is not None]
         modules = [
             attention.value.module,
             attention.output.module,
             None if attention.latent is None else attention.latent[0].module,
             None if mlp.experts is None else mlp.experts.module,
-            *(part.module for parts in dense for part in (parts.gate, parts.up, parts.down) if part),
         ]
+        for parts in mlp.every_dense:
+            modules += [part.module for part in (parts.gate, parts.up, parts.down) if part is not None]
         return any(module is not None and is_quantised(module) for module in modules)
 
 

@@ -347,9 +347,11 @@ class Part:
     def shape(self) -> tuple[int, int]:
         """The numbers of outputs and inputs."""
         inputs, outputs = features(self.module)
-        return len(range(outputs)[self.rows]) if isinstance(self.rows, slice) else (
-            outputs if self.rows is None else len(self.rows)
-        ), inputs
+        if isinstance(self.rows, slice):
+            outputs = len(range(outputs)[self.rows])
+        elif self.rows is not None:
+            outputs = len(self.rows)
+        return outputs, inputs
 
     def linear(self, dtype: torch.dtype) -> Linear:
         """Read the map.

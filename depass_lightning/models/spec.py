@@ -3,7 +3,7 @@
 The engine owns the mathematics; a family is a declaration that says where in a block its norms, its value and
 output maps and its MLP maps are found, and whether attention and MLP stand behind or beside each other.
 Biases, epsilon, scaling of norm weights and numbers of heads are read from the model itself, so that they
-need no declaration, and `models/validate.py` checks a declaration against the model at hand.
+need no declaration, and `engine/validate.py` checks a declaration against the model at hand.
 """
 
 from collections.abc import Callable

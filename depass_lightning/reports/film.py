@@ -59,20 +59,6 @@ def write_film(
         DePassError: there are fewer than two frames, or no prompt that all of them have with the same
             components.
     """
-    page = film_html(frames, title=title, subtitle=subtitle, summary=summary, examples=examples, lines=lines)
-    write_whole(path, page.encode("utf-8", errors="replace"))
-
-
-def film_html(
-    frames: Sequence[Frame],
-    *,
-    title: str,
-    subtitle: str = "",
-    summary: Mapping[str, Any] | None = None,
-    examples: Mapping[str, Mapping[str, Any]] | None = None,
-    lines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> str:
-    """Return the page that `write_film` writes."""
     if len(frames) < 2:
         raise DePassError(f"a film needs two steps or more; there {'is' if frames else 'are'} {len(frames)}")
     ids = _common(frames)
@@ -84,7 +70,7 @@ def film_html(
         "lines": {name: [list(point) for point in points] for name, points in (lines or {}).items()},
         "prompts": [_frames(own, example) for own, example in zip(beside, known, strict=True)],
     }
-    return page_html(
+    page = page_html(
         [own[-1] for own in beside],
         title=title,
         subtitle=subtitle,
@@ -93,6 +79,7 @@ def film_html(
         film=film,
         beside=beside,
     )
+    write_whole(path, page.encode("utf-8", errors="replace"))
 
 
 def _common(frames: Sequence[Frame]) -> list[str]:
