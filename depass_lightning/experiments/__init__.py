@@ -1,0 +1,1 @@
+"""The experiments of the paper, on any model and any task."""

@@ -1,0 +1,1 @@
+"""Probes on hidden states, and the subspaces that they give."""
