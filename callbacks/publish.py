@@ -6,10 +6,12 @@ Files are always written. What a logger gets beside the scalars:
   fresh Table of the probes, both in the same row of the run's history as the scalars; and the scores as a new
   version of one Artifact.
 - TensorBoard: a figure of each of the first probes, and the table as text.
-- MLflow: the page and the scores' file as artifacts.
+- MLflow: the page, the scores' file and the table as artifacts; it previews pages and tables.
 """
 
+import csv
 import dataclasses
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +57,7 @@ def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int) 
         elif isinstance(logger, TensorBoardLogger):
             _to_tensorboard(logger, result, step)
         elif isinstance(logger, MLFlowLogger):
-            _to_mlflow(logger, result.name, (page, scores))
+            _to_mlflow(logger, result, (page, scores))
 
 
 def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
@@ -154,9 +156,14 @@ def _to_tensorboard(logger: TensorBoardLogger, result: Result, step: int) -> Non
     logger.experiment.add_text(f"depass/{result.name}/table", text, global_step=step)
 
 
-def _to_mlflow(logger: MLFlowLogger, name: str, files: Sequence[Path]) -> None:
+def _to_mlflow(logger: MLFlowLogger, result: Result, files: Sequence[Path]) -> None:
+    place = f"depass/{result.name}"
     for file in files:
-        logger.experiment.log_artifact(logger.run_id, str(file), artifact_path=f"depass/{name}")
+        logger.experiment.log_artifact(logger.run_id, str(file), artifact_path=place)
+    columns, rows = table(result)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    logger.experiment.log_text(logger.run_id, text.getvalue(), f"{place}/{files[0].stem}.csv")
 
 
 def _cell(value: Any) -> str:

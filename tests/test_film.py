@@ -14,11 +14,19 @@ import pytest
 import torch
 
 from depass_lightning import Attribution, DePassError
+from depass_lightning.callbacks import DePassCallback
 from depass_lightning.commands.film import read_losses, write_films
 from depass_lightning.reports.film import Frame, write_film
-from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
+from depass_lightning.storage import (
+    ATTRIBUTION_SCHEMA,
+    attribution_to_row,
+    read_attributions,
+    write_json,
+    write_shard,
+)
 from tests.attributions import ioi
 from tests.test_page import drawn
+from tests.training import PROMPTS, OwnModule, fit, trainer
 
 
 def frames(count: int = 3) -> list[Frame]:
@@ -126,6 +134,32 @@ def test_a_runs_folder_becomes_a_film(tmp_path: Path) -> None:
     assert film["labels"] == ["step 0", "step 10", "step 20"]
     assert film["lines"]["train/loss"] == [[5.0, 2.0]]
     assert film["lines"]["all probes: probability"] == [[0.0, 0.1], [20.0, 0.3]]
+
+
+@pytest.mark.parametrize("sources", [["tokens"], ["tokens", "heads"]])
+def test_every_probe_set_and_source_of_a_training_has_its_film(tmp_path: Path, sources: list[str]) -> None:
+    sets = {"names": list(PROMPTS[:1]), "places": list(PROMPTS[1:3])}
+    fit(trainer(tmp_path, [DePassCallback(sets, source=sources, faithfulness=0)]), OwnModule())
+    folders = {
+        name: [name] if len(sources) == 1 else [f"{name}/{source}" for source in sources] for name in sets
+    }
+    pages = write_films(tmp_path)
+    maps = tmp_path / "depass"
+    assert pages == sorted(maps / folder / "film.html" for own in folders.values() for folder in own)
+    for name, own in folders.items():
+        for folder, source in zip(own, sources, strict=True):
+            page = (maps / folder / "film.html").read_text(encoding="utf-8")
+            assert f"{folder}: what the answers were based on" in page
+            shown = data_of(page)
+            assert [prompt["id"] for prompt in shown["prompts"]] == [
+                f"{name}-{i}" for i in range(len(sets[name]))
+            ]
+            assert shown["film"]["at"] == [0, 2, 4, 6]
+            rows = read_attributions(maps / folder / "step-000004.parquet")
+            for row, steps in zip(rows, shown["film"]["prompts"], strict=True):
+                [scores] = steps[2]["scores"].values()
+                assert row.source == source
+                assert sorted(scores) == pytest.approx(sorted(row.scores.tolist()), rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")

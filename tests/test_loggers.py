@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import wandb
@@ -94,17 +93,40 @@ def test_tensorboard_has_scalars_figures_and_tables(tmp_path: Path) -> None:
     assert_files(tmp_path / "board")
 
 
-def test_mlflow_has_the_files_as_artifacts(tmp_path: Path) -> None:
-    logger = MagicMock(spec=MLFlowLogger, save_dir=str(tmp_path), run_id="run")  # without a server
-    train(tmp_path, logger)
-    scalars = [call for call in logger.log_metrics.mock_calls if "depass/probes/value" in str(call)]
-    assert [call.kwargs["step"] for call in scalars] == LOGGED
-    artifacts = logger.experiment.log_artifact.mock_calls
-    expected = [f"step-{n:06d}.{end}" for n in STEPS for end in ("html", "parquet")]
-    assert [Path(call.args[1]).name for call in artifacts] == expected
-    assert all(
-        call.args[0] == "run" and call.kwargs["artifact_path"] == "depass/probes" for call in artifacts
-    )
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")  # MLflow's own, of sqlalchemy
+@pytest.mark.parametrize("store", ["file", "sqlite"])
+def test_mlflow_has_metrics_pages_scores_and_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    mlflow = pytest.importorskip("mlflow", exc_type=ImportError)
+    if store == "sqlite":  # mlflow-skinny brings neither
+        pytest.importorskip("sqlalchemy")
+        pytest.importorskip("alembic")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"sqlite:///{tmp_path}/mlflow.db" if store == "sqlite" else f"file:{tmp_path}/runs"
+    artifacts = tmp_path / "artifacts"
+    logger = MLFlowLogger("tests", tracking_uri=uri, artifact_location=artifacts.as_uri())
+    callback = train(tmp_path, logger, folder=tmp_path)
+    client = mlflow.MlflowClient(uri)
+    run = client.get_run(logger.run_id)
+    assert run.info.status == "FINISHED"
+    for name, curve in callback.history["probes"].curves.items():
+        logged = client.get_metric_history(run.info.run_id, f"depass/probes/{name}")
+        assert [metric.step for metric in logged] == LOGGED
+        assert [metric.value for metric in logged] == pytest.approx(curve, rel=1e-5)
+    places = [item.path for item in client.list_artifacts(run.info.run_id, "depass/probes")]
+    ends = ("csv", "html", "parquet")
+    assert places == [f"depass/probes/step-{n:06d}.{end}" for n in STEPS for end in ends]
+    folder = artifacts / run.info.run_id / "artifacts/depass/probes"
+    for file in folder.glob("*.[hp]*"):
+        assert file.read_bytes() == (tmp_path / "depass/probes" / file.name).read_bytes()
+    with (folder / "step-000006.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["probe"] for row in rows] == [f"probes-{i}" for i in range(len(PROMPTS))]
+    assert [row["prompt"] for row in rows] == [prompt for prompt, _ in PROMPTS]
+    mean = sum(float(row["value"]) for row in rows) / len(rows)
+    assert mean == pytest.approx(callback.history["probes"].curves["value"][-1], rel=1e-5)
+    assert_files(tmp_path)
 
 
 # Weights & Biases

@@ -17,7 +17,7 @@ LINES = ("probability", "on_target", "value")  # of a probe set, beside the loss
 
 
 def write_films(folder: str | Path) -> list[Path]:
-    """Write `film.html` beside the maps of every probe set of a run that has two steps or more.
+    """Write `film.html` beside the maps of every probe set, and source, of a run that has two steps or more.
 
     Args:
         folder: the run's folder, in which the callback made a folder `depass`.
@@ -29,18 +29,19 @@ def write_films(folder: str | Path) -> list[Path]:
         DePassError: there are no maps in the folder.
     """
     maps = Path(folder) / "depass"
-    sets = sorted(path for path in maps.iterdir() if path.is_dir()) if maps.is_dir() else []
+    # with several sources each has a folder of its own, within its set's
+    sets = sorted({path.parent for path in maps.rglob("step-*.parquet")})
     losses = read_losses(Path(folder))
     pages, steps = [], 0
     for own in sets:
         frames, examples = read_frames(own)
         steps += len(frames)
         if len(frames) > 1:
-            page = own / "film.html"
+            page, name = own / "film.html", own.relative_to(maps).as_posix()
             write_film(
                 page,
                 frames,
-                title=f"{own.name}: what the answers were based on while the model trained",
+                title=f"{name}: what the answers were based on while the model trained",
                 subtitle=f"{len(frames)} steps; the slider walks over them, the curves can be clicked",
                 examples=examples,
                 lines=losses | _curves(own),
