@@ -9,7 +9,7 @@ import pytest
 
 from depass_lightning import Contrast, Token
 from depass_lightning.errors import DePassError
-from depass_lightning.tasks import NAMES, corpus, facts, ioi, load, vocabulary
+from depass_lightning.tasks import corpus, facts, ioi, load, vocabulary
 from depass_lightning.tasks.passage import answered, from_examples, read_passages
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -103,7 +103,8 @@ def test_a_corpus_passage_marks_its_answers():
 
 def test_a_task_is_a_dataset():
     task = load("ioi", size=4)
-    assert task.dataset.column_names == ["id", "prompt", "answer", "foil", "roles", "evidence"]
+    columns = ["id", "prompt", "answer", "foil", "roles", "evidence", "variants", "labels"]
+    assert task.dataset.column_names == columns
     assert task.dataset["prompt"][:] == [example.prompt for example in task]
     assert task[-1] == task[3]
     assert task.dataset.cache_files == []
@@ -176,7 +177,7 @@ def test_a_bad_row_costs_only_itself(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "oii"}, "no task 'oii'; there are ioi, known, jsonl"),
+        ({"name": "oii"}, "no task 'oii'; there are ioi, known, counterfact"),
         ({"name": "ioi", "size": 0}, "whole number from 1, not 0"),
         ({"name": "ioi", "split": "dev"}, "no split 'dev'; it has 'train' and 'test'"),
         ({"name": "known", "split": "dev"}, "it has train, test, new-train, new-test"),
@@ -221,7 +222,14 @@ def test_passages_are_read_from_a_file(tmp_path):
 
 @needs_data
 @pytest.mark.parametrize(
-    ("name", "file", "rows"), [("ioi", "ioi.json", 300), ("known", "known_1000.json", 400)]
+    ("name", "file", "rows"),
+    [
+        ("ioi", "ioi.json", 300),
+        ("known", "known_1000.json", 400),
+        ("counterfact", "counterfact.json", 1000),
+        ("longra", "longra.json", 150),
+        ("language", "language_test.json", 600),
+    ],
 )
 def test_public_files_load_whole(name, file, rows):
     task = load(name, path=DATA / file)
@@ -231,7 +239,3 @@ def test_public_files_load_whole(name, file, rows):
         spans = example.evidence_ranges()
         assert spans
         assert all(0 <= start < end <= len(example.prompt) for start, end in spans)
-
-
-def test_every_task_has_a_name():
-    assert NAMES == ("ioi", "known", "jsonl")

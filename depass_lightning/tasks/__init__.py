@@ -3,13 +3,32 @@
 from pathlib import Path
 
 from depass_lightning.errors import DePassError
-from depass_lightning.tasks import ioi, jsonl, known
+from depass_lightning.tasks import (
+    counterfact,
+    ioi,
+    jsonl,
+    known,
+    language,
+    longra,
+    multilingual,
+    truthfulqa,
+)
 from depass_lightning.tasks.example import Example, Task
+from depass_lightning.tasks.texts import Texts, load_texts
 
-_LOADERS = {"ioi": ioi.load, "known": known.load, "jsonl": jsonl.load}
+_LOADERS = {
+    "ioi": ioi.load,
+    "known": known.load,
+    "counterfact": counterfact.load,
+    "truthfulqa": truthfulqa.load,
+    "longra": longra.load,
+    "multilingual": multilingual.load,
+    "language": language.load,
+    "jsonl": jsonl.load,
+}
 NAMES = tuple(_LOADERS)
 
-__all__ = ["NAMES", "Example", "Task", "load"]
+__all__ = ["NAMES", "Example", "Task", "Texts", "load", "load_texts"]
 
 
 def load(
@@ -19,6 +38,7 @@ def load(
     seed: int = 0,
     split: str = "test",
     path: str | Path | None = None,
+    language: str | None = None,
 ) -> Task:
     """Load a task by name.
 
@@ -27,12 +47,18 @@ def load(
         size: how many examples; None leaves it to the task.
         seed: what generated prompts, or their order, are drawn from.
         split: "test", or the split that the embedded model was trained on, "train".
-        path: a file to read instead of generating prompts.
+        path: what to read instead of generating prompts: a JSON or JSON Lines file, a folder that
+            `datasets` saved, or `hub:owner/name` for a public data set.
+        language: the one language that is wanted of a task in several; None means all.
     Raises:
-        DePassError: no such task, split or file, or fewer examples than asked for.
+        DePassError: no such task, split, file or language, or fewer examples than asked for.
     """
     if name not in _LOADERS:
         raise DePassError(f"no task {name!r}; there are {', '.join(NAMES)}")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise DePassError(f"a task's size must be a whole number from 1, not {size!r}")
+    if name == "multilingual":
+        return multilingual.load(size, seed, split, path, language)
+    if language is not None:
+        raise DePassError(f"the task {name!r} is in one language; language= is for the task 'multilingual'")
     return _LOADERS[name](size, seed, split, path)

@@ -18,6 +18,8 @@ _FEATURES = Features(
         "foil": Value("string"),
         "roles": [{"name": Value("string"), "start": Value("int32"), "end": Value("int32")}],
         "evidence": [Value("string")],
+        "variants": [{"name": Value("string"), "text": Value("string")}],
+        "labels": [{"name": Value("string"), "text": Value("string")}],
     }
 )
 
@@ -34,6 +36,8 @@ class Example:
         roles: named character ranges `[start, end)` in the prompt, for example
             `{"indirect_object": ((5, 9),), "subject": ((14, 18),)}`.
         evidence: the roles that an attribution should find first; empty where that is not known.
+        variants: the same question otherwise, by name: `{"plain": ...}` without misleading information.
+        labels: what else is known of it: `{"relation": "capital"}`, `{"language": "French", "case": "17"}`.
     """
 
     id: str
@@ -42,6 +46,8 @@ class Example:
     foil: str | None = None
     roles: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     evidence: tuple[str, ...] = ()
+    variants: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def evidence_ranges(self) -> list[Span]:
         """Return the character ranges of all evidence, in the order of the text."""
@@ -99,11 +105,20 @@ def _to_row(example: Example) -> dict[str, Any]:
         "foil": example.foil,
         "roles": roles,
         "evidence": list(example.evidence),
+        "variants": _named(example.variants),
+        "labels": _named(example.labels),
     }
+
+
+def _named(texts: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "text": text} for name, text in texts.items()]
 
 
 def _from_row(row: Mapping[str, Any]) -> Example:
     roles: dict[str, tuple[Span, ...]] = {}
     for role in row["roles"]:
         roles[role["name"]] = (*roles.get(role["name"], ()), (role["start"], role["end"]))
-    return Example(row["id"], row["prompt"], row["answer"], row["foil"], roles, tuple(row["evidence"]))
+    variants, labels = ({own["name"]: own["text"] for own in row[key]} for key in ("variants", "labels"))
+    return Example(
+        row["id"], row["prompt"], row["answer"], row["foil"], roles, tuple(row["evidence"]), variants, labels
+    )

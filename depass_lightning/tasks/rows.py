@@ -1,4 +1,4 @@
-"""Task files: read row by row, so that a bad row costs only itself."""
+"""Task files and public data sets: read row by row, so that a bad row costs only itself."""
 
 import json
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Task
+from depass_lightning.tasks.hub import HUB, hub_rows, saved_rows
 
 Row = dict[str, Any]
 
@@ -18,15 +19,15 @@ def load_rows(
 
     Args:
         name: the task's name.
-        path: a JSON file (a list of objects) or a JSON Lines file (an object a line).
+        path: as for `read_rows`.
         read: makes an example of a row and its number, or raises `DePassError` saying what is wrong with it.
         size: how many examples at most, from the top; None means all.
     Raises:
-        DePassError: the file is missing, is neither JSON nor JSON Lines, or has no row that can be used.
+        DePassError: as for `read_rows`; or there is no row that can be used.
     """
     examples: dict[str, Example] = {}
     skipped: list[Row] = []
-    for number, row, fault in read_rows(Path(path)):
+    for number, row, fault in read_rows(path):
         if len(examples) == size:
             break
         try:
@@ -56,8 +57,20 @@ def text_field(row: Row, key: str) -> str:
     return value
 
 
-def read_rows(path: Path) -> list[tuple[int, Any, str]]:
-    """Return every row's number, value and fault: its line in JSON Lines, its place from 1 in a list."""
+def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
+    """Return every row's number, value and fault: its line in JSON Lines, its place from 1 elsewhere.
+
+    Args:
+        path: a JSON file (a list of objects), a JSON Lines file (an object a line), a folder that
+            `Dataset.save_to_disk` wrote, or `hub:owner/name` for a public data set (`hub.py`).
+    Raises:
+        DePassError: there is no such file or data set, or the file is neither JSON nor JSON Lines.
+    """
+    if str(path).startswith(HUB):
+        return [(number, row, "") for number, row in enumerate(hub_rows(str(path)), start=1)]
+    path = Path(path)
+    if path.is_dir():
+        return [(number, row, "") for number, row in enumerate(saved_rows(path), start=1)]
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

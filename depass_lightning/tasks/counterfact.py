@@ -1,0 +1,122 @@
+"""Facts beside facts that are not so: "The mother tongue of Danielle Darrieux is" → " French".
+
+Without a file, the prompts are about the embedded model's own facts, each with the answer to another fact of
+its relation as the foil. With a file, they are those of CounterFact (Meng et al. 2022, "Locating and Editing
+Factual Associations in GPT", arXiv:2202.05262) in the layout of DePass' own release, in that of the original
+(`requested_rewrite`), or in that of `NeelNanda/counterfact-tracing` on the hub (`target_true`).
+
+The split "misleading" puts a false statement before each prompt (`misled.py`).
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from depass_lightning.errors import DePassError
+from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.facts import FACTS
+from depass_lightning.tasks.misled import false_answers, misled
+from depass_lightning.tasks.rows import load_rows, text_field
+
+SPLITS = ("train", "test", "misleading")
+
+
+def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
+    """Ask the embedded model's facts, or read rows in a layout of CounterFact.
+
+    Args:
+        size: how many prompts at most; None means all.
+        seed: the order of the embedded model's facts, and the false answers where the rows have none.
+        split: "test" asks each of the embedded model's facts in the wording that it has not read, "train" in
+            those that it has; "misleading" puts a false statement before the prompts. Of a file there are
+            only "test" and "misleading".
+        path: as for `tasks.load`, with rows `{prompt, subject, answer}`.
+    """
+    if split not in SPLITS:
+        raise DePassError(f"the counterfact task has no split {split!r}; it has {', '.join(SPLITS)}")
+    if path is None:
+        task = Task("counterfact", _of_facts(seed, split))
+    elif split == "misleading":
+        task = _misleading(load_rows("counterfact", path, _from_public), seed)
+    else:
+        return load_rows("counterfact", path, _from_public, size)
+    if size is None or size == len(task):
+        return task
+    if size > len(task) and path is None:
+        raise DePassError(f"the split {split!r} of the counterfact task has {len(task)} prompts, not {size}")
+    return Task("counterfact", [task[index] for index in range(min(size, len(task)))], task.skipped)
+
+
+def _of_facts(seed: int, split: str) -> list[Example]:
+    """Return all prompts of a split of the embedded model's facts, in an order drawn from the seed."""
+    generator = random.Random(f"counterfact {split} {seed}")
+    part = "train" if split == "train" else "test"
+    examples, statements = [], {}
+    for number, fact in enumerate(FACTS):
+        for way, (prompt, span) in enumerate(fact.prompts(part)):
+            name = f"counterfact-{split}-{fact.relation}-{number}-{way}"
+            examples.append(_example(name, prompt, fact.answer, span, fact.relation))
+            statements[name] = generator.choice(fact.prompts("train"))[0]
+    false = false_answers(examples, seed)
+    if split == "misleading":
+        examples = [misled(example, statements[example.id], false[example.id]) for example in examples]
+    else:
+        examples = [replace(example, foil=false[example.id]) for example in examples]
+    generator.shuffle(examples)
+    return examples
+
+
+def _misleading(task: Task, seed: int) -> Task:
+    """Put a false statement in the prompt's own words before each prompt; those without one are skipped."""
+    examples = list(task)
+    false = false_answers(examples, seed)
+    used = [misled(example, example.prompt, false[example.id]) for example in examples if example.id in false]
+    skipped = [
+        {"row": index + 1, "reason": f"no other row has the relation {example.labels['relation']!r}"}
+        for index, example in enumerate(examples)
+        if example.id not in false
+    ]
+    if not used:
+        raise DePassError(
+            "no row has a false answer: give rows with target_false, or several of one relation"
+        )
+    return Task("counterfact", used, [*task.skipped, *skipped])
+
+
+def _example(
+    name: str, prompt: str, answer: str, span: Span, relation: str, foil: str | None = None
+) -> Example:
+    return Example(
+        name,
+        prompt,
+        f" {answer}",
+        None if foil is None else f" {foil}",
+        {"subject": (span,)},
+        ("subject",),
+        labels={"relation": relation},
+    )
+
+
+def _from_public(row: dict[str, Any], number: int) -> Example:
+    rewrite = row.get("requested_rewrite")
+    if isinstance(rewrite, dict):
+        row = {
+            **row,
+            **rewrite,
+            "prompt": str(rewrite.get("prompt")).replace("{}", str(rewrite.get("subject"))),
+        }
+        row |= {
+            key: row[key]["str"] for key in ("target_true", "target_new") if isinstance(row.get(key), dict)
+        }
+    prompt, subject = text_field(row, "prompt").rstrip(), text_field(row, "subject").strip()
+    answer = text_field(row, "answer" if "answer" in row else "target_true").strip()
+    foil = row.get("target_false", row.get("target_new"))
+    start = prompt.find(subject)
+    if start < 0:
+        raise DePassError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
+    if isinstance(foil, str) and foil.strip() == answer:
+        raise DePassError(f"the false answer is the same as the right one: {answer!r}")
+    name, relation = str(row.get("case_id", number)), str(row.get("relation_id", "unknown"))
+    span = (start, start + len(subject))
+    return _example(name, prompt, answer, span, relation, foil.strip() if isinstance(foil, str) else None)

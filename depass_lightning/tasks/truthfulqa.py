@@ -1,0 +1,107 @@
+"""Questions with two options behind misleading information: "Information: ... Options: A: ... B: ..." → " A".
+
+With a file, the rows are those of TruthfulQA (Lin et al. 2022, arXiv:2109.07958) in the layout of DePass'
+own release, or in that of the configuration `generation` of `truthfulqa/truthful_qa` on the hub. Without
+one, they are the embedded model's facts, each behind a false statement about its subject: that model knows
+no options, so the answer is the word itself, and the prompts are those of `counterfact`'s split
+"misleading".
+"""
+
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+from depass_lightning.errors import DePassError
+from depass_lightning.tasks import counterfact
+from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.rows import load_rows, text_field
+
+ASK = (
+    "According to the given information and your knowledge, "
+    "choose the best choice from the following options.\n"
+)
+
+
+def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
+    """Read questions with misleading information, or state false things about the embedded model's facts.
+
+    Args:
+        size: how many prompts at most; None means all.
+        seed: as for `counterfact`.
+        split: without meaning here.
+        path: as for `tasks.load`, with rows `{question, wrong_info, options, correct_option, prompt_init,
+            prompt_correct, prompt_wrong}`, or `{question, best_answer, incorrect_answers}`.
+
+    Returns:
+        Prompts with the roles `misleading`, `right_option` and `wrong_option`, and with the variants `plain`
+        (without the information) and `correct` (with the right one instead).
+    """
+    if path is not None:
+        return load_rows("truthfulqa", path, _from_public, size)
+    task = counterfact.load(size, seed, "misleading", None)
+    return Task("truthfulqa", list(task))
+
+
+def _from_public(row: dict[str, Any], number: int) -> Example:
+    if "best_answer" in row and "prompt_wrong" not in row:
+        row = _built(row)
+    prompt, wrong = text_field(row, "prompt_wrong").rstrip(), text_field(row, "wrong_info").strip()
+    options, answer = _options(text_field(row, "options")), text_field(row, "correct_option").strip()
+    if answer not in options or len(options) != 2:
+        raise DePassError(f"the options {row['options']!r} must be two, one of them {answer!r}")
+    (foil,) = (letter for letter in options if letter != answer)
+    before = prompt.find(f"Information: {wrong}")
+    if before < 0:
+        raise DePassError(f"the prompt has no information {wrong!r}")
+    begin = before + len("Information: ")
+    asked = prompt.find("Options: ", begin + len(wrong))
+    roles = {
+        "misleading": ((begin, begin + len(wrong)),),
+        "right_option": (_place(prompt, options[answer], asked),),
+        "wrong_option": (_place(prompt, options[foil], asked),),
+    }
+    variants = {
+        "plain": text_field(row, "prompt_init").rstrip(),
+        "correct": text_field(row, "prompt_correct").rstrip(),
+    }
+    return Example(
+        str(row.get("case_id", number)), prompt, f" {answer}", f" {foil}", roles, variants=variants
+    )
+
+
+def _options(text: str) -> dict[str, str]:
+    """Return "A: this. B: that." as a mapping from letter to text; the second begins at the last " B: "."""
+    parts = re.fullmatch(r"A: (.*) B: (.*)", text.strip(), flags=re.DOTALL)
+    if parts is None:
+        raise DePassError(f"the options {text!r} must be written 'A: ... B: ...'")
+    return {"A": parts[1].strip(), "B": parts[2].strip()}
+
+
+def _place(prompt: str, text: str, start: int) -> Span:
+    place = prompt.find(text, max(start, 0))
+    if place < 0:
+        raise DePassError(f"the option {text!r} does not occur in the prompt")
+    return place, place + len(text)
+
+
+def _built(row: dict[str, Any]) -> dict[str, Any]:
+    """Write a row of the public data set as the release does; which option comes first is drawn from it."""
+    question, right = text_field(row, "question").strip(), text_field(row, "best_answer").strip()
+    others = row.get("incorrect_answers")
+    wrong = next((str(text).strip() for text in others or () if str(text).strip() != right), "")
+    if not wrong:
+        raise DePassError(f"the question {question!r} has no incorrect answer")
+    right, wrong = (text if text.endswith((".", "!", "?")) else f"{text}." for text in (right, wrong))
+    first = zlib.crc32(question.encode()) % 2 == 0
+    options = f"A: {right} B: {wrong}" if first else f"A: {wrong} B: {right}"
+    asked = f"Question: {question}\nOptions: {options}\nThe answer is"
+    return {
+        **row,
+        "wrong_info": wrong,
+        "options": options,
+        "correct_option": "A" if first else "B",
+        "prompt_init": f"{ASK}{asked}",
+        "prompt_correct": f"{ASK}Information: {right}\n{asked}",
+        "prompt_wrong": f"{ASK}Information: {wrong}\n{asked}",
+    }
