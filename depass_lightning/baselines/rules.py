@@ -1,0 +1,78 @@
+"""DePass itself behind the same face, so that a comparison is a loop over methods."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from jaxtyping import Int
+from torch import Tensor
+
+from depass_lightning.baselines.base import Method
+from depass_lightning.depass import DePass
+from depass_lightning.engine.rules import RuleName
+from depass_lightning.sources import Source
+from depass_lightning.targets import TargetLike
+
+
+class DePassMethod(Method):
+    """DePass under the softmax rule, or another one.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: what states are split into; by default `Tokens()`.
+        options: what else `DePass.attribute` takes: `rule`, `temperature`, `bias`, `path` and the like.
+    """
+
+    name: ClassVar[str] = "depass"
+    rule: ClassVar[RuleName] = "softmax"
+
+    def __init__(self, depass: DePass, source: Source | None = None, **options: Any) -> None:
+        super().__init__(depass, source)
+        self.options: dict[str, Any] = {"rule": self.rule, **options}
+
+    # The overloads are the base class's.
+    def attribute(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] = None,
+        *,
+        batch_size: int = 16,
+        progress: bool = False,
+        input_ids: Int[Tensor, "batch position"] | None = None,
+        attention_mask: Int[Tensor, "batch position"] | None = None,
+    ) -> Any:
+        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.depass.attribute(  # pyright: ignore[reportCallIssue]
+            prompt,  # pyright: ignore[reportArgumentType]
+            target,
+            source=self.source,
+            batch_size=batch_size,
+            progress=progress,
+            **arguments,
+            **self.options,
+        )
+
+
+class Taylor(DePassMethod):
+    """DePass under the taylor rule, which is linear in the components.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: what states are split into; by default `Tokens()`.
+        options: as for `DePassMethod`.
+    """
+
+    name: ClassVar[str] = "taylor"
+    rule: ClassVar[RuleName] = "taylor"
+
+
+class Dual(DePassMethod):
+    """DePass under the dual rule, for models whose MLPs are gated.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: what states are split into; by default `Tokens()`.
+        options: as for `DePassMethod`.
+    """
+
+    name: ClassVar[str] = "dual"
+    rule: ClassVar[RuleName] = "dual"

@@ -1,0 +1,169 @@
+"""Every method has DePass's face: prompts, batches, targets, names; and leaves the model as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from depass_lightning import Contrast, DePass, DePassError, Direction, Heads, Neurons, Spans, Token, Tokens
+from depass_lightning.baselines import METHODS, Baseline, DePassMethod, make_method
+from depass_lightning.engine.rules import RuleName
+from tests import zoo
+from tests.models import build, padded, prompt
+from tests.test_engine_untouched import in_the_middle_of_training, must_stay_untouched
+
+TARGET = Contrast(7, 11)
+PROMPTS = [prompt(length, seed=length) for length in (5, 9)]
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "falcon-rw", "opt", "gpt_oss")
+OPTIONS: dict[str, dict[str, Any]] = {"integrated_gradients": {"steps": 3}, "gradient_shap": {"samples": 2}}
+
+
+def methods(depass: DePass, *, neurons: bool = True) -> list[Any]:
+    """Every baseline with every kind of component that it scores."""
+    found = []
+    for name, method in METHODS.items():
+        if not issubclass(method, Baseline):
+            continue
+        for kind in method.sources:
+            if neurons or kind is not Neurons:
+                found.append(make_method(name, depass, kind(), **OPTIONS.get(name, {})))
+    return found
+
+
+def names(method: Any) -> str:
+    return f"{method.name} of {method.source.kind}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_gives_what_single_prompts_give(family: str) -> None:
+    """And DePass's own names, values and predictions, in every family, padded on either side."""
+    model = zoo.build(family, dtype=torch.float64)
+    with zoo.Double():
+        depass = DePass(model)
+        for method in methods(depass, neurons=family != "gpt_oss"):
+            ids, mask = padded(PROMPTS, "left")
+            together = method.attribute(input_ids=ids, attention_mask=mask, target=TARGET)
+            for own, found in zip(PROMPTS, together, strict=True):
+                (alone,) = method.attribute(input_ids=own[None], target=TARGET)
+                scale = float(alone.scores.abs().max())
+                assert torch.allclose(found.scores, alone.scores, rtol=0, atol=1e-5 * scale), names(method)
+                assert found.names == alone.names
+                (ours,) = depass.attribute(
+                    input_ids=own[None], target=TARGET, source=method.source, rule="max"
+                )
+                left = [name for name in ours.names if not name.endswith(("state", "bias", "rounding"))]
+                assert found.names == left
+                assert found.groups == ours.groups
+                assert found.value == pytest.approx(ours.value, rel=1e-6)
+                for fact in ("target", "prediction", "rank", "position", "layer", "source", "token_ids"):
+                    assert getattr(found, fact) == getattr(ours, fact), (names(method), fact)
+                assert found.probability == pytest.approx(ours.probability)
+                assert found.rule == method.name
+                assert found.metadata["target_ids"] == ours.metadata["target_ids"] == [7, 11]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name], Baseline)])
+def test_what_stands_behind_the_target_scores_nothing(name: str) -> None:
+    method = make_method(name, DePass(build("llama", dtype=torch.float64)), **OPTIONS.get(name, {}))
+    own = PROMPTS[1]
+    (cut,) = method.attribute(input_ids=own[None, :6], target=TARGET)
+    (whole,) = method.attribute(input_ids=own[None], target=Contrast(7, 11, position=5))
+    if method.source.positional:
+        assert whole.scores[6:].tolist() == [0, 0, 0]
+        assert len(whole.names) == len(whole.positions) == 9
+        assert torch.allclose(whole.scores[:6], cut.scores, atol=1e-6)
+    else:
+        assert torch.allclose(whole.scores, cut.scores, atol=1e-6)
+
+
+def test_text_comes_in_one_by_one_and_in_lists() -> None:
+    """The embedded model's own words; one target for all, one each, and the model's own."""
+    depass = DePass.from_pretrained("tiny")
+    texts = ["When Mary and John went out, John gave it to", "Then Anna met Tom, and Tom gave a drink to"]
+    for method in methods(depass):
+        one = method.attribute(texts[0], Contrast(" Mary", " John"))
+        assert one.target == "' Mary' − ' John'"
+        assert one.text == texts[0]
+        assert one.offsets is not None
+        both = method.attribute(texts, [" Mary", None])
+        assert [found.target for found in both] == ["' Mary'", repr(both[1].prediction)]
+        assert both[0].scores.shape == one.scores.shape
+        assert method.attribute(texts, Token(" Mary"))[1].target == "' Mary'"
+        own = depass.attribute(texts[0], Contrast(" Mary", " John"), source=method.source)
+        left = {name for name in own.names if name not in one.names}
+        compared = own.without(left).compare(one) if left else own.compare(one)
+        assert -1 <= compared.spearman <= 1
+
+
+def test_depass_itself_has_the_same_face() -> None:
+    depass = DePass.from_pretrained("tiny")
+    texts = ["When Mary and John went out, John gave it to", "Then Anna met Tom, and Tom gave a drink to"]
+    rules: tuple[tuple[str, RuleName], ...] = (("depass", "softmax"), ("taylor", "taylor"), ("dual", "dual"))
+    for name, rule in rules:
+        for source in (None, Heads()):
+            found = make_method(name, depass, source).attribute(texts, [" Mary", " Anna"], batch_size=1)
+            expected = depass.attribute(texts, [" Mary", " Anna"], source=source or Tokens(), rule=rule)
+            assert [own.rule for own in found] == [rule, rule]
+            assert all(torch.allclose(a.scores, b.scores) for a, b in zip(found, expected, strict=True))
+    relu = make_method("depass", depass, rule="relu")
+    assert isinstance(relu, DePassMethod)
+    assert relu.attribute(texts[0]).rule == "relu"
+
+
+def test_a_model_in_training_is_left_as_it_was() -> None:
+    model = build("llama-biases", attention="sdpa")
+    in_the_middle_of_training(model)
+    own = prompt(6)[None]
+    for method in methods(DePass(model)):
+        with must_stay_untouched(model):
+            (first,) = method.attribute(input_ids=own, target=TARGET)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):  # as a Trainer predicts
+            (again,) = method.attribute(input_ids=own, target=TARGET)
+        assert torch.equal(first.scores, again.scores), names(method)
+
+
+def test_frozen_parameters_do_not_matter() -> None:
+    model = build("llama")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for method in methods(DePass(model)):
+        (found,) = method.attribute(input_ids=prompt(5)[None], target=TARGET)
+        assert torch.isfinite(found.scores).all()
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    depass = DePass(build("llama"))
+    ids = prompt(5)[None]
+    with pytest.raises(DePassError, match="no method 'lime'; choose one of depass, taylor"):
+        make_method("lime", depass)
+    with pytest.raises(DePassError, match="no option 'stepz'; it takes steps, rows"):
+        make_method("integrated_gradients", depass, stepz=3)
+    with pytest.raises(DePassError, match="atp does not score Tokens"):
+        make_method("atp", depass, Tokens())
+    with pytest.raises(DePassError, match="does not score Spans"):
+        make_method("input_gradient", depass, Spans())
+    with pytest.raises(DePassError, match="layer"):
+        make_method("input_gradient", depass, Tokens(1))
+    with pytest.raises(DePassError, match="at must be"):
+        make_method("norm", depass, Heads(), at="first")
+    with pytest.raises(DePassError, match="how must be"):
+        make_method("occlusion", depass, how="blur")
+    for name, option in (
+        ("occlusion", "rows"),
+        ("integrated_gradients", "steps"),
+        ("gradient_shap", "samples"),
+    ):
+        with pytest.raises(DePassError, match="at least 1"):
+            make_method(name, depass, None, **{option: 0})
+    method = make_method("input_gradient", depass)
+    with pytest.raises(DePassError, match="not Direction"):
+        method.attribute(input_ids=ids, target=Direction(torch.ones(36), 2))
+    with pytest.raises(DePassError, match="one target a prompt"):
+        method.attribute(input_ids=ids, target=[[1, 2]])  # type: ignore[list-item]
+    with pytest.raises(DePassError, match="vocabulary"):
+        method.attribute(input_ids=ids, target=1000)
+    for family in ("mixtral", "deepseek_v3"):
+        with pytest.raises(DePassError, match="is a mixture of experts"):
+            make_method("atp", DePass(zoo.build(family)), Neurons())
+    dense = make_method("atp", DePass(zoo.build("qwen3_moe")), Neurons(1))  # among others, a dense block
+    assert len(dense.attribute(input_ids=ids, target=TARGET)[0]) == 44
