@@ -242,7 +242,7 @@ def test_tinys_labelled_texts_do_not_meet_across_the_splits(name):
     assert set(train.labels) == set(test.labels)
     assert min(len(train), len(test)) > 50
     if name == "truthful":
-        assert train.labels.count("true") == train.labels.count("false")
+        assert abs(train.labels.count("true") - train.labels.count("false")) < 2
         true = {f"{prompt} {fact.answer}." for fact in FACTS for prompt, _ in fact.prompts("train")}
         assert all(
             (text in true) == (label == "true") for text, label in zip(train.texts, train.labels, strict=True)

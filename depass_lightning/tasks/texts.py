@@ -17,7 +17,7 @@ LABELS = {
     "language": ("English", "French", "German", "Italian", "Portuguese", "Spanish"),
 }
 
-CODES = dict(zip(("en", "fr", "de", "it", "pt", "es"), LABELS["language"], strict=True))
+CODES: dict[str, str] = dict(zip("en fr de it pt es".split(), LABELS["language"], strict=True))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def labelled(name: str, row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _statements(seed: int, split: str) -> Texts:
-    """Return each of the embedded model's facts as it is and with an answer to another of its relation.
+    """Return each of the embedded model's facts, half of them with an answer to another of their relation.
 
     No subject stands in both splits, so that a probe cannot know a fact by heart.
     """
@@ -112,14 +112,15 @@ def _statements(seed: int, split: str) -> Texts:
     answers = defaultdict(set)
     for fact in FACTS:
         answers[fact.relation].add(fact.answer)
-    pairs = []
-    for fact in FACTS:
-        false = generator.choice(sorted(answers[fact.relation] - {fact.answer}))
+    facts = [f for f in FACTS if (zlib.crc32(f.subject.encode()) % 4 == 0) == (split == "test")]
+    generator.shuffle(facts)
+    texts, labels = [], []
+    for number, fact in enumerate(facts):
         prompt = generator.choice(fact.prompts("train"))[0]
-        if (zlib.crc32(fact.subject.encode()) % 4 == 0) == (split == "test"):
-            pairs += [(f"{prompt} {fact.answer}.", "true"), (f"{prompt} {false}.", "false")]
-    generator.shuffle(pairs)
-    return Texts("truthful", [text for text, _ in pairs], [label for _, label in pairs])
+        false = generator.choice(sorted(answers[fact.relation] - {fact.answer}))
+        texts.append(f"{prompt} {false if number % 2 else fact.answer}.")
+        labels.append("false" if number % 2 else "true")
+    return Texts("truthful", texts, labels)
 
 
 def _relations(seed: int, split: str) -> Texts:
