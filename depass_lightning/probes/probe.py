@@ -195,7 +195,7 @@ def train_probe(
     for other in told:
         if not issubclass(other.category, ConvergenceWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    weight = torch.from_numpy(model.coef_) / scale
+    weight = (torch.from_numpy(model.coef_) / scale).contiguous()  # as safetensors want it
     bias = torch.from_numpy(model.intercept_) - weight @ mean
     names = tuple(str(label) for label in model.classes_)
     frequent = Counter(labels).most_common(1)[0][0]
