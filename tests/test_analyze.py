@@ -55,6 +55,7 @@ def test_a_run_leaves_what_it_should(done):
     files = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
     assert files == {
         "attributions/attributions.parquet",
+        "attributions/manifest.json",
         "config.yaml",
         "figures/curves.svg",
         "figures/prompt-0.svg",

@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import platform
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from depass_lightning import __version__, tasks
-from depass_lightning.callbacks import AttributionProgress, AttributionWriter
+from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch
 from depass_lightning.commands.common import (
     command,
     console,
@@ -31,16 +32,38 @@ from depass_lightning.commands.common import (
 from depass_lightning.commands.compare import compare
 from depass_lightning.commands.film import write_films
 from depass_lightning.commands.results import Results, print_results, write_results
+from depass_lightning.commands.runs import claim
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution import AttributionModule, Removal
 from depass_lightning.modules.prompts import PromptData
 from depass_lightning.promotes import notes_on
 from depass_lightning.sources import Source
-from depass_lightning.storage import read_json_lines, weights_fingerprint
+from depass_lightning.storage import (
+    Journal,
+    Manifest,
+    keep_manifest,
+    read_json_lines,
+    task_fingerprint,
+    weights_fingerprint,
+)
 from depass_lightning.tasks import Task
 
 WORTH_TELLING = 10.0  # seconds
+# What of the configuration decides the numbers; the rest says how and where they are computed and shown.
+DECISIVE = (
+    "model",
+    "task",
+    "source",
+    "rule",
+    "target",
+    "compute_dtype",
+    "bias",
+    "path",
+    "compat",
+    "seed",
+    "faithfulness",
+)
 
 
 @command
@@ -50,13 +73,15 @@ def analyze(config: DictConfig) -> int:
         for page in write_films(config.film):
             console.print(Text(f"film     {page}"), soft_wrap=True)
         return 0
-    if config.compare is not None:
-        return compare(config, load, attribute_task, console)
-    done = attribute_task(config, open_run(config), lambda: load(config))
-    if done is None:
-        return 0
-    print_results(done.results, console, config.report.shown)
-    return tell_skipped(done)
+    with claim(Path(config.paths.output_dir)):
+        folder = open_run(config)
+        if config.compare is not None:
+            return compare(config, folder, load, attribute_task, console)
+        done = attribute_task(config, folder, lambda: load(config))
+        if done is None:
+            return 0
+        print_results(done.results, console, config.report.shown)
+        return tell_skipped(done)
 
 
 @dataclass(frozen=True)
@@ -92,33 +117,45 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
     task = tasks.load(**config.task)
     depass = load()
     fingerprint = weights_fingerprint(depass.model)
+    manifest = manifest_of(config, fingerprint, task)
+    resumed = first_process() and keep_manifest(manifest, folder / "attributions")
     generates = config.target.kind == "generation"
     if generates and config.faithfulness is not None:
         tell("what is generated is explained token by token; faithfulness and right answers are not measured")
     rows = config.target.get("max_new_tokens", 1)
-    writer = AttributionWriter(folder, expected=len(task), rows=rows, skipped=task.skipped)
+    writer = AttributionWriter(folder, resume=resumed, expected=len(task), rows=rows, skipped=task.skipped)
+    kept = tell_kept(writer.journal, len(task)) if resumed else 0
     loggers = instantiate_each(config.get("logger"))
     # Objects are handed to a partial function: Hydra would copy them into the configuration.
     trainer: Trainer = instantiate(config.trainer, _partial_=True)(
-        callbacks=[writer, AttributionProgress(), *instantiate_each(config.get("callbacks"))],
+        callbacks=[
+            writer,
+            AttributionProgress(log_every=config.log_every),
+            ProcessWatch(),
+            *instantiate_each(config.get("callbacks")),
+        ],
         logger=loggers or False,
     )
     module = attribution_module(config, source, depass, task, fingerprint)
-    data = PromptData(task, config.batch_size, length=token_counter(depass))
-    if not generates:
+    data = PromptData(
+        task, config.batch_size, length=token_counter(depass), done=writer.journal.done if resumed else None
+    )
+    if not generates and kept < len(task):
         tell_estimate(config, depass, task, module)
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    predict(trainer, module, data, writer.journal)
     if not trainer.is_global_zero:
         return None
-    skipped = read_json_lines(writer.skipped_path) if writer.skipped_path.exists() else []
+    listed = writer.journal.skipped_path
+    skipped = read_json_lines(listed) if listed.exists() else []
     about = {
         "skipped": len(skipped),
+        **({"kept": kept} if kept else {}),
         "seconds": time.perf_counter() - started,
         **describe(config, depass, trainer, fingerprint),
     }
     results = write_results(
         folder,
-        writer.path,
+        writer.journal.path,
         about=about,
         title=f"What {config.model.name} bases its answers on",
         subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
@@ -128,7 +165,45 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
         generated=generates,
     )
     log_results(loggers, results)
-    return Done(results, skipped, writer.skipped_path, len(task) + len(task.skipped))
+    return Done(results, skipped, listed, len(task) + len(task.skipped))
+
+
+def predict(trainer: Trainer, module: AttributionModule, data: PromptData, journal: Journal) -> None:
+    """Attribute all prompts that are left, and say what is kept where that is interrupted."""
+    try:
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    except BaseException:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)
+        if first_process() and (done := journal.counted()):
+            tell(
+                f"{done:,} prompts are kept in {journal.folder}: the same command goes on from there",
+                "yellow",
+            )
+        raise
+
+
+def tell_kept(journal: Journal, prompts: int) -> int:
+    """Say how many prompts an earlier run has attributed, and return the number."""
+    for path in journal.tidy():
+        tell(f"{path} cannot be read; its prompts are attributed again", "yellow")
+    kept = len(journal.done())
+    if kept:
+        tell(f"{kept:,} of {prompts:,} prompts have been attributed before", "yellow")
+    return kept
+
+
+def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
+    """Return what decides the run's numbers."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return Manifest(
+        settings={name: plain[name] for name in DECISIVE},
+        weights=fingerprint,
+        task=task_fingerprint(task),
+        prompts=len(task),
+        versions=versions(),
+    )
 
 
 @hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")
@@ -213,7 +288,6 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
     """Return what a summary says of the run: everything that its numbers depend on."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    packages = ("torch", "transformers", "lightning", "datasets")
     return {
         "model": {
             **plain["model"],
@@ -226,11 +300,17 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
             **{name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},
         },
         "hardware": {"device": trainer.strategy.root_device.type, "processes": trainer.world_size},
-        "versions": {
-            "depass_lightning": __version__,
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    packages = ("torch", "transformers", "lightning", "datasets")
+    return {
+        "depass_lightning": __version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
     }
 
 

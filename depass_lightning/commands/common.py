@@ -1,7 +1,9 @@
 """What the commands share: a configuration that is shown and kept, and mistakes that are told in one line."""
 
+import errno
 import functools
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,7 +12,9 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -18,10 +22,14 @@ from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
+from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
+from depass_lightning.callbacks.watch import TERMINATED, Terminated, stop_on_sigterm
 from depass_lightning.errors import DePassError
 
 console = Console()
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What Lightning says about machines, and what torch says about Lightning's own code.
 ADVICE = (
@@ -42,8 +50,12 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
     @functools.wraps(work)
     def run(config: DictConfig) -> None:
         quiet()
+        stop_on_sigterm()
         try:
             code = work(config)
+        except Terminated:
+            code = TERMINATED
+            tell("stopped: told to by SIGTERM", "yellow")
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns an interruption into an exit of its own.
             if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -53,16 +65,29 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
         except MissingMandatoryValue as error:
             code = 1
             tell(f"error: {error.full_key} has to be given: {error.full_key}=...", "red")
-        except (DePassError, InstantiationException) as error:
+        except (DePassError, InstantiationException, ProcessException, OSError) as error:
             mistake = _mistake(error)
             if mistake is None:
                 raise
             code = 1
             tell(f"error: {mistake}", "red")
+        if code and _in_a_sweep():
+            raise JobFailed(code)
         if code:
             sys.exit(code)
 
     return run
+
+
+class JobFailed(RuntimeError):
+    """One job of a sweep has failed: the others go on, and the sweep's own exit code says so at the end."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}; what went wrong is told above")
+
+
+def _in_a_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def first_process() -> bool:
@@ -138,6 +163,13 @@ def _inline(value: Any) -> str:
 
 def _mistake(error: BaseException) -> str | None:
     """Return what the caller did wrong, where that is what the error says; Hydra may have wrapped it."""
+    if isinstance(error, OSError) and not isinstance(error, DePassError):
+        return f"{error.filename}: {error.strerror}" if error.errno in FULL else None
+    if isinstance(error, ProcessRaisedException):  # in a forked process, whose traceback is all that is left
+        found = re.search(r"^[\w.]*DePassError: (.*)", str(error), re.MULTILINE | re.DOTALL)
+        return found[1].strip() if found else None
+    if isinstance(error, ProcessException):
+        return f"a process was lost ({error})"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, DePassError):

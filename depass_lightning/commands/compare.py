@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depass_lightning.commands.common import open_run
 from depass_lightning.commands.results import example_of
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -24,12 +23,17 @@ SHOWN = ("correct", "evidence_first", "patch_top_area", "recover_top_area", "cos
 
 
 def compare(
-    config: DictConfig, load: Callable[[DictConfig], DePass], run: Callable[..., Any], console: Console
+    config: DictConfig,
+    folder: Path,
+    load: Callable[[DictConfig], DePass],
+    run: Callable[..., Any],
+    console: Console,
 ) -> int:
     """Attribute a task with each of several models, and write what changed from one to the next.
 
     Args:
         config: the configuration; its `compare` lists the models.
+        folder: the run's folder; each model's results are in a folder of their own in it.
         load: loads the model that a configuration names.
         run: attributes a task with a model, and writes its results into a folder.
         console: where to print.
@@ -44,7 +48,6 @@ def compare(
         raise DePassError(
             "compare= runs on one process; leave trainer.devices out, or sweep with -m model=..."
         )
-    folder = open_run(config)
     frames, rows, known = [], [], {}
     labels = labelled(entries)
     for place, (entry, label) in enumerate(zip(entries, labels, strict=True)):

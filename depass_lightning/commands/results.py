@@ -1,7 +1,7 @@
 """What an analysis leaves behind: a summary, a page, figures, and what it says in the terminal."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.matrix import score_matrix
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
-from depass_lightning.storage import attribution_from_row, read_rows, write_json
+from depass_lightning.storage import RowFile, attribution_from_row, write_json
 
 NOTED = 300  # components, those that lead most often, whose notes the page has
 
@@ -37,7 +37,7 @@ class Results:
     """
 
     folder: Path
-    rows: Sequence[Mapping[str, Any]]
+    rows: RowFile
     summary: Mapping[str, Any]
     page: Path | None
     generated: bool = False
@@ -68,25 +68,24 @@ def write_results(
         notes: says what is known of components, given their names, such as what a neuron promotes.
         generated: each row is a generated token, and those of a prompt follow one another.
     """
-    rows = read_rows(table)
-    attributions = [attribution_from_row(row) for row in rows]
-    mean = mean_of(attributions)
-    counts = _lengths(rows) if generated else [1] * len(rows)
-    summary = {**_summary(rows, counts), **_rounding(attributions), **_mean_scores(mean), **about}
+    rows = RowFile(table)
+    mean = mean_of(attribution_from_row(row) for row in rows)
+    counts = _lengths(RowFile(table, ["id"])) if generated else [1] * len(rows)
+    summary = {**_summary(rows, counts), **_rounding(rows), **_mean_scores(mean), **about}
     write_json(folder / "summary.json", summary)
     page = folder / "report.html"
-    if not rows:
+    if not len(rows):
         page.unlink(missing_ok=True)  # an earlier run's
         return Results(folder, rows, summary, None)
-    most = sum(counts[:prompts])
-    shown = attributions[:most]
+    first = rows.first(sum(counts[:prompts]))
+    shown = [attribution_from_row(row) for row in first]
     if not generated:
-        _draw(folder / "figures", summary, rows, shown[:figures], mean)
+        _draw(folder / "figures", summary, first, shown[:figures], mean)
     if len(counts) > prompts:
         subtitle = f"{subtitle}; the first {prompts:,} of {len(counts):,} prompts".lstrip("; ")
-    examples = [example_of(row) for row in rows[:most]]
+    examples = [example_of(row) for row in first]
     if generated:
-        examples = [known | _in_matrix(row) for known, row in zip(examples, rows, strict=False)]
+        examples = [known | _in_matrix(row) for known, row in zip(examples, first, strict=True)]
     write_page(
         page,
         shown,
@@ -108,8 +107,10 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
         console: where to print.
         prompts: how many prompts the table has at most.
     """
-    most = _lengths(results.rows)[0] if results.generated and results.rows else prompts
-    shown = [attribution_from_row(row) for row in results.rows[:most]]
+    most = prompts
+    if results.generated and len(results.rows):
+        most = _lengths(RowFile(results.rows.path, ["id"]))[0]
+    shown = [attribution_from_row(row) for row in results.rows.first(most)]
     if shown and results.generated:
         generation = Generation(shown)
         console.print(f"\n{generation.text}\n", markup=False, highlight=False)
@@ -126,9 +127,9 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
     _print_path(console, "folder", results.folder)
 
 
-def _lengths(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+def _lengths(rows: Iterable[Mapping[str, Any]]) -> list[int]:
     """Return how many tokens were generated behind each prompt."""
-    return [len(list(own)) for _, own in groupby(rows, key=lambda row: row["id"].rpartition("/")[0])]
+    return [sum(1 for _ in own) for _, own in groupby(rows, key=lambda row: row["id"].rpartition("/")[0])]
 
 
 def _in_matrix(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,23 +137,23 @@ def _in_matrix(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"matrix": row["id"].rpartition("/")[0], "row": row["tokens"][row["position"] + 1]}
 
 
-def _summary(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Any]:
+def _summary(rows: RowFile, counts: Sequence[int]) -> dict[str, Any]:
     """Return the run's numbers, less a distance from the value where scores are only a part of it."""
     summary = summarise(rows)
     if len(counts) < len(rows):
         counted = {"prompts": len(counts), "generated_tokens": len(rows)}
         summary = {**counted, **summary, **counted}  # in this order
-    if rows and not complete(attribution_from_row(rows[0])):
+    if len(rows) and not complete(attribution_from_row(rows.first(1)[0])):
         summary = {key: value for key, value in summary.items() if not key.startswith("completeness")}
     return summary
 
 
-def _rounding(attributions: Sequence[Attribution]) -> dict[str, Any]:
+def _rounding(rows: RowFile) -> dict[str, Any]:
     """Return how large what the model itself rounds off is, where it computes in less than is carried."""
     shares = []
-    for each in attributions:
-        largest = max(abs(each.value), float(each.scores.abs().max()))
-        named = zip(each.names, each.positions, each.scores.tolist(), strict=True)
+    for row in RowFile(rows.path, ["value", "names", "positions", "scores"]):
+        largest = max(abs(row["value"]), *map(abs, row["scores"]))
+        named = zip(row["names"], row["positions"], row["scores"], strict=True)
         own = [abs(score) for name, place, score in named if place is None and name.endswith("rounding")]
         if own and largest:
             shares.append(max(own) / largest)
@@ -214,6 +215,7 @@ def _draw(
     if "curves" in summary:
         save_figure(curves_figure(summary["curves"]), folder / "curves.svg")
     if mean is not None:
-        save_figure(attribution_figure(mean, title=f"Mean over {len(rows):,} prompts"), folder / "mean.svg")
+        title = f"Mean over {summary['prompts']:,} prompts"
+        save_figure(attribution_figure(mean, title=title), folder / "mean.svg")
     for row, attribution in zip(rows, attributions, strict=False):
         save_figure(attribution_figure(attribution), folder / f"prompt-{row['index']}.svg")

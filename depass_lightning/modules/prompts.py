@@ -1,6 +1,6 @@
 """A task's prompts in batches of like length, shared out over the processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from lightning.pytorch import LightningDataModule
 
@@ -27,15 +27,21 @@ class PromptBatches:
 
     It has no length on purpose: Lightning refuses a loader that is empty on one process and not on another,
     which is what fewer batches than processes come to.
+
+    Args:
+        task: the prompts.
+        plan: the indices of each batch.
+        prompts: how many prompts the batches of all processes hold.
     """
 
-    def __init__(self, task: Task, plan: Sequence[Sequence[int]]) -> None:
+    def __init__(self, task: Task, plan: Sequence[Sequence[int]], prompts: int) -> None:
         self.task = task
         self.plan = plan
+        self.prompts = prompts
 
     @property
-    def prompts(self) -> int:
-        """How many prompts the batches hold in all."""
+    def share(self) -> int:
+        """How many prompts this process's batches hold."""
         return sum(map(len, self.plan))
 
     def __iter__(self) -> Iterator[PromptBatch]:
@@ -54,25 +60,43 @@ class PromptData(LightningDataModule):
         task: the prompts.
         batch_size: how many are attributed together.
         length: the length of a prompt, in whatever unit memory follows (characters where None).
+        done: returns the indices of the prompts that need not be attributed again. It is asked when the run
+            begins, on every process, before any of them adds to what is done.
     """
 
-    def __init__(self, task: Task, batch_size: int = 16, length: Callable[[str], int] | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        batch_size: int = 16,
+        length: Callable[[str], int] | None = None,
+        done: Callable[[], Collection[int]] | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise DePassError(f"batch_size must be at least 1; got {batch_size}")
         self.task = task
         self.batch_size = batch_size
         self.length = length or len
+        self.done = done
 
     def predict_dataloader(self) -> PromptBatches:
         """Return this process's share: every so-manieth batch of the plan."""
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         lengths = [self.length(example.prompt) for example in self.task]
-        return PromptBatches(self.task, plan_batches(lengths, self.batch_size)[rank::world])
+        plan = plan_batches(lengths, self.batch_size, () if self.done is None else self.done())
+        return PromptBatches(self.task, plan[rank::world], sum(map(len, plan)))
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return the indices of each batch: like lengths together, the longest first, equals in their order."""
+def plan_batches(lengths: Sequence[int], batch_size: int, done: Collection[int] = ()) -> list[list[int]]:
+    """Return the indices of each batch: like lengths together, the longest first, equals in their order.
+
+    Args:
+        lengths: each prompt's.
+        batch_size: how many prompts a batch has at most.
+        done: the prompts to leave out. Batches are made before: those that are left are the very same.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    plan = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    left = ([i for i in batch if i not in done] for batch in plan)
+    return [batch for batch in left if batch]

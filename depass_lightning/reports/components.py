@@ -1,7 +1,7 @@
 """What a picture must know of components that are no places in the text, such as heads and neurons."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,14 +133,18 @@ def _ranked(attributions: Sequence[Attribution], left: set[int]) -> list[int]:
     return [kept[i] for i in torch.sort(parts, descending=True, stable=True).indices.tolist()]
 
 
-def mean_of(attributions: Sequence[Attribution]) -> Attribution | None:
+def mean_of(attributions: Iterable[Attribution]) -> Attribution | None:
     """Return the mean of attributions over the same components, or None where these differ with the text."""
-    first = attributions[0] if attributions else None
-    if first is None or placed(first) or any(other.names != first.names for other in attributions):
+    rest = iter(attributions)
+    first = next(rest, None)
+    if first is None or placed(first):
         return None
-    scores = torch.stack([attribution.scores.double() for attribution in attributions]).mean(0)
-    value = sum(attribution.value for attribution in attributions) / len(attributions)
-    return replace(first, scores=scores, value=value, metadata={})
+    count, value, scores = 1, first.value, first.scores.double()
+    for other in rest:
+        if other.names != first.names:
+            return None
+        count, value, scores = count + 1, value + other.value, scores + other.scores
+    return replace(first, scores=scores / count, value=value / count, metadata={})
 
 
 def made(attribution: Attribution) -> str:

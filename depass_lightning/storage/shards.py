@@ -5,17 +5,21 @@ the prompts; the merge sorts by it, so the order of work and the number of proce
 result.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from depass_lightning.errors import DePassError
-from depass_lightning.files import write_whole
+from depass_lightning.files import whole_file
 
 INDEX = "index"
+GROUP = 2048  # rows that a merged file keeps together
+AT_ONCE = 128 * 2**20  # bytes of shards, as they are encoded, that a merge has in memory
 
 
 def write_shard(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
@@ -29,7 +33,11 @@ def write_shard(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.
     unknown = sorted({key for row in rows for key in row} - set(schema.names))
     if unknown:
         raise DePassError(f"rows have values for {', '.join(unknown)}, which the schema has no column for")
-    return _write(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), path)
+    with whole_file(path) as temporary:
+        pq.write_table(
+            pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary, compression="zstd"
+        )
+    return Path(path)
 
 
 def merge_shards(
@@ -38,11 +46,12 @@ def merge_shards(
     """Merge shards into one file, sorted by index, and return how many rows it has.
 
     A row that several shards hold (a batch that was done again after an interruption) is kept once. The
-    shards are left where they are: whoever made them removes them once this has returned.
+    shards are left where they are: whoever made them removes them once this has returned. Memory does not
+    grow with their number: a part of the rows is merged at a time.
 
     Args:
         shards: the Parquet files, all of one schema.
-        to: the file to write.
+        to: the file to write; it may be one of the shards.
         expected: the indices that must be there.
 
     Raises:
@@ -51,15 +60,49 @@ def merge_shards(
     paths = sorted(Path(shard) for shard in shards)
     if not paths:
         raise DePassError(f"there are no shards to merge into {to}")
-    table = pa.concat_tables([pq.ParquetFile(path).read() for path in paths]).sort_by(INDEX)
-    column = table[INDEX].to_pylist()
-    first = [i for i, index in enumerate(column) if i == 0 or index != column[i - 1]]
-    missing = sorted(set(expected or ()) - set(column))
+    held = {path: read_indices(path) for path in paths}
+    indices = sorted({index for own in held.values() for index in own})
+    missing = sorted(set(expected or ()) - set(indices))
     if missing:
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise DePassError(f"{len(missing)} rows are in no shard: {some}. Run again to attribute them")
-    _write(table.take(first).combine_chunks(), to)
-    return len(first)
+    ranges = [(path, min(own), max(own)) for path, own in held.items() if own]
+    parts = 1 + sum(map(_encoded, paths)) // AT_ONCE
+    # Whole groups, so that the file does not tell how many parts there were.
+    step = GROUP * -(-len(indices) // (parts * GROUP)) or GROUP
+    schema = pq.read_schema(paths[0])
+    with whole_file(to) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for start in range(0, len(indices), step):
+            own = indices[start : start + step]
+            writer.write_table(_gathered(ranges, own[0], own[-1]), row_group_size=GROUP)
+    return len(indices)
+
+
+def _gathered(ranges: Sequence[tuple[Path, int, int]], first: int, last: int) -> pa.Table:
+    """Return the rows from one index to another, each once, in order."""
+    bounds = [(INDEX, ">=", first), (INDEX, "<=", last)]
+    tables = [
+        # A folder's name, such as "model=tiny", is no column.
+        pq.read_table(path, filters=bounds, partitioning=None)  # type: ignore[arg-type]
+        for path, lowest, highest in ranges
+        if lowest <= last and highest >= first
+    ]
+    table = pa.concat_tables(tables).sort_by(INDEX)
+    own = table[INDEX].combine_chunks()
+    # Of equal neighbours the first is kept.
+    fresh = pa.concat_arrays([pa.array([True]), pc.not_equal(own[1:], own[:-1])])  # type: ignore[attr-defined]
+    return table.filter(fresh).combine_chunks()
+
+
+def _encoded(path: Path) -> int:
+    """How large a file's rows are before they are compressed."""
+    metadata = pq.ParquetFile(path).metadata
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+
+
+def read_indices(path: str | Path) -> list[int]:
+    """Return the indices of a file's rows, and read nothing else of it."""
+    return pq.ParquetFile(path).read(columns=[INDEX])[INDEX].to_pylist()
 
 
 def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -81,7 +124,25 @@ def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[di
     return table.sort_by(INDEX).to_pylist()
 
 
-def _write(table: pa.Table, path: str | Path) -> Path:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    return write_whole(path, buffer.getvalue().to_pybytes())
+class RowFile:
+    """A merged file's rows, read anew each time that they are gone through, few of them in memory at a time.
+
+    Args:
+        path: the Parquet file.
+        columns: the columns to read; all where None.
+    """
+
+    def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
+        self.path = Path(path)
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return pq.ParquetFile(self.path).metadata.num_rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in pq.ParquetFile(self.path).iter_batches(batch_size=64, columns=self.columns):
+            yield from batch.to_pylist()
+
+    def first(self, count: int) -> list[dict[str, Any]]:
+        """Return so many rows from the top, or fewer where there are no more."""
+        return list(itertools.islice(self, count))

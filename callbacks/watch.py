@@ -1,0 +1,125 @@
+"""Ends a run of `Trainer.predict` cleanly where one of its processes is told to stop, or is lost."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from subprocess import Popen
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+TERMINATED = 128 + signal.SIGTERM  # a process's exit code, by custom
+PAUSE = 0.5  # seconds between two looks at the other processes
+
+
+class Terminated(SystemExit):
+    """The process was told to stop: by SIGTERM, which schedulers send before they take a node away."""
+
+    def __init__(self) -> None:
+        super().__init__(TERMINATED)
+
+
+def stop_on_sigterm(before: Callable[[], None] | None = None) -> None:
+    """Let SIGTERM end whatever is under way by `Terminated`, so that files are closed and handlers run.
+
+    Args:
+        before: is called first.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        if before is not None:
+            before()
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+class ProcessWatch(Callback):
+    """Watch over the processes of a prediction.
+
+    - SIGTERM ends every process at once. (Lightning's own handler sends a message to all processes by a
+      collective, which hangs where only one of them is told to stop.)
+    - A process that is lost is named, and the first process ends, instead of waiting for it forever.
+    - A process whose parent is lost ends, instead of working on for nobody.
+    """
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._working = False
+        # Lightning forks the process that this is made in, or starts another that makes its own.
+        self._parents = (os.getpid(), os.getppid())
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._over = threading.Event()
+        launcher = trainer.strategy.launcher
+        children: list[Popen[bytes]] = getattr(launcher, "procs", [])
+        children = [child for child in children if isinstance(child, Popen)]
+
+        def tell_children() -> None:
+            for child in children:
+                child.terminate()
+
+        stop_on_sigterm(tell_children)
+        if children:
+            self._start(lambda: self._look_at(children))
+        elif trainer.world_size > 1 and (trainer.global_rank > 0 or _started_by_another()):
+            self._look_for_parent()
+            self._start(self._look_for_parent)
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._working = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # The first process says what ended it; another has nobody who speaks for it.
+        if self._working and trainer.global_rank > 0 and isinstance(exception, Exception):
+            _say(f"error on process {trainer.global_rank + 1} of {trainer.world_size}: {exception}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._over.set()
+
+    def _start(self, look: Callable[[], bool]) -> None:
+        def watch(over: threading.Event) -> None:
+            while not over.wait(PAUSE):
+                if look():
+                    return
+
+        threading.Thread(target=watch, args=(self._over,), daemon=True, name="process watch").start()
+
+    def _look_at(self, children: list[Popen[bytes]]) -> bool:
+        """End the first process where one that it started has failed."""
+        for number, child in enumerate(children, start=2):
+            code = child.poll()
+            if code:
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                _say(f"error: process {number} of {len(children) + 1} was lost ({how})")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return True
+        return False
+
+    def _look_for_parent(self) -> bool:
+        """End this process where the one that started it is gone."""
+        if os.getppid() not in self._parents:
+            os._exit(1)  # the main thread may be deep in a computation, and nobody waits for it
+        return False
+
+
+def _started_by_another() -> bool:
+    """Whether even the first process has a parent that must not be lost."""
+    return multiprocessing.parent_process() is not None or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,166 @@
+"""A run's folder: who writes to it, and whether a run that was interrupted goes on in it.
+
+`hydra.run.dir` has the time in it, so the same command started again would find nothing of what it has done.
+`Resume` is a Hydra callback that looks for a run of the very same command line that has not ended, before
+Hydra makes a folder, and gives Hydra that run's.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from depass_lightning.commands.common import first_process, tell
+from depass_lightning.errors import DePassError
+from depass_lightning.files import remove_halves
+from depass_lightning.storage.manifest import NAME as MANIFEST
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing says then that two processes share a folder
+    fcntl = None
+
+UNFINISHED = ".unfinished"
+PATIENCE = 5.0  # seconds
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, and leave a mark in it until the run has ended well.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        DePassError: another process holds it.
+    """
+    if not first_process() or int(os.environ.get("LOCAL_RANK", "0")):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / UNFINISHED
+    with mark.open("a+") as file:
+        waited = time.monotonic()
+        # Processes of a run that was killed take a moment to notice.
+        while not (held := _locked(file.fileno())) and time.monotonic() - waited < PATIENCE:
+            time.sleep(0.1)
+        if not held:
+            raise DePassError(
+                f"another process is at work in {folder}; wait for it, or give another folder "
+                "(hydra.run.dir=...)"
+            )
+        _write(file, _typed())
+        remove_halves(folder)
+        yield
+        mark.unlink(missing_ok=True)
+
+
+class Resume(Callback):
+    """Let a command that was interrupted go on in its folder when it is started again.
+
+    `resume=false`, and a folder that was given and has results, make a new folder beside it.
+    """
+
+    def __init__(self) -> None:
+        self._mark: TextIO | None = None
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if int(os.environ.get("LOCAL_RANK", "0")):  # a process that Lightning or torchrun started
+            return
+        given = any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra)
+        folder = Path(config.hydra.run.dir)
+        found = _continued(config, folder, given)
+        if found != folder:
+            with read_write(config), open_dict(config):
+                config.hydra.run.dir = str(found)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            return
+        given = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
+        folder = Path(config.hydra.sweep.dir)
+        found = _continued(config, folder, given)
+        with read_write(config), open_dict(config):
+            if found != folder:
+                config.hydra.sweep.dir = str(found)
+                # Each job's configuration is composed anew, of what was typed.
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={found}")
+        found.mkdir(parents=True, exist_ok=True)
+        self._mark = (found / UNFINISHED).open("a+")
+        _locked(self._mark.fileno())
+        _write(self._mark, _overrides(config))
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if self._mark is not None:
+            Path(self._mark.name).unlink(missing_ok=True)
+            self._mark.close()
+
+
+def _continued(config: DictConfig, folder: Path, given: bool) -> Path:
+    """Return the folder to use: the given one, an unfinished one, or one that is new."""
+    if given:
+        if config.get("resume", True) or not any(folder.rglob(MANIFEST)):
+            return folder
+        number = 2
+        while (other := folder.with_name(f"{folder.name}-{number}")).exists():
+            number += 1
+        return other
+    if not config.get("resume", True):
+        return folder
+    for mark in sorted(folder.parent.glob(f"*/{UNFINISHED}"), reverse=True):
+        if _free(mark) and _read(mark) == _overrides(config):
+            tell(f"goes on with {mark.parent} (resume=false begins anew)", "yellow")
+            return mark.parent
+    return folder
+
+
+def _overrides(config: DictConfig) -> list[str]:
+    """What was typed, less what changes nothing of the results."""
+    both = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+    return sorted(own for own in map(str, both) if not own.startswith(("hydra.mode=", "resume=")))
+
+
+def _typed() -> list[str]:
+    """What was typed for the run that is under way."""
+    if not HydraConfig.initialized():
+        return []
+    return _overrides(OmegaConf.create({"hydra": {"overrides": HydraConfig.get().overrides}}))
+
+
+def _write(file: TextIO, overrides: Sequence[str]) -> None:
+    file.truncate(0)
+    file.write(json.dumps(list(overrides)))
+    file.flush()
+
+
+def _read(mark: Path) -> Sequence[str] | None:
+    try:
+        return json.loads(mark.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _locked(file: int) -> bool:
+    """Lock a file for as long as it is open, or say that another process has."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _free(mark: Path) -> bool:
+    """Whether no process holds the folder of a mark."""
+    with mark.open() as file:
+        return _locked(file.fileno())
