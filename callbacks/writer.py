@@ -34,6 +34,7 @@ class AttributionWriter(Callback):
         expected: how many prompts must be accounted for at the end; not checked where None.
         rows: how many rows a prompt has at most; its first has the index of the prompt times this.
         skipped: what was skipped before the run, with the reason: it is listed with the rest.
+        together: all processes work on the same prompts: the first one writes.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class AttributionWriter(Callback):
         expected: int | None = None,
         rows: int = 1,
         skipped: Sequence[dict[str, Any]] = (),
+        together: bool = False,
     ) -> None:
         self.journal = Journal(folder, rows)
         self.resume = resume
         self.expected = expected
         self.skipped = list(skipped)
+        self.together = together
         self.broken: list[Path] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,7 +75,8 @@ class AttributionWriter(Callback):
             raise DePassError(
                 f"AttributionWriter writes what AttributionModule predicts, not a {type(outputs).__name__}"
             )
-        self.journal.add(trainer.global_rank, outputs.rows, outputs.skipped, len(batch))
+        if trainer.is_global_zero or not self.together:
+            self.journal.add(trainer.global_rank, outputs.rows, outputs.skipped, len(batch))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.journal.end(trainer.global_rank)

@@ -160,7 +160,7 @@ def carry_to(
     """
     carry = None
     split = source.split(recording, begin)
-    for _, reached in propagate(recording, split, settings.rule, stop=stop, positions=positions):
+    for _, reached in propagate(recording, split, settings.way, stop=stop, positions=positions):
         carry = reached
     if carry is None or carry.layout.groups < len(source.layers(recording.layers)):
         raise DePassError(f"some components of {source.kind!r} begin behind layer {stop}; take a later layer")

@@ -182,6 +182,8 @@ def _carried(
             carry = carry_to(recording, own, settings, begin, reading.layer, reading.positions[:, None])
             states = carry.read(recording.final_norm) if reading.normed else carry.dense()
             values = (states[:, :, 0] @ reading.vectors[:, :, None])[:, :, 0]
+            if settings.spread is not None:
+                values = settings.spread.summed(values)
             values = values.unflatten(1, (carry.layout.groups, -1))
             if settings.bias:
                 values[:, :, 0] += reading.constants[:, None]
@@ -209,6 +211,8 @@ def _carried_to_all(
             states = here.read(recording.final_norm) if readings[0].normed else here.dense()
             own = of_target == index
             scores[own] = vectors[own] @ states[0, :, 0].T
+    if settings.spread is not None:
+        scores = settings.spread.summed(scores)
     grouped = scores.unflatten(1, (carry.layout.groups, -1))
     if settings.bias:
         grouped[:, :, 0] += constants[:, None]

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch.distributed import ProcessGroup
+
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.release import release_rule
-from depass_lightning.engine.rules import LinearPaths, Rule, goes_back, rule_named
+from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule, goes_back, rule_named
+from depass_lightning.engine.spread import Spread, SpreadRule
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.options import as_sources, check_choices
@@ -28,6 +31,7 @@ class Settings:
         adjoint: take scores back from the target instead of carrying components to it.
         path: content, or control for what comes on top where attention's probabilities are not held fixed.
         budget: the engine's memory.
+        spread: the processes that the components are spread over, if they are.
 
     Raises:
         DePassError: a source approximates what this pass has exact, or does not have.
@@ -43,6 +47,7 @@ class Settings:
     adjoint: bool
     path: str
     budget: Budget
+    spread: Spread | None = None
 
     def __post_init__(self) -> None:
         softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
@@ -66,7 +71,15 @@ class Settings:
             competing=not isinstance(self.rule, LinearPaths),
             release=self.compat == "release",
             budget=self.budget,
+            spread=self.spread,
         )
+
+    @property
+    def way(self) -> Rule | SpreadRule:
+        """How components are carried: by the rule, in one process or in several."""
+        if self.spread is None or not isinstance(self.rule, CompetingRule):
+            return self.rule
+        return SpreadRule(self.rule, self.spread)
 
 
 def settings_of(
@@ -80,6 +93,7 @@ def settings_of(
     engine: str = "auto",
     path: str = "content",
     memory_budget: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Settings:
     """Check a call's arguments and say what they come to.
 
@@ -87,6 +101,7 @@ def settings_of(
         decoder: the model.
         source: as for `DePass.attribute`, and so are the others.
         memory_budget: as for `DePass`.
+        process_group: as for `DePass`; a backward pass carries no components, and needs none.
 
     Raises:
         DePassError: a setting is unknown, or two of them do not go together.
@@ -106,6 +121,9 @@ def settings_of(
         chosen = release_rule(chosen, remainder=sources[0].positional)
     if not decoder.has_biases:
         bias = "none"
+    spread = None if adjoint or process_group is None else Spread(process_group)
+    if spread is not None:
+        check_spread(decoder, sources, compat)
     return Settings(
         sources=sources,
         rule=chosen,
@@ -118,4 +136,32 @@ def settings_of(
         adjoint=adjoint,
         path=path,
         budget=Budget.default(decoder.device, memory_budget),
+        spread=spread,
     )
+
+
+def check_spread(decoder: Decoder, sources: Sequence[Source], compat: str | None) -> None:
+    """Refuse what cannot be spread over processes.
+
+    Args:
+        decoder: the model.
+        sources: what its states are split into.
+        compat: as for `DePass.attribute`.
+
+    Raises:
+        DePassError: a source's components are no places in the text, or the published code's behaviour is
+            asked for, or the model has a mixture of experts.
+    """
+    for source in sources:
+        if not source.positional:
+            raise DePassError(
+                f"the components of {source.kind!r} are not spread over processes; take Tokens() or Spans(), "
+                "or give each process prompts of its own"
+            )
+    if compat is not None:
+        raise DePassError(f"compat={compat!r} runs in one process only; leave process_group out")
+    if any(block.mlp.experts is not None for block in decoder.blocks):
+        raise DePassError(
+            "the components of a model with a mixture of experts are not spread over processes; give each "
+            "process prompts of its own"
+        )

@@ -375,3 +375,17 @@ def test_processes_share_the_prompts_out(world):
         shares.append([batch.indices for batch in data.predict_dataloader()])
     assert sorted(batch for share in shares for batch in share) == sorted(alone)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_processes_share_each_prompt(tmp_path):
+    """Components spread over two processes: the first writes what both have found."""
+    for name, extra in (
+        ("one", []),
+        ("two", ["spread=components", "trainer.devices=2", "trainer.strategy=ddp_fork"]),
+    ):
+        assert run(tmp_path / name, "task.size=3", "batch_size=2", "faithfulness=null", *extra) == 0
+    one, two = (read_attributions(tmp_path / name / "attributions") for name in ("one", "two"))
+    for own, other in zip(one, two, strict=True):
+        assert own.names == other.names
+        torch.testing.assert_close(own.scores, other.scores, atol=2e-5, rtol=1e-5)
+    assert not torch.equal(one[0].scores, two[0].scores), "the sums were made in another order"

@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from depass_lightning import __version__, tasks
-from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch
+from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch, SpreadComponents
 from depass_lightning.commands.common import (
     command,
     console,
@@ -123,7 +123,15 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
     if generates and config.faithfulness is not None:
         tell("what is generated is explained token by token; faithfulness and right answers are not measured")
     rows = config.target.get("max_new_tokens", 1)
-    writer = AttributionWriter(folder, resume=resumed, expected=len(task), rows=rows, skipped=task.skipped)
+    together = spreads_components(config)
+    writer = AttributionWriter(
+        folder,
+        resume=resumed,
+        expected=len(task),
+        rows=rows,
+        skipped=task.skipped,
+        together=together,
+    )
     kept = tell_kept(writer.journal, len(task)) if resumed else 0
     loggers = instantiate_each(config.get("logger"))
     # Objects are handed to a partial function: Hydra would copy them into the configuration.
@@ -132,13 +140,18 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
             writer,
             AttributionProgress(log_every=config.log_every),
             ProcessWatch(),
+            *([SpreadComponents()] if together else []),
             *instantiate_each(config.get("callbacks")),
         ],
         logger=loggers or False,
     )
     module = attribution_module(config, source, depass, task, fingerprint)
     data = PromptData(
-        task, config.batch_size, length=token_counter(depass), done=writer.journal.done if resumed else None
+        task,
+        config.batch_size,
+        length=token_counter(depass),
+        done=writer.journal.done if resumed else None,
+        together=together,
     )
     if not generates and kept < len(task):
         tell_estimate(config, depass, task, module)
@@ -181,6 +194,20 @@ def predict(trainer: Trainer, module: AttributionModule, data: PromptData, journ
                 "yellow",
             )
         raise
+
+
+def spreads_components(config: DictConfig) -> bool:
+    """Whether processes share each prompt's components, and not the prompts.
+
+    Raises:
+        DePassError: `spread` is neither, or what is asked for cannot be spread.
+    """
+    if config.spread not in ("prompts", "components"):
+        raise DePassError(f"spread={config.spread!r} is unknown; choose 'prompts' or 'components'")
+    together = config.spread == "components"
+    if together and config.target.kind == "generation":
+        raise DePassError("spread=components explains no generated tokens; leave out one of the two")
+    return together
 
 
 def tell_kept(journal: Journal, prompts: int) -> int:

@@ -18,6 +18,7 @@ from depass_lightning.engine.groups import BehindAttention, Group, RankOne, Tabl
 from depass_lightning.engine.record import Recording, exact
 from depass_lightning.engine.rules import Rule
 from depass_lightning.engine.share import share_neurons
+from depass_lightning.engine.spread import SpreadRule
 
 Place = Literal["middle", "after"]
 
@@ -46,7 +47,7 @@ class Split(Protocol):
 def propagate(
     recording: Recording,
     split: Split,
-    rule: Rule,
+    rule: Rule | SpreadRule,
     *,
     stop: int,
     positions: Int[Tensor, "batch target"] | None = None,

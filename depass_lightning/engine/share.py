@@ -7,6 +7,7 @@
 Of a mixture of experts each works only on the positions that were routed to it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import Expert, FrozenMLP
 from depass_lightning.engine.layout import Chunk, Run
-from depass_lightning.engine.rules import CompetingRule, Rule, Taylor
+from depass_lightning.engine.rules import CompetingRule, Rule, Summary, Taylor
+from depass_lightning.engine.spread import SpreadRule
 
 
-def share_neurons(carry: Carry, mlp: FrozenMLP, rule: Rule) -> None:
+def share_neurons(carry: Carry, mlp: FrozenMLP, rule: Rule | SpreadRule) -> None:
     """Add each component's share of an MLP's output to it.
 
     Args:
@@ -28,6 +30,10 @@ def share_neurons(carry: Carry, mlp: FrozenMLP, rule: Rule) -> None:
         rule: how neurons are shared.
     """
     sharing = Sharing.of(carry, mlp)
+    if isinstance(rule, SpreadRule):
+        sharing.among_processes(rule)
+        carry.beside = None
+        return
     slopes = None
     if isinstance(rule, Taylor):
         slopes = rule.slopes(carry.at_positions(mlp.pre_activations), sharing.neurons)
@@ -147,6 +153,72 @@ class Sharing:
             self.add_down(chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
         if rule.complete:
             self._fall_back(chunk, anybody, slice(None))
+
+    def among_processes(self, rule: SpreadRule) -> None:
+        """Share the neurons among components that are spread over processes: twice over this one's.
+
+        Args:
+            rule: the rule and the processes.
+        """
+        competing, layout = rule.rule, self.carry.layout
+        places, width = self.neurons.shape
+        offset = rule.spread.rank * (layout.components + 1)  # no two processes number theirs alike
+        none = self.neurons.new_zeros(1, 1, width)
+        empty = competing.summarise(none, torch.zeros_like(none[..., :1], dtype=torch.bool))
+        summary = tuple(part.repeat(places, 1, 1) for part in empty)
+        anybody = torch.zeros(places, device=none.device)
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # Gates that fit by themselves are kept for the second time.
+        keep = layout.rows * width * none.itemsize <= self.carry.budget.components // 4
+        for chunk, rows, at in self._pieces():
+            gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
+            present = living(gates.flatten(0, 1)).view(len(at), -1, 1)
+            own = competing.summarise(gates, present, offset + rows.start)
+            merged = competing.merge(tuple(part[at] for part in summary), own)
+            for part, new in zip(summary, merged, strict=True):
+                part[at] = new
+            anybody[at] += present.any(1)[:, 0]
+            if keep:
+                kept[chunk.rows.start, rows.start] = gates, present
+        summary = rule.spread.merged(competing, summary)
+        anybody = rule.spread.summed(anybody)
+        self._write_shares(competing, summary, offset, kept)
+        self._orphans(anybody)
+
+    def _write_shares(
+        self,
+        rule: CompetingRule,
+        summary: Summary,
+        offset: int,
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]],
+    ) -> None:
+        """Give this process's components their shares, once what normalises them is known."""
+        for chunk, rows, at in self._pieces():
+            if (chunk.rows.start, rows.start) in kept:
+                gates, present = kept.pop((chunk.rows.start, rows.start))
+            else:
+                gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
+                present = living(gates.flatten(0, 1)).view(len(at), -1, 1)
+            shares = rule.share(gates, present, tuple(part[at] for part in summary), offset + rows.start)
+            self.add_down(chunk, rows, (shares * self.neurons[at][:, None]).flatten(0, 1))
+
+    def _pieces(self) -> Iterator[tuple[Chunk, slice, Tensor]]:
+        """This carry's rows in pieces that fit: the chunk, the rows in it, and the places they stand at."""
+        limit = self.limit
+        for chunk in self.carry.layout.chunks(limit):
+            if len(chunk.row_at) > limit and len(chunk.at) == 1:
+                yield from ((chunk, part, chunk.at) for part in _parts(len(chunk.row_at), limit))
+            else:
+                yield from ((chunk, run.rows, chunk.at[run.segments]) for run in chunk.runs)
+
+    def _orphans(self, anybody: Tensor) -> None:
+        """Give a place's whole output to one component where none competes for it, if that lives here."""
+        layout = self.carry.layout
+        rows = layout.index[:, :, layout.fallback].flatten().to(anybody.device)
+        here = (anybody == 0) & (rows < layout.rows)
+        if bool(here.any()):
+            output = self.neurons[here] @ self.mlp.down.weight.T
+            self.carry.rows.index_add_(0, rows[here], output)
 
     def among_experts(self, rule: Rule, chunk: Chunk, slopes: Float[Tensor, "at neuron"] | None) -> None:
         """Share the neurons of a mixture of experts, of each only where it was routed to.

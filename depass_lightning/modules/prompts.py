@@ -62,6 +62,7 @@ class PromptData(LightningDataModule):
         length: the length of a prompt, in whatever unit memory follows (characters where None).
         done: returns the indices of the prompts that need not be attributed again. It is asked when the run
             begins, on every process, before any of them adds to what is done.
+        together: every process gets every batch, of which it does a part.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class PromptData(LightningDataModule):
         batch_size: int = 16,
         length: Callable[[str], int] | None = None,
         done: Callable[[], Collection[int]] | None = None,
+        together: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -78,11 +80,12 @@ class PromptData(LightningDataModule):
         self.batch_size = batch_size
         self.length = length or len
         self.done = done
+        self.together = together
 
     def predict_dataloader(self) -> PromptBatches:
         """Return this process's share: every so-manieth batch of the plan."""
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        trainer = None if self.together else self.trainer
+        rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         lengths = [self.length(example.prompt) for example in self.task]
         plan = plan_batches(lengths, self.batch_size, () if self.done is None else self.done())
         return PromptBatches(self.task, plan[rank::world], sum(map(len, plan)))

@@ -17,6 +17,7 @@ from depass_lightning.engine.groups import Group, Table
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.propagate import Place, Split
 from depass_lightning.engine.record import Recording
+from depass_lightning.engine.spread import Spread
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
@@ -64,6 +65,7 @@ class Pass:
         competing: the rule makes components compete.
         release: components begin as in the published code, faults included.
         budget: working memory.
+        spread: the processes that the components are spread over, if they are.
     """
 
     prompts: Sequence[Prompt]
@@ -71,6 +73,7 @@ class Pass:
     competing: bool
     release: bool
     budget: Budget
+    spread: Spread | None = None
 
 
 class Source(ABC):

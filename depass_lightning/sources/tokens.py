@@ -133,6 +133,8 @@ class _PositionSplit:
         offset = int(self.settings.bias)
         owners = self.source.owner_table(recording, self.settings)
         births = self._births(owners, recording.lengths.cpu())
+        if self.settings.spread is not None:
+            births = self.settings.spread.keep_own(births, recording.lengths.cpu(), positions)
         layout = token_layout(
             births,
             recording.lengths,
