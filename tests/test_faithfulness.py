@@ -1,10 +1,12 @@
 """Patch top, recover top and known evidence, against cases worked out by hand."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from depass_lightning import DePass
 from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import (
@@ -14,6 +16,7 @@ from depass_lightning.faithfulness import (
     summarise,
     text_components,
 )
+from tests.models import build, prompt
 
 BOS, KEY, ANSWER = 1, 5, 7
 
@@ -94,6 +97,87 @@ def test_random_orders_begin_and_end_where_the_scores_do():
     assert other != [curves]
 
 
+class SeeingModel(torch.nn.Module):
+    """As `KeyModel`, but what it looks for is the key's embedding; all tokens stay in their places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding.from_pretrained(torch.eye(10))
+        self.inner = torch.nn.Linear(1, 1)
+        self.lengths = set()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep):
+        self.lengths |= set(attention_mask.sum(1).tolist())
+        seen = (self.embedding(input_ids)[..., KEY] * attention_mask).amax(1)
+        logits = torch.zeros(len(input_ids), logits_to_keep, 10)
+        logits[..., ANSWER] = 2.0 * seen[:, None]
+        return SimpleNamespace(logits=logits)
+
+
+def test_embeddings_are_zeroed_where_they_stand():
+    """The key is ranked second of five; the answer's logit is 2 while its embedding is there, else 0."""
+    percents = [0, 20, 40, 100]
+    model = SeeingModel()
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    (curves,) = removal_curves(model, [scored], [ANSWER], percents=percents, zeroed=True)
+    assert 6 in model.lengths
+    assert curves.zero_patch_top_logit == curves.patch_top_logit == pytest.approx([2, 2, 0, 0])
+    assert curves.zero_recover_top_logit == curves.recover_top_logit == pytest.approx([0, 0, 2, 2])
+    there = math.e**2 / (math.e**2 + 9)
+    assert curves.zero_patch_top == pytest.approx([there, there, 0.1, 0.1])
+    assert curves.zero_recover_top == pytest.approx([0.1, 0.1, there, there])
+    assert curves.zero_patch_random_logit == curves.patch_random_logit
+    model.lengths.clear()
+    (apart,) = removal_curves(model, [scored], [ANSWER], percents=percents)
+    assert (apart.zero_patch_top, apart.zero_recover_random_logit) == (None, None)
+    assert apart.patch_top == curves.patch_top
+
+
+def test_zeroed_embeddings_are_the_models_own_inputs_of_zero():
+    """In a batch of two lengths, against `inputs_embeds` of one prompt at a time."""
+    model = build("llama")
+    found = []
+    for length in (4, 6):
+        ids = prompt(length, seed=length)
+        (own,) = DePass(model).attribute(input_ids=ids[None], target=7)
+        found.append(own)
+    curves = removal_curves(model, found, [7, 7], percents=[0, 50, 100], zeroed=True, batch_size=3)
+    for own, curve in zip(found, curves, strict=True):
+        assert curve.zero_recover_top is not None
+        for percent, value in zip(curve.percents, curve.zero_recover_top, strict=True):
+            # Where nothing would be left, the last token is.
+            kept = own.scores.argsort(descending=True)[: round(len(own) * percent / 100)] if percent else [-1]
+            states = torch.zeros(1, len(own), 36)
+            states[0, kept] = model.get_input_embeddings()(torch.tensor(own.token_ids))[kept].detach()
+            with torch.no_grad():
+                expected = model(inputs_embeds=states).logits[0, -1].softmax(-1)[7]
+            assert value == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_comprehensiveness_and_sufficiency_by_hand():
+    """1% and 20% of five tokens are one, which is not the key; 40% are two, with the key."""
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    (curves,) = removal_curves(KeyModel(), [scored], [ANSWER], percents=[50], rationales=[1, 20, 40])
+    assert curves.comprehensiveness == pytest.approx(0.9 - (0.9 + 0.9 + 0.1) / 3)
+    assert curves.sufficiency == pytest.approx(0.9 - (0.1 + 0.1 + 0.9) / 3)
+    (many,) = removal_curves(KeyModel(), [scored], [ANSWER], rationales=[20, 40], draws=400)
+    assert many.comprehensiveness_random == pytest.approx(0.8 * (0.2 + 0.4) / 2, abs=0.05)
+    assert many.sufficiency_random == pytest.approx(0.8 * (0.8 + 0.6) / 2, abs=0.05)
+    (without,) = removal_curves(KeyModel(), [scored], [ANSWER])
+    assert (without.comprehensiveness, without.sufficiency_random) == (None, None)
+
+
+def test_each_module_has_its_own_mode_back():
+    model = SeeingModel().train()
+    model.inner.eval()
+    scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
+    removal_curves(model, [scored], [ANSWER])
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
 def test_prompts_do_not_disturb_each_other():
     """Together or alone, in any batch: the same curves."""
     together = [attribution([0.1, 0.5, 0.2, 0.4, 0.3]), attribution([3.0, 2.0], ids=(KEY, 4), bos=False)]
@@ -139,6 +223,20 @@ def test_evidence_is_compared_among_text_alone():
     assert evidence_found(scored, []) is None
 
 
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    """Evidence "b" (0.5) and "e" (0.3) against 0.1, 0.2 and 0.4: five of six pairs; large scores too."""
+    for scale in (1, 1000):
+        scored = attribution([scale * score for score in (0.1, 0.5, 0.2, 0.4, 0.3)])
+        found = evidence_found(scored, [(2, 3), (8, 9)])
+        assert found is not None
+        assert found.auroc == pytest.approx(5 / 6)
+    level = evidence_found(attribution([1.0] * 5), [(2, 3)])
+    everything = evidence_found(attribution([1.0] * 5), [(0, 9)])
+    assert level is not None
+    assert everything is not None
+    assert (level.auroc, everything.auroc) == (0.5, None)
+
+
 def test_tokens_behind_the_target_do_not_count():
     scored = attribution([0.1, 0.5, 0.2, 0.4, 0.3])
     scored.position = 3
@@ -164,7 +262,8 @@ def test_a_summary_is_the_mean_over_what_rows_know():
     assert summary["correct"] == 0.5
     assert summary["completeness_max"] == 3e-7
     assert summary["completeness_mean"] == pytest.approx(2e-7)
-    assert summary["evidence_first"] == {"value": 1.0, "chance": 0.2, "note": "known for 1 of 2 prompts"}
+    found = {"value": 1.0, "low": 1.0, "high": 1.0, "chance": 0.2, "note": "known for 1 of 2 prompts"}
+    assert summary["evidence_first"] == found
     assert summary["curves"]["patch_top"] == {"fraction": [0, 1], "depass": [1, 0], "random": [1, 0.5]}
     assert summary["curves"]["recover_top"] == {"fraction": [0, 1], "depass": [0, 1], "random": [0.5, 1]}
     assert summary["patch_top_area"]["value"] == pytest.approx(0.5)

@@ -185,5 +185,10 @@ class Baseline(Method):
             probability=answer.probability,
             rank=answer.rank,
             groups=len(scores),
-            metadata={"model": self.depass.decoder.name, "target_ids": answer.ids},
+            # Who finds `method` here knows that scores need not sum to the value.
+            metadata={
+                "model": self.depass.decoder.name,
+                "target_ids": answer.ids,
+                "method": self.name,
+            },
         )

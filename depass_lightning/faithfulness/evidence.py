@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
 from depass_lightning.attribution import Attribution
 from depass_lightning.faithfulness.removal import text_components
 
@@ -14,10 +17,13 @@ class Evidence:
     Attributes:
         first: whether the component with the highest score is evidence.
         chance: how often a random order puts evidence first: the share of the components that are evidence.
+        auroc: how often a component that is evidence scores higher than one that is not, 0.5 by chance; None
+            where all components are evidence.
     """
 
     first: bool
     chance: float
+    auroc: float | None = None
 
 
 def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) -> Evidence | None:
@@ -38,4 +44,17 @@ def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) 
     if not right:
         return None
     first = max(candidates, key=lambda i: attribution.scores[i].item())
-    return Evidence(first=first in right, chance=len(right) / len(candidates))
+    return Evidence(
+        first=first in right,
+        chance=len(right) / len(candidates),
+        auroc=_auroc(attribution, candidates, right),
+    )
+
+
+def _auroc(attribution: Attribution, candidates: list[int], right: set[int]) -> float | None:
+    if len(right) == len(candidates):
+        return None
+    # Ranks between 0 and 1: torchmetrics puts anything else through a sigmoid, where large scores meet.
+    _, ranks = torch.unique(attribution.scores[candidates], sorted=True, return_inverse=True)
+    labels = torch.tensor([int(i in right) for i in candidates])
+    return float(binary_auroc(ranks / max(int(ranks.max()), 1), labels))

@@ -9,25 +9,33 @@ Source: Hong et al., "DePass" (arXiv 2510.18462), section on token-level attribu
    candidates: they stay.
 2. *Patch top*: remove the first K% of them; *recover top*: keep only the first K%.
 3. Encode what is left again, as a prompt of its own, and read the answer's probability after its last
-   token.
+   token. Or leave every token in its place and set the embeddings of those that are removed to zero: the
+   prompt keeps its length and its positions, but the model has never seen such embeddings.
 
 Both are also done in random orders, which every method has to beat: patch top by falling sooner, recover
 top by rising sooner.
+
+Comprehensiveness and sufficiency say the same in a number each, over a few small K (DeYoung et al., "ERASER",
+ACL 2020, arXiv 1911.03429, section 4.2, equations 1 to 4).
 """
 
 import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness.shortened import Shortened, answers_of
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+RATIONALES = (1, 5, 10, 20, 50)  # ERASER's
+
+Curve = list[float]
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,47 @@ class RemovalCurves:
         recover_top: with only the K% highest scores kept.
         patch_random: with a random K% removed, the mean over the random orders.
         recover_random: with only a random K% kept, the mean over the same orders.
+        patch_top_logit: the answer's logit, where `patch_top` has its probability; and so the others.
+        recover_top_logit: of `recover_top`.
+        patch_random_logit: of `patch_random`.
+        recover_random_logit: of `recover_random`.
+        zero_patch_top: as `patch_top`, with embeddings set to zero instead; None where not measured, and so
+            the others.
+        zero_recover_top: as `recover_top`.
+        zero_patch_random: as `patch_random`.
+        zero_recover_random: as `recover_random`.
+        zero_patch_top_logit: of `zero_patch_top`, and so the others.
+        zero_recover_top_logit: of `zero_recover_top`.
+        zero_patch_random_logit: of `zero_patch_random`.
+        zero_recover_random_logit: of `zero_recover_random`.
+        comprehensiveness: how much probability the removal of the highest scores takes, the mean over the
+            rationales' sizes; None where not measured, and so the others.
+        sufficiency: how much is missing where only the highest scores are kept, the mean over the same.
+        comprehensiveness_random: in random orders.
+        sufficiency_random: in random orders.
     """
 
     percents: list[float]
-    patch_top: list[float]
-    recover_top: list[float]
-    patch_random: list[float]
-    recover_random: list[float]
+    patch_top: Curve
+    recover_top: Curve
+    patch_random: Curve
+    recover_random: Curve
+    patch_top_logit: Curve
+    recover_top_logit: Curve
+    patch_random_logit: Curve
+    recover_random_logit: Curve
+    zero_patch_top: Curve | None = None
+    zero_recover_top: Curve | None = None
+    zero_patch_random: Curve | None = None
+    zero_recover_random: Curve | None = None
+    zero_patch_top_logit: Curve | None = None
+    zero_recover_top_logit: Curve | None = None
+    zero_patch_random_logit: Curve | None = None
+    zero_recover_random_logit: Curve | None = None
+    comprehensiveness: float | None = None
+    sufficiency: float | None = None
+    comprehensiveness_random: float | None = None
+    sufficiency_random: float | None = None
 
 
 def area(percents: Sequence[float], curve: Sequence[float]) -> float:
@@ -95,6 +137,8 @@ def removal_curves(
     draws: int = 1,
     seed: int = 0,
     batch_size: int = 64,
+    zeroed: bool = False,
+    rationales: Sequence[float] = (),
 ) -> list[RemovalCurves]:
     """Measure patch top and recover top, and the same in random order, for every attribution.
 
@@ -107,115 +151,129 @@ def removal_curves(
         seed: of the random orders, which depend on it and on the prompt alone: not on its place, batch or
             process.
         batch_size: how many shortened prompts go through the model together.
+        zeroed: measure it with embeddings set to zero, too; that is as many prompts again.
+        rationales: the K of comprehensiveness and sufficiency, such as `RATIONALES`, each of one token at
+            least; none leaves the two out.
 
     Raises:
         DePassError: the K are not percentages that rise, or there is not one answer a prompt.
     """
     check_percents(percents)
+    if rationales:
+        check_percents(rationales)
     if len(answers) != len(attributions):
         raise DePassError(f"{len(attributions)} attributions need as many answers; got {len(answers)}")
-    plans = [_plan(attribution, percents, draws, seed) for attribution in attributions]
-    prompts, wanted = [], []
-    for attribution, answer, plan in zip(attributions, answers, plans, strict=True):
-        prompts += [[attribution.token_ids[i] for i in kept] for kept in plan.sequences]
-        wanted += [answer] * len(plan.sequences)
-    probabilities = _answer_probabilities(model, prompts, wanted, batch_size)
-    curves, start = [], 0
-    for plan in plans:
-        curves.append(plan.read(probabilities[start : start + len(plan.sequences)]))
-        start += len(plan.sequences)
-    return curves
+    plans = [
+        _Plan(attribution, percents, rationales, draws=draws, seed=seed, zeroed=zeroed)
+        for attribution in attributions
+    ]
+    asked = [own for plan, answer in zip(plans, answers, strict=True) for own in plan.prompts(answer)]
+    found = iter(answers_of(model, asked, batch_size))
+    return [plan.read(list(itertools.islice(found, plan.count))) for plan in plans]
 
 
-@dataclass
 class _Plan:
-    """The shortened prompts of one prompt, each once, and where each curve's points are among them."""
+    """The shortened prompts of one prompt, each once, and where each curve's points are among them.
 
-    percents: list[float]
-    sequences: list[tuple[int, ...]]
-    curves: dict[str, list[list[int]]]  # name -> order -> the sequence at each K
+    Args:
+        attribution: the scores.
+        percents: the K of the curves.
+        rationales: those of comprehensiveness and sufficiency.
+        draws: how many random orders.
+        seed: of these.
+        zeroed: ask with embeddings set to zero, too.
+    """
 
-    def read(self, probabilities: list[float]) -> RemovalCurves:
-        means = {
-            name: [sum(probabilities[i] for i in at) / len(at) for at in zip(*orders, strict=True)]
-            for name, orders in self.curves.items()
-        }
-        return RemovalCurves(percents=self.percents, **means)
-
-
-def _plan(attribution: Attribution, percents: Sequence[float], draws: int, seed: int) -> _Plan:
-    """Lay out which tokens each point of each curve keeps."""
-    candidates = text_components(attribution)
-    ranked = sorted(candidates, key=lambda i: -attribution.scores[i].item())
-    generator = random.Random(f"{seed} {attribution.token_ids}")
-    shuffled = [generator.sample(candidates, len(candidates)) for _ in range(max(draws, 1))]
-    numbers: dict[tuple[int, ...], int] = {}
-
-    def number(order: list[int], percent: float, keep: bool) -> int:
-        count = round(len(order) * percent / 100)
-        left = order[:count] if keep else order[count:]
-        return numbers.setdefault(_kept(attribution, candidates, left), len(numbers))
-
-    def points(orders: list[list[int]], keep: bool) -> list[list[int]]:
-        return [[number(order, percent, keep) for percent in percents] for order in orders]
-
-    curves = {
-        "patch_top": points([ranked], keep=False),
-        "recover_top": points([ranked], keep=True),
-        "patch_random": points(shuffled, keep=False),
+    def __init__(
+        self,
+        attribution: Attribution,
+        percents: Sequence[float],
+        rationales: Sequence[float],
+        *,
+        draws: int,
+        seed: int,
+        zeroed: bool,
+    ) -> None:
+        self.attribution = attribution
+        self.percents = [float(percent) for percent in percents]
+        self.zeroed = zeroed
+        self.candidates = text_components(attribution)
+        self.kept: dict[tuple[int, ...], int] = {}
+        ranked = sorted(self.candidates, key=lambda i: -attribution.scores[i].item())
+        generator = random.Random(f"{seed} {attribution.token_ids}")
+        size = len(self.candidates)
+        shuffled = [generator.sample(self.candidates, size) for _ in range(max(draws, 1))]
         # What a random order keeps last is as random: the same shortened prompts serve both curves.
-        "recover_random": points([order[::-1] for order in shuffled], keep=True),
-    }
-    return _Plan([float(percent) for percent in percents], list(numbers), curves)
+        self.orders = {
+            "patch_top": ([ranked], False),
+            "recover_top": ([ranked], True),
+            "patch_random": (shuffled, False),
+            "recover_random": ([order[::-1] for order in shuffled], True),
+        }
+        counts = [round(size * percent / 100) for percent in percents]
+        few = [min(max(round(size * percent / 100), 1), size) for percent in rationales]
+        self.curves = {name: self._numbers(counts, *order) for name, order in self.orders.items()}
+        self.few = {name: self._numbers(few, *order) for name, order in self.orders.items()}
+        self.whole = self._number(tuple(range(attribution.position + 1))) if rationales else 0
+
+    @property
+    def count(self) -> int:
+        """The number of shortened prompts."""
+        return len(self.kept) * (1 + self.zeroed)
+
+    def prompts(self, answer: int) -> list[Shortened]:
+        """Return the shortened prompts, then, where asked for, those with embeddings set to zero."""
+        ids = self.attribution.token_ids[: self.attribution.position + 1]
+        asked = [Shortened([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
+        if self.zeroed:
+            sets = [set(kept) for kept in self.kept]
+            asked += [Shortened(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
+        return asked
+
+    def read(self, found: list[tuple[float, float]]) -> RemovalCurves:
+        """Make curves of the answers' probabilities and logits."""
+        values: dict[str, Any] = self._rationales([own for own, _ in found[: len(self.kept)]])
+        for prefix, start in (("", 0), ("zero_", len(self.kept)))[: 1 + self.zeroed]:
+            for suffix, part in (("", 0), ("_logit", 1)):
+                own = [pair[part] for pair in found[start : start + len(self.kept)]]
+                for name, orders in self.curves.items():
+                    values[f"{prefix}{name}{suffix}"] = _means(orders, own)
+        return RemovalCurves(percents=self.percents, **values)
+
+    def _rationales(self, probabilities: list[float]) -> dict[str, float]:
+        """Return what removing or keeping a few tokens costs, in probability."""
+        means = {name: _means(orders, probabilities) for name, orders in self.few.items()}
+        whole = probabilities[self.whole]
+        names = {
+            "patch_top": "comprehensiveness",
+            "recover_top": "sufficiency",
+            "patch_random": "comprehensiveness_random",
+            "recover_random": "sufficiency_random",
+        }
+        return {own: whole - fmean(means[name]) for name, own in names.items() if means[name]}
+
+    def _numbers(self, counts: list[int], orders: list[list[int]], keep: bool) -> list[list[int]]:
+        """Return, for each order, the shortened prompt at each count."""
+        return [
+            [self._number(self._left(order[:count] if keep else order[count:])) for count in counts]
+            for order in orders
+        ]
+
+    def _number(self, kept: tuple[int, ...]) -> int:
+        return self.kept.setdefault(kept, len(self.kept))
+
+    def _left(self, left: list[int]) -> tuple[int, ...]:
+        """Return the positions that stay: all but those of the candidates that are not left.
+
+        A model needs one token to read: where nothing would stay, the last token does, whatever the order.
+        """
+        gone: set[int] = set()
+        for i in set(self.candidates) - set(left):
+            gone.update(range(*(self.attribution.positions[i] or (0, 0))))
+        last = self.attribution.position
+        return tuple(i for i in range(last + 1) if i not in gone) or (last,)
 
 
-def _kept(attribution: Attribution, candidates: list[int], left: list[int]) -> tuple[int, ...]:
-    """Return the positions that stay: all but those of the candidates that are not left.
-
-    A model needs one token to read: where nothing would stay, the last token does, whatever the order.
-    """
-    gone: set[int] = set()
-    for i in set(candidates) - set(left):
-        gone.update(range(*(attribution.positions[i] or (0, 0))))
-    kept = tuple(i for i in range(attribution.position + 1) if i not in gone)
-    return kept or (attribution.position,)
-
-
-@torch.no_grad()
-def _answer_probabilities(
-    model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[int], batch_size: int
-) -> list[float]:
-    """Return the probability of each prompt's answer, running prompts of like length together."""
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [0.0] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(by_length), batch_size):
-            numbers = by_length[start : start + batch_size]
-            next_token = _next_token(model, [prompts[i] for i in numbers])
-            wanted = torch.tensor([answers[i] for i in numbers], device=next_token.device)
-            probabilities = next_token.gather(1, wanted[:, None])[:, 0].tolist()
-            for i, probability in zip(numbers, probabilities, strict=True):
-                found[i] = probability
-    finally:
-        model.train(was_training)
-    return found
-
-
-def _next_token(model: nn.Module, prompts: Sequence[list[int]]) -> Float[Tensor, "batch vocabulary"]:
-    """Return the probabilities of the token after each prompt.
-
-    Padded on the left, so that only the last position's logits are ever computed; causality and the mask
-    keep the padding from mattering.
-    """
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * p + prompt for p, prompt in zip(padding, prompts, strict=True)], device=device)
-    mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-    ).logits
-    return logits[:, -1].float().softmax(-1)
+def _means(orders: list[list[int]], values: list[float]) -> Curve:
+    """Return each point's mean over the orders."""
+    return [fmean(values[i] for i in at) for at in zip(*orders, strict=True)]

@@ -1,56 +1,196 @@
-"""What a run found, in one object: means over its prompts."""
+"""What a run found, in one object: means over its prompts, from one pass over its rows."""
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
-from depass_lightning.faithfulness.removal import area
+from torchmetrics import MetricCollection
 
-BETTER = {"patch_top": "lower is better", "recover_top": "higher is better"}
+from depass_lightning.faithfulness.metrics import CurveMean, CurvesMean, PromptMean, PromptsMean, Rows
+
+CHUNK = 256  # rows that are held at once
+
+NUMBERS = (
+    *("correct", "completeness", "evidence_first", "evidence_chance", "evidence_auroc"),
+    *("comprehensiveness", "comprehensiveness_random", "sufficiency", "sufficiency_random"),
+)
+"""The columns with a number a prompt."""
+
+HIGH, LOW = "higher is better", "lower is better"
+
+# Where the summary has the curves: each one's column, the random one's, and which end is better.
+REMOVAL: dict[str, dict[str, tuple[str, str, str]]] = {
+    kind: {
+        f"{prefix}patch_top{suffix}": (f"{prefix}patch_top{suffix}", f"{prefix}patch_random{suffix}", LOW),
+        f"{prefix}recover_top{suffix}": (
+            f"{prefix}recover_top{suffix}",
+            f"{prefix}recover_random{suffix}",
+            HIGH,
+        ),
+    }
+    for kind, prefix, suffix in (
+        ("curves", "", ""),
+        ("logit_curves", "", "_logit"),
+        ("zero_curves", "zero_", ""),
+        ("zero_logit_curves", "zero_", "_logit"),
+    )
+}
+MASKING: dict[str, dict[str, tuple[str, str, str]]] = {
+    kind: {
+        f"mask_top{suffix}": (f"mask_top{suffix}", f"mask_random{suffix}", LOW),
+        f"mask_bottom{suffix}": (f"mask_bottom{suffix}", f"mask_random{suffix}", HIGH),
+    }
+    for kind, suffix in (("masking_curves", ""), ("masking_probability_curves", "_probability"))
+}
+
+WITH_AREA = ("curves", "zero_curves", "masking_curves")  # whose areas are numbers of the summary
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def removal_metrics(percents: Iterable[float], **options: Any) -> MetricCollection:
+    """Return the metrics of patch top and recover top, by the names of their columns.
+
+    Args:
+        percents: the K that were measured.
+        options: as for `CurveMean`.
+    """
+    return _curve_metrics(REMOVAL, percents, options)
+
+
+def masking_metrics(percents: Iterable[float], **options: Any) -> MetricCollection:
+    """Return the metrics of masked heads or neurons, by the names of their columns.
+
+    Args:
+        percents: the K that were measured.
+        options: as for `CurveMean`.
+    """
+    return _curve_metrics(MASKING, percents, options)
+
+
+def number_metrics(**options: Any) -> MetricCollection:
+    """Return the metrics of all numbers of a prompt, by the names of their columns.
+
+    Args:
+        options: as for `PromptMean`.
+    """
+    return MetricCollection(
+        {column: PromptMean(column, **options) for column in NUMBERS}, compute_groups=False
+    )
+
+
+def _curve_metrics(kinds: Mapping[str, Any], percents: Iterable[float], options: Any) -> MetricCollection:
+    columns = {
+        column: None for own in kinds.values() for both in own.values() for column in (both[0], both[1])
+    }
+    listed = list(percents)
+    return MetricCollection(
+        {column: CurveMean(column, listed, **options) for column in columns}, compute_groups=False
+    )
+
+
+def summarise(rows: Rows) -> dict[str, Any]:
     """Return the means over a run's rows, ready for JSON, for a page and for a terminal.
 
     Args:
-        rows: rows of `depass_lightning.storage.ATTRIBUTION_SCHEMA`, as `read_rows` gives them.
+        rows: rows of `depass_lightning.storage.ATTRIBUTION_SCHEMA`, in one pass: of those, only a few are
+            held at once.
 
     Returns:
         What the rows know of these: `prompts`; `correct`, the share of prompts that the model answers right;
-        `completeness_max` and `completeness_mean`; `evidence_first`, how often the known evidence scores
-        highest, beside chance; `patch_top_area` and `recover_top_area`, the mean height of the curves, beside
-        that of random orders; and the mean `curves` themselves: the answer's probability at each fraction.
+        `completeness_max` and `completeness_mean`; `evidence_first` and `evidence_auroc`, how well scores
+        find the known evidence; `comprehensiveness` and `sufficiency`; the areas under the curves of patch
+        top and recover top, with tokens removed or embeddings zeroed (`zero_`), and of masked heads or
+        neurons; and the mean curves themselves: `curves`, the answer's probability at each fraction,
+        `logit_curves`, `zero_curves`, `zero_logit_curves`, `masking_curves` and
+        `masking_probability_curves`. What has a `value` has what it is by `chance` or in random order, and
+        between which bounds it lies: `low` and `high`, 95% of the means over prompts drawn anew.
     """
-    summary: dict[str, Any] = {"prompts": len(rows)}
-    if known := [row["correct"] for row in rows if row["correct"] is not None]:
-        summary["correct"] = fmean(known)
-    if errors := [row["completeness"] for row in rows]:
-        summary |= {"completeness_max": max(errors), "completeness_mean": fmean(errors)}
-    if scored := [row for row in rows if row["evidence_first"] is not None]:
-        found: dict[str, Any] = {
-            "value": fmean(row["evidence_first"] for row in scored),
-            "chance": fmean(row["evidence_chance"] for row in scored),
-        }
-        if len(scored) < len(rows):
-            found["note"] = f"known for {len(scored)} of {len(rows)} prompts"
-        summary["evidence_first"] = found
-    if measured := [row for row in rows if row["patch_top"] is not None]:
-        summary |= _removal(measured)
+    # A process that writes the summary alone must not wait for the others.
+    alone: dict[str, Any] = {"sync_on_compute": False}
+    metrics = {"numbers": number_metrics(**alone)}
+    prompts = 0
+    for chunk in _chunks(rows):
+        prompts += len(chunk)
+        for kind, column, make in (
+            ("removal", "percents", removal_metrics),
+            ("masking", "masked_percents", masking_metrics),
+        ):
+            known = next((row[column] for row in chunk if row.get(column) is not None), None)
+            if kind not in metrics and known is not None:
+                metrics[kind] = make(known, **alone)
+        for own in metrics.values():
+            own.update(chunk)
+    if not prompts:
+        return {"prompts": 0}
+    found = {kind: own.compute() for kind, own in metrics.items()}
+    summary = {"prompts": prompts, **_numbers(found["numbers"], prompts)}
+    for kind, curves in (("removal", REMOVAL), ("masking", MASKING)):
+        if kind in found:
+            summary |= _areas(found[kind], curves)
+    for kind, curves in (("removal", REMOVAL), ("masking", MASKING)):
+        if kind in found:
+            summary |= _curves(found[kind], curves)
     return summary
 
 
-def _removal(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the areas and the mean curves of patch top and recover top, beside random orders."""
-    percents = rows[0]["percents"]
-    areas, curves = {}, {}
-    for name, better in BETTER.items():
-        depass, random = _mean(rows, name), _mean(rows, name.replace("top", "random"))
-        curves[name] = {"fraction": [p / 100 for p in percents], "depass": depass, "random": random}
-        if len(percents) > 1:
-            value, chance = area(percents, depass), area(percents, random)
-            areas[f"{name}_area"] = {"value": value, "chance": chance, "note": better}
-    return {**areas, "curves": curves}
+def _chunks(rows: Rows) -> Iterator[list[Mapping[str, Any]]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [fmean(at) for at in zip(*(row[name] for row in rows), strict=True)]
+def _numbers(found: Mapping[str, PromptsMean | None], prompts: int) -> dict[str, Any]:
+    """Return the means of single numbers, each beside what it would be by chance."""
+    summary: dict[str, Any] = {}
+    if correct := found["correct"]:
+        summary["correct"] = correct.value
+    if completeness := found["completeness"]:
+        summary["completeness_max"] = completeness.highest
+        summary["completeness_mean"] = completeness.value
+    for name, other, note in (
+        ("evidence_first", "evidence_chance", ""),
+        ("evidence_auroc", 0.5, ""),
+        ("comprehensiveness", "comprehensiveness_random", HIGH),
+        ("sufficiency", "sufficiency_random", LOW),
+    ):
+        own = found[name]
+        if own is None:
+            continue
+        chance = other
+        if isinstance(other, str):
+            random = found[other]
+            chance = None if random is None else random.value
+        if own.prompts < prompts:
+            note = ", ".join(filter(None, [note, f"known for {own.prompts} of {prompts} prompts"]))
+        summary[name] = _entry(own, chance, note)
+    return summary
+
+
+def _areas(found: Mapping[str, CurvesMean | None], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the areas under the curves, beside those in random order."""
+    summary = {}
+    for kind in WITH_AREA:
+        for name, (column, other, note) in kinds.get(kind, {}).items():
+            own, random = found[column], found[other]
+            if own is not None and own.area is not None:
+                chance = None if random is None or random.area is None else random.area.value
+                summary[f"{name}_area"] = _entry(own.area, chance, note)
+    return summary
+
+
+def _curves(found: Mapping[str, CurvesMean | None], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mean curves, beside those in random order."""
+    summary: dict[str, dict[str, Any]] = {}
+    for kind, curves in kinds.items():
+        for name, (column, other, _) in curves.items():
+            own, random = found[column], found[other]
+            if own is not None:
+                fraction = [percent / 100 for percent in own.percents]
+                shown = {} if random is None else {"random": random.mean}
+                summary.setdefault(kind, {})[name] = {"fraction": fraction, "depass": own.mean, **shown}
+    return summary
+
+
+def _entry(interval: PromptsMean, chance: Any, note: str) -> dict[str, Any]:
+    entry = {"value": interval.value, "chance": chance, "note": note}
+    kept = {key: value for key, value in entry.items() if value is not None and value != ""}
+    return {**kept, "low": interval.low, "high": interval.high}

@@ -8,13 +8,18 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.baselines import DePassMethod, Method
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import (
+    MASKED,
     PERCENTS,
+    RATIONALES,
+    MaskingCurves,
     RemovalCurves,
     check_percents,
     evidence_found,
+    masking_curves,
     removal_curves,
     text_components,
 )
@@ -48,13 +53,30 @@ class Removal:
     draws: int = 1
     seed: int = 0
     batch_size: int = 64
+    zeroed: bool = False
+    rationales: Sequence[float] = RATIONALES
+
+    def __post_init__(self) -> None:
+        check_percents(self.percents)
+        if self.rationales:
+            check_percents(self.rationales)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How masked heads or neurons are measured; see `depass_lightning.faithfulness.masking_curves`."""
+
+    percents: Sequence[float] = MASKED
+    draws: int = 1
+    seed: int = 0
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
         check_percents(self.percents)
 
 
 class AttributionModule(LightningModule):
-    """Attribute batches of examples with DePass, and measure what the scores are worth.
+    """Attribute batches of examples with DePass or another method, and measure what the scores are worth.
 
     Args:
         depass: the model to attribute, with its tokenizer.
@@ -62,12 +84,20 @@ class AttributionModule(LightningModule):
         target: what is explained: "contrast", the answer against the task's foil (the answer alone where
             there is none); "token", the answer; "own", whatever the model itself finds most likely;
             "generation", every token that it goes on with.
-        removal: how patch top and recover top are measured; None leaves them out, which is much faster.
+        removal: how patch top and recover top are measured, where components stand for text; None leaves
+            them out, which is much faster.
+        masking: how masking the highest and the lowest is measured, where components are heads or neurons;
+            None leaves it out. An answer counts as right where the model gives all of its tokens.
+        method: what attributes instead of DePass with these settings.
         run: what every row says about the run: `model`, its name, and `fingerprint`, its weights'.
         trial: a prompt that is attributed once at the start: a wrong setting then ends the run at once,
             instead of failing at every prompt.
         new_tokens: how many tokens are generated at most, where these are what is explained. Each is a row:
             a prompt's first has the index of the prompt times `new_tokens`, and the id "<id>/0".
+
+    Raises:
+        DePassError: the target is unknown, settings and a method are both given, or a method other than
+            DePass would have to explain generated tokens.
     """
 
     def __init__(
@@ -77,6 +107,8 @@ class AttributionModule(LightningModule):
         *,
         target: Literal["contrast", "token", "own", "generation"] = "contrast",
         removal: Removal | None = None,
+        masking: Masking | None = None,
+        method: Method | None = None,
         run: Mapping[str, Any] | None = None,
         trial: str | None = None,
         new_tokens: int = 20,
@@ -84,16 +116,30 @@ class AttributionModule(LightningModule):
         super().__init__()
         if target not in TARGETS:
             raise DePassError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+        if method is not None and settings:
+            raise DePassError("settings are DePass's own; give a method its options when it is made")
+        if method is None:
+            options = dict(settings or {})
+            method = DePassMethod(depass, options.pop("source", None), **options)
+        if target == "generation" and not isinstance(method, DePassMethod):
+            raise DePassError(f"{method.name} explains no generated tokens; choose another target, or DePass")
         self.depass = depass
         # A model that is spread over devices has been placed already, and may not be moved again.
         placed = getattr(depass.model, "hf_device_map", None) is not None
         self.model = None if placed else depass.model
-        self.settings: dict[str, Any] = {"source": None, **(settings or {})}
+        self.method = method
         self.target = target
         self.removal = removal
+        self.masking = masking
         self.run = dict(run or {})
         self.trial = trial
         self.new_tokens = new_tokens
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `DePass.attribute` is called with, where DePass attributes; else no more than the source."""
+        options = self.method.options if isinstance(self.method, DePassMethod) else {}
+        return {"source": self.method.source, **options}
 
     def on_predict_start(self) -> None:
         """Try the settings on one prompt."""
@@ -102,7 +148,7 @@ class AttributionModule(LightningModule):
         if self.target == "generation":
             self._generation(self.trial)
         else:
-            self.depass.attribute(self.trial, **self.settings)
+            self.method.attribute(self.trial)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int = 0) -> Predictions:
         """Attribute a batch; a prompt that cannot be attributed costs only itself.
@@ -126,7 +172,7 @@ class AttributionModule(LightningModule):
 
     def _generation(self, prompt: str) -> Generation:
         """Let the model go on with a prompt, and attribute what it says."""
-        settings = dict(self.settings)
+        settings = self.settings
         if settings.pop("compat", None) is not None:
             raise DePassError("compat='release' explains no generated tokens; leave out one of the two")
         if "temperature" in settings:  # which is an argument of `generate` too
@@ -147,15 +193,14 @@ class AttributionModule(LightningModule):
         if self.target == "generation":
             both = zip(indices, examples, strict=True)
             return [row for index, example in both for row in self._generated_rows(index, example)]
-        attributions = self.depass.attribute(
+        attributions = self.method.attribute(
             [example.prompt for example in examples],
-            target=[self._explained(example) for example in examples],
+            [self._explained(example) for example in examples],
             batch_size=len(examples),
-            **self.settings,
         )
         for attribution in attributions:
             attribution.metadata |= self.run  # the model by the name that the reader gave it
-        curves = self._curves(attributions)
+        curves = self._curves(examples, attributions)
         return [
             {"index": index, **attribution_to_row(attribution), **self._measured(example, attribution, curve)}
             for index, example, attribution, curve in zip(
@@ -170,15 +215,25 @@ class AttributionModule(LightningModule):
         # A long answer stands for its first token, as in `Example.target`.
         return Token(example.answer, first=True) if self.target == "token" else example.target()
 
-    def _curves(self, attributions: Sequence[Attribution]) -> Sequence[RemovalCurves | None]:
-        """Follow the probability of what was explained (the answer, not the foil) as tokens go.
+    def _curves(
+        self, examples: Sequence[Example], attributions: Sequence[Attribution]
+    ) -> Sequence[RemovalCurves | MaskingCurves | None]:
+        """Follow the answer (what was explained, not the foil) as components go.
 
-        Components that stand for no text, such as heads, cannot be taken out of the prompt: no curves then.
+        Components that stand for text are taken out of the prompt, heads and neurons are masked. For others
+        there is nothing to measure.
         """
-        if self.removal is None or not all(map(text_components, attributions)):
-            return [None] * len(attributions)
-        answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
-        return removal_curves(self.depass.model, attributions, answers, **dataclasses.asdict(self.removal))
+        if self.method.source.kind in ("heads", "neurons"):
+            if self.masking is not None:
+                own = [attribution.metadata["target_ids"][:1] for attribution in attributions]
+                answers = own if self.target == "own" else [example.answer for example in examples]
+                return masking_curves(self.depass, attributions, answers, **dataclasses.asdict(self.masking))
+        elif self.removal is not None and all(map(text_components, attributions)):
+            answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
+            return removal_curves(
+                self.depass.model, attributions, answers, **dataclasses.asdict(self.removal)
+            )
+        return [None] * len(attributions)
 
     def _is_right(self, example: Example, attribution: Attribution) -> bool | None:
         """Say whether the model's own most likely next token is the answer, or the answer's first."""
@@ -193,7 +248,7 @@ class AttributionModule(LightningModule):
         return attribution.metadata["target_ids"][0] == answer
 
     def _measured(
-        self, example: Example, attribution: Attribution, curves: RemovalCurves | None
+        self, example: Example, attribution: Attribution, curves: RemovalCurves | MaskingCurves | None
     ) -> dict[str, Any]:
         """Return what a row says beside the attribution itself."""
         evidence = evidence_found(attribution, example.evidence_ranges())
@@ -202,6 +257,7 @@ class AttributionModule(LightningModule):
             "correct": self._is_right(example, attribution),
             "evidence_first": evidence.first if evidence else None,
             "evidence_chance": evidence.chance if evidence else None,
+            "evidence_auroc": evidence.auroc if evidence else None,
             **self.run,
         }
         return row if curves is None else row | dataclasses.asdict(curves)

@@ -15,6 +15,8 @@ from depass_lightning.storage.shards import read_rows
 RANGES = pa.list_(pa.list_(pa.int32()))
 ROLES = pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))
 CURVE = pa.list_(pa.float64())
+REMOVAL = ("patch_top", "recover_top", "patch_random", "recover_random")
+MASKING = ("mask_top", "mask_bottom", "mask_random")
 
 ATTRIBUTION_SCHEMA = pa.schema(
     [
@@ -48,11 +50,21 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("evidence", RANGES),
         ("evidence_first", pa.bool_()),
         ("evidence_chance", pa.float64()),
+        ("evidence_auroc", pa.float64()),
+        # tokens removed, or their embeddings zeroed
         ("percents", CURVE),
-        ("patch_top", CURVE),
-        ("recover_top", CURVE),
-        ("patch_random", CURVE),
-        ("recover_random", CURVE),
+        *((name, CURVE) for name in REMOVAL),
+        *((f"{name}_logit", CURVE) for name in REMOVAL),
+        *((f"zero_{name}", CURVE) for name in REMOVAL),
+        *((f"zero_{name}_logit", CURVE) for name in REMOVAL),
+        ("comprehensiveness", pa.float64()),
+        ("sufficiency", pa.float64()),
+        ("comprehensiveness_random", pa.float64()),
+        ("sufficiency_random", pa.float64()),
+        # heads or neurons masked
+        ("masked_percents", CURVE),
+        *((name, CURVE) for name in MASKING),
+        *((f"{name}_probability", CURVE) for name in MASKING),
         # the run
         ("model", pa.string()),
         ("fingerprint", pa.string()),
