@@ -55,13 +55,12 @@ class DePass:
     Args:
         model: a Hugging Face causal language model of a supported family.
         tokenizer: its tokenizer; without one, prompts are given as ids and targets too.
-        compute_dtype: the precision that components are carried and scores are computed in, whatever the
-            model's own is; by default float64 for a model in float64 and float32 for every other.
+        compute_dtype: the precision that components are carried and scores are computed in; by default
+            float64 for a model in float64 and float32 for every other.
         memory_budget: bytes of working memory for one step of the engine, beside the components
             themselves; by default chosen for the device.
-        process_group: a `torch.distributed` process group whose processes share the components of each
-            prompt that is attributed, so that a long prompt takes less time and less memory in each. All of
-            them must make the same calls, and all get the same results.
+        process_group: a `torch.distributed` group whose processes share the components of each prompt, for
+            very long ones. All of them must make the same calls, and all get the same scores.
 
     Raises:
         DePassError: the model's architecture is not supported, or is not built as its family is declared.

@@ -105,7 +105,10 @@ def test_each_process_has_its_share_of_the_rows(monkeypatch):
 def alone():
     """A group of this one process."""
     dist.init_process_group(
-        "gloo", store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1
+        "gloo",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,  # pyright: ignore
     )
     yield dist.group.WORLD
     dist.destroy_process_group()
