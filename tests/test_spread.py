@@ -106,7 +106,7 @@ def alone():
     """A group of this one process."""
     dist.init_process_group(
         "gloo",
-        store=dist.HashStore(),
+        store=dist.HashStore()  # pyright: ignore[reportPrivateImportUsage],
         rank=0,
         world_size=1,  # pyright: ignore
     )
