@@ -104,12 +104,8 @@ def test_each_process_has_its_share_of_the_rows(monkeypatch):
 @pytest.fixture
 def alone():
     """A group of this one process."""
-    dist.init_process_group(
-        "gloo",
-        store=dist.HashStore()  # pyright: ignore[reportPrivateImportUsage],
-        rank=0,
-        world_size=1,  # pyright: ignore
-    )
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
 
