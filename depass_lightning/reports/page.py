@@ -168,12 +168,12 @@ def page_html(
         "prompts": shared_rows(prompts, matrices),
         "matrices": [{"name": visible(own.name), "rows": own.rows} for own in matrices],
         "mean": None if matrices else _mean(attributions, mean, grids),
-        "grids": [_grid(grid) for grid in grids],
+        "grids": [grid_data(grid) for grid in grids],
         "notes": {visible(name): visible(note) for name, note in (notes or {}).items()},
         "curves": (summary or {}).get("curves") or {},
         "film": film,
     }
-    script = _script()
+    script = joined(SCRIPTS)
     environment = Environment(
         loader=PackageLoader("depass_lightning", "reports"), autoescape=True, undefined=StrictUndefined
     )
@@ -183,9 +183,9 @@ def page_html(
         settings=shared,
         cards=summary_cards(summary or {}),
         figures=[_figure(Path(figure)) for figure in figures or ()],
-        data=_embedded(data),
+        data=embedded(data),
         notes=bool(notes),
-        style=Markup(_asset("page.css")),
+        style=Markup(asset("page.css")),
         light=css_variables(LIGHT),
         dark=css_variables(DARK),
         script=Markup(script),
@@ -258,7 +258,8 @@ def _view(
     return view
 
 
-def _grid(grid: Grid) -> dict[str, Any]:
+def grid_data(grid: Grid) -> dict[str, Any]:
+    """Return what a page's scripts know of a grid."""
     return {
         "layers": grid.layers,
         "columns": [visible(name) for name in grid.columns],
@@ -356,7 +357,7 @@ def _figure(path: Path) -> dict[str, str]:
     return {"source": f"data:{kind};base64,{content}", "name": path.stem.replace("_", " ")}
 
 
-def _embedded(data: Mapping[str, Any]) -> Markup:
+def embedded(data: Mapping[str, Any]) -> Markup:
     """Return data as JSON that cannot end the script element it stands in, whatever a token says."""
     written = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
@@ -364,11 +365,12 @@ def _embedded(data: Mapping[str, Any]) -> Markup:
     return Markup(written)
 
 
-def _script() -> str:
-    """Return the page's scripts as one, none of whose names can be seen from outside."""
-    parts = "\n".join(_asset(name) for name in SCRIPTS)
+def joined(scripts: Iterable[str]) -> str:
+    """Return a page's scripts as one, none of whose names can be seen from outside."""
+    parts = "\n".join(asset(name) for name in scripts)
     return f'"use strict";\n(() => {{\n{parts}\n}})();\n'
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of a file beside this one."""
     return (Path(__file__).parent / name).read_text(encoding="utf-8")

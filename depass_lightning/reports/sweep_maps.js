@@ -1,0 +1,84 @@
+// One prompt as every run has it, one map under the other; the theme; and the first drawing.
+
+const STRONGEST = 6; // components that are listed where none stands in the text
+
+function drawMaps() {
+  hideTip();
+  const chosen = DATA.maps[byId("prompt").value];
+  if (!chosen) return;
+  byId("maps-body").replaceChildren(...chosen.of.map(([run, place]) => mapOf(RUNS[run], place)));
+}
+
+function mapOf(run, place) {
+  const prompt = PROMPTS[place];
+  const view = prompt.views.tokens;
+  const right = prompt.rank == null ? null : prompt.rank === 0;
+  const article = element("article", { class: "map" },
+    element("header", { class: "map-head" },
+      element("b", {}, DATA.axes.some((axis) => axis.key === "model" || axis.key === "checkpoint") ? run.model : run.run),
+      run.setting ? element("span", {}, run.setting) : null,
+      element("span", { class: "equation" }, element("span", {}, prompt.target), " = ", element("b", {}, signed(prompt.value))),
+      right == null ? null : element("span", { class: `badge ${right ? "good" : "bad"}` }, right ? "✓ model is right" : `✗ says ${bare(prompt.prediction)}`),
+      prompt.share == null ? null : element("span", {}, `${percent(prompt.share)} of the score on the right tokens`),
+    ),
+    ...drawn(prompt, view),
+  );
+  // The other scripts ask for the chosen prompt, and for the place where it is shown.
+  article.addEventListener("pointerover", () => atHand(article, place), true);
+  article.addEventListener("focusin", () => atHand(article, place));
+  return article;
+}
+
+function drawn(prompt, view) {
+  if (view.grid != null) return [heatMap(view, { hover: light })];
+  const scale = strongest(view);
+  if (inText(view)) return [promptText(prompt, view, scale), elsewhere(prompt, view, scale)].filter(Boolean);
+  const rows = askedFor(view).sort((a, b) => Math.abs(view.scores[b]) - Math.abs(view.scores[a])).slice(0, STRONGEST);
+  const shown = rows.map((i) => view.scores[i]);
+  const bars = element("ol", { class: "bars" }, ...rows.map((i) => barRow(prompt, view, i, [Math.min(0, ...shown), Math.max(0, ...shown)])));
+  bars.addEventListener("pointerleave", hideTip);
+  return [bars];
+}
+
+function atHand(article, place) {
+  state.chosen = place;
+  byId("detail")?.removeAttribute("id");
+  article.id = "detail";
+}
+
+function step(by) {
+  const select = byId("prompt");
+  select.selectedIndex = Math.min(Math.max(select.selectedIndex + by, 0), DATA.maps.length - 1);
+  drawMaps();
+}
+
+function draw() {
+  readTheme();
+  drawMatrix();
+  drawMaps();
+  drawRuns();
+}
+
+function otherTheme() {
+  const root = document.documentElement;
+  const preferred = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  root.dataset.theme = (root.dataset.theme ?? preferred) === "dark" ? "light" : "dark";
+  draw();
+}
+
+function start() {
+  fillSelect("number", DATA.numbers.map((number) => number.name));
+  fillSelect("setting", SETTINGS);
+  byId("prompt").append(...DATA.maps.map((own, i) => element("option", { value: i }, own.prompt)));
+  byId("maps").hidden = !DATA.maps.length;
+  for (const id of ["number", "setting"]) byId(id).addEventListener("input", drawMatrix);
+  byId("prompt").addEventListener("input", drawMaps);
+  byId("previous").addEventListener("click", () => step(-1));
+  byId("next").addEventListener("click", () => step(1));
+  byId("theme").addEventListener("click", otherTheme);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  addEventListener("scroll", hideTip, { passive: true });
+  draw();
+}
+
+start();
