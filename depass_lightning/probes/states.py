@@ -101,6 +101,17 @@ def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
     return [layer if layer == count else resolve_layer(layer, count, "layers") for layer in layers]
 
 
+def spread(count: int, most: int) -> list[int]:
+    """Return at most so many layers, evenly spread; the last is what leaves the last block.
+
+    Args:
+        count: the model's number of blocks.
+        most: how many layers at most.
+    """
+    most = min(most, count)
+    return [round(count * (place + 1) / most) for place in range(most)]
+
+
 def _batch(
     depass: DePass, prompts: list[Prompt], layers: list[int], position: int | Literal["all"]
 ) -> list[Tensor]:

@@ -1,0 +1,101 @@
+"""What a misled model answers with tokens masked in one way or another, and how the ways compare."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from depass_lightning.experiments.asking import Reply
+from depass_lightning.experiments.experiment import Cell, Curve, Panel
+from depass_lightning.faithfulness.bootstrap import Interval, bootstrap
+
+DEPASS, PROBE, RANDOM, NONE = "DePass", "probe itself", "random", "no information"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All replies, and what they come to.
+
+    Attributes:
+        replies: by method, number of masked tokens and prompt, one a random draw.
+        counts: the numbers of masked tokens.
+        prompts: how many prompts there are.
+        by_options: whether the right option must only be more likely than the false one.
+        seed: of the intervals.
+    """
+
+    replies: dict[tuple[str, int, int], list[Reply]]
+    counts: list[int]
+    prompts: int
+    by_options: bool
+    seed: int
+
+    def right(self, method: str, count: int) -> list[float]:
+        """Return for each prompt whether it is answered right, the mean over random draws."""
+        return [
+            sum(own.preferred if self.by_options else own.rank == 0 for own in several) / len(several)
+            for several in (self.replies[method, count, number] for number in range(self.prompts))
+        ]
+
+    def share(self, method: str, count: int) -> list[float]:
+        """Return for each prompt the right answer's probability among the right and the false one."""
+        return [
+            sum(own.share for own in several) / len(several)
+            for several in (self.replies[method, count, number] for number in range(self.prompts))
+        ]
+
+    @property
+    def misled(self) -> list[int]:
+        """The prompts that are answered right without the information, and wrong with it."""
+        before, after = self.right(NONE, 0), self.right(DEPASS, 0)
+        return [i for i in range(self.prompts) if before[i] == 1 and after[i] == 0]
+
+    def panels(self) -> list[Panel]:
+        """Return the curves over the number of masked tokens."""
+        kept = self.misled
+        label = "right option" if self.by_options else "right answer first"
+        panels = [
+            self._panel("all prompts", label, self.right, range(self.prompts)),
+            self._panel(
+                "right over false answer", "probability among the two", self.share, range(self.prompts)
+            ),
+        ]
+        if kept:
+            panels.append(self._panel(f"right again, of {len(kept)} misled prompts", label, self.right, kept))
+        return panels
+
+    def _panel(self, name: str, y_label: str, values: Any, kept: Sequence[int]) -> Panel:
+        curves = {
+            method: Curve.of(self.counts, [self._over(values(method, count), kept) for count in self.counts])
+            for method in (DEPASS, PROBE, RANDOM)
+        }
+        none = self._over(values(NONE, 0), kept)
+        if len(kept) == self.prompts:
+            curves[NONE] = Curve.of(self.counts, [none for _ in self.counts])
+        return Panel(name, "tokens masked", y_label, curves)
+
+    def table(self) -> list[dict[str, Cell]]:
+        """Return one row for each method and number of masked tokens."""
+        everything, kept = range(self.prompts), self.misled
+        rows: list[dict[str, Cell]] = []
+        for method in (NONE, DEPASS, PROBE, RANDOM):
+            for count in self.counts if method != NONE else [0]:
+                own, others = self.right(method, count), {}
+                if method == DEPASS and count:
+                    for name, other in (("over_random", RANDOM), ("over_the_probe", PROBE)):
+                        pairs = zip(own, self.right(other, count), strict=True)
+                        others[name] = self._over([a - b for a, b in pairs], everything)
+                row: dict[str, Cell] = {
+                    "method": method if count or method == NONE else "nothing masked",
+                    "masked": count,
+                    "right": self._over(own, everything),
+                    "right_again": self._over(own, kept) if kept and method != NONE else None,
+                    "right_of_the_two": self._over(self.share(method, count), everything),
+                    "over_random": others.get("over_random"),
+                    "over_the_probe": others.get("over_the_probe"),
+                }
+                if row not in rows:
+                    rows.append(row)
+        return rows
+
+    def _over(self, values: Sequence[float], kept: Sequence[int]) -> Interval:
+        return bootstrap([values[i] for i in kept], seed=self.seed)
