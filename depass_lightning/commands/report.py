@@ -46,8 +46,8 @@ SWEEP_SCHEMA = pa.schema(
 )
 """The columns of `sweep.parquet`, a row a run.
 
-`status` is done, unfinished or broken, and `reason` says why a run is one of the last two. What is held against
-a number, such as random orders, has the number's name and `_chance`.
+`status` is done, unfinished or broken, and `reason` says why a run is one of the last two. What is held
+against a number, such as random orders, has the number's name and `_chance`.
 """
 
 

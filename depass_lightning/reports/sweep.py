@@ -136,6 +136,8 @@ def _data(rows: Sequence[Mapping[str, Any]], maps: Sequence[Map], axes: Sequence
     chosen: dict[str, list[tuple[int, int]]] = {}
     for place, own in enumerate(maps):
         chosen.setdefault(visible(own.prompt), []).append((places[own.run], place))
+    runs = [_run(row, axes) for row in rows]
+    settings = list(dict.fromkeys(run["setting"] for run in runs))
     return {
         "prompts": prompts,
         "matrices": [],
@@ -143,24 +145,33 @@ def _data(rows: Sequence[Mapping[str, Any]], maps: Sequence[Map], axes: Sequence
         "grids": [grid_data(grid) for grid in grids],
         "notes": {},
         "film": None,
-        "runs": [_run(row, axes) for row in rows],
+        "runs": runs,
         "axes": [{"key": name, "name": AXES[name]} for name in axes],
         "numbers": [
             {"key": key, "name": name, "write": write, "small": small}
             for key, name, write, small in NUMBERS
             if any(row.get(key) is not None for row in rows)
         ],
-        "maps": [{"prompt": name, "of": sorted(own)} for name, own in chosen.items()],
+        # Those of one setting stand together: the models one under the other.
+        "maps": [
+            {
+                "prompt": name,
+                "of": sorted(own, key=lambda each: (settings.index(runs[each[0]]["setting"]), each)),
+            }
+            for name, own in chosen.items()
+        ],
     }
 
 
 def _run(row: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
     settings = [name for name in axes if name not in ("model", "checkpoint", "task")]
-    model = visible(str(row["model"])) + (f" + {visible(row['checkpoint'])}" if row.get("checkpoint") else "")
+    model = str(row["model"])
+    if row.get("checkpoint"):
+        model += f" + {row['checkpoint']}"
     return {
         "run": visible(row["run"]),
         "page": f"{quote(row['run'])}/report.html" if row["status"] == "done" else None,
-        "model": model,
+        "model": visible(model),
         "task": visible(str(row["task"])),
         "setting": " · ".join(visible(str(row[name])) for name in settings if row.get(name) is not None),
         "asked": {name: visible(str(row[name])) for name in axes if row.get(name) is not None},
