@@ -1,74 +1,38 @@
 """`python analyze.py`: attribute a task's prompts, judge the scores, and write what was found."""
 
-import functools
-import importlib.metadata
-import platform
-import signal
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
-from hydra.utils import instantiate
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from depass_lightning import __version__, tasks
-from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch, SpreadComponents
+from depass_lightning.commands.attribute import Done, attribute_task
 from depass_lightning.commands.common import (
     command,
     console,
     expect_hub,
     first_process,
-    instantiate_each,
     open_run,
     tell,
 )
-from depass_lightning.commands.compare import compare
+from depass_lightning.commands.compare import compare, load_entry
 from depass_lightning.commands.film import write_films
-from depass_lightning.commands.results import Results, print_results, write_results
+from depass_lightning.commands.launch import check_launch
+from depass_lightning.commands.report import report
+from depass_lightning.commands.results import print_results
 from depass_lightning.commands.runs import claim
+from depass_lightning.commands.study import run_study
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.modules.attribution import AttributionModule, Removal
-from depass_lightning.modules.prompts import PromptData
-from depass_lightning.promotes import notes_on
-from depass_lightning.sources import Source
-from depass_lightning.storage import (
-    Journal,
-    Manifest,
-    keep_manifest,
-    read_json_lines,
-    task_fingerprint,
-    weights_fingerprint,
-)
-from depass_lightning.tasks import Task
-
-WORTH_TELLING = 10.0  # seconds
-# What of the configuration decides the numbers; the rest says how and where they are computed and shown.
-DECISIVE = (
-    "model",
-    "task",
-    "source",
-    "rule",
-    "target",
-    "compute_dtype",
-    "bias",
-    "path",
-    "compat",
-    "seed",
-    "faithfulness",
-)
 
 
 @command
 def analyze(config: DictConfig) -> int:
     """Run an analysis and return the exit code: 1 where a prompt had to be skipped."""
+    if isinstance(config.report, str):
+        return report(config.report, console)
+    check_launch(config)
     if config.film is not None:
         for page in write_films(config.film):
             console.print(Text(f"film     {page}"), soft_wrap=True)
@@ -77,160 +41,13 @@ def analyze(config: DictConfig) -> int:
         folder = open_run(config)
         if config.compare is not None:
             return compare(config, folder, load, attribute_task, console)
+        if config.study is not None:
+            return run_study(config, folder, load, console)
         done = attribute_task(config, folder, lambda: load(config))
         if done is None:
             return 0
         print_results(done.results, console, config.report.shown)
         return tell_skipped(done)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A task that was attributed.
-
-    Attributes:
-        results: what was written.
-        skipped: the prompts that could not be attributed, and why.
-        listed: the file that lists them.
-        prompts: how many there were, those included.
-    """
-
-    results: Results
-    skipped: list[dict[str, Any]]
-    listed: Path
-    prompts: int
-
-
-def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass]) -> Done | None:
-    """Attribute the prompts of the configured task, and write what came of it.
-
-    Args:
-        config: the configuration.
-        folder: where to write.
-        load: loads the model, once everything else is known to be right.
-
-    Returns:
-        What was done; None on a process that does not write it.
-    """
-    started = time.perf_counter()
-    source = instantiate(config.source, _convert_="all")
-    task = tasks.load(**config.task)
-    depass = load()
-    fingerprint = weights_fingerprint(depass.model)
-    manifest = manifest_of(config, fingerprint, task)
-    resumed = first_process() and keep_manifest(manifest, folder / "attributions")
-    generates = config.target.kind == "generation"
-    if generates and config.faithfulness is not None:
-        tell("what is generated is explained token by token; faithfulness and right answers are not measured")
-    rows = config.target.get("max_new_tokens", 1)
-    together = spreads_components(config)
-    writer = AttributionWriter(
-        folder,
-        resume=resumed,
-        expected=len(task),
-        rows=rows,
-        skipped=task.skipped,
-        together=together,
-    )
-    kept = tell_kept(writer.journal, len(task)) if resumed else 0
-    loggers = instantiate_each(config.get("logger"))
-    # Objects are handed to a partial function: Hydra would copy them into the configuration.
-    trainer: Trainer = instantiate(config.trainer, _partial_=True)(
-        callbacks=[
-            writer,
-            AttributionProgress(log_every=config.log_every),
-            ProcessWatch(),
-            *([SpreadComponents()] if together else []),
-            *instantiate_each(config.get("callbacks")),
-        ],
-        logger=loggers or False,
-    )
-    module = attribution_module(config, source, depass, task, fingerprint)
-    data = PromptData(
-        task,
-        config.batch_size,
-        length=token_counter(depass),
-        done=writer.journal.done if resumed else None,
-        together=together,
-    )
-    if not generates and kept < len(task):
-        tell_estimate(config, depass, task, module)
-    predict(trainer, module, data, writer.journal)
-    if not trainer.is_global_zero:
-        return None
-    listed = writer.journal.skipped_path
-    skipped = read_json_lines(listed) if listed.exists() else []
-    about = {
-        "skipped": len(skipped),
-        **({"kept": kept} if kept else {}),
-        "seconds": time.perf_counter() - started,
-        **describe(config, depass, trainer, fingerprint),
-    }
-    results = write_results(
-        folder,
-        writer.journal.path,
-        about=about,
-        title=f"What {config.model.name} bases its answers on",
-        subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
-        prompts=config.report.prompts,
-        figures=config.report.figures,
-        notes=functools.partial(notes_on, depass, source),
-        generated=generates,
-    )
-    log_results(loggers, results)
-    return Done(results, skipped, listed, len(task) + len(task.skipped))
-
-
-def predict(trainer: Trainer, module: AttributionModule, data: PromptData, journal: Journal) -> None:
-    """Attribute all prompts that are left, and say what is kept where that is interrupted."""
-    try:
-        trainer.predict(module, datamodule=data, return_predictions=False)
-    except BaseException:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGTERM)
-        if first_process() and (done := journal.counted()):
-            tell(
-                f"{done:,} prompts are kept in {journal.folder}: the same command goes on from there",
-                "yellow",
-            )
-        raise
-
-
-def spreads_components(config: DictConfig) -> bool:
-    """Whether processes share each prompt's components, and not the prompts.
-
-    Raises:
-        DePassError: `spread` is neither, or what is asked for cannot be spread.
-    """
-    if config.spread not in ("prompts", "components"):
-        raise DePassError(f"spread={config.spread!r} is unknown; choose 'prompts' or 'components'")
-    together = config.spread == "components"
-    if together and config.target.kind == "generation":
-        raise DePassError("spread=components explains no generated tokens; leave out one of the two")
-    return together
-
-
-def tell_kept(journal: Journal, prompts: int) -> int:
-    """Say how many prompts an earlier run has attributed, and return the number."""
-    for path in journal.tidy():
-        tell(f"{path} cannot be read; its prompts are attributed again", "yellow")
-    kept = len(journal.done())
-    if kept:
-        tell(f"{kept:,} of {prompts:,} prompts have been attributed before", "yellow")
-    return kept
-
-
-def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
-    """Return what decides the run's numbers."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return Manifest(
-        settings={name: plain[name] for name in DECISIVE},
-        weights=fingerprint,
-        task=task_fingerprint(task),
-        prompts=len(task),
-        versions=versions(),
-    )
 
 
 @hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")
@@ -246,6 +63,10 @@ def load(config: DictConfig) -> DePass:
         DePassError: it cannot be loaded; the message says what is missing, and where to get it.
     """
     model = config.model
+    if config.checkpoint is not None:
+        plain = config.copy()
+        plain.checkpoint = None
+        return load_entry(config.checkpoint, plain, load)
     if not first_process():
         disable_progress_bar()
     expect_hub(model.name)
@@ -260,106 +81,6 @@ def load(config: DictConfig) -> DePass:
         if "/" in model.name and "path" not in model:
             hints.append("a folder is given as model=hf model.name=..., a file as model=gguf model.path=...")
         raise DePassError("; ".join([str(error), *hints])) from error
-
-
-def token_counter(depass: DePass) -> Callable[[str], int]:
-    """Return a function that counts a prompt's tokens."""
-    tokenizer = depass.tokenizer
-    assert tokenizer is not None
-    return lambda prompt: len(tokenizer(prompt, verbose=False)["input_ids"])
-
-
-def attribution_module(
-    config: DictConfig, source: Source, depass: DePass, task: Task, fingerprint: str
-) -> AttributionModule:
-    """Make the module that attributes as the configuration says."""
-    rule = OmegaConf.to_container(config.rule)
-    assert isinstance(rule, dict)
-    settings = {
-        "source": source,
-        "rule": rule.pop("name"),
-        **rule,
-        "bias": config.bias,
-        "compat": config.compat,
-        "path": config.path,
-    }
-    removal = None
-    if config.faithfulness is not None:
-        removal = Removal(**OmegaConf.to_container(config.faithfulness), seed=config.seed)  # type: ignore[arg-type]
-    return AttributionModule(
-        depass,
-        settings,
-        target=config.target.kind,
-        removal=removal,
-        run={"model": config.model.name, "fingerprint": fingerprint},
-        trial=min((example.prompt for example in task), key=len),
-        new_tokens=config.target.get("max_new_tokens", 1),
-    )
-
-
-def tell_estimate(config: DictConfig, depass: DePass, task: Task, module: AttributionModule) -> None:
-    """Say how long the scores will take, and how much memory, where that is worth knowing before."""
-    if not first_process():
-        return
-    fitting = [example.prompt for example in task if example.prompt.strip()]
-    limit, count = depass.decoder.max_positions, token_counter(depass)
-    fitting = [prompt for prompt in fitting if limit is None or count(prompt) <= limit]
-    if not fitting:
-        return
-    cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
-    if cost.seconds > WORTH_TELLING:
-        tell(f"the scores of {len(fitting):,} prompts: {cost}")
-
-
-def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: str) -> dict[str, Any]:
-    """Return what a summary says of the run: everything that its numbers depend on."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {
-        "model": {
-            **plain["model"],
-            "fingerprint": fingerprint,
-            "parameters": sum(parameter.numel() for parameter in depass.model.parameters()),
-        },
-        **{name: plain[name] for name in ("task", "source", "rule", "target")},
-        "settings": {
-            "compute_dtype": str(depass.decoder.dtype).removeprefix("torch."),
-            **{name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},
-        },
-        "hardware": {"device": trainer.strategy.root_device.type, "processes": trainer.world_size},
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
-    packages = ("torch", "transformers", "lightning", "datasets")
-    return {
-        "depass_lightning": __version__,
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
-def log_results(loggers: list[Logger], results: Results) -> None:
-    """Hand the run's numbers to every logger, and its page and table to Weights & Biases."""
-    numbers = {
-        key: entry["value"] if isinstance(entry, Mapping) else entry
-        for key, entry in results.summary.items()
-        if isinstance(entry, int | float) or (isinstance(entry, Mapping) and "value" in entry)
-    }
-    for logger in loggers:
-        logger.log_metrics({f"analysis/{name}": float(value) for name, value in numbers.items()})
-        if isinstance(logger, WandbLogger) and results.page is not None:
-            import wandb  # takes a second, which only those who use it should wait
-
-            columns = ("id", "text", "target", "value", "prediction", "correct", "completeness")
-            table = wandb.Table(columns=[*columns], data=[[row[c] for c in columns] for row in results.rows])
-            page = wandb.Html(results.page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)
-            logger.experiment.log({"analysis/report": page, "analysis/attributions": table})
-            logger.experiment.finish()
-        logger.save()
-        logger.finalize("success")
 
 
 def tell_skipped(done: Done) -> int:
