@@ -1,13 +1,18 @@
 """Every method has DePass's face: prompts, batches, targets, names; and leaves the model as it was."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from depass_lightning import Contrast, DePass, DePassError, Direction, Heads, Neurons, Spans, Token, Tokens
 from depass_lightning.baselines import METHODS, Baseline, DePassMethod, make_method
 from depass_lightning.engine.rules import RuleName
+from depass_lightning.faithfulness import MASKED, PERCENTS, RATIONALES
+from depass_lightning.modules.attribution import Masking, Removal
 from tests import zoo
 from tests.models import build, padded, prompt
 from tests.test_engine_untouched import in_the_middle_of_training, must_stay_untouched
@@ -167,3 +172,36 @@ def test_what_cannot_be_scored_is_refused() -> None:
             make_method("atp", DePass(zoo.build(family)), Neurons())
     dense = make_method("atp", DePass(zoo.build("qwen3_moe")), Neurons(1))  # among others, a dense block
     assert len(dense.attribute(input_ids=ids, target=TARGET)[0]) == 44
+
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def options_of(path: Path) -> dict[str, Any]:
+    """A configuration's values, with what the command adds."""
+    own = OmegaConf.merge({"seed": 5}, {"own": OmegaConf.load(path)})
+    found = OmegaConf.to_container(own, resolve=True)
+    assert isinstance(found, dict)
+    return found["own"]
+
+
+def test_every_method_has_a_configuration() -> None:
+    """DePass's rules have theirs in rule=."""
+    depass = DePass(build("llama"))
+    paths = sorted((CONF / "method").glob("*.yaml"))
+    assert {path.stem for path in paths} == {*METHODS} - {"taylor", "dual"}
+    for path in paths:
+        options = options_of(path)
+        assert options["name"] == path.stem
+        method = make_method(depass=depass, **options)
+        assert all(getattr(method, key) == value for key, value in options.items() if key != "name")
+
+
+def test_what_is_measured_has_a_configuration() -> None:
+    found = {path.stem: options_of(path) for path in (CONF / "faithfulness").glob("*.yaml")}
+    assert found.pop("none") == {"faithfulness": None}
+    measures = {name: instantiate(own, _convert_="all") for name, own in found.items()}
+    assert measures == {
+        "removal": Removal(list(PERCENTS), seed=5, rationales=list(RATIONALES)),
+        "masking": Masking(list(MASKED), seed=5),
+    }
