@@ -156,7 +156,7 @@ def test_a_sweep_is_refused_before_its_first_job(
 
 QUICK = (
     "task.size=2",
-    "faithfulness=null",
+    "faithfulness=none",
     "print_config=false",
     "report.figures=0",
     "trainer.accelerator=cpu",

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +29,15 @@ MAPS = 1200  # of these prompts in all runs together, at most
 AT_ONCE = 64  # rows in memory
 
 TEXT, NUMBER, COUNT = pa.string(), pa.float64(), pa.int64()
+COLUMNS = {
+    "prompts": ("prompts", lambda value: f"{value:,}"),
+    "correct": ("right", percent),
+    "evidence_first": ("right token first", percent),
+    "patch_top_area": ("patch top", plain),
+    "recover_top_area": ("recover top", plain),
+    "completeness_max": ("off by", plain),
+    "seconds": ("s", plain),
+}  # of the table in the terminal: their heads, and how their numbers are written
 SWEEP_SCHEMA = pa.schema(
     [
         *((name, TEXT) for name in ("run", "status", "reason", "model", "checkpoint", "dtype", "task")),
@@ -246,23 +254,18 @@ def _batches(row: Mapping[str, Any], columns: list[str] | None) -> Any:
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a line a run: what it was asked, as far as runs differ in it, and what came of it."""
     axes = ["model", "task", *(name for name in varying(rows) if name not in ("model", "task"))]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ["run", *axes]:
-        table.add_column(AXES.get(name, name), no_wrap=name != "model")
-    columns = {
-        "prompts": ("prompts", lambda value: f"{value:,}"),
-        "correct": ("right", percent),
-        "evidence_first": ("token first", percent),
-        "patch_top_area": ("patch top", plain),
-        "recover_top_area": ("recover top", plain),
-        "completeness_max": ("completeness", plain),
-        "seconds": ("s", plain),
-    }
-    shown = {name: own for name, own in columns.items() if any(row.get(name) is not None for row in rows)}
-    for label, _ in shown.values():
-        table.add_column(label, justify="right", no_wrap=True)
-    for row in rows:
+        table.add_column(AXES.get(name, name), overflow="fold")
+    columns: list[list[str]] = []
+    for name, (label, write) in COLUMNS.items():
+        if any(row.get(name) is not None for row in rows):
+            cells = ["" if row.get(name) is None else write(row[name]) for row in rows]
+            # A narrow terminal breaks the head and the names, and no number.
+            table.add_column(label, justify="right", min_width=max(map(len, [*cells, *label.split()])))
+            columns.append(cells)
+    for place, row in enumerate(rows):
         asked = (Text("" if row.get(name) is None else str(row[name])) for name in axes)
-        said = (Text("" if row.get(name) is None else write(row[name])) for name, (_, write) in shown.items())
+        said = (cells[place] for cells in columns)
         table.add_row(Text(row["run"]), *asked, *said, style="" if row["status"] == "done" else "dim")
     return table
