@@ -116,7 +116,7 @@ def test_loggers_get_the_numbers(tmp_path):
 def test_paths_are_printed_in_one_piece(tmp_path, capsys):
     """However narrow the terminal: they are there to be copied."""
     folder = tmp_path / ("long" * 30)
-    assert run(folder, "task.size=1", "faithfulness=null") == 0
+    assert run(folder, "task.size=1", "faithfulness=none") == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [f"page     {folder / 'report.html'}", f"folder   {folder}"]
 
@@ -128,7 +128,7 @@ def test_the_batch_size_and_a_second_run_change_nothing(done, tmp_path):
         b"of a run that was killed"
     )
     (tmp_path / "skipped.jsonl").write_text("{}\n")
-    assert run(tmp_path, "task.size=24", "batch_size=5", "faithfulness=null", "logger=none") == 0
+    assert run(tmp_path, "task.size=24", "batch_size=5", "faithfulness=none", "logger=none") == 0
     assert not (tmp_path / "skipped.jsonl").exists()
     for one, other in zip(
         read_attributions(done / "attributions"), read_attributions(tmp_path / "attributions"), strict=True
@@ -232,7 +232,7 @@ def test_a_prompt_that_cannot_be_gone_on_with_costs_itself_alone(tmp_path):
 
 def test_control_paths_are_reported_apart(tmp_path, capsys):
     """The library's own, and no word of a distance from the value, of which they are only a part."""
-    assert run(tmp_path, "rule=taylor", "path=control", "task.size=2", "faithfulness=null") == 0
+    assert run(tmp_path, "rule=taylor", "path=control", "task.size=2", "faithfulness=none") == 0
     (read, _), example = read_attributions(tmp_path / "attributions"), tasks.load("ioi", size=2)[0]
     alone = DePass.from_pretrained("tiny").attribute(
         example.prompt, example.target(), rule="taylor", path="control"
@@ -383,7 +383,7 @@ def test_processes_share_each_prompt(tmp_path):
         ("one", []),
         ("two", ["spread=components", "trainer.devices=2", "trainer.strategy=ddp_fork"]),
     ):
-        assert run(tmp_path / name, "task.size=3", "batch_size=2", "faithfulness=null", *extra) == 0
+        assert run(tmp_path / name, "task.size=3", "batch_size=2", "faithfulness=none", *extra) == 0
     one, two = (read_attributions(tmp_path / name / "attributions") for name in ("one", "two"))
     for own, other in zip(one, two, strict=True):
         assert own.names == other.names

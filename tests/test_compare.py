@@ -15,7 +15,7 @@ from depass_lightning.storage import read_attributions
 from tests.test_analyze import run
 from tests.test_film import data_of
 
-FEW = ("task=known", "task.size=4", "faithfulness=null", "report.figures=0")
+FEW = ("task=known", "task.size=4", "faithfulness=none", "report.figures=0")
 
 
 @pytest.fixture(scope="module")

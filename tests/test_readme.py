@@ -30,7 +30,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     script = ROOT / words[1]
     arguments = [word for word in words[2:] if not word.startswith("task.size")]
     if "smollm2" in command:  # its curves alone are hundreds of passes through a real model
-        arguments.append("faithfulness=null")
+        arguments.append("faithfulness=none")
     return subprocess.run(
         [sys.executable, str(script), *arguments, *SHORTER.get(words[1], [])],
         cwd=folder,

@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.test_analyze import good, jsonl, run
 
 SIZE = 24
-QUICK = [f"task.size={SIZE}", "batch_size=2", "faithfulness=null", "report.figures=0"]
+QUICK = [f"task.size={SIZE}", "batch_size=2", "faithfulness=none", "report.figures=0"]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp_fork"]
 # Ten kills each, and five; the slow ones make it 45.
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
@@ -224,7 +224,7 @@ def test_skipped_prompts_are_tried_again(tmp_path):
     strange = good("strange") | {"target": " Zarathustra"}
     task = jsonl(tmp_path, good("first"), strange, good("last"))
     for _ in range(2):
-        assert run(tmp_path / "run", *task, "faithfulness=null") == 1
+        assert run(tmp_path / "run", *task, "faithfulness=none") == 1
         listed = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
         assert [json.loads(line)["id"] for line in listed] == ["strange"]
         assert len(read_rows(tmp_path / "run" / "attributions")) == 2

@@ -16,12 +16,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from depass_lightning import __version__, tasks
+from depass_lightning.baselines import DePassMethod, Method, make_method
 from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch, SpreadComponents
 from depass_lightning.commands.common import first_process, instantiate_each, tell
 from depass_lightning.commands.results import Results, write_results
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.modules.attribution import AttributionModule, Removal
+from depass_lightning.modules.attribution import AttributionModule, Masking, Removal
 from depass_lightning.modules.prompts import PromptData
 from depass_lightning.promotes import notes_on
 from depass_lightning.sources import Source
@@ -41,6 +42,7 @@ DECISIVE = (
     "model",
     "task",
     "source",
+    "method",
     "rule",
     "target",
     "compute_dtype",
@@ -121,7 +123,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
         done=writer.journal.done if resumed else None,
         together=together,
     )
-    if not generates and kept < len(task):
+    if not generates and kept < len(task) and isinstance(module.method, DePassMethod):
         tell_estimate(config, depass, task, module)
     predict(trainer, module, data, writer.journal)
     if not trainer.is_global_zero:
@@ -212,28 +214,28 @@ def attribution_module(
     config: DictConfig, source: Source, depass: DePass, task: Task, fingerprint: str
 ) -> AttributionModule:
     """Make the module that attributes as the configuration says."""
-    rule = OmegaConf.to_container(config.rule)
-    assert isinstance(rule, dict)
-    settings = {
-        "source": source,
-        "rule": rule.pop("name"),
-        **rule,
-        "bias": config.bias,
-        "compat": config.compat,
-        "path": config.path,
-    }
-    removal = None
-    if config.faithfulness is not None:
-        removal = Removal(**OmegaConf.to_container(config.faithfulness), seed=config.seed)  # type: ignore[arg-type]
+    measured = None if config.faithfulness is None else instantiate(config.faithfulness, _convert_="all")
     return AttributionModule(
         depass,
-        settings,
+        method=method_of(config, source, depass),
         target=config.target.kind,
-        removal=removal,
+        removal=measured if isinstance(measured, Removal) else None,
+        masking=measured if isinstance(measured, Masking) else None,
         run={"model": config.model.name, "fingerprint": fingerprint},
         trial=min((example.prompt for example in task), key=len),
         new_tokens=config.target.get("max_new_tokens", 1),
     )
+
+
+def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
+    """Return what attributes: DePass as the rule and the other keys say, or another method."""
+    options: Any = OmegaConf.to_container(config.method)
+    name = options.pop("name")
+    if name == DePassMethod.name:
+        rule: Any = OmegaConf.to_container(config.rule)
+        options |= {"rule": rule.pop("name"), **rule}
+        options |= {key: config[key] for key in ("bias", "compat", "path")}
+    return make_method(name, depass, source, **options)
 
 
 def tell_estimate(config: DictConfig, depass: DePass, task: Task, module: AttributionModule) -> None:
@@ -260,7 +262,7 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
             "fingerprint": fingerprint,
             "parameters": sum(parameter.numel() for parameter in depass.model.parameters()),
         },
-        **{name: plain[name] for name in ("task", "source", "rule", "target")},
+        **{name: plain[name] for name in ("task", "source", "method", "rule", "target")},
         "settings": {
             "compute_dtype": str(depass.decoder.dtype).removeprefix("torch."),
             **{name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},

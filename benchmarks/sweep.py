@@ -1,0 +1,149 @@
+"""What a long analysis costs: its memory as it goes on, and what a second process saves.
+
+1. `--prompts`: `analyze.py` on so many prompts with the embedded model, as a process of its own, in one
+   process and in two. Its resident memory (of all its processes) is read as it goes: what it has at the end
+   beside what it had when a tenth was done says whether memory grows with the number of prompts.
+2. `--tokens`: one prompt of so many tokens through a random Llama (12 layers, 768 hidden), in one process
+   and in two that share its components: the seconds of the slower one, and the growth of each one's memory.
+
+Every process has one thread.
+
+    python benchmarks/sweep.py
+    python benchmarks/sweep.py --prompts 10000 --tokens 128 256
+"""
+
+import argparse
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.engine import VOCABULARY, random_llama
+from depass_lightning import DePass, Token
+from depass_lightning.storage import Journal
+
+ANALYZE = Path(__file__).resolve().parent.parent / "analyze.py"
+
+
+def sweep(prompts: int, processes: int) -> dict[str, float]:
+    """Attribute prompts by the command, and return its prompts a second and its memory.
+
+    Args:
+        prompts: how many.
+        processes: how many share them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"task.size={prompts}", "faithfulness=none", "print_config=false", "report.figures=0"]
+        several = ["trainer.strategy=ddp", f"trainer.devices={processes}"] if processes > 1 else []
+        command = [sys.executable, str(ANALYZE), *settings, *several]
+        command += ["trainer.accelerator=cpu", f"hydra.run.dir={folder}/run"]
+        log = Path(folder, "said").open("w")
+        process = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        journal, memory = Journal(f"{folder}/run"), []
+        while process.poll() is None:
+            memory.append((time.perf_counter(), journal.counted(), _resident(process)))
+            time.sleep(0.1)
+        if process.returncode:
+            raise SystemExit(Path(folder, "said").read_text())
+        begun = next(i for i, (_, done, _) in enumerate(memory) if done)
+        tenth = next(i for i, (_, done, _) in enumerate(memory) if done >= prompts // 10)
+        ended = max(i for i, (_, done, _) in enumerate(memory) if done)
+        seconds = memory[ended][0] - memory[begun][0]
+        return {
+            "prompts/s": (memory[ended][1] - memory[begun][1]) / seconds,
+            "MB at a tenth": memory[tenth][2] / 2**20,
+            "MB at the end": memory[ended][2] / 2**20,
+            "MB at most": max(size for _, _, size in memory) / 2**20,
+        }
+
+
+def _resident(process: psutil.Process) -> int:
+    """The resident memory of a process and those that it has started."""
+    total = 0
+    try:
+        for own in [process, *process.children(recursive=True)]:
+            total += own.memory_info().rss
+    except psutil.Error:
+        pass  # it has just ended
+    return total
+
+
+def attribute(rank: int, world: int, port: int, tokens: int, results: Any) -> None:
+    """Attribute one prompt in a process of its own, and hand back its time and how its memory grew."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    depass = DePass(random_llama(), process_group=dist.group.WORLD if world > 1 else None)
+    ids = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+    depass.attribute(input_ids=ids[:, :8], target=Token(5))
+    before = psutil.Process().memory_info().rss
+    dist.barrier()
+    started = time.perf_counter()
+    (found,) = depass.attribute(input_ids=ids, target=Token(5))
+    seconds = time.perf_counter() - started
+    results.put((rank, seconds, _peak() - before, found.scores.tolist()))
+    dist.destroy_process_group()
+
+
+def _peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one_prompt(tokens: int, world: int) -> tuple[float, float, torch.Tensor]:
+    """Return the seconds of the slowest process, the megabytes of the largest, and the scores."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    given = (world, port, tokens, results)
+    workers = [context.Process(target=attribute, args=(rank, *given)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    found = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return max(f[1] for f in found), max(f[2] for f in found) / 2**20, torch.tensor(found[0][3])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[1000])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[128])
+    options = parser.parse_args()
+    console = Console()
+    for prompts in options.prompts:
+        table = Table("processes", title=f"{prompts:,} prompts, the embedded model", title_justify="left")
+        for processes in (1, 2):
+            found = sweep(prompts, processes)
+            if processes == 1:
+                for name in found:
+                    table.add_column(name, justify="right")
+            table.add_row(str(processes), *(f"{value:,.0f}" for value in found.values()))
+        console.print(table)
+    if options.tokens:
+        table = Table("tokens", "processes", "seconds", "MB grown, each", "largest difference of a score")
+        for tokens in options.tokens:
+            alone = one_prompt(tokens, 1)
+            for world in (1, 2):
+                seconds, size, scores = alone if world == 1 else one_prompt(tokens, world)
+                error = float((scores - alone[2]).abs().max() / alone[2].abs().max())
+                table.add_row(str(tokens), str(world), f"{seconds:.2f}", f"{size:,.0f}", f"{error:.0e}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
