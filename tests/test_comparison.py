@@ -1,22 +1,24 @@
 """The paper's comparison: differences by hand, and all of it on a handful of the embedded model's prompts."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from depass_lightning import DePass, DePassError, Heads, Neurons, tasks
-from depass_lightning.experiments import read_experiment, write_experiment
+from depass_lightning import DePass, DePassError, Heads, tasks
+from depass_lightning.experiments import read_experiment
+from depass_lightning.experiments.compared import Compared, Components
 from depass_lightning.experiments.comparison import (
     HEAD_METHODS,
     NEURON_METHODS,
     TOKEN_METHODS,
     MethodRun,
     compare_rows,
-    paper_comparison,
     run_methods,
 )
-from depass_lightning.faithfulness import Interval, answered_right, bootstrap
-from depass_lightning.tasks import Example
+from depass_lightning.faithfulness import Interval, area, bootstrap
+from depass_lightning.storage import read_rows
 
 
 def rows(tops: list[list[float]], evidence: list[float | None]) -> list[dict[str, Any]]:
@@ -68,17 +70,12 @@ def depass() -> DePass:
     return DePass.from_pretrained("tiny")
 
 
-@pytest.fixture(scope="module")
-def examples(depass: DePass) -> list[Example]:
-    task = tasks.load("ioi", size=10)
-    return [task[i] for i in answered_right(depass, task)][:6]
-
-
 OPTIONS: dict[str, Any] = {"integrated_gradients": {"steps": 4}, "gradient_shap": {"samples": 4}}
 
 
-def test_methods_are_compared_on_tokens(depass: DePass, examples: list[Example], tmp_path: Any) -> None:
-    found = paper_comparison("paper_tokens", depass, examples, data="ioi", options=OPTIONS)
+def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
+    found = Compared(size=5, pool=8, options=OPTIONS, percents=(0, 20, 50, 100)).run(depass, tmp_path)
+    assert (found.name, found.prompts) == ("paper_tokens", 5)
     assert [row["method"] for row in found.table] == list(TOKEN_METHODS)
     by_name = {str(row["method"]): row for row in found.table}
     assert {panel.name for panel in found.panels} >= {"patch top", "recover top", "patch top, zeroed"}
@@ -95,34 +92,50 @@ def test_methods_are_compared_on_tokens(depass: DePass, examples: list[Example],
     assert difference.value == pytest.approx(depass_area.value - random_area.value)
     seconds = [row["seconds_per_prompt"] for row in found.table]
     assert all(isinstance(own, float) and own > 0 for own in seconds)
-    write_experiment(found, tmp_path)
     assert read_experiment(tmp_path).table == list(found.table)
+    rows = read_rows(tmp_path / "rows" / "occlusion.parquet")
+    areas = [area(row["percents"], row["patch_top"]) for row in rows]
+    assert by_name["occlusion"]["patch_top_area"] == bootstrap(areas)
+    assert any("Ahead of DePass" in note or "No method is ahead" in note for note in found.notes)
 
 
-def test_methods_are_compared_on_heads_and_neurons(depass: DePass, examples: list[Example]) -> None:
-    for name, methods in (("paper_heads", HEAD_METHODS), ("paper_neurons", NEURON_METHODS)):
-        found = paper_comparison(name, depass, examples[:3], data="ioi", percents=[0, 5, 20, 50])
+def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Path) -> None:
+    listed: dict[Components, tuple[str, ...]] = {"heads": HEAD_METHODS, "neurons": NEURON_METHODS}
+    for components, methods in listed.items():
+        study = Compared(components, size=3, pool=6, percents=[0, 5, 20, 50], top=4)
+        found = study.run(depass, tmp_path / components)
         assert [row["method"] for row in found.table] == list(methods)
         assert {panel.name for panel in found.panels} >= {"mask top", "mask bottom"}
         for panel in found.panels[:2]:
             assert all(curve.y[0] == 1 for curve in panel.curves.values()), "all prompts are answered right"
         assert {"mask_top_5%", "mask_bottom_20%", "mask_top_area_difference"} <= set(found.columns())
-        assert any("Ahead of DePass" in note or "No method is ahead" in note for note in found.notes)
 
 
-def test_a_method_may_have_a_source_of_its_own(depass: DePass, examples: list[Example]) -> None:
-    runs = run_methods(
-        depass,
-        examples[:2],
-        ["depass", "activation"],
-        Neurons(0),
-        sources={"depass": Neurons(0, top=8)},
-        percents=[10],
-    )
-    assert [len(run.rows) for run in runs.values()] == [2, 2]
+def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    good, prompt = tasks.load("ioi", size=1)[0], "When Mary and John went out, John gave it to"
+    rows = [
+        {"prompt": prompt, "target": " zebra", "id": "bad"},
+        {"prompt": good.prompt, "target": good.answer},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    study = Compared("heads", task="jsonl", path=str(file), methods=["depass", "random"], percents=[0, 50])
+    found = study.run(depass, tmp_path)
+    assert found.prompts == 1
+    assert found.settings["answered_right"] == 1
+    assert "answers 1 of 2 prompts right" in found.notes[0]
+    file.write_text(json.dumps(rows[0]))
+    with pytest.raises(DePassError, match="none of 1 prompts"):
+        study.run(depass, tmp_path)
+
+
+def test_what_cannot_be_compared_is_refused(depass: DePass) -> None:
+    examples = list(tasks.load("ioi", size=2))
     with pytest.raises(DePassError, match="does not score Heads"):
         run_methods(depass, examples, ["activation"], Heads())
     with pytest.raises(DePassError, match="no prompts"):
         run_methods(depass, [])
-    with pytest.raises(DePassError, match="choose one of paper_tokens"):
-        paper_comparison("paper_layers", depass, examples, data="ioi")
+    with pytest.raises(DePassError, match="components must be"):
+        Compared("layers")  # type: ignore[arg-type]
+    with pytest.raises(DePassError, match="one prompt at least"):
+        Compared(size=0)

@@ -166,6 +166,9 @@ def test_comprehensiveness_and_sufficiency_by_hand():
     (many,) = removal_curves(KeyModel(), [scored], [ANSWER], rationales=[20, 40], draws=400)
     assert many.comprehensiveness_random == pytest.approx(0.8 * (0.2 + 0.4) / 2, abs=0.05)
     assert many.sufficiency_random == pytest.approx(0.8 * (0.8 + 0.6) / 2, abs=0.05)
+    (ranked,) = removal_curves(KeyModel(), [scored], [ANSWER], rationales=[20], draws=0)
+    assert (ranked.patch_random, ranked.recover_random, ranked.comprehensiveness_random) == ([], [], None)
+    assert (ranked.comprehensiveness, ranked.sufficiency) == pytest.approx((0.0, 0.8))
     (without,) = removal_curves(KeyModel(), [scored], [ANSWER])
     assert (without.comprehensiveness, without.sufficiency_random) == (None, None)
 

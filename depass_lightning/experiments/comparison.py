@@ -18,7 +18,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.baselines import make_method
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.experiments.experiment import Cell, Curve, Experiment, Panel
+from depass_lightning.experiments.experiment import Cell, Curve, Panel
 from depass_lightning.faithfulness import (
     MASKED,
     PERCENTS,
@@ -31,7 +31,7 @@ from depass_lightning.faithfulness import (
     masking_curves,
     removal_curves,
 )
-from depass_lightning.sources import Heads, Neurons, Source, Tokens
+from depass_lightning.sources import Source
 from depass_lightning.tasks import Example
 
 TOKEN_METHODS = (
@@ -82,8 +82,9 @@ def run_methods(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     sources: Mapping[str, Source] | None = None,
     percents: Sequence[float] | None = None,
+    zeroed: bool = True,
     batch_size: int = 16,
-    seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, MethodRun]:
     """Score prompts by several methods, and measure what each one's scores are worth.
 
@@ -95,8 +96,9 @@ def run_methods(
         options: further options of some methods, by their names.
         sources: another source for some of them, such as `Neurons(top=32)` for `depass`.
         percents: the K to measure at; by default those of `removal_curves` or `masking_curves`.
+        zeroed: of tokens, measure with embeddings set to zero too.
         batch_size: how many prompts are scored at once.
-        seed: of random orders.
+        progress: show a progress bar for each method.
 
     Raises:
         DePassError: there are no examples, or as for `make_method`.
@@ -111,9 +113,9 @@ def run_methods(
     runs = {}
     for name, method in methods.items():
         started = time.perf_counter()
-        found = method.attribute(prompts, targets, batch_size=batch_size)
+        found = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
         seconds = time.perf_counter() - started
-        runs[name] = MethodRun(_measured(depass, examples, found, percents, batch_size, seed), seconds)
+        runs[name] = MethodRun(_measured(depass, examples, found, percents, zeroed, batch_size), seconds)
     return runs
 
 
@@ -122,8 +124,8 @@ def _measured(
     examples: Sequence[Example],
     found: Sequence[Attribution],
     percents: Sequence[float] | None,
+    zeroed: bool,
     batch_size: int,
-    seed: int,
 ) -> list[dict[str, Any]]:
     """Return a row a prompt: what removing its tokens, or masking heads or neurons, does to the answer."""
     rows = 4 * batch_size  # plain passes, which hold less than scores do
@@ -134,7 +136,6 @@ def _measured(
             [own.answer for own in examples],
             percents=percents or MASKED,
             draws=0,  # "random" is a method of its own
-            seed=seed,
             batch_size=rows,
         )
     else:
@@ -143,9 +144,9 @@ def _measured(
             found,
             [own.metadata["target_ids"][0] for own in found],
             percents=percents or PERCENTS,
-            seed=seed,
+            draws=0,
             batch_size=rows,
-            zeroed=True,
+            zeroed=zeroed,
             rationales=RATIONALES,
         )
     measured = []
@@ -158,7 +159,7 @@ def _measured(
                 "completeness": attribution.completeness,
                 "evidence_first": evidence.first if evidence else None,
                 "evidence_auroc": evidence.auroc if evidence else None,
-                **asdict(curve),
+                **{name: own for name, own in asdict(curve).items() if own is not None and own != []},
             }
         )
     return measured
@@ -200,62 +201,6 @@ def compare_rows(
         row["seconds_per_prompt"] = run.seconds / len(run.rows)
         table.append(row)
     return panels, table
-
-
-def paper_comparison(
-    name: str,
-    depass: DePass,
-    examples: Sequence[Example],
-    *,
-    data: str,
-    source: Source | None = None,
-    names: Sequence[str] | None = None,
-    command: str = "",
-    **settings: Any,
-) -> Experiment:
-    """Run a comparison and write down what it found.
-
-    Args:
-        name: `paper_tokens`, `paper_heads` or `paper_neurons`, which is what is scored unless `source` says
-            otherwise.
-        depass: the model, with its tokenizer.
-        examples: prompts that the model answers right; see `answered_right`.
-        data: the data's name, in words.
-        source: what is scored.
-        names: the methods; by default all that score such components.
-        command: what to type to do it again.
-        settings: as for `run_methods`.
-
-    Raises:
-        DePassError: the name is unknown, or as for `run_methods`.
-    """
-    defaults: dict[str, tuple[str, Source, Sequence[str]]] = {
-        "paper_tokens": ("Which tokens does the answer rest on?", Tokens(), TOKEN_METHODS),
-        "paper_heads": ("Which heads does the answer rest on?", Heads(), HEAD_METHODS),
-        "paper_neurons": ("Which neurons does the answer rest on?", Neurons(), NEURON_METHODS),
-    }
-    if name not in defaults:
-        raise DePassError(f"there is no comparison {name!r}; choose one of {', '.join(defaults)}")
-    title, default, listed = defaults[name]
-    if names is None:
-        # The dual rule is for gated MLPs.
-        names = [own for own in listed if own != "dual" or depass.decoder.gated]
-    started = time.perf_counter()
-    runs = run_methods(depass, examples, names, source or default, **settings)
-    panels, table = compare_rows(runs)
-    return Experiment(
-        name=name,
-        title=title,
-        model=depass.decoder.name,
-        data=data,
-        prompts=len(examples),
-        seconds=time.perf_counter() - started,
-        settings={"source": repr(source or default), **{key: repr(own) for key, own in settings.items()}},
-        panels=panels,
-        table=table,
-        notes=_notes(table),
-        command=command,
-    )
 
 
 def _check(runs: Mapping[str, MethodRun], against: str) -> None:
@@ -315,8 +260,12 @@ def _difference(
     return bootstrap(values, draws=draws) if values else None
 
 
-def _notes(table: Sequence[Mapping[str, Cell]]) -> list[str]:
-    """Say how the table is read, and where another method is clearly ahead of DePass."""
+def notes_on(table: Sequence[Mapping[str, Cell]]) -> list[str]:
+    """Say how the table is read, and where another method is clearly ahead of DePass.
+
+    Args:
+        table: as `compare_rows` gives it.
+    """
     notes = [
         "Intervals hold 95% of the means over prompts drawn anew. A difference is DePass less the method, "
         "prompt by prompt.",

@@ -147,7 +147,7 @@ def removal_curves(
         attributions: what is judged; each brings its prompt's token ids.
         answers: the token id whose probability is followed, one a prompt.
         percents: the K to measure at.
-        draws: how many random orders a prompt.
+        draws: how many random orders a prompt; with none their curves are empty.
         seed: of the random orders, which depend on it and on the prompt alone: not on its place, batch or
             process.
         batch_size: how many shortened prompts go through the model together.
@@ -202,7 +202,7 @@ class _Plan:
         ranked = sorted(self.candidates, key=lambda i: -attribution.scores[i].item())
         generator = random.Random(f"{seed} {attribution.token_ids}")
         size = len(self.candidates)
-        shuffled = [generator.sample(self.candidates, size) for _ in range(max(draws, 1))]
+        shuffled = [generator.sample(self.candidates, size) for _ in range(draws)]
         # What a random order keeps last is as random: the same shortened prompts serve both curves.
         self.orders = {
             "patch_top": ([ranked], False),

@@ -1,0 +1,176 @@
+"""The experiments on tokens, heads and neurons: which method finds what the answer rests on?
+
+1. Take the task's prompts that the model answers right.
+2. Score them by every method, and measure the scores (`comparison.py`).
+3. Write down curves, table and page, and every prompt's numbers.
+
+Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, heads and neurons.
+"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from depass_lightning import tasks
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.experiments.comparison import (
+    HEAD_METHODS,
+    NEURON_METHODS,
+    TOKEN_METHODS,
+    MethodRun,
+    compare_rows,
+    notes_on,
+    run_methods,
+)
+from depass_lightning.experiments.experiment import Experiment
+from depass_lightning.experiments.results import write_experiment
+from depass_lightning.faithfulness import answered_right
+from depass_lightning.sources import Heads, Neurons, Source, Tokens
+from depass_lightning.storage import ATTRIBUTION_SCHEMA, write_shard
+from depass_lightning.tasks import Example
+
+Components = Literal["tokens", "heads", "neurons"]
+
+LISTED: dict[str, tuple[str, ...]] = {
+    "tokens": TOKEN_METHODS,
+    "heads": HEAD_METHODS,
+    "neurons": NEURON_METHODS,
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison of methods on one task.
+
+    Args:
+        components: what is scored: tokens, heads or neurons.
+        task: the task's name.
+        path: its file; None for the embedded model's own.
+        size: how many prompts at most, the first that the model answers right.
+        pool: how many prompts are asked to find them; None asks all of the task.
+        methods: the methods; None for all that score such components and suit the model.
+        options: further options of some methods, by name: `{"integrated_gradients": {"steps": 64}}`.
+        percents: the percentages to measure at; None for 0 to 100 of tokens, 0 to 50 of heads and neurons.
+        zeroed: of tokens, measure with embeddings set to zero too, which takes as many passes again.
+        layer: of heads and neurons, the block; None for all blocks.
+        top: of neurons, how many of a block are carried exactly by `depass`, which is many times faster over
+            all blocks; None carries all.
+        batch_size: how many prompts are scored at once.
+        seed: of a task that is generated.
+
+    Raises:
+        DePassError: the components are something else, or there is no prompt to take.
+    """
+
+    components: Components = "tokens"
+    task: str = "ioi"
+    path: str | None = None
+    size: int = 100
+    pool: int | None = None
+    methods: Sequence[str] | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    percents: Sequence[float] | None = None
+    zeroed: bool = True
+    layer: int | None = None
+    top: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.components not in LISTED:
+            raise DePassError(f"components must be {', '.join(LISTED)}; got {self.components!r}")
+        if self.size < 1:
+            raise DePassError(f"size is {self.size}; compare on one prompt at least")
+
+    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
+        """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
+
+        Args:
+            depass: the model, with its tokenizer.
+            folder: where to write.
+            progress: show a progress bar for each method.
+
+        Raises:
+            DePassError: a setting or the file is wrong, or the model answers no prompt right.
+        """
+        started = time.perf_counter()
+        task = tasks.load(self.task, size=self.pool, seed=self.seed, path=self.path)
+        examples, right = self._right(depass, list(task))
+        names = self._methods(depass)
+        runs: dict[str, MethodRun] = {}
+        for name in names:
+            runs |= run_methods(
+                depass,
+                examples,
+                [name],
+                self._source(name),
+                options=self.options,
+                percents=self.percents,
+                zeroed=self.zeroed,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+            self._keep(Path(folder) / "rows" / f"{name}.parquet", runs[name])
+        panels, table = compare_rows(runs)
+        experiment = Experiment(
+            name=f"paper_{self.components}",
+            title=f"Which {self.components} does the answer rest on?",
+            model=depass.decoder.name,
+            data=f"{task.name}, {self.path or 'the embedded model’s own'}",
+            prompts=len(examples),
+            seconds=time.perf_counter() - started,
+            settings=asdict(self) | {"methods": names, "asked": len(task), "answered_right": right},
+            panels=panels,
+            table=table,
+            notes=[*self._notes(len(task), right, len(examples)), *notes_on(table)],
+        )
+        write_experiment(experiment, folder)
+        return experiment
+
+    def _right(self, depass: DePass, examples: list[Example]) -> tuple[list[Example], int]:
+        """Return the prompts that are compared on, and how many more are answered right."""
+        # What is masked is judged by all tokens of the answer, what is removed by the first.
+        exact = self.components != "tokens"
+        right = answered_right(depass, examples, self.batch_size, exact=exact)
+        if not right:
+            raise DePassError(f"the model answers none of {len(examples)} prompts of {self.task} right")
+        return [examples[i] for i in right[: self.size]], len(right)
+
+    def _methods(self, depass: DePass) -> list[str]:
+        if self.methods is not None:
+            return list(self.methods)
+        # The dual rule is for gated MLPs.
+        return [name for name in LISTED[self.components] if name != "dual" or depass.decoder.gated]
+
+    def _source(self, name: str) -> Source:
+        if self.components == "tokens":
+            return Tokens()
+        if self.components == "heads":
+            return Heads(self.layer)
+        return Neurons(self.layer, top=self.top if name == "depass" else None)
+
+    def _keep(self, path: Path, run: MethodRun) -> None:
+        """Write a method's rows, so that they can be looked at one by one."""
+        columns = {key for row in run.rows for key in row}
+        schema = pa.schema([column for column in ATTRIBUTION_SCHEMA if column.name in {"index", *columns}])
+        write_shard(path, [{"index": i, **row} for i, row in enumerate(run.rows)], schema)
+
+    def _notes(self, asked: int, right: int, taken: int) -> list[str]:
+        judged = "its first token" if self.components == "tokens" else "all tokens of the answer"
+        removed = (
+            "Removed tokens are taken out of the prompt, which is encoded anew."
+            if self.components == "tokens"
+            else f"Masked {self.components} are zero at every position, by hooks; those of all layers are "
+            "ranked together."
+        )
+        return [
+            f"The model answers {right} of {asked} prompts right, judged by {judged}; compared on the first "
+            f"{taken} of these. What is explained is the answer against the task's foil, where it has one.",
+            removed,
+        ]
