@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -102,9 +103,9 @@ def test_every_run_is_a_row_with_its_own_numbers(sweep: Path) -> None:
 def test_the_same_prompt_stands_side_by_side(sweep: Path) -> None:
     rows, data = reported(sweep)
     first = data["maps"][0]
-    assert first["prompt"] == "ioi " + read_rows(sweep / "0/attributions")[0]["id"]
+    id = first["prompt"]
+    assert id == read_rows(sweep / "0/attributions")[0]["id"]
     assert sorted(rows[place]["run"] for place, _ in first["of"]) == ["0", "1", "10", "11"]
-    id = first["prompt"].removeprefix("ioi ")
     for place, shown in first["of"]:
         ids = [row["id"] for row in read_rows(sweep / rows[place]["run"] / "attributions")]
         attribution = read_attributions(sweep / rows[place]["run"] / "attributions")[ids.index(id)]
@@ -175,11 +176,23 @@ def test_only_some_prompts_are_shown_those_first_that_most_runs_have(
     monkeypatch.setattr(reports, "SHOWN", 4)
     monkeypatch.setattr(reports, "AT_ONCE", 2)
     _, data = reported(sweep)
-    assert [own["prompt"].split()[0] for own in data["maps"]] == ["ioi", "ioi", "ioi", "known"]
+    assert [own["prompt"].split("-")[0] for own in data["maps"]] == ["ioi", "ioi", "ioi", "known"]
     assert [len(own["of"]) for own in data["maps"]] == [4, 4, 4, 2]
     monkeypatch.setattr(reports, "MAPS", 9)
     _, data = reported(sweep)
     assert [len(own["of"]) for own in data["maps"]] == [4, 4]
+
+
+def test_ids_that_two_tasks_share_are_two_prompts(copied: Path) -> None:
+    for name in ("0", "2"):
+        path = copied / name / "attributions/attributions.parquet"
+        table = pq.ParquetFile(path).read()
+        same = pa.array([f"mine-{i}" for i in range(len(table))])
+        pq.write_table(table.set_column(table.schema.get_field_index("id"), "id", same), path)
+    rows, data = reported(copied)
+    held = {own["prompt"]: [rows[place]["run"] for place, _ in own["of"]] for own in data["maps"]}
+    assert held["ioi mine-0"] == ["0"]
+    assert held["known mine-0"] == ["2"]
 
 
 def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:

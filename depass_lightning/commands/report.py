@@ -232,6 +232,8 @@ def read_maps(rows: Sequence[Mapping[str, Any]]) -> list[Map]:
     chosen = sorted(held, key=lambda own: -held[own])[:SHOWN]
     while len(chosen) > 1 and sum(held[own] for own in chosen) > MAPS:
         chosen.pop()
+    ids = Counter(id for _, id in chosen)
+    names = {own: own[1] if ids[own[1]] == 1 else " ".join(own) for own in chosen}
     found: list[Map] = []
     for row in rows:
         wanted = {id for task, id in chosen if task == row["task"]}
@@ -239,8 +241,9 @@ def read_maps(rows: Sequence[Mapping[str, Any]]) -> list[Map]:
             for own in batch:
                 if own["id"] in wanted:
                     attribution: Attribution = attribution_from_row(own)
-                    found.append(Map(row["run"], f"{row['task']} {own['id']}", attribution, example_of(own)))
-    order = {f"{task} {id}": place for place, (task, id) in enumerate(chosen)}
+                    name = names[row["task"], own["id"]]
+                    found.append(Map(row["run"], name, attribution, example_of(own)))
+    order = {name: place for place, name in enumerate(names.values())}
     return sorted(found, key=lambda own: order[own.prompt])
 
 

@@ -65,7 +65,7 @@ class Map:
 
     Attributes:
         run: the run, as its row calls it.
-        prompt: the prompt's task and id, the same for all runs that have it.
+        prompt: the prompt's name, the same for all runs that have it and another's for no other.
         attribution: of the prompt.
         example: what is known of it, as for `write_page`.
     """

@@ -46,6 +46,8 @@ function atHand(article, place) {
   article.id = "detail";
 }
 
+const beginning = (prompt) => prompt.tokens.filter((_, k) => !prompt.special.includes(k)).join("").trim().slice(0, 60);
+
 function step(by) {
   const select = byId("prompt");
   select.selectedIndex = Math.min(Math.max(select.selectedIndex + by, 0), DATA.maps.length - 1);
@@ -69,7 +71,7 @@ function otherTheme() {
 function start() {
   fillSelect("number", DATA.numbers.map((number) => number.name));
   fillSelect("setting", SETTINGS);
-  byId("prompt").append(...DATA.maps.map((own, i) => element("option", { value: i }, own.prompt)));
+  byId("prompt").append(...DATA.maps.map((own, i) => element("option", { value: i }, `${own.prompt}: ${beginning(PROMPTS[own.of[0][1]])}`)));
   byId("maps").hidden = !DATA.maps.length;
   for (const id of ["number", "setting"]) byId(id).addEventListener("input", drawMatrix);
   byId("prompt").addEventListener("input", drawMaps);
