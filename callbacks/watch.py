@@ -23,7 +23,7 @@ class Terminated(SystemExit):
         super().__init__(TERMINATED)
 
 
-def stop_on_sigterm(before: Callable[[], None] | None = None) -> None:
+def stop_on_sigterm(before: Callable[[], None] = lambda: None) -> None:
     """Let SIGTERM end whatever is under way by `Terminated`, so that files are closed and handlers run.
 
     Args:
@@ -32,8 +32,7 @@ def stop_on_sigterm(before: Callable[[], None] | None = None) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        if before is not None:
-            before()
+        before()
         raise Terminated
 
     if threading.current_thread() is threading.main_thread():
@@ -51,7 +50,7 @@ class ProcessWatch(Callback):
 
     def __init__(self) -> None:
         self._over = threading.Event()
-        self._working = False
+        self._working = self._lost = False
         # Lightning forks the process that this is made in, or starts another that makes its own.
         self._parents = (os.getpid(), os.getppid())
 
@@ -61,11 +60,13 @@ class ProcessWatch(Callback):
         children: list[Popen[bytes]] = getattr(launcher, "procs", [])
         children = [child for child in children if isinstance(child, Popen)]
 
-        def tell_children() -> None:
+        def end_children() -> None:
             for child in children:
                 child.terminate()
+            if self._lost:  # the signal is our own
+                raise SystemExit(1)
 
-        stop_on_sigterm(tell_children)
+        stop_on_sigterm(end_children)
         if children:
             self._start(lambda: self._look_at(children))
         elif trainer.world_size > 1 and (trainer.global_rank > 0 or _started_by_another()):
@@ -105,6 +106,7 @@ class ProcessWatch(Callback):
             if code:
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
                 _say(f"error: process {number} of {len(children) + 1} was lost ({how})")
+                self._lost = True
                 os.kill(os.getpid(), signal.SIGTERM)
                 return True
         return False

@@ -185,6 +185,19 @@ def test_a_lost_process_is_named(tmp_path):
     assert "a process was lost (process 1 terminated with signal SIGKILL)" in said(folder)
 
 
+@pytest.mark.slow  # three starts of the command
+def test_a_process_that_lightning_has_started_is_lost(tmp_path):
+    """As typed, with `ddp`: the one that is lost is named, the other ends, and both go on."""
+    two = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "task.size=200"]
+    printed = typed(tmp_path, *two, kill_at=6, victim="train_ddp_process_1")
+    assert "error: process 2 of 2 was lost (signal 9)" in printed
+    assert "told to by SIGTERM" not in printed
+    assert "prompts are kept in" in printed
+    printed = typed(tmp_path, *two)
+    assert "prompts have been attributed before" in printed
+    assert len(list(tmp_path.glob("logs/analyze/runs/*/summary.json"))) == 1
+
+
 def test_a_full_disk_keeps_what_is_done(undisturbed, tmp_path):
     """Files may not grow beyond a limit: the shards fit, the merged file does not."""
     folder = tmp_path / "run"
@@ -285,8 +298,9 @@ def test_two_commands_do_not_share_a_folder(undisturbed, tmp_path):
     first.join()
 
 
-def typed(folder, *overrides, kill_at=None):
-    """Type the command in a folder, and kill it after so many prompts; return what it says."""
+def typed(folder, *overrides, kill_at=None, victim=""):
+    """Type the command in a folder, and kill it, or a process of it, after so many prompts; return what it
+    says."""
     command = [sys.executable, str(ROOT / "analyze.py"), *QUICK, "print_config=false", *overrides]
     process = subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -295,7 +309,9 @@ def typed(folder, *overrides, kill_at=None):
         while sum(Journal(own).counted() for own in folder.glob("logs/analyze/*/*")) < kill_at:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.01)
-        process.kill()
+        family = psutil.Process(process.pid).children(recursive=True) if victim else []
+        for own in [one for one in family if victim in " ".join(one.cmdline())] or [process]:
+            own.kill()
     return process.communicate(timeout=120)[0]
 
 
@@ -338,3 +354,17 @@ def test_many_shards_become_few(tmp_path):
     journal.merge(range(2 * PACKED + 3))
     assert [row["id"] for row in read_rows(journal.path)] == [str(i) for i in range(2 * PACKED + 3)]
     assert not journal.shards.exists()
+
+
+def test_every_process_says_how_far_it_is(tmp_path, caplog):
+    caplog.set_level("INFO", "depass_lightning")
+    assert run(tmp_path, *QUICK, "log_every=0") == 0
+    lines = [record.getMessage() for record in caplog.records if "prompts/s" in record.getMessage()]
+    assert len(lines) == SIZE / 2
+    assert re.fullmatch(rf"process 1 of 1: {SIZE} of {SIZE} prompts, [\d.]+ prompts/s", lines[-1])
+
+
+def test_one_bar_counts_the_prompts_of_all_processes(tmp_path):
+    assert finished(tmp_path / "run", *TWO) == 0
+    assert f"{SIZE}/{SIZE}" in said(tmp_path / "run")
+    assert said(tmp_path / "run").count("Attributing prompts") == 1

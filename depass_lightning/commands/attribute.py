@@ -54,6 +54,9 @@ DECISIVE = (
 )
 
 
+TOLD = ("parameters", "context", "licence", "gated")  # what a model's entry says for the reader
+
+
 @dataclass(frozen=True)
 class Done:
     """A task that was attributed.
@@ -194,8 +197,10 @@ def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
     """Return what decides the run's numbers."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
+    settings: dict[str, Any] = {name: plain[name] for name in DECISIVE}
+    settings["model"] = {key: own for key, own in settings["model"].items() if key not in TOLD}
     return Manifest(
-        settings={name: plain[name] for name in DECISIVE},
+        settings=settings,
         weights=fingerprint,
         task=task_fingerprint(task),
         prompts=len(task),
