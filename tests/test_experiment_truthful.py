@@ -1,6 +1,7 @@
 """The truthfulness experiment: how prompts are masked and asked again, what is blamed, what it comes to."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from depass_lightning import DePass, Tokens, tasks
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments import read_experiment
-from depass_lightning.experiments.answers import DEPASS, NONE, PROBE, RANDOM, Answers
+from depass_lightning.experiments.answers import DEPASS, METHODS, NONE, PROBE, RANDOM, Answers
 from depass_lightning.experiments.asking import Question, Reply, ask
 from depass_lightning.experiments.truthful import (
     Truthful,
@@ -16,7 +17,7 @@ from depass_lightning.experiments.truthful import (
     flagged_by_probe,
     misled_prompts,
 )
-from depass_lightning.faithfulness.bootstrap import bootstrap
+from depass_lightning.faithfulness.bootstrap import Interval, bootstrap
 from depass_lightning.probes import Fit, Probe, hidden_states, spread
 from tests.models import build, prompt
 
@@ -52,8 +53,9 @@ def agree(reply, expected):
 
 def test_replies_are_the_models_own(random_model):
     questions = [Question(ids, answer=7 + i, foil=20) for i, ids in enumerate(rows())]
-    for mask in ("remove", "attention"):
-        for question, reply in zip(questions, ask(random_model, questions, mask=mask), strict=True):
+    removed, hidden = ask(random_model, questions), ask(random_model, questions, mask="attention")
+    for replies in (removed, hidden):
+        for question, reply in zip(questions, replies, strict=True):
             agree(reply, replies_one_by_one(random_model, question.ids, question.answer, question.foil))
 
 
@@ -68,15 +70,9 @@ def test_removed_tokens_are_not_there(random_model):
 def test_hidden_tokens_reach_nobody_and_the_others_keep_their_places(random_model):
     (ids, *_) = rows()
     other = [*ids[:2], 50, *ids[3:]]
-    seen, hidden, elsewhere, removed = (
-        ask(random_model, [Question(own, 9, 20, masked)], mask=mask)[0]
-        for own, masked, mask in (
-            (other, (), "attention"),
-            (ids, {2}, "attention"),
-            (other, {2}, "attention"),
-            (ids, {2}, "remove"),
-        )
-    )
+    questions = [Question(other, 9, 20), Question(ids, 9, 20, {2}), Question(other, 9, 20, {2})]
+    seen, hidden, elsewhere = ask(random_model, questions, mask="attention")
+    removed = ask(random_model, questions)[1]
     assert hidden.share == pytest.approx(elsewhere.share, rel=1e-5)
     assert abs(hidden.share - seen.share) > 1e-3
     assert abs(hidden.share - removed.share) > 1e-6
@@ -105,6 +101,7 @@ def test_a_prompts_misleading_tokens_are_found(tiny):
         (start, end), *_ = own.example.roles["misleading"]
         assert "".join(words).strip().replace(" .", ".") == own.example.prompt[start:end].replace(" .", ".")
         assert own.example.foil == words[-2]
+        assert own.false == own.places[-2:-1]
         assert tiny.tokenizer.decode(own.answer).strip() == own.example.answer.strip()
         assert own.plain == tiny.tokenizer(own.example.variants["plain"])["input_ids"]
 
@@ -145,7 +142,8 @@ def hand_made():
         for method, after in ((DEPASS, [depass]), (PROBE, [probe]), (RANDOM, [0, 1])):
             replies[method, 0, number] = [reply(bool(before))] * len(after)
             replies[method, 1, number] = [reply(bool(own), 0.25 + own / 2) for own in after]
-    return Answers(replies, [0, 1], 3, by_options=True, seed=0)
+    found = {(method, count): [1.0, 0.0, 1.0] for method in METHODS for count in (0, 1)}
+    return Answers(replies, [0, 1], 3, by_options=True, seed=0, found=found)
 
 
 def test_answers_come_to_what_they_come_to_by_hand():
@@ -165,21 +163,24 @@ def test_answers_come_to_what_they_come_to_by_hand():
     row = table[DEPASS, 1]
     assert row["right"] == bootstrap([1, 1, 0])
     assert row["right_again"] == bootstrap([1.0])
-    assert row["over_random"] == bootstrap([0.5, 0.5, -0.5])
-    assert row["over_the_probe"] == bootstrap([1, 1, 0])
+    assert row["right_over_random"] == bootstrap([0.5, 0.5, -0.5])
+    assert row["right_over_the_probe"] == bootstrap([1, 1, 0])
+    assert row["of_the_two_over_the_probe"] == bootstrap([0.5, 0.5, 0])
+    assert row["false_answer_found"] == bootstrap([1, 0, 1])
     assert table[PROBE, 1]["right_again"] == bootstrap([0.0])
     panels = answers.panels()
     assert panels[0].name == "all prompts"
     assert panels[0].curves[DEPASS].y == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
-    assert panels[-1].name == "right again, of 1 misled prompts"
-    assert panels[-1].curves[RANDOM].y == [0, 0.5]
+    assert panels[2].name == "right again, of 1 misled prompts"
+    assert panels[2].curves[RANDOM].y == [0, 0.5]
+    assert panels[3].curves[PROBE].y[1] == pytest.approx(2 / 3)
     exact = Answers(answers.replies, [0, 1], 3, by_options=False, seed=0)
     assert exact.right(DEPASS, 1) == [1, 1, 0]
 
 
 @pytest.mark.parametrize("task", ["truthfulqa", "counterfact"])
 def test_it_runs_on_the_embedded_model_and_says_what_it_does_not_show(tiny, tmp_path, task):
-    study = Truthful(task=task, size=12, counts=(0, 1, 3), draws=2)
+    study = Truthful(task=task, size=12, counts=(0, 1, 3), draws=2, layers=[1, 2])
     found = study.run(tiny, tmp_path / "one")
     again = study.run(tiny, tmp_path / "two")
     assert (found.panels, found.table, found.notes) == (again.panels, again.table, again.notes)
@@ -191,8 +192,7 @@ def test_it_runs_on_the_embedded_model_and_says_what_it_does_not_show(tiny, tmp_
     assert probe.layer == found.settings["probe_layer"]
     by_layer = found.settings["validation_by_layer"]
     assert by_layer[probe.layer] == max(by_layer.values())
-    right = found.table[0]["right"]
-    assert right.value == 1.0
+    assert found.table[0]["right"] == Interval(1.0, 1.0, 1.0)
     json.loads((tmp_path / "one" / "results.json").read_text())
 
 
@@ -228,6 +228,34 @@ def test_prompts_that_cannot_be_used_are_left_out(tiny, tmp_path):
     task = tasks.load("counterfact", path=tmp_path / "rows.json", split="misleading")
     with pytest.raises(DePassError, match="no prompt of counterfact can be used; 2:"):
         misled_prompts(tiny, task)
+
+
+def test_only_prompts_that_the_model_knows_are_taken(tiny, tmp_path):
+    rows = [
+        {
+            "case_id": number,
+            "subject": subject,
+            "prompt": f"The capital of {subject} is",
+            "target_true": answer,
+        }
+        for number, (subject, answer) in enumerate(
+            [("France", "Paris"), ("Italy", "Oslo"), ("Spain", "Madrid")]
+        )
+    ]
+    rows = [row | {"relation_id": "P", "target_false": "Berlin"} for row in rows]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings: dict[str, Any] = {
+        "task": "counterfact",
+        "path": str(tmp_path / "rows.json"),
+        "counts": (0, 1),
+        "draws": 1,
+    }
+    assert Truthful(**settings).run(tiny, tmp_path / "known").prompts == 2
+    assert Truthful(**settings, known=False).run(tiny, tmp_path / "all").prompts == 3
+    assert Truthful(**settings, size=1).run(tiny, tmp_path / "one").prompts == 1
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:2]))
+    with pytest.raises(DePassError, match=r"answers none of 1 prompts right.*known=false"):
+        Truthful(**settings).run(tiny, tmp_path / "none")
 
 
 def test_layers_are_spread_evenly():

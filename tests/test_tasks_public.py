@@ -91,6 +91,7 @@ def test_misleading_prompts_state_the_answer_to_another_row(tmp_path):
     assert ann.prompt == "Ann speaks Dutch. Ann speaks"
     assert (ann.answer, ann.foil, ann.evidence) == (" French", " Dutch", ())
     assert texts(ann, "misleading") == ["Ann speaks Dutch."]
+    assert texts(ann, "false_answer") == ["Dutch"]
     assert ann.roles["subject"] == ((18, 21),)
     assert ann.variants == {"plain": "Ann speaks", "correct": "Ann speaks French. Ann speaks"}
     assert bo.foil == " French"

@@ -55,7 +55,6 @@ PANELS: dict[str, tuple[str, str, str]] = {
 }
 """Each curve's column, and how it is drawn."""
 
-LOGITS = ("patch_top_logit", "recover_top_logit")  # curves alone: areas under them say no more
 NUMBERS = ("comprehensiveness", "sufficiency", "evidence_first", "evidence_auroc")
 AT = {"mask_top": (1.0, 5.0), "mask_bottom": (5.0, 20.0)}  # the K whose values the table has
 
@@ -235,7 +234,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for column in PANELS:
         curve = row.get(column)
-        if curve is None or column in LOGITS:
+        if curve is None:
             continue
         percents = row["masked_percents" if column.startswith("mask") else "percents"]
         for percent in AT.get(column, ()):

@@ -34,7 +34,7 @@ from depass_lightning.experiments.measures import Measures, Words, measure, word
 from depass_lightning.experiments.parts import Carried, carry_parts, decode
 from depass_lightning.experiments.results import write_experiment
 from depass_lightning.faithfulness.bootstrap import bootstrap
-from depass_lightning.probes import Probe, Probes, train_probes
+from depass_lightning.probes import Probe, Probes, fit_probes, hidden_states, train_probe
 from depass_lightning.prompts import Prompt, prompts_of, token_text
 from depass_lightning.targets import token_id
 from depass_lightning.tasks import Task, Texts, load_texts
@@ -93,9 +93,7 @@ class Language:
         prompts, answers = self._read(depass, task)
         probes, shuffled = self._probes(depass, train, test, layers)
         probes.best.save(Path(folder) / "probe.safetensors")
-        sources = [
-            own.subspace() for pair in zip(probes.probes, shuffled.probes, strict=True) for own in pair
-        ]
+        sources = [own.subspace() for pair in zip(probes.probes, shuffled, strict=True) for own in pair]
         carried = carry_parts(
             depass, prompts, sources, rule=self.rule, batch_size=self.batch_size, progress=progress
         )
@@ -148,14 +146,21 @@ class Language:
         ]
         return prompts, answers
 
-    def _probes(self, depass: DePass, train: Texts, test: Texts, layers: list[int]) -> tuple[Probes, Probes]:
-        """Train the language probes, and the same on shuffled labels."""
-        mixed = random.Random(f"shuffled {self.seed}").sample(train.labels, len(train.labels))
-        probes, shuffled = (
-            train_probes(depass, own, test, layers=layers, batch_size=self.batch_size, seed=self.seed)
-            for own in (train, Texts("shuffled", train.texts, mixed))
+    def _probes(
+        self, depass: DePass, train: Texts, test: Texts, layers: list[int]
+    ) -> tuple[Probes, list[Probe]]:
+        """Train the language probes, and one a layer on shuffled labels."""
+        states, judged = (
+            hidden_states(depass, own.texts, layers=layers, batch_size=self.batch_size)
+            for own in (train, test)
         )
-        return probes, shuffled
+        found = fit_probes(states, train.labels, judged, test.labels, layers=layers, seed=self.seed)
+        mixed = random.Random(f"shuffled {self.seed}").sample(train.labels, len(train.labels))
+        shuffled = [
+            train_probe(states[at], mixed, judged[at], test.labels, layer=layer, seed=self.seed)
+            for at, layer in enumerate(layers)
+        ]
+        return found, shuffled
 
     def _measure(
         self,

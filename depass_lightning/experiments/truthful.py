@@ -44,6 +44,7 @@ class Misled:
         answer: the id of the right answer's first token.
         foil: that of the false answer.
         places: the positions of the information's tokens.
+        false: those of the tokens that state the false answer, where that is known.
     """
 
     example: Example
@@ -52,6 +53,7 @@ class Misled:
     answer: int
     foil: int
     places: list[int]
+    false: list[int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Truthful:
         train_path: statements to train the probe on, rows `{text, label}`; None for the embedded model's own.
         test_path: statements to judge it on.
         size: how many prompts at most.
+        known: take only prompts that the model answers right without the information: the others cannot be
+            misled.
         counts: how many tokens are masked.
         mask: `remove` takes them out and encodes the rest anew, as the paper's other experiments on tokens
             do; `attention` hides them from all later tokens.
@@ -81,6 +85,7 @@ class Truthful:
     train_path: str | None = None
     test_path: str | None = None
     size: int | None = 100
+    known: bool = True
     counts: Sequence[int] = (0, 1, 2, 3, 5, 8, 12)
     mask: Mask = "remove"
     layers: Sequence[int] | None = None
@@ -103,6 +108,9 @@ class Truthful:
         started = time.perf_counter()
         task, train, test = self._data()
         prompts, skipped = misled_prompts(depass, task)
+        tried = len(prompts)
+        if self.known:
+            prompts = self._answered(depass, prompts)
         layers = self.layers or spread(len(depass.decoder.blocks), 10)
         probes = train_probes(depass, train, test, layers=layers, batch_size=self.batch_size, seed=self.seed)
         probe = probes.best
@@ -131,7 +139,7 @@ class Truthful:
             },
             panels=results.panels(),
             table=results.table(),
-            notes=self._notes(probe, results, skipped),
+            notes=[*self._about_prompts(results, tried, skipped), *self._notes(probe, results)],
         )
         write_experiment(experiment, folder)
         return experiment
@@ -146,7 +154,9 @@ class Truthful:
         if self.mask not in MASKS:
             raise DePassError(f"tokens are masked by {' or '.join(map(repr, MASKS))}, not {self.mask!r}")
         split = "misleading" if self.task == "counterfact" else "test"
-        task = tasks.load(self.task, size=self.size, seed=self.seed, split=split, path=self.path)
+        task = tasks.load(
+            self.task, size=None if self.known else self.size, seed=self.seed, split=split, path=self.path
+        )
         train = load_texts("truthful", split="train", path=self.train_path, seed=self.seed)
         test = load_texts("truthful", split="test", path=self.test_path, seed=self.seed)
         if set(train.labels) != {"true", "false"}:
@@ -156,6 +166,19 @@ class Truthful:
     @property
     def _by_options(self) -> bool:
         return self.task == "truthfulqa" and self.path is not None
+
+    def _answered(self, depass: DePass, prompts: list[Misled]) -> list[Misled]:
+        """Return the first prompts that are answered right without the information."""
+        questions = [Question(own.plain, own.answer, own.foil) for own in prompts]
+        replies = ask(depass, questions, batch_size=self.batch_size)
+        pairs = zip(prompts, replies, strict=True)
+        kept = [own for own, reply in pairs if (reply.preferred if self._by_options else reply.rank == 0)]
+        if not kept:
+            raise DePassError(
+                f"the model answers none of {len(prompts)} prompts right without the information; "
+                "known=false takes them all"
+            )
+        return kept[: self.size]
 
     def _ask(
         self, depass: DePass, prompts: list[Misled], orders: dict[str, list[list[list[int]]]]
@@ -175,9 +198,44 @@ class Truthful:
         found: dict[tuple[str, int, int], list[Reply]] = {}
         for key, reply in zip(meant, replies, strict=True):
             found.setdefault(key, []).append(reply)
-        return Answers(found, list(self.counts), len(prompts), self._by_options, self.seed)
+        return Answers(
+            found,
+            list(self.counts),
+            len(prompts),
+            self._by_options,
+            self.seed,
+            {
+                (method, count): [
+                    sum(bool(set(own.false) & set(draw[i][:count])) for draw in several) / len(several)
+                    for i, own in enumerate(prompts)
+                ]
+                for method, several in orders.items()
+                for count in self.counts
+                if all(own.false for own in prompts)
+            },
+        )
 
-    def _notes(self, probe: Probe, results: "Answers", skipped: list[str]) -> list[str]:
+    def _about_prompts(self, results: "Answers", tried: int, skipped: list[str]) -> list[str]:
+        """Say which prompts the numbers are over."""
+        notes = []
+        if self.known:
+            notes.append(
+                f"The {results.prompts} prompts are the first of {tried} that the model answers right "
+                "without the information: the others cannot be misled."
+            )
+        notes.append(
+            f"{len(results.misled)} of {results.prompts} prompts are answered right without the information "
+            "and wrong with it. “Right again” is over those alone. Any disturbance turns some of them, which "
+            "is what masking at random shows."
+        )
+        if not results.misled:
+            notes.append("The information misleads the model nowhere, so that nothing can be undone here.")
+        if skipped:
+            notes.append(f"{len(skipped)} prompts were left out; the first: {skipped[0]}")
+        return notes
+
+    def _notes(self, probe: Probe, results: "Answers") -> list[str]:
+        """Say how the numbers were got."""
         fit = probe.fit
         right = (
             "An answer is right where the right option is more likely than the false one."
@@ -196,10 +254,7 @@ class Truthful:
             + ("" if fit.converged else " Its solver stopped at its limit of iterations."),
             "Its logit is read at the last token of the misleading information, and only that information's "
             f"tokens are masked: at most as many as it has. {masked}",
-            right,
-            f"{len(results.misled)} of {results.prompts} prompts are answered right without the information "
-            "and wrong with it. “Right again” is over those alone. Any disturbance turns some of them, which "
-            "is what masking at random shows.",
+            f"{right} “Of the two” is the right answer's probability where only it and the false one count.",
             "Intervals: 95%, by bootstrap over prompts. “Over random” and “over the probe” are differences "
             "on the same prompts; an interval that holds zero shows no difference.",
         ]
@@ -208,10 +263,6 @@ class Truthful:
                 "On those statements the probe does no better than chance, so that what it is traced to says "
                 "nothing about truth: this run shows that the experiment works, not what DePass finds."
             )
-        if not results.misled:
-            notes.append("The information misleads the model nowhere, so that nothing can be undone here.")
-        if skipped:
-            notes.append(f"{len(skipped)} prompts were left out; the first: {skipped[0]}")
         return notes
 
 
@@ -240,7 +291,8 @@ def misled_prompts(depass: DePass, task: Task) -> tuple[list[Misled], list[str]]
             ]
             if ids[0] == ids[1]:
                 raise DePassError("the right and the false answer begin with the same token")
-            found.append(Misled(example, prompt, plain.ids, *ids, places=_places(prompt, example)))
+            places, false = (_places(prompt, example, role) for role in ("misleading", "false_answer"))
+            found.append(Misled(example, prompt, plain.ids, *ids, places=places, false=false))
         except DePassError as error:
             skipped.append(f"{example.id}: {error}")
     if not found:
@@ -248,15 +300,14 @@ def misled_prompts(depass: DePass, task: Task) -> tuple[list[Misled], list[str]]
     return found, skipped
 
 
-def _places(prompt: Prompt, example: Example) -> list[int]:
-    """Return the positions of the misleading information's tokens."""
+def _places(prompt: Prompt, example: Example, role: str) -> list[int]:
+    """Return the positions of the tokens that stand for a role."""
     if prompt.offsets is None:
         raise DePassError("its tokenizer does not know where tokens stand in the text; use a fast one")
-    (span,) = example.roles["misleading"]
     return [
         place
         for place, (start, end) in enumerate(prompt.offsets)
-        if start < end and start < span[1] and end > span[0]
+        if start < end and any(start < span[1] and end > span[0] for span in example.roles.get(role, ()))
     ]
 
 

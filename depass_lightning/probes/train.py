@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.depass import DePass
@@ -73,8 +74,7 @@ def train_probes(
     Raises:
         DePassError: there are fewer than ten training texts, or as for `train_probe`.
     """
-    if len(train) < 10:
-        raise DePassError(f"{len(train)} texts are too few to fit a probe and to choose a layer by; give 10")
+    _check_enough(train.labels)
     wanted = layers_of(len(depass.decoder.blocks), layers)
     if layers is None:
         wanted = wanted[1:]
@@ -82,7 +82,46 @@ def train_probes(
         hidden_states(depass, own.texts, layers=wanted, position=position, batch_size=batch_size)
         for own in (train, test)
     )
-    order = random.Random(f"validation {seed}").sample(range(len(train)), len(train))
+    return fit_probes(
+        states,
+        train.labels,
+        judged,
+        test.labels,
+        layers=wanted,
+        regularisation=regularisation,
+        iterations=iterations,
+        standardise=standardise,
+        seed=seed,
+    )
+
+
+def fit_probes(
+    states: Float[Tensor, "layer text hidden"],
+    labels: Sequence[str],
+    held_out: Float[Tensor, "layer text hidden"],
+    held_out_labels: Sequence[str],
+    *,
+    layers: Sequence[int],
+    regularisation: float = 1.0,
+    iterations: int = 1000,
+    standardise: bool = True,
+    seed: int = 0,
+) -> Probes:
+    """Fit a probe at every layer on states that are there already, as `train_probes` does.
+
+    Args:
+        states: the training texts' states, as `hidden_states` gives them.
+        labels: the training texts' labels.
+        held_out: the test texts' states.
+        held_out_labels: the test texts' labels.
+        layers: where the states stand.
+        regularisation: as for `train_probe`, and so are the others.
+
+    Raises:
+        DePassError: there are fewer than ten training texts, or as for `train_probe`.
+    """
+    _check_enough(labels)
+    order = random.Random(f"validation {seed}").sample(range(len(labels)), len(labels))
     cut = round(len(order) * (1 - VALIDATION))
     settings = {
         "regularisation": regularisation,
@@ -92,11 +131,16 @@ def train_probes(
     }
 
     def part(rows: list[int], at: int) -> tuple[Tensor, list[str]]:
-        return states[at][rows], [train.labels[row] for row in rows]
+        return states[at][rows], [labels[row] for row in rows]
 
     probes, validation = [], []
-    for at, layer in enumerate(wanted):
+    for at, layer in enumerate(layers):
         tried = train_probe(*part(order[:cut], at), *part(order[cut:], at), layer=layer, **settings)
         validation.append(tried.fit.accuracy)
-        probes.append(train_probe(states[at], train.labels, judged[at], test.labels, layer=layer, **settings))
+        probes.append(train_probe(states[at], labels, held_out[at], held_out_labels, layer=layer, **settings))
     return Probes(probes, validation)
+
+
+def _check_enough(labels: Sequence[str]) -> None:
+    if len(labels) < 10:
+        raise DePassError(f"{len(labels)} texts are too few to fit a probe and to choose a layer by; give 10")

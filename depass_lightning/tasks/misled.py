@@ -16,8 +16,9 @@ def misled(example: Example, statement: str, foil: str) -> Example:
         foil: the false answer, with its leading space.
 
     Returns:
-        The example with the role `misleading` (the whole statement), the false answer as its foil, and two
-        variants: `plain`, the prompt by itself, and `correct`, behind the statement with the right answer.
+        The example with the roles `misleading` (the whole statement) and `false_answer` (its end), the false
+        answer as its foil, and two variants: `plain`, the prompt by itself, and `correct`, behind the
+        statement with the right answer.
     """
     false = f"{statement}{foil}."
     shift = len(false) + 1
@@ -30,7 +31,11 @@ def misled(example: Example, statement: str, foil: str) -> Example:
         f"{false} {example.prompt}",
         example.answer,
         foil,
-        {"misleading": ((0, len(false)),), **roles},
+        {
+            "misleading": ((0, len(false)),),
+            "false_answer": ((len(false) - len(foil), len(false) - 1),),
+            **roles,
+        },
         (),
         {"plain": example.prompt, "correct": f"{statement}{example.answer}. {example.prompt}"},
         example.labels,

@@ -17,7 +17,7 @@ LABELS = {
     "language": ("English", "French", "German", "Italian", "Portuguese", "Spanish"),
 }
 
-CODES: dict[str, str] = dict(zip("en fr de it pt es".split(), LABELS["language"], strict=True))
+CODES: dict[str, str] = dict(zip(["en", "fr", "de", "it", "pt", "es"], LABELS["language"], strict=True))
 
 
 @dataclass(frozen=True)
