@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -222,3 +226,48 @@ def test_two_processes_in_a_sweep_and_under_torchrun(tmp_path: Path) -> None:
         assert [row["id"] for row in rows] == [row["id"] for row in wanted]
         for row, one in zip(rows, wanted, strict=True):
             assert row["scores"] == pytest.approx(one["scores"], abs=1e-5)
+
+
+# The guide
+
+GUIDE = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL) for line in block.splitlines()
+]
+ROWS = re.findall(
+    r"^\| (.*?) \| `(.*?)`", GUIDE.split("### Several processes")[1].split("##")[0], re.MULTILINE
+)
+
+
+def jobs_of(words: list[str]) -> list[tuple[str, ...]]:
+    """Return the jobs of a command line, each as its overrides."""
+    parsed = OverridesParser.create().parse_overrides(words)
+    return list(product(*(_choices(own) for own in parsed)))
+
+
+def _choices(own: Override) -> list[str]:
+    if not own.is_sweep_override():
+        return [str(own.input_line)]
+    return [f"{own.get_key_element()}={value}" for value in own.sweep_string_iterator()]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_of_the_guide_composes(line: str) -> None:
+    program, script, *words = line.split()
+    assert (program, script) == ("python", "analyze.py")
+    sweep = words[0] == "-m"
+    jobs = jobs_of(words[sweep:])
+    assert len(jobs) == {True: max(2, len(jobs)), False: 1}[sweep]
+    for job in (jobs[0], jobs[-1]):
+        with initialize_config_module("depass_lightning.conf", version_base="1.3"):
+            config = compose("analyze", overrides=list(job))
+        assert config.checkpoint is None or "/" in config.checkpoint
+
+
+def test_every_launcher_is_in_the_guide_and_its_ways_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(re.findall(r"^\| `hydra/launcher=(\w+)`", GUIDE, re.MULTILINE)) == set(LAUNCHERS)
+    assert len(ROWS) == 4
+    for how, settings in ROWS:
+        torchrun = "torchrun" in how
+        words = tuple(word for word in settings.split() if "=" in word and word != "trainer=gpu")
+        check_launch(begun(monkeypatch, "torchrun" if torchrun else "", words, sweep=not torchrun))
