@@ -116,6 +116,11 @@ def test_the_terminal_shows_the_table():
     for part in ("Is <b> a title?", "0.500 (0.400 to 0.600)", "small · a file", "1,200 prompts", "yes"):
         assert part in told
     assert "/models/" not in told
+    many = {f"measure_{i}": Interval(0.5, 0.4, 0.6) for i in range(7)}
+    console.print(terminal_table(changed(table=[many])))
+    told = " ".join(console.export_text().split())
+    assert "0.400" not in told
+    assert "intervals are on the page" in told
 
 
 @pytest.mark.parametrize(

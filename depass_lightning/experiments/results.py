@@ -59,6 +59,8 @@ POINTS = pa.schema(
     [(name, pa.string()) for name in ("cloud", "group")] + [(name, pa.float64()) for name in ("x", "y")]
 )
 
+WIDE = 6  # columns: more of them, with intervals, are wider than a terminal
+
 
 def write_experiment(experiment: Experiment, folder: str | os.PathLike[str]) -> Path:
     """Write an experiment's figures, files and page, each whole or not at all.
@@ -114,7 +116,7 @@ def read_experiment(folder: str | os.PathLike[str]) -> Experiment:
 
 
 def terminal_table(experiment: Experiment) -> Table:
-    """Return the experiment's rows for a terminal, under its title."""
+    """Return the experiment's rows for a terminal, under its title; many columns without their intervals."""
     size = f"{experiment.prompts:,} prompts · {plain(experiment.seconds)} s"
     told = f"{model_name(experiment.model)} · {experiment.data} · {size}"
     table = Table(
@@ -123,11 +125,16 @@ def terminal_table(experiment: Experiment) -> Table:
     table.title_justify = table.caption_justify = "left"
     table.caption = Text(visible(told), "dim")
     columns = experiment.columns()
+    wide = len(columns) > WIDE
+    if wide and any(isinstance(cell, Interval) for row in experiment.table for cell in row.values()):
+        table.caption.append(" · intervals are on the page")
     for column in columns:
         numbers = all(not isinstance(row.get(column), str) for row in experiment.table)
         table.add_column(column.replace("_", " "), justify="right" if numbers else "left")
     for row in experiment.table:
-        table.add_row(*(Text(written(row.get(column))) for column in columns))
+        cells = [row.get(column) for column in columns]
+        short = [cell.value if wide and isinstance(cell, Interval) else cell for cell in cells]
+        table.add_row(*(Text(written(cell)) for cell in short))
     return table
 
 
