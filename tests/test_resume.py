@@ -8,8 +8,6 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from depass_lightning import tasks
 from depass_lightning.commands.runs import UNFINISHED
 from depass_lightning.depass import DePass
 from depass_lightning.storage import Journal, read_rows
-from tests.conftest import ROOT
 from tests.test_analyze import good, jsonl, run
 
 SIZE = 24
@@ -185,19 +182,6 @@ def test_a_lost_process_is_named(tmp_path):
     assert "a process was lost (process 1 terminated with signal SIGKILL)" in said(folder)
 
 
-@pytest.mark.slow  # three starts of the command
-def test_a_process_that_lightning_has_started_is_lost(tmp_path):
-    """As typed, with `ddp`: the one that is lost is named, the other ends, and both go on."""
-    two = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "task.size=200"]
-    printed = typed(tmp_path, *two, kill_at=6, victim="train_ddp_process_1")
-    assert "error: process 2 of 2 was lost (signal 9)" in printed
-    assert "told to by SIGTERM" not in printed
-    assert "prompts are kept in" in printed
-    printed = typed(tmp_path, *two)
-    assert "prompts have been attributed before" in printed
-    assert len(list(tmp_path.glob("logs/analyze/runs/*/summary.json"))) == 1
-
-
 def test_a_full_disk_keeps_what_is_done(undisturbed, tmp_path):
     """Files may not grow beyond a limit: the shards fit, the merged file does not."""
     folder = tmp_path / "run"
@@ -296,38 +280,6 @@ def test_two_commands_do_not_share_a_folder(undisturbed, tmp_path):
     assert "another process is at work in" in said(folder)
     first.kill()
     first.join()
-
-
-def typed(folder, *overrides, kill_at=None, victim=""):
-    """Type the command in a folder, and kill it, or a process of it, after so many prompts; return what it
-    says."""
-    command = [sys.executable, str(ROOT / "analyze.py"), *QUICK, "print_config=false", *overrides]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if kill_at is not None:
-        while sum(Journal(own).counted() for own in folder.glob("logs/analyze/*/*")) < kill_at:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.01)
-        family = psutil.Process(process.pid).children(recursive=True) if victim else []
-        for own in [one for one in family if victim in " ".join(one.cmdline())] or [process]:
-            own.kill()
-    return process.communicate(timeout=120)[0]
-
-
-def test_the_same_command_goes_on_by_itself(undisturbed, tmp_path):
-    """No folder is given: the one of the run that was killed is found by what was typed."""
-    typed(tmp_path, "trainer.accelerator=cpu", kill_at=6)
-    (interrupted,) = (tmp_path / "logs" / "analyze" / "runs").iterdir()
-    printed = typed(tmp_path, "trainer.accelerator=cpu")
-    assert "goes on with" in printed
-    assert "prompts have been attributed before" in printed
-    assert list(interrupted.parent.iterdir()) == [interrupted]
-    assert table(interrupted) == table(undisturbed[0])
-    # A run that has ended is not gone on with.
-    printed = typed(tmp_path, "trainer.accelerator=cpu", f"hydra.run.dir={interrupted}", "resume=false")
-    assert "goes on with" not in printed
-    assert table(interrupted.with_name(f"{interrupted.name}-2")) == table(interrupted)
 
 
 def test_prompts_that_are_done_leave_the_other_batches_as_they_were():

@@ -69,7 +69,7 @@ class Resume(Callback):
     """
 
     def __init__(self) -> None:
-        self._mark: TextIO | None = None
+        self.mark: TextIO | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         if int(os.environ.get("LOCAL_RANK", "0")):  # a process that Lightning or torchrun started
@@ -93,14 +93,14 @@ class Resume(Callback):
                 # Each job's configuration is composed anew, of what was typed.
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={found}")
         found.mkdir(parents=True, exist_ok=True)
-        self._mark = (found / UNFINISHED).open("a+")
-        _locked(self._mark.fileno())
-        _write(self._mark, _overrides(config))
+        self.mark = (found / UNFINISHED).open("a+")
+        _locked(self.mark.fileno())
+        _write(self.mark, _overrides(config))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        if self._mark is not None:
-            Path(self._mark.name).unlink(missing_ok=True)
-            self._mark.close()
+        if self.mark is not None:
+            Path(self.mark.name).unlink(missing_ok=True)
+            self.mark.close()
 
 
 def _continued(config: DictConfig, folder: Path, given: bool) -> Path:
