@@ -19,7 +19,7 @@ from tests.test_engine_untouched import in_the_middle_of_training, must_stay_unt
 
 TARGET = Contrast(7, 11)
 PROMPTS = [prompt(length, seed=length) for length in (5, 9)]
-FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "falcon-rw", "opt", "gpt_oss")
+FAMILIES = ("llama", "gpt2", "gemma2", "falcon-rw", "gpt_oss")
 OPTIONS: dict[str, dict[str, Any]] = {"integrated_gradients": {"steps": 3}, "gradient_shap": {"samples": 2}}
 
 

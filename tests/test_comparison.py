@@ -74,8 +74,8 @@ OPTIONS: dict[str, Any] = {"integrated_gradients": {"steps": 4}, "gradient_shap"
 
 
 def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
-    found = Compared(size=5, pool=8, options=OPTIONS, percents=(0, 20, 50, 100)).run(depass, tmp_path)
-    assert (found.name, found.prompts) == ("paper_tokens", 5)
+    found = Compared(size=4, pool=5, options=OPTIONS, percents=(0, 20, 100)).run(depass, tmp_path)
+    assert (found.name, found.prompts) == ("paper_tokens", 4)
     assert [row["method"] for row in found.table] == list(TOKEN_METHODS)
     by_name = {str(row["method"]): row for row in found.table}
     assert {panel.name for panel in found.panels} >= {"patch top", "recover top", "patch top, zeroed"}
@@ -102,7 +102,7 @@ def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
 def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Path) -> None:
     listed: dict[Components, tuple[str, ...]] = {"heads": HEAD_METHODS, "neurons": NEURON_METHODS}
     for components, methods in listed.items():
-        study = Compared(components, size=3, pool=6, percents=[0, 5, 20, 50], top=4)
+        study = Compared(components, size=2, pool=3, percents=[0, 5, 20], top=4)
         found = study.run(depass, tmp_path / components)
         assert [row["method"] for row in found.table] == list(methods)
         assert {panel.name for panel in found.panels} >= {"mask top", "mask bottom"}
