@@ -120,7 +120,11 @@ def test_the_terminal_shows_the_table():
     console.print(terminal_table(changed(table=[many])))
     told = " ".join(console.export_text().split())
     assert "0.400" not in told
-    assert "intervals are on the page" in told
+    assert "intervals on the page" in told
+    console.print(terminal_table(changed(table=[{"a_difference": 1.0} | many]), 40))
+    told = " ".join(console.export_text().split())
+    assert "4 more columns and intervals on the page" in told
+    assert "difference" not in told
 
 
 @pytest.mark.parametrize(

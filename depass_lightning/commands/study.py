@@ -38,7 +38,7 @@ def run_study(
         depass.model.to(trainer.strategy.root_device)
     experiment = study.run(depass, folder, progress=first_process())
     console.print()
-    console.print(terminal_table(experiment))
+    console.print(terminal_table(experiment, console.width))
     for note in experiment.notes:
         console.print(Text(note, "dim"))
     console.print()

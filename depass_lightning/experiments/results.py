@@ -115,27 +115,56 @@ def read_experiment(folder: str | os.PathLike[str]) -> Experiment:
         raise DePassError(f"{path} holds no experiment ({error})") from error
 
 
-def terminal_table(experiment: Experiment) -> Table:
-    """Return the experiment's rows for a terminal, under its title; many columns without their intervals."""
+def terminal_table(experiment: Experiment, width: int | None = None) -> Table:
+    """Return the experiment's rows for a terminal, under its title; many columns without their intervals.
+
+    Args:
+        experiment: what was found.
+        width: how many characters a line has; the columns that do not fit are left to the page. All are
+            shown where None.
+    """
     size = f"{experiment.prompts:,} prompts · {plain(experiment.seconds)} s"
     told = f"{model_name(experiment.model)} · {experiment.data} · {size}"
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", title=Text(experiment.title, "bold")
     )
     table.title_justify = table.caption_justify = "left"
-    table.caption = Text(visible(told), "dim")
     columns = experiment.columns()
     wide = len(columns) > WIDE
+    cells = {
+        column: [_short(row.get(column)) if wide else written(row.get(column)) for row in experiment.table]
+        for column in columns
+    }
+    shown = columns if width is None else _fitting(cells, width)
+    more, left = len(columns) - len(shown), []
+    if more:
+        left.append(f"{more} more column{'s' if more > 1 else ''}")
     if wide and any(isinstance(cell, Interval) for row in experiment.table for cell in row.values()):
-        table.caption.append(" · intervals are on the page")
-    for column in columns:
+        left.append("intervals")
+    table.caption = Text(visible(told) + (f" · {' and '.join(left)} on the page" if left else ""), "dim")
+    for column in shown:
         numbers = all(not isinstance(row.get(column), str) for row in experiment.table)
         table.add_column(column.replace("_", " "), justify="right" if numbers else "left")
-    for row in experiment.table:
-        cells = [row.get(column) for column in columns]
-        short = [cell.value if wide and isinstance(cell, Interval) else cell for cell in cells]
-        table.add_row(*(Text(written(cell)) for cell in short))
+    for own in zip(*(cells[column] for column in shown), strict=True):
+        table.add_row(*map(Text, own))
     return table
+
+
+def _short(cell: Cell) -> str:
+    """Write a cell without its interval."""
+    return written(cell.value if isinstance(cell, Interval) else cell)
+
+
+def _fitting(cells: Mapping[str, Sequence[str]], width: int) -> list[str]:
+    """Return the first columns that a line has room for; differences, which repeat others, come last."""
+    shown: list[str] = []
+    for column in sorted(cells, key=lambda name: name.endswith("_difference")):
+        words = [*column.split("_"), *cells[column]]
+        width -= 3 + max(map(len, words))
+        if width < 0:
+            break
+        shown.append(column)
+    return [column for column in cells if column in shown]
 
 
 def _curve_rows(experiment: Experiment) -> list[dict[str, Any]]:
