@@ -53,7 +53,13 @@ def test_parts_and_the_bias_component_add_up_where_there_is_one():
     prompts = prompts_of(depass.decoder, None, None, ids, None)
     carried = carry_parts(depass, prompts, [Subspace(1, basis(2, 36))])
     assert carried.error < 1e-5
-    assert float((carried.states[0].sum(0) - carried.whole).abs().max()) > 1e-2  # the bias is not among them
+    for row, own in enumerate(ids):
+        (parts,) = depass.decompose(input_ids=own[None], source=Subspace(1, basis(2, 36)))
+        assert parts.names == ["subspace", "rest", "bias"]
+        states = parts.states[:, -1]
+        scale = (states.sum(0).pow(2).mean() + depass.model.config.rms_norm_eps).rsqrt()
+        expected = states[:2] * scale * depass.model.model.norm.weight
+        torch.testing.assert_close(carried.states[0, :, row], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_decoding_is_the_unembedding(tiny):

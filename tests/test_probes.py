@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from depass_lightning import DePass, Tokens
 from depass_lightning.errors import DePassError
-from depass_lightning.probes import Probe, hidden_states, train_probe, train_probes
+from depass_lightning.probes import Probe, fit_probes, hidden_states, train_probe, train_probes
 from depass_lightning.tasks import load_texts
 from depass_lightning.tasks.texts import Texts
 from tests.models import build, padded, prompt, real_states
@@ -155,6 +155,14 @@ def test_probes_find_what_there_is_and_the_best_layer_is_chosen_on_training_text
     assert languages.best is languages.probes[languages.validation.index(top)]
     with pytest.raises(DePassError, match="no probe at layer 0"):
         languages.at(0)
+
+
+def test_validation_is_on_texts_that_were_not_fitted():
+    states = torch.randn(2, 60, 80, generator=torch.Generator().manual_seed(1))
+    names = np.random.default_rng(2).choice(["no", "yes"], 60).tolist()
+    found = fit_probes(states, names, states, names, layers=[4, 7])
+    assert [probe.fit.accuracy for probe in found.probes] == [1.0, 1.0]  # of what it was fitted on
+    assert max(found.validation) < 0.9
 
 
 def test_a_probe_comes_back_from_its_file(tmp_path, languages):
