@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +174,16 @@ def test_models_that_one_run_compared_are_runs(tmp_path: Path, checkpoint: Path)
 def test_only_some_prompts_are_shown_those_first_that_most_runs_have(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports, "SHOWN", 4)
+    monkeypatch.setattr(reports, "SHOWN", 6)
     monkeypatch.setattr(reports, "AT_ONCE", 2)
-    _, data = reported(sweep)
-    assert [own["prompt"].split("-")[0] for own in data["maps"]] == ["ioi", "ioi", "ioi", "known"]
-    assert [len(own["of"]) for own in data["maps"]] == [4, 4, 4, 2]
+    rows, data = reported(sweep)
+    assert [len(own["of"]) for own in data["maps"]] == [4, 4, 4, 2, 2, 2]
+    # the run with five prompts first: two of them it has alone
+    held = Counter(own.prompt for own in reports.read_maps(rows[::-1]))
+    assert list(held.values()) == [4, 4, 4, 2, 2, 2]
+    assert [name.split("-")[0] for name in held] == 3 * ["ioi"] + 3 * ["known"]
     monkeypatch.setattr(reports, "MAPS", 9)
-    _, data = reported(sweep)
-    assert [len(own["of"]) for own in data["maps"]] == [4, 4]
+    assert list(Counter(own.prompt for own in reports.read_maps(rows)).values()) == [4, 4]
 
 
 def test_ids_that_two_tasks_share_are_two_prompts(copied: Path) -> None:
