@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.callbacks.probes import Probe
@@ -123,15 +123,14 @@ class Prober:
         if not attributions:
             return
         answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
-        with _modes_kept(self.depass.model):
-            curves = removal_curves(
-                self.depass.model,
-                attributions,
-                answers,
-                percents=REMOVED,
-                draws=ORDERS,
-                batch_size=8 * self.batch_size,  # plain passes: no components to hold
-            )
+        curves = removal_curves(
+            self.depass.model,
+            attributions,
+            answers,
+            percents=REMOVED,
+            draws=ORDERS,
+            batch_size=8 * self.batch_size,  # plain passes: no components to hold
+        )
         for (finding, i), curve in zip(places, curves, strict=True):
             finding.curves[i] = curve
 
@@ -184,17 +183,6 @@ def _checked(attributions: list[Attribution]) -> Outcome:
         if not (math.isfinite(own.value) and bool(own.scores.isfinite().all())):
             return Failure("its value or its scores are not finite")
     return Finding(attributions, [None] * len(attributions))
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module's own mode back: in a model that trains, some parts may stay in evaluation."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _reason(error: Exception) -> str:
