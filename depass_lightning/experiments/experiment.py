@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from depass_lightning.errors import DePassError
@@ -110,6 +111,13 @@ class Experiment:
     def columns(self) -> list[str]:
         """Return the table's columns."""
         return list(dict.fromkeys(name for row in self.table for name in row))
+
+
+def data_name(path: str | None) -> str:
+    """Return what a file or a data set is called: a file's name without its folders; nothing without one."""
+    if path is None or path.startswith("hub:"):
+        return (path or "").removeprefix("hub:")
+    return PurePath(path).name
 
 
 def written(cell: Cell) -> str:

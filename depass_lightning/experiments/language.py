@@ -29,7 +29,7 @@ from depass_lightning import tasks
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
-from depass_lightning.experiments.experiment import Cell, Cloud, Curve, Experiment, Panel
+from depass_lightning.experiments.experiment import Cell, Cloud, Curve, Experiment, Panel, data_name
 from depass_lightning.experiments.measures import Measures, Words, measure, words_of
 from depass_lightning.experiments.parts import Carried, carry_parts, decode
 from depass_lightning.experiments.results import write_experiment
@@ -104,7 +104,7 @@ class Language:
             name="paper_language",
             title="Can a state be split into language and meaning?",
             model=depass.decoder.name,
-            data=f"multilingual, {self.path or 'relations of the embedded model’s facts'}",
+            data=f"multilingual, {data_name(self.path) or 'relations of the embedded model’s facts'}",
             prompts=len(task),
             seconds=time.perf_counter() - started,
             settings=asdict(self) | self._settings(probes, layers, words, carried),

@@ -24,7 +24,7 @@ from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments.answers import DEPASS, NONE, PROBE, RANDOM, Answers
 from depass_lightning.experiments.asking import MASKS, Mask, Question, Reply, ask
-from depass_lightning.experiments.experiment import Experiment
+from depass_lightning.experiments.experiment import Experiment, data_name
 from depass_lightning.experiments.results import write_experiment
 from depass_lightning.probes import Probe, hidden_states, spread, train_probes
 from depass_lightning.prompts import Prompt, prompts_of
@@ -125,7 +125,7 @@ class Truthful:
             name="paper_truthful",
             title="Does masking what the truthfulness probe is traced to undo misleading information?",
             model=depass.decoder.name,
-            data=f"{task.name} behind misleading information, {self.path or 'the embedded model’s own'}",
+            data=f"misled {task.name}, {data_name(self.path) or 'the embedded model’s own'}",
             prompts=len(prompts),
             seconds=time.perf_counter() - started,
             settings=asdict(self)
