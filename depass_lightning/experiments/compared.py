@@ -31,6 +31,8 @@ from depass_lightning.experiments.comparison import (
 from depass_lightning.experiments.experiment import Experiment
 from depass_lightning.experiments.results import write_experiment
 from depass_lightning.faithfulness import answered_right
+from depass_lightning.prompts import prompts_of
+from depass_lightning.readings import check_target
 from depass_lightning.sources import Heads, Neurons, Source, Tokens
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, write_shard
 from depass_lightning.tasks import Example
@@ -138,6 +140,7 @@ class Compared:
         # What is masked is judged by all tokens of the answer, what is removed by the first.
         exact = self.components != "tokens"
         right = answered_right(depass, examples, self.batch_size, exact=exact)
+        right = [i for i in right if _can_be_explained(depass, examples[i])]
         if not right:
             raise DePassError(f"the model answers none of {len(examples)} prompts of {self.task} right")
         return [examples[i] for i in right[: self.size]], len(right)
@@ -170,7 +173,18 @@ class Compared:
             "ranked together."
         )
         return [
-            f"The model answers {right} of {asked} prompts right, judged by {judged}; compared on the first "
+            f"The model answers {right} of {asked} prompts right, judged by {judged} (not counted: prompts "
+            "whose answer and foil begin with the same token); compared on the first "
             f"{taken} of these. What is explained is the answer against the task's foil, where it has one.",
             removed,
         ]
+
+
+def _can_be_explained(depass: DePass, example: Example) -> bool:
+    """Whether answer and foil begin with two tokens to this model, not with the same part of two names."""
+    (prompt,) = prompts_of(depass.decoder, depass.tokenizer, example.prompt, None, None)
+    try:
+        check_target(depass.decoder, depass.tokenizer, prompt, example.target(), 0)
+    except DePassError:
+        return False
+    return True

@@ -18,6 +18,7 @@ from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal
 # with every common kind of colour blindness (after Okabe and Ito).
 OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#8c564b", "#6b7280")
 MARKERS = "osD^vPX*h"
+RANDOM = (((4, 3), "x"), ((1, 2), "+"))
 COLUMNS = 2
 SIZE = 8.5
 
@@ -83,11 +84,13 @@ def points_figure(clouds: Sequence[Cloud], dark: bool = False) -> Figure:
 def _looks(names: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
     """Return each method's or group's colour and marker; what is random is grey and dashed."""
     looks: dict[str, dict[str, Any]] = {}
-    number = 0
+    number = random = 0
     for name in names:
         if name.startswith("random"):
-            grey = {"color": hexadecimal(theme.muted), "linewidth": 1.5, "linestyle": (0, (4, 3))}
-            looks[name] = {**grey, "marker": "x"}
+            dashes, marker = RANDOM[random % len(RANDOM)]
+            grey = {"color": hexadecimal(theme.muted), "linewidth": 1.5, "linestyle": (0, dashes)}
+            looks[name] = {**grey, "marker": marker}
+            random += 1
             continue
         colour = hexadecimal(theme.positive) if number == 0 else OTHERS[(number - 1) % len(OTHERS)]
         looks[name] = {"color": colour, "linewidth": 2.0, "marker": MARKERS[number % len(MARKERS)]}
