@@ -107,7 +107,7 @@ def test_the_figures_draw_what_was_measured():
     assert len(figure.axes[0].collections) == 1  # one band: "random" has no intervals
     two = dict.fromkeys(("random part", "random rest"), CURVES["random"])
     lines = curves_figure([Panel("p", "x", "y", two)]).axes[0].get_lines()
-    assert len({line.get_marker() for line in lines}) == 2
+    assert len({str(line.get_marker()) for line in lines}) == 2
     cloud = points_figure(EXPERIMENT.clouds)
     assert sum(np.asarray(own.get_offsets()).shape[0] for own in cloud.axes[0].collections) == 3
 
