@@ -245,7 +245,7 @@ def token_id(
         raise DePassError(
             f"target {token!r} is text, but there is no tokenizer; pass a token id, or a tokenizer"
         )
-    ids = _continuation(token, prompt, tokenizer)
+    ids = continuation_ids(token, prompt, tokenizer)
     if len(ids) != 1 and not (first and ids):
         split = " + ".join(repr(token_text(part, tokenizer)) for part in ids) or "nothing"
         hint = "" if token.startswith(" ") else f", or try {' ' + token!r} with a leading space"
@@ -258,7 +258,7 @@ def token_id(
     return ids[0]
 
 
-def _continuation(text: str, prompt: str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def continuation_ids(text: str, prompt: str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that a text adds behind a prompt; those of the text alone where the two merge at the seam."""
     alone = tokenizer.encode(text, add_special_tokens=False)
     if prompt:

@@ -71,7 +71,8 @@ def test_summary_cards_say_what_to_hold_a_number_against() -> None:
             "evidence_first": {
                 "value": 0.93,
                 "chance": 0.071,
-                "interval": (0.9, 0.96),
+                "low": 0.9,
+                "high": 0.96,
                 "note": "known for 5",
             },
             "seconds": 12.31,

@@ -114,7 +114,7 @@ def test_kill_and_go_on(undisturbed, tmp_path, seed):
     last = max(tmp_path.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     summaries = [json.loads(path.read_text()) for path in (last, whole / "summary.json")]
     for own in summaries:
-        own.pop("kept", None), own.pop("seconds")
+        own.pop("attributed_before", None), own.pop("seconds")
     assert summaries[0] == summaries[1]
 
 
@@ -150,7 +150,7 @@ def test_at_most_the_batch_in_flight_is_lost(tmp_path):
     assert finished(folder) == 0
     assert before
     assert f"{len(kept)} of {SIZE} prompts have been attributed before" in said(folder)
-    assert json.loads((folder / "summary.json").read_text())["kept"] == len(kept)
+    assert json.loads((folder / "summary.json").read_text())["attributed_before"] == len(kept)
     assert not (folder / UNFINISHED).exists()
 
 

@@ -135,7 +135,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
     skipped = read_json_lines(listed) if listed.exists() else []
     about = {
         "skipped": len(skipped),
-        **({"kept": kept} if kept else {}),
+        **({"attributed_before": kept} if kept else {}),
         "seconds": time.perf_counter() - started,
         **describe(config, depass, trainer, fingerprint),
     }
@@ -234,7 +234,7 @@ def attribution_module(
 
 def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
     """Return what attributes: DePass as the rule and the other keys say, or another method."""
-    options: Any = OmegaConf.to_container(config.method)
+    options: Any = OmegaConf.to_container(config.method, resolve=True)
     name = options.pop("name")
     if name == DePassMethod.name:
         rule: Any = OmegaConf.to_container(config.rule)

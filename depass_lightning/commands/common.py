@@ -4,7 +4,9 @@ import errno
 import functools
 import logging
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from depass_lightning.errors import DePassError
 
 console = Console()
 
+INTERRUPTED = 130  # by Ctrl-C: a process's exit code, by custom
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What Lightning says about machines, and what torch says about Lightning's own code.
@@ -50,6 +53,7 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
     @functools.wraps(work)
     def run(config: DictConfig) -> None:
         quiet()
+        before = signal.getsignal(signal.SIGTERM)
         stop_on_sigterm()
         try:
             code = work(config)
@@ -60,7 +64,7 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
             # Lightning turns an interruption into an exit of its own.
             if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
                 raise
-            code = 130
+            code = INTERRUPTED
             tell("stopped", "yellow")
         except MissingMandatoryValue as error:
             code = 1
@@ -71,7 +75,11 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
                 raise
             code = 1
             tell(f"error: {mistake}", "red")
-        if code and _in_a_sweep():
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
+        # Who stops a job means the sweep.
+        if code not in (0, INTERRUPTED, TERMINATED) and _in_a_sweep():
             raise JobFailed(code)
         if code:
             sys.exit(code)

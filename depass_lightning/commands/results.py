@@ -17,6 +17,7 @@ from depass_lightning.reports.component_figures import attribution_figure
 from depass_lightning.reports.components import asked_for, complete, mean_of, strongest_of
 from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.matrix import score_matrix
+from depass_lightning.reports.numbers import curves_of
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from depass_lightning.storage import RowFile, attribution_from_row, write_json
@@ -212,8 +213,8 @@ def _draw(
 ) -> None:
     """Draw the curves or the mean, and some prompts."""
     folder.mkdir(parents=True, exist_ok=True)
-    if "curves" in summary:
-        save_figure(curves_figure(summary["curves"]), folder / "curves.svg")
+    if curves := curves_of(summary):
+        save_figure(curves_figure(curves), folder / "curves.svg")
     if mean is not None:
         title = f"Mean over {summary['prompts']:,} prompts"
         save_figure(attribution_figure(mean, title=title), folder / "mean.svg")

@@ -32,7 +32,7 @@ from depass_lightning.faithfulness.removal import check_percents
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import pad
 from depass_lightning.sources import Heads, Neurons
-from depass_lightning.targets import _continuation as continuation
+from depass_lightning.targets import continuation_ids
 
 MASKED = (0, 1, 2, 5, 10, 20, 50)
 
@@ -175,7 +175,7 @@ def answer_ids(depass: DePass, prompt: str | None, answer: str) -> list[int]:
     """
     if depass.tokenizer is None:
         raise DePassError(f"the answer {answer!r} is text, but there is no tokenizer; give token ids")
-    return continuation(answer, prompt, depass.tokenizer)
+    return continuation_ids(answer, prompt, depass.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,10 @@ def tokens_figure(attribution: Attribution, dark: bool = False) -> Figure:
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], dark: bool = False) -> Figure:
-    """Draw how the answer's probability falls or returns with the tokens taken or kept.
+    """Draw what becomes of the answer as tokens are taken or kept, or as heads or neurons are masked.
 
     Args:
-        curves: one panel an entry ("patch_top", "recover_top"): the `fraction` of the tokens, from 0 to 1,
+        curves: one panel an entry ("patch_top", "mask_top", ...): the `fraction` of the components, 0 to 1,
             and the other entries, as long as it, one line each; "random" is what to compare with.
         dark: for a dark ground.
     """
@@ -303,13 +303,16 @@ def _draw_curves(axes: Axes, name: str, curve: Mapping[str, Sequence[float]], th
         if label == "random":
             look = {"color": hexadecimal(theme.muted), "linewidth": 1.6, "linestyle": (0, (4, 3))}
         axes.plot([100 * x for x in curve["fraction"]], ys, label=label.replace("_", " "), **look)
-    what = "kept" if name.startswith("recover") else "removed"
+    what = "tokens kept" if name.startswith("recover") else "tokens removed"
+    measured = "probability of the answer"
+    if name.startswith("mask"):
+        what, measured = "masked", "answers right"
     muted, line = hexadecimal(theme.muted), hexadecimal(theme.line)
     written = {"fontsize": 9, "family": _font()}
     title = written | {"fontsize": 11, "weight": "bold", "color": hexadecimal(theme.ink)}
     axes.set_title(name.replace("_", " ").capitalize(), loc="left", fontdict=title)
-    axes.set_xlabel(f"tokens {what} (%)", fontdict=written, color=muted)
-    axes.set_ylabel("probability of the answer", fontdict=written, color=muted)
+    axes.set_xlabel(f"{what} (%)", fontdict=written, color=muted)
+    axes.set_ylabel(measured, fontdict=written, color=muted)
     axes.set(facecolor="none", xlim=(0, 100 * max(curve["fraction"])))
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if min(map(min, lines.values())) < 0 else 0.0)
     axes.tick_params(colors=muted, labelsize=9, labelfontfamily=_font(), length=0)

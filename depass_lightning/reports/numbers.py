@@ -90,13 +90,22 @@ class Card:
     note: str = ""
 
 
+def curves_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the curves of a run's summary that are drawn, by their names: one panel each.
+
+    Args:
+        summary: as `summary_cards` takes it.
+    """
+    return {**(summary.get("curves") or {}), **(summary.get("masking_curves") or {})}
+
+
 def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
     """Write the numbers of a run's summary for a reader.
 
     Args:
         summary: names and values. A value is a number, a truth value, or a mapping of its own with the
-            `value` and, where known, the value by `chance`, an `interval` of two numbers and a `note`. What
-            is neither (texts, lists, curves, settings) is left out: it is no single number.
+            `value` and, where known, the value by `chance`, its interval's ends, `low` and `high`, and a
+            `note`. What is neither (texts, lists, curves, settings) is left out: it is no single number.
     """
     cards = []
     for key, entry in summary.items():
@@ -105,8 +114,8 @@ def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
         if not isinstance(value, int | float):
             continue
         notes = []
-        if parts.get("interval") is not None:
-            notes.append(" to ".join(_amount(key, bound) for bound in parts["interval"]))
+        if parts.get("low") is not None:
+            notes.append(f"{_amount(key, parts['low'])} to {_amount(key, parts['high'])}")
         if parts.get("chance") is not None:
             notes.append(f"at random {_amount(key, parts['chance'])}")
         if parts.get("note"):

@@ -36,7 +36,7 @@ from depass_lightning.reports.components import (
     strongest_of,
 )
 from depass_lightning.reports.matrices import matrices_of, shared_rows
-from depass_lightning.reports.numbers import bare, model_name, summary_cards, visible
+from depass_lightning.reports.numbers import bare, curves_of, model_name, summary_cards, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 
 SCRIPTS = (
@@ -75,7 +75,7 @@ def write_page(
         attributions: one a prompt, in the order to show them first.
         title: what the page is about.
         subtitle: a sentence below it.
-        summary: the run's numbers, as `summary_cards` reads them; its `curves`, if any, are drawn by the page
+        summary: the run's numbers, as `summary_cards` reads them; its curves, if any, are drawn by the page
             itself, as `figures.curves_figure` describes them.
         figures: pictures to show below (.png, .svg), embedded in the page.
         examples: what is known of each prompt, as many as there are attributions: `id`; `answer`; `roles`,
@@ -170,7 +170,7 @@ def page_html(
         "mean": None if matrices else _mean(attributions, mean, grids),
         "grids": [grid_data(grid) for grid in grids],
         "notes": {visible(name): visible(note) for name, note in (notes or {}).items()},
-        "curves": (summary or {}).get("curves") or {},
+        "curves": curves_of(summary or {}),
         "film": film,
     }
     script = joined(SCRIPTS)

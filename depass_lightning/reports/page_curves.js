@@ -1,9 +1,11 @@
-// The run's curves: how the answer's probability falls or returns with the tokens taken or kept.
+// The run's curves: what becomes of the answer as tokens are taken or kept, or as heads or neurons are masked.
 
 const CURVE = { width: 460, height: 260, left: 46, right: 96, top: 14, bottom: 40 };
 const CURVE_MEANING = {
   patch_top: "probability of the answer as the strongest tokens are removed",
   recover_top: "probability of the answer as only the strongest tokens are kept",
+  mask_top: "share of answers that stay right as the highest are masked",
+  mask_bottom: "share of answers that stay right as the lowest are masked",
 };
 const CURVE_COLOURS = ["--positive", "--muted", "--negative", "--good", "--bad"];
 
@@ -48,7 +50,10 @@ function curveFigure(name, curve) {
   return element("figure", {}, element("figcaption", {}, name.replaceAll("_", " "), meaning), picture, reading);
 }
 
-const axisName = (name) => (name.startsWith("recover") ? "tokens kept" : "tokens removed");
+function axisName(name) {
+  if (name.startsWith("mask")) return "masked";
+  return name.startsWith("recover") ? "tokens kept" : "tokens removed";
+}
 
 const niceTop = (y) => [0.01, 0.04, 0.1, 0.2, 0.4, 0.6, 0.8, 1].find((top) => y <= top);
 
