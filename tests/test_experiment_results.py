@@ -105,7 +105,7 @@ def test_the_figures_draw_what_was_measured():
     assert np.asarray(lines["DePass"].get_ydata()).tolist() == [0.5, 0.25]
     assert lines["random"].get_linestyle() == "--"
     assert len(figure.axes[0].collections) == 1  # one band: "random" has no intervals
-    two = dict.fromkeys(("random part", "random rest"), CURVES["random"])
+    two: dict[str, Curve] = dict.fromkeys(("random part", "random rest"), CURVES["random"])
     lines = curves_figure([Panel("p", "x", "y", two)]).axes[0].get_lines()
     assert len({str(line.get_marker()) for line in lines}) == 2
     cloud = points_figure(EXPERIMENT.clouds)
