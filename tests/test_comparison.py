@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from depass_lightning import DePass, DePassError, Heads, tasks
-from depass_lightning.experiments import read_experiment
+from depass_lightning.experiments import compared, read_experiment
 from depass_lightning.experiments.compared import Compared, Components
 from depass_lightning.experiments.comparison import (
     HEAD_METHODS,
@@ -109,6 +109,22 @@ def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Pat
         for panel in found.panels[:2]:
             assert all(curve.y[0] == 1 for curve in panel.curves.values()), "all prompts are answered right"
         assert {"mask_top_5%", "mask_bottom_20%", "mask_top_area_difference"} <= set(found.columns())
+
+
+def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path, monkeypatch) -> None:
+    """Their rows and their time are read; rows of another comparison are refused."""
+    few: dict[str, Any] = {"size": 3, "pool": 3, "percents": [0, 50], "zeroed": False}
+    first = Compared(methods=["depass", "random"], **few).run(depass, tmp_path)
+    ran: list[str] = []
+    run = compared.run_methods
+    monkeypatch.setattr(compared, "run_methods", lambda *own, **more: ran.extend(own[2]) or run(*own, **more))
+    second = Compared(methods=["depass", "random", "taylor"], **few).run(depass, tmp_path)
+    assert ran == ["taylor"]
+    for one, other in zip(first.table, second.table, strict=False):
+        assert one == other
+    with pytest.raises(DePassError, match=r"percents.* was .* and is"):
+        few["percents"] = [0, 100]
+        Compared(methods=["depass"], **few).run(depass, tmp_path)
 
 
 def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """`python analyze.py experiment=paper_...`: one of the paper's experiments, from configuration to page."""
 
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
@@ -12,7 +15,7 @@ from rich.text import Text
 from depass_lightning.commands.common import first_process
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.experiments.results import terminal_table
+from depass_lightning.experiments.results import terminal_table, write_experiment
 
 
 def run_study(
@@ -36,7 +39,9 @@ def run_study(
     depass = load(config)
     if getattr(depass.model, "hf_device_map", None) is None:  # else it has been placed already
         depass.model.to(trainer.strategy.root_device)
-    experiment = study.run(depass, folder, progress=first_process())
+    found = study.run(depass, folder, progress=first_process())
+    experiment = replace(found, command=" ".join(["python analyze.py", *_typed()]))
+    write_experiment(experiment, folder)
     console.print()
     console.print(terminal_table(experiment, console.width))
     for note in experiment.notes:
@@ -44,3 +49,8 @@ def run_study(
     console.print()
     console.print(Text(f"page     {folder / 'report.html'}\nfolder   {folder}"), soft_wrap=True)
     return 0
+
+
+def _typed() -> list[str]:
+    """What was typed behind the command's name."""
+    return [shlex.quote(own) for own in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from depass_lightning import tasks
 from depass_lightning.depass import DePass
@@ -34,7 +35,15 @@ from depass_lightning.faithfulness import answered_right
 from depass_lightning.prompts import prompts_of
 from depass_lightning.readings import check_target
 from depass_lightning.sources import Heads, Neurons, Source, Tokens
-from depass_lightning.storage import ATTRIBUTION_SCHEMA, write_shard
+from depass_lightning.storage import (
+    ATTRIBUTION_SCHEMA,
+    Manifest,
+    keep_manifest,
+    read_rows,
+    task_fingerprint,
+    weights_fingerprint,
+    write_shard,
+)
 from depass_lightning.tasks import Example
 
 Components = Literal["tokens", "heads", "neurons"]
@@ -44,6 +53,11 @@ LISTED: dict[str, tuple[str, ...]] = {
     "heads": HEAD_METHODS,
     "neurons": NEURON_METHODS,
 }
+
+
+# What may differ between rows of one comparison: which prompts there are is told by their fingerprint.
+FREE = ("task", "path", "size", "pool", "methods", "batch_size")
+SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
@@ -93,20 +107,28 @@ class Compared:
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
         """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
 
+        A method whose rows are there, of the same comparison, is not run again.
+
         Args:
             depass: the model, with its tokenizer.
             folder: where to write.
             progress: show a progress bar for each method.
 
         Raises:
-            DePassError: a setting or the file is wrong, or the model answers no prompt right.
+            DePassError: a setting or the file is wrong, the model answers no prompt right, or the folder
+                holds rows of another comparison.
         """
         started = time.perf_counter()
         task = tasks.load(self.task, size=self.pool, seed=self.seed, path=self.path)
         examples, right = self._right(depass, list(task))
         names = self._methods(depass)
         runs: dict[str, MethodRun] = {}
+        rows = Path(folder) / "rows"
+        resumed = keep_manifest(self._manifest(depass, examples), rows)
         for name in names:
+            if resumed and (rows / f"{name}.parquet").exists():
+                runs[name] = _kept(rows / f"{name}.parquet")
+                continue
             runs |= run_methods(
                 depass,
                 examples,
@@ -118,7 +140,7 @@ class Compared:
                 batch_size=self.batch_size,
                 progress=progress,
             )
-            self._keep(Path(folder) / "rows" / f"{name}.parquet", runs[name])
+            _keep(rows / f"{name}.parquet", runs[name])
         panels, table = compare_rows(runs)
         experiment = Experiment(
             name=f"paper_{self.components}",
@@ -158,11 +180,11 @@ class Compared:
             return Heads(self.layer)
         return Neurons(self.layer, top=self.top if name == "depass" else None)
 
-    def _keep(self, path: Path, run: MethodRun) -> None:
-        """Write a method's rows, so that they can be looked at one by one."""
-        columns = {key for row in run.rows for key in row}
-        schema = pa.schema([column for column in ATTRIBUTION_SCHEMA if column.name in {"index", *columns}])
-        write_shard(path, [{"index": i, **row} for i, row in enumerate(run.rows)], schema)
+    def _manifest(self, depass: DePass, examples: list[Example]) -> Manifest:
+        """Return what every method's rows depend on."""
+        settings = {key: own for key, own in asdict(self).items() if key not in FREE}
+        weights, prompts = weights_fingerprint(depass.model), task_fingerprint(examples)
+        return Manifest(settings, weights, prompts, len(examples))
 
     def _notes(self, asked: int, right: int, taken: int) -> list[str]:
         judged = "its first token" if self.components == "tokens" else "all tokens of the answer"
@@ -178,6 +200,20 @@ class Compared:
             f"{taken} of these. What is explained is the answer against the task's foil, where it has one.",
             removed,
         ]
+
+
+def _keep(path: Path, run: MethodRun) -> None:
+    """Write a method's rows and the time that its scores took."""
+    columns = {"index"}.union(*run.rows)
+    schema = pa.schema([column for column in ATTRIBUTION_SCHEMA if column.name in columns])
+    rows = [{"index": i, **row} for i, row in enumerate(run.rows)]
+    write_shard(path, rows, schema.with_metadata({SECONDS: str(run.seconds)}))
+
+
+def _kept(path: Path) -> MethodRun:
+    """Read what `_keep` wrote."""
+    metadata = pq.read_schema(path).metadata
+    return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
 
 
 def _can_be_explained(depass: DePass, example: Example) -> bool:
