@@ -122,9 +122,9 @@ def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path,
     assert ran == ["taylor"]
     for one, other in zip(first.table, second.table, strict=False):
         assert one == other
+    other = Compared(methods=["depass"], **{**few, "percents": [0, 100]})
     with pytest.raises(DePassError, match=r"percents.* was .* and is"):
-        few["percents"] = [0, 100]
-        Compared(methods=["depass"], **few).run(depass, tmp_path)
+        other.run(depass, tmp_path)
 
 
 def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tmp_path: Path) -> None:
