@@ -19,7 +19,8 @@ class AttributionWriter(Callback):
 
     Every process writes shards of its own to `<folder>/attributions/shards`. At the end the first one
     merges them by index into `<folder>/attributions/attributions.parquet`, and lists the prompts that could
-    not be attributed in `<folder>/skipped.jsonl`, which is there only if there are any. All processes must
+    not be attributed in `<folder>/skipped.jsonl`, which is there only if there are any. Components' states,
+    where the module gives them, are `<folder>/attributions/states/<index>.safetensors`. All processes must
     see the same folder.
 
     A process that is killed loses the batch in flight and no other: `PromptData(done=writer.journal.done)`
@@ -76,7 +77,7 @@ class AttributionWriter(Callback):
                 f"AttributionWriter writes what AttributionModule predicts, not a {type(outputs).__name__}"
             )
         if trainer.is_global_zero or not self.together:
-            self.journal.add(trainer.global_rank, outputs.rows, outputs.skipped, len(batch))
+            self.journal.add(trainer.global_rank, outputs.rows, outputs.skipped, len(batch), outputs.states)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.journal.end(trainer.global_rank)

@@ -51,6 +51,7 @@ DECISIVE = (
     "compat",
     "seed",
     "faithfulness",
+    "states",
 )
 
 
@@ -228,6 +229,7 @@ def attribution_module(
         masking=measured if isinstance(measured, Masking) else None,
         run={"model": config.model.name, "fingerprint": fingerprint},
         trial=min((example.prompt for example in task), key=len),
+        states=config.states,
         new_tokens=config.target.get("max_new_tokens", 1),
     )
 

@@ -25,10 +25,12 @@ from depass_lightning.faithfulness import (
 )
 from depass_lightning.generation import Generation
 from depass_lightning.modules.prompts import PromptBatch
+from depass_lightning.passes import Decomposition
 from depass_lightning.storage import attribution_to_row
 from depass_lightning.targets import Contrast, Token, token_id
 from depass_lightning.tasks import Example
 
+KEPT_OPTIONS = ("source", "rule", "temperature", "bias", "compat")  # that decide components' states
 TARGETS = ("contrast", "token", "own", "generation")
 
 
@@ -39,10 +41,12 @@ class Predictions:
     Attributes:
         rows: a row of `depass_lightning.storage.ATTRIBUTION_SCHEMA` for every prompt that was attributed.
         skipped: `index`, `id` and `reason` of every prompt that could not be.
+        states: components' states by the prompts' indices, where they are asked for.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    states: dict[int, Decomposition] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,14 @@ class AttributionModule(LightningModule):
         run: what every row says about the run: `model`, its name, and `fingerprint`, its weights'.
         trial: a prompt that is attributed once at the start: a wrong setting then ends the run at once,
             instead of failing at every prompt.
+        states: keep every component's state at a layer too: the block that it enters, or "end", behind the
+            last one.
         new_tokens: how many tokens are generated at most, where these are what is explained. Each is a row:
             a prompt's first has the index of the prompt times `new_tokens`, and the id "<id>/0".
 
     Raises:
-        DePassError: the target is unknown, settings and a method are both given, or a method other than
-            DePass would have to explain generated tokens.
+        DePassError: the target is unknown, settings and a method are both given, a method other than DePass
+            would have to explain generated tokens or give states, or states are asked for of those.
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class AttributionModule(LightningModule):
         method: Method | None = None,
         run: Mapping[str, Any] | None = None,
         trial: str | None = None,
+        states: int | Literal["end"] | None = None,
         new_tokens: int = 20,
     ) -> None:
         super().__init__()
@@ -123,6 +130,8 @@ class AttributionModule(LightningModule):
             method = DePassMethod(depass, options.pop("source", None), **options)
         if target == "generation" and not isinstance(method, DePassMethod):
             raise DePassError(f"{method.name} explains no generated tokens; choose another target, or DePass")
+        if states is not None and (target == "generation" or not isinstance(method, DePassMethod)):
+            raise DePassError("states= keeps what DePass carries to a target; leave it out here")
         self.depass = depass
         # A model that is spread over devices has been placed already, and may not be moved again.
         placed = getattr(depass.model, "hf_device_map", None) is not None
@@ -133,6 +142,7 @@ class AttributionModule(LightningModule):
         self.masking = masking
         self.run = dict(run or {})
         self.trial = trial
+        self.states = states
         self.new_tokens = new_tokens
 
     @property
@@ -149,6 +159,7 @@ class AttributionModule(LightningModule):
             self._generation(self.trial)
         else:
             self.method.attribute(self.trial)
+            self._carried([self.trial])
 
     def predict_step(self, batch: PromptBatch, batch_idx: int = 0) -> Predictions:
         """Attribute a batch; a prompt that cannot be attributed costs only itself.
@@ -158,7 +169,9 @@ class AttributionModule(LightningModule):
             batch_idx: not used: the batch carries its indices.
         """
         try:
-            return Predictions(rows=self._rows(batch.indices, batch.examples))
+            rows = self._rows(batch.indices, batch.examples)
+            carried = self._carried([example.prompt for example in batch.examples])
+            return Predictions(rows, states=dict(zip(batch.indices, carried, strict=False)))
         except DePassError as error:
             if len(batch) == 1:
                 index, example = batch.indices[0], batch.examples[0]
@@ -168,7 +181,16 @@ class AttributionModule(LightningModule):
             one = self.predict_step(PromptBatch([index], [example]))
             found.rows += one.rows
             found.skipped += one.skipped
+            found.states |= one.states
         return found
+
+    def _carried(self, prompts: list[str]) -> list[Decomposition]:
+        """Return every prompt's components at the layer whose states are kept, or nothing."""
+        if self.states is None:
+            return []
+        options = {name: own for name, own in self.settings.items() if name in KEPT_OPTIONS}
+        layer: Any = None if self.states == "end" else self.states
+        return self.depass.decompose(prompts, to_layer=layer, batch_size=len(prompts), **options)
 
     def _generation(self, prompt: str) -> Generation:
         """Let the model go on with a prompt, and attribute what it says."""

@@ -11,6 +11,7 @@ from depass_lightning.storage.rows import (
     read_attributions,
 )
 from depass_lightning.storage.shards import RowFile, merge_shards, read_rows, write_shard
+from depass_lightning.storage.states import read_states, write_states
 
 __all__ = [
     "ATTRIBUTION_SCHEMA",
@@ -25,9 +26,11 @@ __all__ = [
     "read_json_lines",
     "read_manifest",
     "read_rows",
+    "read_states",
     "task_fingerprint",
     "weights_fingerprint",
     "write_json",
     "write_json_lines",
     "write_shard",
+    "write_states",
 ]

@@ -14,9 +14,11 @@ import pyarrow as pa
 
 from depass_lightning.errors import DePassError
 from depass_lightning.files import remove_halves
+from depass_lightning.passes import Decomposition
 from depass_lightning.storage.json_files import read_json_lines, write_json_lines
 from depass_lightning.storage.rows import ATTRIBUTION_SCHEMA
 from depass_lightning.storage.shards import merge_shards, read_indices, write_shard
+from depass_lightning.storage.states import write_states
 
 PACKED = 64  # shards of one process that are made one, so that a folder never holds very many
 SKIPPED = ".skipped.jsonl"
@@ -53,9 +55,15 @@ class Journal:
         """The folder of the shards."""
         return self.path.parent / "shards"
 
+    @property
+    def states(self) -> Path:
+        """The folder of components' states, where these are kept."""
+        return self.path.parent / "states"
+
     def clear(self) -> None:
         """Remove everything, where what is there belongs to no run that is known."""
-        shutil.rmtree(self.shards, ignore_errors=True)
+        for folder in (self.shards, self.states):
+            shutil.rmtree(folder, ignore_errors=True)
         self.path.unlink(missing_ok=True)
         self.skipped_path.unlink(missing_ok=True)
 
@@ -91,7 +99,12 @@ class Journal:
         return sum(_prompts(path) for path in self.shards.iterdir() if not path.name.startswith("."))
 
     def add(
-        self, rank: int, rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, Any]], prompts: int
+        self,
+        rank: int,
+        rows: Sequence[Mapping[str, Any]],
+        skipped: Sequence[Mapping[str, Any]],
+        prompts: int,
+        states: Mapping[int, Decomposition] | None = None,
     ) -> None:
         """Keep what a batch came to.
 
@@ -100,11 +113,13 @@ class Journal:
             rows: rows of `ATTRIBUTION_SCHEMA`.
             skipped: `index`, `id` and `reason` of prompts that could not be attributed.
             prompts: how many prompts both are the result of.
+            states: components' states by the prompts' indices. A prompt that is done has its own.
 
         Raises:
             DePassError: it cannot be written.
         """
         try:
+            write_states(self.states, states or {})
             if skipped:
                 name = _name(rank, len(skipped), SKIPPED)
                 write_json_lines(self.shards / name, skipped)
