@@ -47,8 +47,9 @@ def sweep(prompts: int, processes: int) -> dict[str, float]:
         several = ["trainer.strategy=ddp", f"trainer.devices={processes}"] if processes > 1 else []
         command = [sys.executable, str(ANALYZE), *settings, *several]
         command += ["trainer.accelerator=cpu", f"hydra.run.dir={folder}/run"]
-        log = Path(folder, "said").open("w")
-        process = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with Path(folder, "said").open("w") as log:
+            process = psutil.Popen(command, stdout=log, stderr=log, env=environment)
         journal, memory = Journal(f"{folder}/run"), []
         while process.poll() is None:
             memory.append((time.perf_counter(), journal.counted(), _resident(process)))

@@ -48,7 +48,8 @@ def test_parts_are_what_is_decomposed_behind_the_frozen_norm(tiny):
 
 
 def test_parts_and_the_bias_component_add_up_where_there_is_one():
-    depass = DePass(build("qwen2"))
+    model: Any = build("qwen2")
+    depass = DePass(model)
     ids = torch.stack([prompt(7, seed=1), prompt(7, seed=2)])
     prompts = prompts_of(depass.decoder, None, None, ids, None)
     carried = carry_parts(depass, prompts, [Subspace(1, basis(2, 36))])
@@ -57,8 +58,8 @@ def test_parts_and_the_bias_component_add_up_where_there_is_one():
         (parts,) = depass.decompose(input_ids=own[None], source=Subspace(1, basis(2, 36)))
         assert parts.names == ["subspace", "rest", "bias"]
         states = parts.states[:, -1]
-        scale = (states.sum(0).pow(2).mean() + depass.model.config.rms_norm_eps).rsqrt()
-        expected = states[:2] * scale * depass.model.model.norm.weight
+        scale = (states.sum(0).pow(2).mean() + model.config.rms_norm_eps).rsqrt()
+        expected = states[:2] * scale * model.model.norm.weight
         torch.testing.assert_close(carried.states[0, :, row], expected, rtol=1e-3, atol=1e-4)
 
 

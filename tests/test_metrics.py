@@ -109,7 +109,8 @@ def _share(rank: int, folder: str) -> None:
 
 
 def test_two_processes_say_what_one_says(tmp_path: Path) -> None:
-    multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
+    arguments = (str(tmp_path),)
+    multiprocessing.start_processes(_share, arguments, nprocs=2, start_method="fork")  # type: ignore[attr-defined]
     shares = [json.loads(Path(tmp_path, f"{rank}.json").read_text()) for rank in (0, 1)]
     numbers, curves = number_metrics(), removal_metrics(PERCENTS, points=True)
     numbers.update(HAND)

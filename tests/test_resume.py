@@ -114,7 +114,8 @@ def test_kill_and_go_on(undisturbed, tmp_path, seed):
     last = max(tmp_path.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     summaries = [json.loads(path.read_text()) for path in (last, whole / "summary.json")]
     for own in summaries:
-        own.pop("attributed_before", None), own.pop("seconds")
+        own.pop("attributed_before", None)
+        own.pop("seconds")
     assert summaries[0] == summaries[1]
 
 
