@@ -1,8 +1,8 @@
 """What a long analysis costs: its memory as it goes on, and what a second process saves.
 
 1. `--prompts`: `analyze.py` on so many prompts with the embedded model, as a process of its own, in one
-   process and in two. Its resident memory (of all its processes) is read as it goes: what it has at the end
-   beside what it had when a tenth was done says whether memory grows with the number of prompts.
+   process and in two. Its resident memory (of all its processes) is read as it goes: what it has when nine
+   tenths are done, beside what it had at a tenth, says whether memory grows with the number of prompts.
 2. `--tokens`: one prompt of so many tokens through a random Llama (12 layers, 768 hidden), in one process
    and in two that share its components: the seconds of the slower one, and the growth of each one's memory.
 
@@ -57,14 +57,16 @@ def sweep(prompts: int, processes: int) -> dict[str, float]:
         if process.returncode:
             raise SystemExit(Path(folder, "said").read_text())
         begun = next(i for i, (_, done, _) in enumerate(memory) if done)
-        tenth = next(i for i, (_, done, _) in enumerate(memory) if done >= prompts // 10)
+        tenth, most = (
+            next(i for i, (_, done, _) in enumerate(memory) if done >= part * prompts) for part in (0.1, 0.9)
+        )
         ended = max(i for i, (_, done, _) in enumerate(memory) if done)
         seconds = memory[ended][0] - memory[begun][0]
         return {
             "prompts/s": (memory[ended][1] - memory[begun][1]) / seconds,
             "MB at a tenth": memory[tenth][2] / 2**20,
-            "MB at the end": memory[ended][2] / 2**20,
-            "MB at most": max(size for _, _, size in memory) / 2**20,
+            "MB at nine tenths": memory[most][2] / 2**20,
+            "MB at most, merging": max(size for _, _, size in memory) / 2**20,
         }
 
 
