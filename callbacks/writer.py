@@ -53,12 +53,11 @@ class AttributionWriter(Callback):
         self.expected = expected
         self.skipped = list(skipped)
         self.together = together
-        self.broken: list[Path] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             if self.resume:
-                self.broken = self.journal.tidy()
+                self.journal.tidy()
             else:
                 self.journal.clear()
         trainer.strategy.barrier("attribution writer: the folder is ready")

@@ -57,8 +57,8 @@ class DePass:
         tokenizer: its tokenizer; without one, prompts are given as ids and targets too.
         compute_dtype: the precision that components are carried and scores are computed in; by default
             float64 for a model in float64 and float32 for every other.
-        memory_budget: bytes of working memory for one step of the engine, beside the components
-            themselves; by default chosen for the device.
+        memory_budget: bytes of working memory for one step of the engine, beside the components; by default
+            chosen for the device.
         process_group: a `torch.distributed` group whose processes share the components of each prompt, for
             very long ones. All of them must make the same calls, and all get the same scores.
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from depass_lightning import DePass, DePassError, Heads, tasks
-from depass_lightning.experiments import compared, read_experiment
-from depass_lightning.experiments.compared import Compared, Components
+from depass_lightning.experiments import methods as module
+from depass_lightning.experiments import read_experiment
 from depass_lightning.experiments.comparison import (
     HEAD_METHODS,
     NEURON_METHODS,
@@ -17,6 +17,7 @@ from depass_lightning.experiments.comparison import (
     compare_rows,
     run_methods,
 )
+from depass_lightning.experiments.methods import Components, Methods
 from depass_lightning.faithfulness import Interval, area, bootstrap
 from depass_lightning.storage import read_rows
 
@@ -74,7 +75,7 @@ OPTIONS: dict[str, Any] = {"integrated_gradients": {"steps": 4}, "gradient_shap"
 
 
 def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
-    found = Compared(size=4, pool=5, options=OPTIONS, percents=(0, 20, 100)).run(depass, tmp_path)
+    found = Methods(size=4, pool=5, options=OPTIONS, percents=(0, 20, 100)).run(depass, tmp_path)
     assert (found.name, found.prompts) == ("paper_tokens", 4)
     assert [row["method"] for row in found.table] == list(TOKEN_METHODS)
     by_name = {str(row["method"]): row for row in found.table}
@@ -102,7 +103,7 @@ def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
 def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Path) -> None:
     listed: dict[Components, tuple[str, ...]] = {"heads": HEAD_METHODS, "neurons": NEURON_METHODS}
     for components, methods in listed.items():
-        study = Compared(components, size=2, pool=3, percents=[0, 5, 20], top=4)
+        study = Methods(components, size=2, pool=3, percents=[0, 5, 20], top=4)
         found = study.run(depass, tmp_path / components)
         assert [row["method"] for row in found.table] == list(methods)
         assert {panel.name for panel in found.panels} >= {"mask top", "mask bottom"}
@@ -114,15 +115,15 @@ def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Pat
 def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path, monkeypatch) -> None:
     """Their rows and their time are read; rows of another comparison are refused."""
     few: dict[str, Any] = {"size": 3, "pool": 3, "percents": [0, 50], "zeroed": False}
-    first = Compared(methods=["depass", "random"], **few).run(depass, tmp_path)
+    first = Methods(methods=["depass", "random"], **few).run(depass, tmp_path)
     ran: list[str] = []
-    run = compared.run_methods
-    monkeypatch.setattr(compared, "run_methods", lambda *own, **more: ran.extend(own[2]) or run(*own, **more))
-    second = Compared(methods=["depass", "random", "taylor"], **few).run(depass, tmp_path)
+    run = module.run_methods
+    monkeypatch.setattr(module, "run_methods", lambda *own, **more: ran.extend(own[2]) or run(*own, **more))
+    second = Methods(methods=["depass", "random", "taylor"], **few).run(depass, tmp_path)
     assert ran == ["taylor"]
     for one, other in zip(first.table, second.table, strict=False):
         assert one == other
-    other = Compared(methods=["depass"], **{**few, "percents": [0, 100]})
+    other = Methods(methods=["depass"], **{**few, "percents": [0, 100]})
     with pytest.raises(DePassError, match=r"percents.* was .* and is"):
         other.run(depass, tmp_path)
 
@@ -135,7 +136,7 @@ def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tm
         {"prompt": good.prompt, "target": good.answer},
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    study = Compared("heads", task="jsonl", path=str(file), methods=["depass", "random"], percents=[0, 50])
+    study = Methods("heads", task="jsonl", path=str(file), methods=["depass", "random"], percents=[0, 50])
     found = study.run(depass, tmp_path)
     assert found.prompts == 1
     assert found.settings["answered_right"] == 1
@@ -152,6 +153,6 @@ def test_what_cannot_be_compared_is_refused(depass: DePass) -> None:
     with pytest.raises(DePassError, match="no prompts"):
         run_methods(depass, [])
     with pytest.raises(DePassError, match="components must be"):
-        Compared("layers")  # type: ignore[arg-type]
+        Methods("layers")  # type: ignore[arg-type]
     with pytest.raises(DePassError, match="one prompt at least"):
-        Compared(size=0)
+        Methods(size=0)

@@ -11,8 +11,13 @@ from depass_lightning import DePass, Subspace
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments import read_experiment
 from depass_lightning.experiments.language import Language, split_layers
-from depass_lightning.experiments.measures import language_told, measure, nearest_means_the_same, words_of
-from depass_lightning.experiments.parts import carry_parts, decode
+from depass_lightning.experiments.language_measures import (
+    language_told,
+    measure,
+    nearest_means_the_same,
+    words_of,
+)
+from depass_lightning.experiments.language_parts import carry_parts, decode
 from depass_lightning.faithfulness.bootstrap import Interval
 from depass_lightning.probes import Probe
 from depass_lightning.prompts import prompts_of

@@ -9,14 +9,14 @@ import torch
 from depass_lightning import DePass, Tokens, tasks
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments import read_experiment
-from depass_lightning.experiments.answers import DEPASS, METHODS, NONE, PROBE, RANDOM, Answers
-from depass_lightning.experiments.asking import Question, Reply, ask
 from depass_lightning.experiments.truthful import (
     Truthful,
     blamed_by_depass,
     flagged_by_probe,
     misled_prompts,
 )
+from depass_lightning.experiments.truthful_answers import DEPASS, METHODS, NONE, PROBE, RANDOM, Answers
+from depass_lightning.experiments.truthful_asking import Question, Reply, ask
 from depass_lightning.faithfulness.bootstrap import Interval, bootstrap
 from depass_lightning.probes import Fit, Probe, hidden_states, spread
 from tests.models import build, prompt

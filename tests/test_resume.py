@@ -146,10 +146,10 @@ def test_at_most_the_batch_in_flight_is_lost(tmp_path):
     process.join()
     kept = journal.done()
     assert len(kept) >= 6
-    before = {path.name: path.stat().st_mtime_ns for path in journal.shards.glob("rank*.parquet")}
     assert (folder / UNFINISHED).exists()
     assert finished(folder) == 0
-    assert before
+    left = SIZE - len(kept)
+    assert f"{left}/{left}" in said(folder), "the bar of the second run counts what was left"
     assert f"{len(kept)} of {SIZE} prompts have been attributed before" in said(folder)
     assert json.loads((folder / "summary.json").read_text())["attributed_before"] == len(kept)
     assert not (folder / UNFINISHED).exists()
@@ -181,6 +181,23 @@ def test_a_lost_process_is_named(tmp_path):
     process.join(30)
     assert process.exitcode == 1
     assert "a process was lost (process 1 terminated with signal SIGKILL)" in said(folder)
+
+
+def test_processes_whose_parent_is_lost_end(tmp_path):
+    """They would work on for nobody, beside the run that is started again."""
+    folder = tmp_path / "run"
+    process = started(folder, "task.size=2000", "batch_size=1", *TWO)
+    while not Journal(folder).counted():
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    process.kill()
+    process.join()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    for own in alive:
+        own.kill()
+    assert not alive
+    assert Journal(folder).counted() < 2000
 
 
 def test_a_full_disk_keeps_what_is_done(undisturbed, tmp_path):

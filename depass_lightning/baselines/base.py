@@ -55,7 +55,6 @@ class Method(ABC):
         attention_mask: Int[Tensor, "batch position"] | None = None,
     ) -> list[Attribution]: ...
 
-    @abstractmethod
     def attribute(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -82,6 +81,25 @@ class Method(ABC):
 
         Raises:
             DePassError: as for `DePass.attribute`.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._attribute(prompt, target, batch_size=batch_size, progress=progress, **given)
+
+    @abstractmethod
+    def _attribute(
+        self,
+        prompt: str | Sequence[str] | None,
+        target: TargetLike | Sequence[TargetLike],
+        *,
+        batch_size: int,
+        progress: bool,
+        **given: Tensor | None,
+    ) -> Any:
+        """Do what `attribute` promises.
+
+        Args:
+            prompt: as for `attribute`, and so are the others.
+            given: `input_ids` and `attention_mask`.
         """
 
 
@@ -117,19 +135,17 @@ class Baseline(Method):
             batch: the prompts and their targets; what is padded may score anything.
         """
 
-    # The overloads are the base class's.
-    def attribute(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _attribute(
         self,
-        prompt: str | Sequence[str] | None = None,
-        target: TargetLike | Sequence[TargetLike] = None,
+        prompt: str | Sequence[str] | None,
+        target: TargetLike | Sequence[TargetLike],
         *,
-        batch_size: int = 16,
-        progress: bool = False,
-        input_ids: Int[Tensor, "batch position"] | None = None,
-        attention_mask: Int[Tensor, "batch position"] | None = None,
+        batch_size: int,
+        progress: bool,
+        **given: Tensor | None,
     ) -> Any:
         decoder, tokenizer = self.depass.decoder, self.depass.tokenizer
-        prompts = prompts_of(decoder, tokenizer, prompt, input_ids, attention_mask)
+        prompts = prompts_of(decoder, tokenizer, prompt, given["input_ids"], given["attention_mask"])
         lists, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         if several:
             raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")

@@ -1,16 +1,11 @@
 """DePass itself behind the same face, so that a comparison is a loop over methods."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
-
-from jaxtyping import Int
-from torch import Tensor
 
 from depass_lightning.baselines.base import Method
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.sources import Source
-from depass_lightning.targets import TargetLike
 
 
 class DePassMethod(Method):
@@ -29,27 +24,8 @@ class DePassMethod(Method):
         super().__init__(depass, source)
         self.options: dict[str, Any] = {"rule": self.rule, **options}
 
-    # The overloads are the base class's.
-    def attribute(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | Sequence[str] | None = None,
-        target: TargetLike | Sequence[TargetLike] = None,
-        *,
-        batch_size: int = 16,
-        progress: bool = False,
-        input_ids: Int[Tensor, "batch position"] | None = None,
-        attention_mask: Int[Tensor, "batch position"] | None = None,
-    ) -> Any:
-        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.depass.attribute(  # pyright: ignore[reportCallIssue]
-            prompt,  # pyright: ignore[reportArgumentType]
-            target,
-            source=self.source,
-            batch_size=batch_size,
-            progress=progress,
-            **arguments,
-            **self.options,
-        )
+    def _attribute(self, prompt: Any, target: Any, **given: Any) -> Any:
+        return self.depass.attribute(prompt, target, source=self.source, **given, **self.options)
 
 
 class Taylor(DePassMethod):

@@ -30,7 +30,6 @@ from depass_lightning.storage import (
     Journal,
     Manifest,
     keep_manifest,
-    read_json_lines,
     task_fingerprint,
     weights_fingerprint,
 )
@@ -53,8 +52,6 @@ DECISIVE = (
     "faithfulness",
     "states",
 )
-
-
 TOLD = ("parameters", "context", "licence", "gated")  # what a model's entry says for the reader
 
 
@@ -108,17 +105,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
     )
     kept = tell_kept(writer.journal, len(task)) if resumed else 0
     loggers = instantiate_each(config.get("logger"))
-    # Objects are handed to a partial function: Hydra would copy them into the configuration.
-    trainer: Trainer = instantiate(config.trainer, _partial_=True)(
-        callbacks=[
-            writer,
-            AttributionProgress(log_every=config.log_every),
-            ProcessWatch(),
-            *([SpreadComponents()] if together else []),
-            *instantiate_each(config.get("callbacks")),
-        ],
-        logger=loggers or False,
-    )
+    trainer = trainer_of(config, writer, loggers)
     module = attribution_module(config, source, depass, task, fingerprint)
     data = PromptData(
         task,
@@ -132,18 +119,16 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
     predict(trainer, module, data, writer.journal)
     if not trainer.is_global_zero:
         return None
-    listed = writer.journal.skipped_path
-    skipped = read_json_lines(listed) if listed.exists() else []
-    about = {
-        "skipped": len(skipped),
-        **({"attributed_before": kept} if kept else {}),
-        "seconds": time.perf_counter() - started,
-        **describe(config, depass, trainer, fingerprint),
-    }
+    skipped = writer.journal.skipped()
     results = write_results(
         folder,
         writer.journal.path,
-        about=about,
+        about={
+            "skipped": len(skipped),
+            **({"attributed_before": kept} if kept else {}),
+            "seconds": time.perf_counter() - started,
+            **describe(config, depass, trainer, fingerprint),
+        },
         title=f"What {config.model.name} bases its answers on",
         subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
         prompts=config.report.prompts,
@@ -152,7 +137,22 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
         generated=generates,
     )
     log_results(loggers, results)
-    return Done(results, skipped, listed, len(task) + len(task.skipped))
+    return Done(results, skipped, writer.journal.skipped_path, len(task) + len(task.skipped))
+
+
+def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logger]) -> Trainer:
+    """Make the trainer that the configuration names, with what an analysis needs."""
+    # Objects are handed to a partial function: Hydra would copy them into the configuration.
+    return instantiate(config.trainer, _partial_=True)(
+        callbacks=[
+            writer,
+            AttributionProgress(log_every=config.log_every),
+            ProcessWatch(),
+            *([SpreadComponents()] if writer.together else []),
+            *instantiate_each(config.get("callbacks")),
+        ],
+        logger=loggers or False,
+    )
 
 
 def predict(trainer: Trainer, module: AttributionModule, data: PromptData, journal: Journal) -> None:

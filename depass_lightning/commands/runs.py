@@ -6,7 +6,6 @@ Hydra makes a folder, and gives Hydra that run's.
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ def claim(folder: Path) -> Iterator[None]:
     Raises:
         DePassError: another process holds it.
     """
-    if not first_process() or int(os.environ.get("LOCAL_RANK", "0")):
+    if not first_process():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +71,7 @@ class Resume(Callback):
         self.mark: TextIO | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        if int(os.environ.get("LOCAL_RANK", "0")):  # a process that Lightning or torchrun started
+        if not first_process():  # it is told the folder by the first one
             return
         given = any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra)
         folder = Path(config.hydra.run.dir)
@@ -82,7 +81,7 @@ class Resume(Callback):
                 config.hydra.run.dir = str(found)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if int(os.environ.get("LOCAL_RANK", "0")):
+        if not first_process():
             return
         given = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
         folder = Path(config.hydra.sweep.dir)

@@ -30,8 +30,8 @@ from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments.experiment import Cell, Cloud, Curve, Experiment, Panel, data_name
-from depass_lightning.experiments.measures import Measures, Words, measure, words_of
-from depass_lightning.experiments.parts import Carried, carry_parts, decode
+from depass_lightning.experiments.language_measures import Measures, Words, measure, words_of
+from depass_lightning.experiments.language_parts import Carried, carry_parts, decode
 from depass_lightning.experiments.results import write_experiment
 from depass_lightning.faithfulness.bootstrap import bootstrap
 from depass_lightning.probes import Probe, Probes, fit_probes, hidden_states, train_probe

@@ -22,10 +22,10 @@ from depass_lightning import tasks
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
-from depass_lightning.experiments.answers import DEPASS, NONE, PROBE, RANDOM, Answers
-from depass_lightning.experiments.asking import MASKS, Mask, Question, Reply, ask
 from depass_lightning.experiments.experiment import Experiment, data_name
 from depass_lightning.experiments.results import write_experiment
+from depass_lightning.experiments.truthful_answers import DEPASS, NONE, PROBE, RANDOM, Answers
+from depass_lightning.experiments.truthful_asking import MASKS, Mask, Question, Reply, ask
 from depass_lightning.probes import Probe, hidden_states, spread, train_probes
 from depass_lightning.prompts import Prompt, prompts_of
 from depass_lightning.sources import Tokens

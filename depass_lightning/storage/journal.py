@@ -60,6 +60,10 @@ class Journal:
         """The folder of components' states, where these are kept."""
         return self.path.parent / "states"
 
+    def skipped(self) -> list[dict[str, Any]]:
+        """Return the prompts that were skipped, and why, once the shards are merged."""
+        return read_json_lines(self.skipped_path) if self.skipped_path.exists() else []
+
     def clear(self) -> None:
         """Remove everything, where what is there belongs to no run that is known."""
         for folder in (self.shards, self.states):

@@ -61,7 +61,7 @@ SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
-class Compared:
+class Methods:
     """A comparison of methods on one task.
 
     Args:

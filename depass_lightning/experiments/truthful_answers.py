@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from depass_lightning.experiments.asking import Reply
 from depass_lightning.experiments.experiment import Cell, Curve, Panel
+from depass_lightning.experiments.truthful_asking import Reply
 from depass_lightning.faithfulness.bootstrap import Interval, bootstrap
 
 DEPASS, PROBE, RANDOM, NONE = "DePass", "probe itself", "random", "no information"
