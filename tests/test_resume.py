@@ -10,12 +10,14 @@ import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from depass_lightning import tasks
+from depass_lightning.callbacks import ProcessWatch
 from depass_lightning.commands.runs import UNFINISHED
 from depass_lightning.depass import DePass
 from depass_lightning.storage import Journal, read_rows
@@ -183,21 +185,31 @@ def test_a_lost_process_is_named(tmp_path):
     assert "a process was lost (process 1 terminated with signal SIGKILL)" in said(folder)
 
 
-def test_processes_whose_parent_is_lost_end(tmp_path):
-    """They would work on for nobody, beside the run that is started again."""
-    folder = tmp_path / "run"
-    process = started(folder, "task.size=2000", "batch_size=1", *TWO)
-    while not Journal(folder).counted():
+def test_a_process_whose_parent_is_lost_ends(tmp_path):
+    """It would work on for nobody, beside the run that is started again: Lightning's `ddp` just starts it."""
+    trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=SimpleNamespace(launcher=None))
+
+    def child():
+        ProcessWatch().on_predict_start(trainer, None)  # type: ignore[arg-type]
+        (tmp_path / "child").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def parent():
+        own = FORK.Process(target=child)
+        own.start()
+        own.join()
+
+    process = FORK.Process(target=parent)
+    process.start()
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
         time.sleep(0.01)
-    children = psutil.Process(process.pid).children()
-    assert len(children) == 2
+    orphan = psutil.Process(int((tmp_path / "child").read_text()))
     process.kill()
     process.join()
-    _, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs([orphan], timeout=5)
     for own in alive:
         own.kill()
     assert not alive
-    assert Journal(folder).counted() < 2000
 
 
 def test_a_full_disk_keeps_what_is_done(undisturbed, tmp_path):
