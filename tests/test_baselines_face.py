@@ -21,6 +21,8 @@ TARGET = Contrast(7, 11)
 PROMPTS = [prompt(length, seed=length) for length in (5, 9)]
 FAMILIES = ("llama", "gpt2", "gemma2", "falcon-rw", "gpt_oss")
 OPTIONS: dict[str, dict[str, Any]] = {"integrated_gradients": {"steps": 3}, "gradient_shap": {"samples": 2}}
+# Ids have no words. What these leave out of the longer prompt does not stand together.
+RANGES = Spans([(4, 5), (1, 3)], "token")
 
 
 def methods(depass: DePass, *, neurons: bool = True) -> list[Any]:
@@ -31,7 +33,8 @@ def methods(depass: DePass, *, neurons: bool = True) -> list[Any]:
             continue
         for kind in method.sources:
             if neurons or kind is not Neurons:
-                found.append(make_method(name, depass, kind(), **OPTIONS.get(name, {})))
+                source = RANGES if kind is Spans else kind()
+                found.append(make_method(name, depass, source, **OPTIONS.get(name, {})))
     return found
 
 
@@ -58,6 +61,9 @@ def test_a_batch_gives_what_single_prompts_give(family: str) -> None:
                 )
                 left = [name for name in ours.names if not name.endswith(("state", "bias", "rounding"))]
                 assert found.names == left
+                assert found.positions == [
+                    span for name, span in zip(ours.names, ours.positions, strict=True) if name in left
+                ]
                 assert found.groups == ours.groups
                 assert found.value == pytest.approx(ours.value, rel=1e-6)
                 for fact in ("target", "prediction", "rank", "position", "layer", "source", "token_ids"):
@@ -145,10 +151,15 @@ def test_what_cannot_be_scored_is_refused() -> None:
         make_method("integrated_gradients", depass, stepz=3)
     with pytest.raises(DePassError, match="atp does not score Tokens"):
         make_method("atp", depass, Tokens())
-    with pytest.raises(DePassError, match="does not score Spans"):
-        make_method("input_gradient", depass, Spans())
-    with pytest.raises(DePassError, match="layer"):
-        make_method("input_gradient", depass, Tokens(1))
+    with pytest.raises(DePassError, match=r"atp does not score Spans; it scores Heads\(\), Neurons\(\)"):
+        make_method("atp", depass, Spans())
+    for name, method in METHODS.items():
+        if issubclass(method, Baseline) and Tokens in method.sources:
+            assert Spans in method.sources
+            for source in (Tokens(1), Spans(layer=1)):
+                kind = type(source).__name__
+                with pytest.raises(DePassError, match=rf"{name} .* leave {kind}\(layer=\) at 0"):
+                    make_method(name, depass, source)
     with pytest.raises(DePassError, match="at must be"):
         make_method("norm", depass, Heads(), at="first")
     with pytest.raises(DePassError, match="how must be"):

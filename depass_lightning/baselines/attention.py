@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from depass_lightning.baselines.base import Baseline
 from depass_lightning.baselines.forward import Batch
+from depass_lightning.baselines.tokens import TokenBaseline
 from depass_lightning.errors import DePassError
 
 
-class _Attention(Baseline):
+class _Attention(TokenBaseline):
     """One pass that keeps each block's probabilities, their mean over heads."""
 
     def score(self, batch: Batch) -> Tensor:
@@ -33,7 +33,7 @@ class _Attention(Baseline):
                 stack.callback(block.attention.module.register_forward_hook(keep).remove)
             batch.values()
         rows = torch.arange(len(batch.ids), device=batch.ids.device)
-        return self.of(seen)[rows, batch.positions][:, None]
+        return self.summed(batch, self.of(seen)[rows, batch.positions])
 
     @abstractmethod
     def of(self, layers: list[Tensor]) -> Float[Tensor, "batch query key"]:
@@ -49,7 +49,7 @@ class MeanAttention(_Attention):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`.
+        source: `Tokens()` or `Spans(...)`.
     """
 
     name: ClassVar[str] = "mean_attention"
@@ -63,7 +63,7 @@ class LastLayerAttention(_Attention):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`.
+        source: `Tokens()` or `Spans(...)`.
     """
 
     name: ClassVar[str] = "last_layer_attention"
@@ -77,7 +77,7 @@ class AttentionRollout(_Attention):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`.
+        source: `Tokens()` or `Spans(...)`.
     """
 
     name: ClassVar[str] = "attention_rollout"

@@ -4,9 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, overload
 
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.baselines.forward import Answer, Batch, as_depass_runs
@@ -114,25 +113,30 @@ class Baseline(Method):
         source: the components that are scored; by default the first of `sources`, without arguments.
 
     Raises:
-        DePassError: the method does not score such components.
+        DePassError: the method does not score such components, or not at the layer that they are at.
     """
 
-    sources: ClassVar[tuple[type[Source], ...]] = (Tokens,)
+    sources: ClassVar[tuple[type[Source], ...]]
 
     def __init__(self, depass: DePass, source: Source | None = None) -> None:
         super().__init__(depass, self.sources[0]() if source is None else source)
+        kind = type(self.source).__name__
         if type(self.source) not in self.sources:
-            known = ", ".join(f"{kind.__name__}()" for kind in self.sources)
-            raise DePassError(f"{self.name} does not score {type(self.source).__name__}; it scores {known}")
-        if isinstance(self.source, Tokens) and self.source.layers(len(depass.decoder.blocks)) != [0]:
-            raise DePassError(f"{self.name} scores the tokens of the input; leave Tokens(layer=) at 0")
+            known = ", ".join(f"{own.__name__}()" for own in self.sources)
+            raise DePassError(f"{self.name} does not score {kind}; it scores {known}")
+        if self.source.positional and self.source.layers(len(depass.decoder.blocks)) != [0]:
+            raise DePassError(f"{self.name} scores the tokens of the input; leave {kind}(layer=) at 0")
 
     @abstractmethod
     def score(self, batch: Batch) -> Float[Tensor, "batch group component"]:
         """Score the components of a batch.
 
         Args:
-            batch: the prompts and their targets; what is padded may score anything.
+            batch: the prompts and their targets.
+
+        Returns:
+            As many components as the prompt with the most of them has up to its target's position. What
+            stands behind that position cannot have contributed: it is zero, or left out at the end.
         """
 
     def _attribute(
@@ -180,9 +184,8 @@ class Baseline(Method):
         # In front of heads and neurons stands the rest of the state.
         first = 0 if self.source.positional else 1
         names = [name for group in described.names for name in group[first:]]
-        if self.source.positional:  # what stands behind the target's position cannot have contributed
-            own = scores[:, : answer.position + 1]
-            scores = torch.cat([own, own.new_zeros(len(own), len(names) - own.shape[1])], 1)
+        if self.source.positional:  # some stand behind the target's position; another prompt may have more
+            scores = nn.functional.pad(scores, (0, len(names) - scores.shape[1]))
         return Attribution(
             scores=scores.flatten(),
             names=names,

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from depass_lightning.baselines.base import Baseline
 from depass_lightning.baselines.forward import Batch, embeddings_replaced
+from depass_lightning.baselines.tokens import TokenBaseline
 from depass_lightning.models.decoder import Decoder
 
 
@@ -26,7 +26,7 @@ def embeddings_of(batch: Batch) -> Float[Tensor, "batch position hidden"]:
     return decoder.model.get_input_embeddings()(batch.ids).detach().requires_grad_()
 
 
-class _Gradient(Baseline):
+class _Gradient(TokenBaseline):
     """One backward pass to the embeddings."""
 
     def score(self, batch: Batch) -> Tensor:
@@ -34,11 +34,19 @@ class _Gradient(Baseline):
         with torch.enable_grad(), embeddings_replaced(batch.decoder, embeddings):
             (gradients,) = torch.autograd.grad(batch.values().sum(), embeddings)
         dtype = batch.decoder.dtype
-        return self.of(embeddings.detach().to(dtype), gradients.to(dtype))[:, None]
+        return self.of(batch, embeddings.detach().to(dtype), gradients.to(dtype))
 
     @abstractmethod
-    def of(self, embeddings: Tensor, gradients: Tensor) -> Float[Tensor, "batch position"]:
-        """Return the tokens' scores."""
+    def of(
+        self, batch: Batch, embeddings: Tensor, gradients: Tensor
+    ) -> Float[Tensor, "batch group component"]:
+        """Return the scores.
+
+        Args:
+            batch: the prompts.
+            embeddings: `[batch, position, hidden]`.
+            gradients: `[batch, position, hidden]` the targets' by them.
+        """
 
 
 class InputGradient(_Gradient):
@@ -46,24 +54,24 @@ class InputGradient(_Gradient):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`.
+        source: `Tokens()` or `Spans(...)`.
     """
 
     name: ClassVar[str] = "input_gradient"
 
-    def of(self, embeddings: Tensor, gradients: Tensor) -> Tensor:
-        return (embeddings * gradients).sum(-1)
+    def of(self, batch: Batch, embeddings: Tensor, gradients: Tensor) -> Tensor:
+        return self.summed(batch, (embeddings * gradients).sum(-1))
 
 
 class GradientNorm(_Gradient):
-    """The L2 norm of the gradient by a token's embedding: how much it could matter, without a sign.
+    """The L2 norm of the gradient by a token's or a span's embeddings: how much these could matter, unsigned.
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`.
+        source: `Tokens()` or `Spans(...)`.
     """
 
     name: ClassVar[str] = "gradient_norm"
 
-    def of(self, embeddings: Tensor, gradients: Tensor) -> Tensor:
-        return gradients.norm(dim=-1)
+    def of(self, batch: Batch, embeddings: Tensor, gradients: Tensor) -> Tensor:
+        return self.summed(batch, gradients.square().sum(-1)).sqrt()

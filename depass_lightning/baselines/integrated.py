@@ -10,9 +10,9 @@ import torch
 from captum.attr import IntegratedGradients as Captum
 from torch import Tensor
 
-from depass_lightning.baselines.base import Baseline
 from depass_lightning.baselines.forward import Batch, embeddings_replaced, run
 from depass_lightning.baselines.gradients import embeddings_of
+from depass_lightning.baselines.tokens import TokenBaseline
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.sources import Source
@@ -36,7 +36,7 @@ def values_from_embeddings(
     return batch.read(uncapped, wanted, signs)
 
 
-class IntegratedGradients(Baseline):
+class IntegratedGradients(TokenBaseline):
     """Integrated gradients from embeddings of zero.
 
     Its scores sum to the target's value less what that is at embeddings of zero, as far as the steps are
@@ -44,7 +44,7 @@ class IntegratedGradients(Baseline):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`.
+        source: `Tokens()` or `Spans(...)`.
         steps: how many points of the way gradients are taken at.
         rows: how many of them go through the model at once, all prompts together.
 
@@ -73,4 +73,4 @@ class IntegratedGradients(Baseline):
                 internal_batch_size=max(self.rows, len(batch.ids)),
             )
         assert isinstance(scores, Tensor)
-        return scores.detach().to(batch.decoder.dtype).sum(-1)[:, None]
+        return self.summed(batch, scores.detach().to(batch.decoder.dtype).sum(-1))

@@ -11,7 +11,8 @@ from depass_lightning.baselines.base import Baseline
 from depass_lightning.baselines.forward import Batch
 from depass_lightning.baselines.sites import sites_of
 from depass_lightning.depass import DePass
-from depass_lightning.sources import Heads, Neurons, Source, Tokens
+from depass_lightning.sources import Heads, Neurons, Source, Spans, Tokens
+from depass_lightning.sources.tokens import Positional
 
 
 def seed_of(ids: Sequence[int], seed: int) -> int:
@@ -29,31 +30,36 @@ class Random(Baseline):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`, `Heads()` or `Neurons()`.
+        source: `Tokens()`, `Spans(...)`, `Heads()` or `Neurons()`.
         seed: of the draws.
     """
 
     name: ClassVar[str] = "random"
-    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Heads, Neurons)
+    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans, Heads, Neurons)
 
     def __init__(self, depass: DePass, source: Source | None = None, *, seed: int = 0) -> None:
         super().__init__(depass, source)
         self.seed = seed
 
     def score(self, batch: Batch) -> Tensor:
-        source, decoder = self.source, batch.decoder
-        width = batch.ids.shape[1]
-        layers = 1
-        if isinstance(source, Heads):
-            layers, width = len(source.layers(len(decoder.blocks))), decoder.heads
-        elif isinstance(source, Neurons):
-            sites = sites_of(decoder, source)
-            layers, width = len(sites), sites[0].count
-            if source.indices is not None:
-                width = len(source.indices)
-        scores = torch.zeros(len(batch.rows), layers, width)
-        for row, ids in zip(scores, batch.rows, strict=True):
-            own = len(ids) if source.positional else width
+        layers, components = self._components(batch)
+        scores = torch.zeros(len(batch.rows), layers, 1 + max(map(max, components)))
+        for row, own, ids in zip(scores, components, batch.rows, strict=True):
             generator = torch.Generator().manual_seed(seed_of(ids, self.seed))
-            row[:, :own] = torch.rand(layers, own, generator=generator)
+            row[:, own] = torch.rand(layers, len(own), generator=generator)
         return scores
+
+    def _components(self, batch: Batch) -> tuple[int, list[list[int]]]:
+        """Return how many layers are scored, and which components of each prompt."""
+        source, decoder = self.source, batch.decoder
+        if isinstance(source, Positional):
+            both = zip(batch.prompts, batch.rows, strict=True)
+            return 1, [sorted(set(source.owners(prompt)[: len(ids)])) for prompt, ids in both]
+        if isinstance(source, Heads):
+            layers, count = len(source.layers(len(decoder.blocks))), decoder.heads
+        else:
+            assert isinstance(source, Neurons)
+            sites = sites_of(decoder, source)
+            layers = len(sites)
+            count = sites[0].count if source.indices is None else len(source.indices)
+        return layers, [list(range(count))] * len(batch.rows)

@@ -15,11 +15,11 @@ import torch
 from captum.attr import GradientShap as Captum
 from torch import Tensor
 
-from depass_lightning.baselines.base import Baseline
 from depass_lightning.baselines.forward import Batch
 from depass_lightning.baselines.gradients import embeddings_of
 from depass_lightning.baselines.integrated import values_from_embeddings
 from depass_lightning.baselines.random import seed_of
+from depass_lightning.baselines.tokens import TokenBaseline
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.sources import Source
@@ -44,7 +44,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(legacy)
 
 
-class GradientShap(Baseline):
+class GradientShap(TokenBaseline):
     """Gradient SHAP with prompts of as many tokens, drawn from the vocabulary, as the background.
 
     What is drawn depends on the seed and the prompt alone. Captum draws for all rows at once, so each prompt
@@ -52,7 +52,7 @@ class GradientShap(Baseline):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`.
+        source: `Tokens()` or `Spans(...)`.
         samples: how many points are drawn, each between the prompt and a random prompt.
         seed: of the draws.
 
@@ -95,4 +95,4 @@ class GradientShap(Baseline):
                 )
             assert isinstance(found, Tensor)
             scores[row, :length] = found[0].detach().to(scores).sum(-1)
-        return scores[:, None]
+        return self.summed(batch, scores)

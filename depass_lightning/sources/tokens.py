@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
@@ -20,6 +20,19 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.sources.base import Described, Pass, Source, resolve_layer
 from depass_lightning.spans import Unit, segment
+
+
+def summed(
+    each: Float[Tensor, "batch position"], owners: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch component"]:
+    """Return the sum of each component's positions.
+
+    Args:
+        each: a number a position.
+        owners: which component each belongs to.
+    """
+    sums = each.new_zeros(len(each), int(owners.max()) + 1)
+    return sums.scatter_add_(1, owners.to(each.device), each)
 
 
 @dataclass(frozen=True)
@@ -37,20 +50,28 @@ class Positional(Source):
         """Which component each position belongs to; the first position is component 0, alone."""
         raise NotImplementedError
 
-    def owner_table(self, recording: Recording, settings: Pass) -> Int[Tensor, "batch position"]:
-        """Every position's component, with the bias component in front; padding belongs to component 0."""
-        owners = torch.zeros(recording.input_ids.shape, dtype=torch.long)
-        for row, prompt in enumerate(settings.prompts):
-            own = self.owners(prompt)[: int(recording.lengths[row])]
-            owners[row, : len(own)] = torch.tensor(own) + int(settings.bias)
-        return owners
+    def owner_table(
+        self, prompts: Sequence[Prompt], lengths: Sequence[int], positions: int, *, first: int
+    ) -> Int[Tensor, "batch position"]:
+        """Every position's component; padding, which is on the right, belongs to component 0.
+
+        Args:
+            prompts: the batch.
+            lengths: how many positions of each prompt take part.
+            positions: how many there are with padding.
+            first: the number of the first position's component: 1 where component 0 is something else.
+        """
+        table = torch.zeros(len(prompts), positions, dtype=torch.long)
+        for row, prompt, length in zip(table, prompts, lengths, strict=True):
+            row[:length] = torch.tensor(self.owners(prompt)[:length]) + first
+        return table
 
     def entry_scores(
         self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
     ) -> Tensor:
         each = (recording.state(layer) * derivative.states).sum(-1)
-        owners = self.owner_table(recording, settings).to(each.device)
-        scores = each.new_zeros(len(each), int(owners.max()) + 1).scatter_add_(1, owners, each)
+        lengths, offset = recording.lengths.tolist(), int(settings.bias)
+        scores = summed(each, self.owner_table(settings.prompts, lengths, each.shape[1], first=offset))
         if settings.bias:
             scores[:, 0] += derivative.constants
         return scores
@@ -130,8 +151,8 @@ class _PositionSplit:
     def at_entry(self, recording: Recording) -> Carry:
         state = recording.state(self.first)
         batch, positions, hidden = state.shape
-        offset = int(self.settings.bias)
-        owners = self.source.owner_table(recording, self.settings)
+        lengths, offset = recording.lengths.tolist(), int(self.settings.bias)
+        owners = self.source.owner_table(self.settings.prompts, lengths, positions, first=offset)
         births = self._births(owners, recording.lengths.cpu())
         if self.settings.spread is not None:
             births = self.settings.spread.keep_own(births, recording.lengths.cpu(), positions)
