@@ -1,35 +1,51 @@
 """A call's prompts in batches."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from rich.progress import track
 
 from depass_lightning.errors import DePassError
+from depass_lightning.processes import from_all, place
 
 
 def in_batches(
-    kinds: list[tuple[int, int]], batch_size: int, work: Callable[[list[int]], list[Any]], progress: bool
+    kinds: list[tuple[int, int]],
+    batch_size: int,
+    work: Callable[[list[int]], list[Any]],
+    progress: bool,
+    description: str = "attributing",
 ) -> list[Any]:
     """Work in batches of the same layer and similar length, and put the results back in order.
+
+    Inside `depass_lightning.processes.sharing` the batches are shared out among the processes.
 
     Args:
         kinds: each prompt's layer and its number of tokens.
         batch_size: how many prompts a batch has at most.
         work: gives the results of the prompts of the given numbers.
         progress: show a progress bar.
+        description: what the bar says.
 
     Raises:
-        DePassError: the batch size is less than one.
+        DePassError: the batch size is less than one, or another process made a mistake.
     """
     if batch_size < 1:
         raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
+    rank, world = place()
+    most = min(batch_size, math.ceil(len(kinds) / world))  # work for every process
     batches: list[list[int]] = []
     for index in sorted(range(len(kinds)), key=lambda index: kinds[index]):
-        if not batches or len(batches[-1]) == batch_size or kinds[batches[-1][0]][0] != kinds[index][0]:
+        if not batches or len(batches[-1]) == most or kinds[batches[-1][0]][0] != kinds[index][0]:
             batches.append([])
         batches[-1].append(index)
-    results: dict[int, Any] = {}
-    for batch in track(batches, description="attributing", disable=not progress):
-        results.update(zip(batch, work(batch), strict=True))
+
+    def own() -> dict[int, Any]:
+        results: dict[int, Any] = {}
+        for batch in track(batches[rank::world], description=description, disable=not progress):
+            results.update(zip(batch, work(batch), strict=True))
+        return results
+
+    results = {index: result for each in from_all(own) for index, result in each.items()}
     return [results[index] for index in range(len(kinds))]

@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import platform
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from depass_lightning import __version__, tasks
 from depass_lightning.baselines import DePassMethod, Method, make_method
 from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch, SpreadComponents
-from depass_lightning.commands.common import first_process, instantiate_each, tell
+from depass_lightning.commands.common import first_process, instantiate_each, predict, tell
 from depass_lightning.commands.results import Results, write_results
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -116,7 +115,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
     )
     if not generates and kept < len(task) and isinstance(module.method, DePassMethod):
         tell_estimate(config, depass, task, module)
-    predict(trainer, module, data, writer.journal)
+    predict(trainer, module, data, lambda: _kept(writer.journal))
     if not trainer.is_global_zero:
         return None
     skipped = writer.journal.skipped()
@@ -155,19 +154,10 @@ def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logg
     )
 
 
-def predict(trainer: Trainer, module: AttributionModule, data: PromptData, journal: Journal) -> None:
-    """Attribute all prompts that are left, and say what is kept where that is interrupted."""
-    try:
-        trainer.predict(module, datamodule=data, return_predictions=False)
-    except BaseException:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGTERM)
-        if first_process() and (done := journal.counted()):
-            tell(
-                f"{done:,} prompts are kept in {journal.folder}: the same command goes on from there",
-                "yellow",
-            )
-        raise
+def _kept(journal: Journal) -> str:
+    """Say what an analysis that was interrupted has come to."""
+    done = journal.counted()
+    return f"{done:,} prompts are kept in {journal.folder}" if done else ""
 
 
 def spreads_components(config: DictConfig) -> bool:

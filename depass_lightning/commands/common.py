@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
+from torch.utils.data import DataLoader
 
 from depass_lightning.callbacks.watch import TERMINATED, Terminated, stop_on_sigterm
 from depass_lightning.errors import DePassError
@@ -107,6 +109,30 @@ def tell(line: str, style: str = "") -> None:
     """Print one line to the standard error, on the first process alone."""
     if first_process():
         Console(stderr=True, soft_wrap=True).print(Text(line, style))
+
+
+def predict(
+    trainer: Trainer,
+    module: LightningModule,
+    data: LightningDataModule | DataLoader[Any],
+    kept: Callable[[], str],
+) -> None:
+    """Predict in all processes, and say what is kept where that is interrupted.
+
+    Args:
+        trainer: starts the processes.
+        module: does the work.
+        data: what it works on.
+        kept: says what is done by then; nothing is said where that is empty.
+    """
+    try:
+        trainer.predict(module, data, return_predictions=False)
+    except BaseException:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)
+        if first_process() and (done := kept()):
+            tell(f"{done}: the same command goes on from there", "yellow")
+        raise
 
 
 def quiet() -> None:

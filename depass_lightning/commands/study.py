@@ -5,17 +5,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
+from torch.utils.data import DataLoader, TensorDataset
 
-from depass_lightning.commands.common import first_process
+from depass_lightning.callbacks import ProcessWatch
+from depass_lightning.commands.common import instantiate_each, predict
 from depass_lightning.depass import DePass
-from depass_lightning.errors import DePassError
-from depass_lightning.experiments.results import terminal_table, write_experiment
+from depass_lightning.experiments.results import read_experiment, terminal_table, write_experiment
+from depass_lightning.modules.study import StudyModule
 
 
 def run_study(
@@ -30,17 +33,22 @@ def run_study(
         console: where to print.
 
     Raises:
-        DePassError: several processes are asked for, or as for the experiment.
+        DePassError: as for the experiment.
     """
-    trainer: Trainer = instantiate(config.trainer, _partial_=True)(logger=False)
-    if trainer.world_size > 1:
-        raise DePassError("an experiment runs on one process; leave trainer.devices out, or sweep with -m")
     study = instantiate(config.study, _convert_="all")
-    depass = load(config)
-    if getattr(depass.model, "hf_device_map", None) is None:  # else it has been placed already
-        depass.model.to(trainer.strategy.root_device)
-    found = study.run(depass, folder, progress=first_process())
-    experiment = replace(found, command=" ".join(["python analyze.py", *_typed()]))
+    # Methods compute gradients themselves, and every process takes the one step.
+    trainer: Trainer = instantiate(config.trainer, _partial_=True)(
+        callbacks=[ProcessWatch(), *instantiate_each(config.get("callbacks"))],
+        logger=False,
+        enable_progress_bar=False,
+        inference_mode=False,
+        use_distributed_sampler=False,
+    )
+    module = StudyModule(study, load(config), folder)
+    predict(trainer, module, DataLoader(TensorDataset(torch.zeros(1))), lambda: _kept(folder / "rows"))
+    if not trainer.is_global_zero:
+        return 0
+    experiment = replace(read_experiment(folder), command=" ".join(["python analyze.py", *_typed()]))
     write_experiment(experiment, folder)
     console.print()
     console.print(terminal_table(experiment, console.width))
@@ -49,6 +57,12 @@ def run_study(
     console.print()
     console.print(Text(f"page     {folder / 'report.html'}\nfolder   {folder}"), soft_wrap=True)
     return 0
+
+
+def _kept(rows: Path) -> str:
+    """Say what an experiment that was interrupted has come to."""
+    done = sorted(path.stem for path in rows.glob("*.parquet"))
+    return f"{', '.join(done)} done, in {rows}" if done else ""
 
 
 def _typed() -> list[str]:

@@ -114,7 +114,9 @@ def run_methods(
         started = time.perf_counter()
         found = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
         seconds = time.perf_counter() - started
-        runs[name] = MethodRun(_measured(depass, examples, found, percents, zeroed, batch_size), seconds)
+        runs[name] = MethodRun(
+            _measured(depass, examples, found, percents, zeroed, batch_size, progress), seconds
+        )
     return runs
 
 
@@ -125,6 +127,7 @@ def _measured(
     percents: Sequence[float] | None,
     zeroed: bool,
     batch_size: int,
+    progress: bool,
 ) -> list[dict[str, Any]]:
     """Return a row a prompt: what removing its tokens, or masking heads or neurons, does to the answer."""
     rows = 4 * batch_size  # plain passes, which hold less than scores do
@@ -136,6 +139,7 @@ def _measured(
             percents=percents or MASKED,
             draws=0,  # "random" is a method of its own
             batch_size=rows,
+            progress=progress,
         )
     else:
         curves = removal_curves(
@@ -147,6 +151,7 @@ def _measured(
             batch_size=rows,
             zeroed=zeroed,
             rationales=RATIONALES,
+            progress=progress,
         )
     measured = []
     for example, attribution, curve in zip(examples, found, curves, strict=True):

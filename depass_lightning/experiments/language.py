@@ -35,6 +35,7 @@ from depass_lightning.experiments.language_parts import Carried, carry_parts, de
 from depass_lightning.experiments.results import write_experiment
 from depass_lightning.faithfulness.bootstrap import bootstrap
 from depass_lightning.probes import Probe, Probes, fit_probes, hidden_states, train_probe
+from depass_lightning.processes import from_first
 from depass_lightning.prompts import Prompt, prompts_of, token_text
 from depass_lightning.targets import token_id
 from depass_lightning.tasks import Task, Texts, load_texts
@@ -92,7 +93,7 @@ class Language:
         layers = list(self.layers or split_layers(len(depass.decoder.blocks)))
         prompts, answers = self._read(depass, task)
         probes, shuffled = self._probes(depass, train, test, layers)
-        probes.best.save(Path(folder) / "probe.safetensors")
+        from_first(lambda: probes.best.save(Path(folder) / "probe.safetensors"))
         sources = [own.subspace() for pair in zip(probes.probes, shuffled, strict=True) for own in pair]
         carried = carry_parts(
             depass, prompts, sources, rule=self.rule, batch_size=self.batch_size, progress=progress
@@ -113,7 +114,7 @@ class Language:
             clouds=self._clouds(task, carried.states[2 * best], layers[best]),
             notes=[*self._notes(task, probes.best, found, words), *_said(depass, task, tops, layers[best])],
         )
-        write_experiment(experiment, folder)
+        from_first(lambda: write_experiment(experiment, folder))
         return experiment
 
     def _data(self) -> tuple[Task, Texts, Texts]:

@@ -55,10 +55,9 @@ def carry_parts(
     decoder = depass.decoder
     settings = settings_of(decoder, list(sources), rule=rule, memory_budget=depass.memory_budget)
     unembedded = decoder.unembedded()
-    errors = []
 
-    def work(batch: list[int]) -> list[Tensor]:
-        own = [prompts[i] for i in batch]
+    def work(batch: list[int]) -> list[tuple[Tensor, float]]:
+        own, error = [prompts[i] for i in batch], 0.0
         lengths = [len(prompt.ids) for prompt in own]
         with exact(decoder.device):
             recording = record_batch(decoder, own, [[length - 1] for length in lengths], lengths, settings)
@@ -73,14 +72,14 @@ def carry_parts(
                 given = whole @ unembedded.weight.T
                 if unembedded.bias is not None:
                     given = given + unembedded.bias
-                errors.append(float(((given - logits).norm(dim=1) / logits.norm(dim=1)).max()))
+                error = max(error, float(((given - logits).norm(dim=1) / logits.norm(dim=1)).max()))
                 # A bias component stands before the two parts.
                 parts.append(torch.cat([states[:, -2:], whole[:, None]], 1))
-        return list(torch.stack(parts, 1).cpu())
+        return [(states, error) for states in torch.stack(parts, 1).cpu()]
 
     found = in_batches([(0, len(own.ids)) for own in prompts], batch_size, work, progress)
-    stacked = torch.stack(found, 2)
-    return Carried(stacked[:, :2], stacked[0, 2], max(errors))
+    stacked = torch.stack([states for states, _ in found], 2)
+    return Carried(stacked[:, :2], stacked[0, 2], max(error for _, error in found))
 
 
 def decode(

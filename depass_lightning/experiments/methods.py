@@ -32,6 +32,7 @@ from depass_lightning.experiments.comparison import (
 from depass_lightning.experiments.experiment import Experiment
 from depass_lightning.experiments.results import write_experiment
 from depass_lightning.faithfulness import answered_right
+from depass_lightning.processes import from_first
 from depass_lightning.prompts import prompts_of
 from depass_lightning.readings import check_target
 from depass_lightning.sources import Heads, Neurons, Source, Tokens
@@ -107,7 +108,8 @@ class Methods:
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
         """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
 
-        A method whose rows are there, of the same comparison, is not run again.
+        A method whose rows are there, of the same comparison, is not run again. Inside
+        `depass_lightning.processes.sharing` the processes share out the prompts, and the first one writes.
 
         Args:
             depass: the model, with its tokenizer.
@@ -120,14 +122,15 @@ class Methods:
         """
         started = time.perf_counter()
         task = tasks.load(self.task, size=self.pool, seed=self.seed, path=self.path)
-        examples, right = self._right(depass, list(task))
+        examples, right = self._right(depass, list(task), progress)
         names = self._methods(depass)
         runs: dict[str, MethodRun] = {}
         rows = Path(folder) / "rows"
-        resumed = keep_manifest(self._manifest(depass, examples), rows)
+        manifest = self._manifest(depass, examples)
+        resumed = from_first(lambda: keep_manifest(manifest, rows))
         for name in names:
-            if resumed and (rows / f"{name}.parquet").exists():
-                runs[name] = _kept(rows / f"{name}.parquet")
+            if resumed and (kept := _kept(rows / f"{name}.parquet")):
+                runs[name] = kept
                 continue
             runs |= run_methods(
                 depass,
@@ -154,14 +157,14 @@ class Methods:
             table=table,
             notes=[*self._notes(len(task), right, len(examples)), *notes_on(table)],
         )
-        write_experiment(experiment, folder)
+        from_first(lambda: write_experiment(experiment, folder))
         return experiment
 
-    def _right(self, depass: DePass, examples: list[Example]) -> tuple[list[Example], int]:
+    def _right(self, depass: DePass, examples: list[Example], progress: bool) -> tuple[list[Example], int]:
         """Return the prompts that are compared on, and how many more are answered right."""
         # What is masked is judged by all tokens of the answer, what is removed by the first.
         exact = self.components != "tokens"
-        right = answered_right(depass, examples, self.batch_size, exact=exact)
+        right = answered_right(depass, examples, self.batch_size, exact=exact, progress=progress)
         right = [i for i in right if _can_be_explained(depass, examples[i])]
         if not right:
             raise DePassError(f"the model answers none of {len(examples)} prompts of {self.task} right")
@@ -207,13 +210,20 @@ def _keep(path: Path, run: MethodRun) -> None:
     columns = {"index"}.union(*run.rows)
     schema = pa.schema([column for column in ATTRIBUTION_SCHEMA if column.name in columns])
     rows = [{"index": i, **row} for i, row in enumerate(run.rows)]
-    write_shard(path, rows, schema.with_metadata({SECONDS: str(run.seconds)}))
+    schema = schema.with_metadata({SECONDS: str(run.seconds)})
+    from_first(lambda: write_shard(path, rows, schema))
 
 
-def _kept(path: Path) -> MethodRun:
-    """Read what `_keep` wrote."""
-    metadata = pq.read_schema(path).metadata
-    return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
+def _kept(path: Path) -> MethodRun | None:
+    """Read what `_keep` wrote, where it did."""
+
+    def read() -> MethodRun | None:
+        if not path.exists():
+            return None
+        metadata = pq.read_schema(path).metadata
+        return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
+
+    return from_first(read)
 
 
 def _can_be_explained(depass: DePass, example: Example) -> bool:

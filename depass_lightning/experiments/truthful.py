@@ -27,6 +27,7 @@ from depass_lightning.experiments.results import write_experiment
 from depass_lightning.experiments.truthful_answers import DEPASS, NONE, PROBE, RANDOM, Answers
 from depass_lightning.experiments.truthful_asking import MASKS, Mask, Question, Reply, ask
 from depass_lightning.probes import Probe, hidden_states, spread, train_probes
+from depass_lightning.processes import from_first
 from depass_lightning.prompts import Prompt, prompts_of
 from depass_lightning.sources import Tokens
 from depass_lightning.targets import token_id
@@ -114,7 +115,7 @@ class Truthful:
         layers = self.layers or spread(len(depass.decoder.blocks), 10)
         probes = train_probes(depass, train, test, layers=layers, batch_size=self.batch_size, seed=self.seed)
         probe = probes.best
-        probe.save(Path(folder) / "probe.safetensors")
+        from_first(lambda: probe.save(Path(folder) / "probe.safetensors"))
         orders = {
             DEPASS: [blamed_by_depass(depass, probe, prompts, self.rule, self.batch_size, progress)],
             PROBE: [flagged_by_probe(depass, probe, prompts, self.batch_size)],
@@ -141,7 +142,7 @@ class Truthful:
             table=results.table(),
             notes=[*self._about_prompts(results, tried, skipped), *self._notes(probe, results)],
         )
-        write_experiment(experiment, folder)
+        from_first(lambda: write_experiment(experiment, folder))
         return experiment
 
     def _data(self) -> tuple[Task, Texts, Texts]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.baselines.sites import Site, masking, sites_of
+from depass_lightning.batches import in_batches
 from depass_lightning.depass import DePass
 from depass_lightning.engine.record import undisturbed
 from depass_lightning.errors import DePassError
@@ -124,6 +125,7 @@ def masking_curves(
     draws: int = 1,
     seed: int = 0,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> list[MaskingCurves]:
     """Measure what every attribution's highest and lowest heads or neurons are worth to the answer.
 
@@ -136,6 +138,7 @@ def masking_curves(
         draws: how many random orders a prompt; none leaves them out.
         seed: of the random orders, which depend on it and on the prompt alone.
         batch_size: how many prompts, each with a mask of its own, go through the model together.
+        progress: show a progress bar.
 
     Raises:
         DePassError: the K are not percentages that rise, there is not one answer a prompt, an answer is
@@ -158,7 +161,7 @@ def masking_curves(
         numbers = {key: len(asked) + number for number, key in enumerate(masks)}
         plans.append({name: [[numbers[key] for key in own] for own in keys] for name, keys in plan.items()})
         asked += [Asked(ids, wanted, kept) for kept in masks.values()]
-    given = answers_given(depass.decoder, asked, sites, batch_size)
+    given = answers_given(depass.decoder, asked, sites, batch_size, progress)
     return [_curves(percents, plan, given) for plan in plans]
 
 
@@ -264,7 +267,11 @@ def _curves(
 
 
 def answers_given(
-    decoder: Decoder, asked: Sequence[Asked], sites: Sequence[_Masked] = (), batch_size: int = 64
+    decoder: Decoder,
+    asked: Sequence[Asked],
+    sites: Sequence[_Masked] = (),
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> list[Given]:
     """Say how the model goes on behind each prompt, with its heads or neurons masked.
 
@@ -273,21 +280,20 @@ def answers_given(
         asked: what is asked, in any order: prompts of like length go through the model together.
         sites: where the masked heads or neurons are.
         batch_size: how many of them.
+        progress: show a progress bar.
 
     Raises:
         DePassError: an answer has no tokens, or the batch size is less than one.
     """
-    if batch_size < 1:
-        raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
     if any(not own.answer for own in asked):
         raise DePassError("an answer has no tokens")
-    by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].ids) + len(asked[i].answer))
-    found: dict[int, Given] = {}
+
+    def work(batch: list[int]) -> list[Given]:
+        return _batch(decoder, [asked[i] for i in batch], sites)
+
+    kinds = [(0, len(own.ids) + len(own.answer)) for own in asked]
     with undisturbed(decoder, eager=False):
-        for start in range(0, len(by_length), batch_size):
-            numbers = by_length[start : start + batch_size]
-            found.update(zip(numbers, _batch(decoder, [asked[i] for i in numbers], sites), strict=True))
-    return [found[i] for i in range(len(asked))]
+        return in_batches(kinds, batch_size, work, progress, "asking")
 
 
 def _batch(decoder: Decoder, asked: Sequence[Asked], sites: Sequence[_Masked]) -> list[Given]:

@@ -139,6 +139,7 @@ def removal_curves(
     batch_size: int = 64,
     zeroed: bool = False,
     rationales: Sequence[float] = (),
+    progress: bool = False,
 ) -> list[RemovalCurves]:
     """Measure patch top and recover top, and the same in random order, for every attribution.
 
@@ -154,6 +155,7 @@ def removal_curves(
         zeroed: measure it with embeddings set to zero, too; that is as many prompts again.
         rationales: the K of comprehensiveness and sufficiency, such as `RATIONALES`, each of one token at
             least; none leaves the two out.
+        progress: show a progress bar.
 
     Raises:
         DePassError: the K are not percentages that rise, or there is not one answer a prompt.
@@ -168,7 +170,7 @@ def removal_curves(
         for attribution in attributions
     ]
     asked = [own for plan, answer in zip(plans, answers, strict=True) for own in plan.prompts(answer)]
-    found = iter(answers_of(model, asked, batch_size))
+    found = iter(answers_of(model, asked, batch_size, progress))
     return [plan.read(list(itertools.islice(found, plan.count))) for plan in plans]
 
 

@@ -10,7 +10,12 @@ from depass_lightning.tasks import Example
 
 
 def answered_right(
-    depass: DePass, task: Iterable[Example], batch_size: int = 16, *, exact: bool = False
+    depass: DePass,
+    task: Iterable[Example],
+    batch_size: int = 16,
+    *,
+    exact: bool = False,
+    progress: bool = False,
 ) -> list[int]:
     """Return the indices of the examples whose answer is what the model goes on with, greedily.
 
@@ -21,6 +26,7 @@ def answered_right(
         task: the examples.
         batch_size: how many prompts go through the model at once.
         exact: ask for the whole answer; else its first token is enough.
+        progress: show a progress bar.
 
     Raises:
         DePassError: there is no tokenizer.
@@ -36,5 +42,5 @@ def answered_right(
         if answer := answer_ids(depass, example.prompt, example.answer):
             asked.append(Asked(prompt.ids, answer if exact else answer[:1]))
             indices.append(index)
-    given = answers_given(depass.decoder, asked, batch_size=batch_size)
+    given = answers_given(depass.decoder, asked, batch_size=batch_size, progress=progress)
     return [index for index, own in zip(indices, given, strict=True) if own.exact]

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from depass_lightning.batches import in_batches
+
 
 @dataclass(frozen=True)
 class Shortened:
@@ -43,26 +45,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def answers_of(model: nn.Module, prompts: Sequence[Shortened], batch_size: int) -> list[tuple[float, float]]:
+def answers_of(
+    model: nn.Module, prompts: Sequence[Shortened], batch_size: int, progress: bool = False
+) -> list[tuple[float, float]]:
     """Return the probability and the logit of each prompt's answer, running prompts of like length together.
 
     Args:
         model: the causal LM.
         prompts: what to run.
         batch_size: how many go through the model at once.
+        progress: show a progress bar.
+
+    Raises:
+        DePassError: the batch size is less than one.
     """
-    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), all(prompts[i].seen)))
-    found = [(0.0, 0.0)] * len(prompts)
+
+    def work(batch: list[int]) -> list[tuple[float, float]]:
+        logits = _next_token(model, [prompts[i] for i in batch])
+        wanted = torch.tensor([prompts[i].answer for i in batch], device=logits.device)[:, None]
+        probabilities = logits.softmax(-1).gather(1, wanted)[:, 0].tolist()
+        return list(zip(probabilities, logits.gather(1, wanted)[:, 0].tolist(), strict=True))
+
+    # Whole prompts need no hook: they go by themselves.
+    kinds = [(int(all(own.seen)), len(own.ids)) for own in prompts]
     with evaluating(model):
-        for start in range(0, len(by_length), batch_size):
-            numbers = by_length[start : start + batch_size]
-            logits = _next_token(model, [prompts[i] for i in numbers])
-            wanted = torch.tensor([prompts[i].answer for i in numbers], device=logits.device)[:, None]
-            probabilities = logits.softmax(-1).gather(1, wanted)[:, 0].tolist()
-            raw = logits.gather(1, wanted)[:, 0].tolist()
-            for i, own in zip(numbers, zip(probabilities, raw, strict=True), strict=True):
-                found[i] = own
-    return found
+        return in_batches(kinds, batch_size, work, progress, "asking")
 
 
 def _next_token(model: nn.Module, prompts: Sequence[Shortened]) -> Float[Tensor, "batch vocabulary"]:
