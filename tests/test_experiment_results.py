@@ -108,6 +108,13 @@ def test_the_figures_draw_what_was_measured():
     two: dict[str, Curve] = dict.fromkeys(("random part", "random rest"), CURVES["random"])
     lines = curves_figure([Panel("p", "x", "y", two)]).axes[0].get_lines()
     assert len({str(line.get_marker()) for line in lines}) == 2
+    many: dict[str, Curve] = dict.fromkeys((f"method {i}" for i in range(14)), CURVES["DePass"])
+    lines = curves_figure([Panel("p", "x", "y", many)]).axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 14
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 14
+    (axes,) = curves_figure([Panel("p", "x", "y", {"a": Curve([0, 0.02, 1, 20], [1, 0.5, 0, 0])})]).axes
+    assert axes.get_xscale() == "symlog"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.02", "1", "20"]
     cloud = points_figure(EXPERIMENT.clouds)
     assert sum(np.asarray(own.get_offsets()).shape[0] for own in cloud.axes[0].collections) == 3
 

@@ -19,6 +19,8 @@ from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal
 OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#8c564b", "#6b7280")
 MARKERS = "osD^vPX*h"
 RANDOM = (((4, 3), "x"), ((1, 2), "+"))
+AGAIN = (0, (5, 1.2))  # where the colours begin again
+WIDE = 200  # from the least place to the greatest: more than a linear axis can show
 COLUMNS = 2
 SIZE = 8.5
 
@@ -43,8 +45,7 @@ def curves_figure(panels: Sequence[Panel], dark: bool = False) -> Figure:
                 )
             axes.plot(curve.x, curve.y, label=method.replace("_", " "), markersize=4, **look)
         _finish(axes, panel.name, theme, panel.x_label, panel.y_label)
-        if all(float(x).is_integer() for curve in panel.curves.values() for x in curve.x):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _scale(axes, sorted({float(x) for curve in panel.curves.values() for x in curve.x}))
         axes.grid(axis="y", color=hexadecimal(theme.line), linewidth=0.8)
     _legend(figure, grid, theme)
     return figure
@@ -93,7 +94,9 @@ def _looks(names: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
             random += 1
             continue
         colour = hexadecimal(theme.positive) if number == 0 else OTHERS[(number - 1) % len(OTHERS)]
-        looks[name] = {"color": colour, "linewidth": 2.0, "marker": MARKERS[number % len(MARKERS)]}
+        dashes = AGAIN if number > len(OTHERS) else "-"
+        look = {"color": colour, "linewidth": 2.0, "linestyle": dashes}
+        looks[name] = look | {"marker": MARKERS[number % len(MARKERS)]}
         number += 1
     return looks
 
@@ -122,6 +125,17 @@ def _finish(axes: Axes, name: str, theme: Theme, x_label: str = "", y_label: str
     axes.set_facecolor("none")
     axes.tick_params(colors=muted, labelsize=SIZE, labelfontfamily=_families(), length=0)
     axes.spines[:].set_visible(False)
+
+
+def _scale(axes: Axes, places: Sequence[float]) -> None:
+    """Mark whole places where all are whole; where they span too much for a line, each in its order of size."""
+    positive = [place for place in places if place > 0]
+    if positive and min(places) >= 0 and positive[-1] / positive[0] > WIDE:
+        axes.set_xscale("symlog", linthresh=positive[0], linscale=0.4)
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+    elif all(place.is_integer() for place in places):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _legend(figure: Figure, grid: Sequence[Axes], theme: Theme) -> None:

@@ -29,7 +29,7 @@ from depass_lightning.experiments.comparison import (
     notes_on,
     run_methods,
 )
-from depass_lightning.experiments.experiment import Experiment
+from depass_lightning.experiments.experiment import Experiment, data_name
 from depass_lightning.experiments.results import write_experiment
 from depass_lightning.faithfulness import answered_right
 from depass_lightning.processes import from_first
@@ -149,7 +149,7 @@ class Methods:
             name=f"paper_{self.components}",
             title=f"Which {self.components} does the answer rest on?",
             model=depass.decoder.name,
-            data=f"{task.name}, {self.path or 'the embedded model’s own'}",
+            data=f"{task.name}, {data_name(self.path) or 'the embedded model’s own'}",
             prompts=len(examples),
             seconds=time.perf_counter() - started,
             settings=asdict(self) | {"methods": names, "asked": len(task), "answered_right": right},
