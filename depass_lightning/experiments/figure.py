@@ -128,7 +128,7 @@ def _finish(axes: Axes, name: str, theme: Theme, x_label: str = "", y_label: str
 
 
 def _scale(axes: Axes, places: Sequence[float]) -> None:
-    """Mark whole places where all are whole; where they span too much for a line, each in its order of size."""
+    """Mark whole places where all are whole; where they span too much for that, each by its logarithm."""
     positive = [place for place in places if place > 0]
     if positive and min(places) >= 0 and positive[-1] / positive[0] > WIDE:
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.4)
