@@ -48,7 +48,7 @@ class Wrapped(OwnModule):
 # Lightning tells of the part in evaluation
 pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module")
 
-KINDS = ("lora", "compiled", "compiled in place")
+KINDS = ("lora", "compiled", pytest.param("compiled in place", marks=pytest.mark.slow))
 
 
 @pytest.fixture(autouse=True)

@@ -167,12 +167,6 @@ def test_it_parts_relations_from_subjects_on_the_embedded_model(tiny, tmp_path):
     assert (back.table, back.notes, back.clouds) == (found.table, found.notes, found.clouds)
 
 
-def test_the_same_seed_finds_the_same(tiny, tmp_path):
-    study = Language(size=8, layers=[2], top=3, seed=1)
-    one, two = (study.run(tiny, tmp_path / name) for name in ("one", "two"))
-    assert (one.table, one.panels, one.clouds) == (two.table, two.panels, two.clouds)
-
-
 def test_mistakes_are_named_before_anything_is_run(tiny, tmp_path):
     rows = [{"case_id": i, "original": {"prompt": "I am", "answer": "old"}} for i in range(5)]
     (tmp_path / "one.json").write_text(json.dumps(rows))

@@ -192,6 +192,7 @@ def scores_of(folder: Path) -> dict[tuple[str, str], list[list[float]]]:
     return found
 
 
+@pytest.mark.slow  # what is refused is told by the tests above, without a process
 def test_ddp_in_a_sweep_is_refused_at_the_command(tmp_path: Path) -> None:
     done = command(tmp_path, "-m", "rule=softmax,taylor", *DDP, *QUICK)
     assert done.returncode == 1

@@ -265,6 +265,7 @@ def at_a_terminal(folder: Path, **variables: str) -> tuple[str, float]:
     return said.decode(), float(said.decode().split("STARTED AFTER ")[1].split()[0])
 
 
+@pytest.mark.slow
 def test_wandb_does_not_ask_at_a_terminal(tmp_path: Path) -> None:
     said, seconds = at_a_terminal(tmp_path)
     assert "there are no credentials for Weights & Biases, so this run is recorded offline" in said

@@ -112,19 +112,18 @@ def test_wheel_holds_the_tree(checkout: Path, wheel: Path) -> None:
     assert not foreign
 
 
-def test_wheel_imports(site: Path, tmp_path: Path) -> None:
-    package = site / "depass_lightning"
-    assert found_by(tmp_path, site) == [package / sub / "__init__.py" for sub in ("", "callbacks", "conf")]
-
-
-def test_wheel_commands(site: Path, tmp_path: Path) -> None:
+def test_wheel_imports_and_has_its_commands(site: Path, tmp_path: Path) -> None:
     script = """
 from importlib.metadata import distribution
 for entry in distribution("depass-lightning").entry_points:
     print(entry.name, entry.load().__name__)
 """
-    printed = run(sys.executable, "-c", script, cwd=tmp_path, path=site)
-    assert sorted(printed.splitlines()) == ["depass-analyze main", "depass-train main"]
+    *commands, found = run(sys.executable, "-c", script + PROBE, cwd=tmp_path, path=site).splitlines()
+    assert sorted(commands) == ["depass-analyze main", "depass-train main"]
+    package = site / "depass_lightning"
+    assert [Path(file) for file in json.loads(found)] == [
+        package / sub / "__init__.py" for sub in ("", "callbacks", "conf")
+    ]
 
 
 def test_bare_checkout_imports(checkout: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def agree(one: Any, two: Any) -> bool:
 
 @pytest.mark.parametrize("name", HANDFUL)
 def test_the_command_finds_the_same_on_two_processes(name: str, tmp_path: Path, capfd) -> None:
-    """Prompts are shared out; what is drawn, fitted and written is as on one."""
+    """Prompts are shared out; what is drawn, fitted and found is as on one, with the same seed."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, extra in zip(folders, ((), TWO), strict=True):
         assert run(folder, f"experiment={name}", *HANDFUL[name], *extra) == 0
