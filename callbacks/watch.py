@@ -9,6 +9,7 @@ from collections.abc import Callable
 from subprocess import Popen
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -45,14 +46,17 @@ class ProcessWatch(Callback):
     - SIGTERM ends every process at once. (Lightning's own handler sends a message to all processes by a
       collective, which hangs where only one of them is told to stop.)
     - A process that is lost is named, and the first process ends, instead of waiting for it forever.
-    - A process whose parent is lost ends, instead of working on for nobody.
+    - A process whose parent is lost ends, instead of working on for nobody, or of waiting for another process
+      that was never started.
     """
 
     def __init__(self) -> None:
         self._over = threading.Event()
         self._working = self._lost = False
-        # Lightning forks the process that this is made in, or starts another that makes its own.
-        self._parents = (os.getpid(), os.getppid())
+        self._parent = os.getppid()
+        _made.add(self)
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # Lightning, or torchrun, has started this process
+            _end_with(self._parent, threading.Event())
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._over = threading.Event()
@@ -68,10 +72,9 @@ class ProcessWatch(Callback):
 
         stop_on_sigterm(end_children)
         if children:
-            self._start(lambda: self._look_at(children))
+            _start(lambda: self._look_at(children), self._over)
         elif trainer.world_size > 1 and (trainer.global_rank > 0 or _started_by_another()):
-            self._look_for_parent()
-            self._start(self._look_for_parent)
+            _end_with(self._parent, self._over)
 
     def on_predict_batch_start(
         self,
@@ -91,14 +94,6 @@ class ProcessWatch(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._over.set()
 
-    def _start(self, look: Callable[[], bool]) -> None:
-        def watch(over: threading.Event) -> None:
-            while not over.wait(PAUSE):
-                if look():
-                    return
-
-        threading.Thread(target=watch, args=(self._over,), daemon=True, name="process watch").start()
-
     def _look_at(self, children: list[Popen[bytes]]) -> bool:
         """End the first process where one that it started has failed."""
         for number, child in enumerate(children, start=2):
@@ -111,15 +106,53 @@ class ProcessWatch(Callback):
                 return True
         return False
 
-    def _look_for_parent(self) -> bool:
-        """End this process where the one that started it is gone."""
-        if os.getppid() not in self._parents:
+
+_made: WeakSet[ProcessWatch] = WeakSet()
+_forking = 0  # the process that forks
+_bound = 0  # a process that has been watching over its parent since it was forked
+
+
+def _before_fork() -> None:
+    global _forking
+    _forking = os.getpid()
+
+
+def _in_fork() -> None:
+    """Watch over the parent at once: Lightning calls a callback only when all processes have met."""
+    global _bound
+    if _made:
+        _end_with(_forking, threading.Event())
+        _bound = os.getpid()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_fork)
+
+
+def _start(look: Callable[[], bool], over: threading.Event) -> None:
+    """Look again and again, until it is over or a look says so."""
+
+    def watch() -> None:
+        while not (look() or over.wait(PAUSE)):
+            pass
+
+    threading.Thread(target=watch, daemon=True, name="process watch").start()
+
+
+def _end_with(parent: int, over: threading.Event) -> None:
+    """End this process where the one that started it is gone."""
+    if os.getpid() == _bound:
+        return
+
+    def look() -> bool:
+        if os.getppid() != parent:
             os._exit(1)  # the main thread may be deep in a computation, and nobody waits for it
         return False
 
+    _start(look, over)
+
 
 def _started_by_another() -> bool:
-    """Whether even the first process has a parent that must not be lost."""
+    """Whether this process, be it the first, has a parent that must not be lost."""
     return multiprocessing.parent_process() is not None or "TORCHELASTIC_RUN_ID" in os.environ
 
 

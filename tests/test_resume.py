@@ -9,12 +9,14 @@ import re
 import resource
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from depass_lightning import tasks
 from depass_lightning.callbacks import ProcessWatch
@@ -102,6 +104,7 @@ def kill_and_go_on(whole, seconds, folder, rng, kills, victims, *overrides):
                 rng.choice([parent, *parent.children(recursive=True)][:victims]).kill()
                 done += 1
             process.join(60)
+            assert not process.is_alive()
             if process.exitcode == 0:
                 break
         assert table(folder / str(number)) == table(whole)
@@ -185,19 +188,39 @@ def test_a_lost_process_is_named(tmp_path):
     assert "a process was lost (process 1 terminated with signal SIGKILL)" in said(folder)
 
 
-def test_a_process_whose_parent_is_lost_ends(tmp_path):
-    """It would work on for nobody, beside the run that is started again: Lightning's `ddp` just starts it."""
+def by_another(found):
+    """Work in a process that something else has started."""
     trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=SimpleNamespace(launcher=None))
+    ProcessWatch().on_predict_start(trainer, None)  # type: ignore[arg-type]
+    found.write_text(str(os.getpid()))
+    time.sleep(60)
 
-    def child():
-        ProcessWatch().on_predict_start(trainer, None)  # type: ignore[arg-type]
-        (tmp_path / "child").write_text(str(os.getpid()))
-        time.sleep(60)
+
+def by_lightning(found):
+    """Work where Lightning has started the script again."""
+    os.environ["LOCAL_RANK"] = "1"
+    watch = ProcessWatch()
+    found.write_text(str(os.getpid()))
+    time.sleep(60)
+    del watch
+
+
+def never_met(found):
+    """Wait for a process that is never started, as the first does where its parent is lost too early."""
+    found.write_text(str(os.getpid()))
+    TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=timedelta(seconds=60))
+
+
+@pytest.mark.parametrize("work", [by_another, by_lightning, never_met])
+def test_a_process_whose_parent_is_lost_ends(tmp_path, work):
+    """It would work on for nobody, beside the run that is started again, and keep its folder."""
 
     def parent():
-        own = FORK.Process(target=child)
+        watch = ProcessWatch() if work is never_met else None
+        own = FORK.Process(target=work, args=(tmp_path / "child",))
         own.start()
         own.join()
+        del watch
 
     process = FORK.Process(target=parent)
     process.start()
