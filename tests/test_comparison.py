@@ -156,3 +156,26 @@ def test_what_cannot_be_compared_is_refused(depass: DePass) -> None:
         Methods("layers")  # type: ignore[arg-type]
     with pytest.raises(DePassError, match="one prompt at least"):
         Methods(size=0)
+    with pytest.raises(DePassError, match="percents must rise"):
+        Methods(percents=[5, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ["depass", "lime"]}, "no method 'lime'"),
+        ({"methods": ["random"]}, "held against depass; name it among random"),
+        ({"methods": ["depass", "atp"]}, "atp does not score Tokens"),
+        ({"options": {"integrated_gradients": {"step": 4}}}, "no option 'step'; it takes steps, rows"),
+        ({"options": {"integrated_gradient": {"steps": 4}}}, "no method 'integrated_gradient'"),
+        ({"components": "heads", "layer": 9}, "layer"),
+        ({"path": "nowhere.json"}, "nowhere.json"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_run(
+    depass: DePass, tmp_path: Path, monkeypatch, settings: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(module, "answered_right", lambda *_, **__: pytest.fail("the model was run"))
+    with pytest.raises(DePassError, match=message):
+        Methods(**settings).run(depass, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -64,7 +64,7 @@ def test_the_command_finds_the_same_on_two_processes(name: str, tmp_path: Path, 
 def test_a_wrong_setting_is_one_line(tmp_path: Path, capfd) -> None:
     assert run(tmp_path, "experiment=paper_heads", "study.size=3", "study.methods=[atp]", *TWO) == 1
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: there are no rows of 'depass'; there are those of atp"]
+    assert errors == ["error: the methods are held against depass; name it among atp"]
 
 
 @pytest.mark.slow

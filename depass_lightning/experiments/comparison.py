@@ -34,6 +34,8 @@ from depass_lightning.faithfulness import (
 from depass_lightning.sources import Source
 from depass_lightning.tasks import Example
 
+AGAINST = "depass"  # what the other methods are held against
+
 TOKEN_METHODS = (
     *("depass", "taylor", "dual", "input_gradient", "gradient_norm", "integrated_gradients"),
     *("gradient_shap", "mean_attention", "last_layer_attention", "attention_rollout", "occlusion", "random"),
@@ -170,7 +172,7 @@ def _measured(
 
 
 def compare_rows(
-    runs: Mapping[str, MethodRun], *, against: str = "depass", draws: int = 1000
+    runs: Mapping[str, MethodRun], *, against: str = AGAINST, draws: int = 1000
 ) -> tuple[list[Panel], list[dict[str, Cell]]]:
     """Make the curves and the table of a comparison.
 

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from depass_lightning import tasks
+from depass_lightning.baselines import make_method
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments.comparison import (
+    AGAINST,
     HEAD_METHODS,
     NEURON_METHODS,
     TOKEN_METHODS,
@@ -31,7 +33,7 @@ from depass_lightning.experiments.comparison import (
 )
 from depass_lightning.experiments.experiment import Experiment, data_name
 from depass_lightning.experiments.results import write_experiment
-from depass_lightning.faithfulness import answered_right
+from depass_lightning.faithfulness import answered_right, check_percents
 from depass_lightning.processes import from_first
 from depass_lightning.prompts import prompts_of
 from depass_lightning.readings import check_target
@@ -82,7 +84,8 @@ class Methods:
         seed: of a task that is generated.
 
     Raises:
-        DePassError: the components are something else, or there is no prompt to take.
+        DePassError: the components are something else, there is no prompt to take, or the percentages do not
+            rise.
     """
 
     components: Components = "tokens"
@@ -104,6 +107,8 @@ class Methods:
             raise DePassError(f"components must be {', '.join(LISTED)}; got {self.components!r}")
         if self.size < 1:
             raise DePassError(f"size is {self.size}; compare on one prompt at least")
+        if self.percents is not None:
+            check_percents(self.percents)
 
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
         """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
@@ -121,9 +126,9 @@ class Methods:
                 holds rows of another comparison.
         """
         started = time.perf_counter()
+        names = self._methods(depass)
         task = tasks.load(self.task, size=self.pool, seed=self.seed, path=self.path)
         examples, right = self._right(depass, list(task), progress)
-        names = self._methods(depass)
         runs: dict[str, MethodRun] = {}
         rows = Path(folder) / "rows"
         manifest = self._manifest(depass, examples)
@@ -171,17 +176,22 @@ class Methods:
         return [examples[i] for i in right[: self.size]], len(right)
 
     def _methods(self, depass: DePass) -> list[str]:
-        if self.methods is not None:
-            return list(self.methods)
+        """Return the methods' names, once it is known that each can be made."""
         # The dual rule is for gated MLPs.
-        return [name for name in LISTED[self.components] if name != "dual" or depass.decoder.gated]
+        suited = [name for name in LISTED[self.components] if name != "dual" or depass.decoder.gated]
+        names = suited if self.methods is None else list(self.methods)
+        if AGAINST not in names:
+            raise DePassError(f"the methods are held against {AGAINST}; name it among {', '.join(names)}")
+        for name in {*names, *self.options}:
+            make_method(name, depass, self._source(name), **self.options.get(name, {}))
+        return names
 
     def _source(self, name: str) -> Source:
         if self.components == "tokens":
             return Tokens()
         if self.components == "heads":
             return Heads(self.layer)
-        return Neurons(self.layer, top=self.top if name == "depass" else None)
+        return Neurons(self.layer, top=self.top if name == AGAINST else None)
 
     def _manifest(self, depass: DePass, examples: list[Example]) -> Manifest:
         """Return what every method's rows depend on."""
