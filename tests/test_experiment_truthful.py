@@ -182,8 +182,6 @@ def test_answers_come_to_what_they_come_to_by_hand():
 def test_it_runs_on_the_embedded_model_and_says_what_it_does_not_show(tiny, tmp_path, task):
     study = Truthful(task=task, size=12, counts=(0, 1, 3), draws=2, layers=[1, 2])
     found = study.run(tiny, tmp_path / "one")
-    again = study.run(tiny, tmp_path / "two")
-    assert (found.panels, found.table, found.notes) == (again.panels, again.table, again.notes)
     assert read_experiment(tmp_path / "one").table == found.table
     assert found.prompts == 12
     assert any("no better than chance" in note for note in found.notes)
@@ -249,6 +247,7 @@ def test_only_prompts_that_the_model_knows_are_taken(tiny, tmp_path):
         "path": str(tmp_path / "rows.json"),
         "counts": (0, 1),
         "draws": 1,
+        "layers": [1],
     }
     assert Truthful(**settings).run(tiny, tmp_path / "known").prompts == 2
     assert Truthful(**settings, known=False).run(tiny, tmp_path / "all").prompts == 3
