@@ -99,6 +99,7 @@ def test_components_sum_at_every_rule_and_from_a_middle_layer(depass: DePass) ->
     assert depass.attribute(prompt, target, source=Tokens(layer=15)).completeness < 1e-4
 
 
+@pytest.mark.slow
 def test_half_precision_adds_up_with_its_rounding(depass: DePass) -> None:
     """As exact as in float32, though the residual stream of some tokens is huge."""
     half = DePass.from_pretrained("smollm2-135m", dtype="bfloat16")
