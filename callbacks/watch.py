@@ -59,6 +59,7 @@ class ProcessWatch(Callback):
             _end_with(self._parent, threading.Event())
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to watch: over the processes that this one started, or over the one that started it."""
         self._over = threading.Event()
         launcher = trainer.strategy.launcher
         children: list[Popen[bytes]] = getattr(launcher, "procs", [])
@@ -84,6 +85,7 @@ class ProcessWatch(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Remember that work has begun: what fails from here on may fail on one process alone."""
         self._working = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from depass_lightning import DePass, DePassError, Heads, tasks
+from depass_lightning import DePass, DePassError, tasks
 from depass_lightning.experiments import methods as module
 from depass_lightning.experiments import read_experiment
 from depass_lightning.experiments.comparison import (
@@ -15,7 +15,6 @@ from depass_lightning.experiments.comparison import (
     TOKEN_METHODS,
     MethodRun,
     compare_rows,
-    run_methods,
 )
 from depass_lightning.experiments.methods import Components, Methods
 from depass_lightning.faithfulness import Interval, area, bootstrap
@@ -117,8 +116,10 @@ def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path,
     few: dict[str, Any] = {"size": 3, "pool": 3, "percents": [0, 50], "zeroed": False}
     first = Methods(methods=["depass", "random"], **few).run(depass, tmp_path)
     ran: list[str] = []
-    run = module.run_methods
-    monkeypatch.setattr(module, "run_methods", lambda *own, **more: ran.extend(own[2]) or run(*own, **more))
+    run = module.run_method
+    monkeypatch.setattr(
+        module, "run_method", lambda own, *more, **also: ran.append(own.name) or run(own, *more, **also)
+    )
     second = Methods(methods=["depass", "random", "taylor"], **few).run(depass, tmp_path)
     assert ran == ["taylor"]
     for one, other in zip(first.table, second.table, strict=False):
@@ -146,12 +147,7 @@ def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tm
         study.run(depass, tmp_path)
 
 
-def test_what_cannot_be_compared_is_refused(depass: DePass) -> None:
-    examples = list(tasks.load("ioi", size=2))
-    with pytest.raises(DePassError, match="does not score Heads"):
-        run_methods(depass, examples, ["activation"], Heads())
-    with pytest.raises(DePassError, match="no prompts"):
-        run_methods(depass, [])
+def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(DePassError, match="components must be"):
         Methods("layers")  # type: ignore[arg-type]
     with pytest.raises(DePassError, match="one prompt at least"):
@@ -166,6 +162,7 @@ def test_what_cannot_be_compared_is_refused(depass: DePass) -> None:
         ({"methods": ["depass", "lime"]}, "no method 'lime'"),
         ({"methods": ["random"]}, "held against depass; name it among random"),
         ({"methods": ["depass", "atp"]}, "atp does not score Tokens"),
+        ({"components": "heads", "methods": ["depass", "activation"]}, "activation does not score Heads"),
         ({"options": {"integrated_gradients": {"step": 4}}}, "no option 'step'; it takes steps, rows"),
         ({"options": {"integrated_gradient": {"steps": 4}}}, "no method 'integrated_gradient'"),
         ({"components": "heads", "layer": 9}, "layer"),

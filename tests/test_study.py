@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from depass_lightning.experiments import read_experiment
+from depass_lightning.processes import from_all, place
 from tests.test_analyze import ROOT, run
 
 HANDFUL = {
@@ -45,13 +46,22 @@ def agree(one: Any, two: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", HANDFUL)
-def test_the_command_finds_the_same_on_two_processes(name: str, tmp_path: Path, capfd) -> None:
+def test_the_command_finds_the_same_on_two_processes(name: str, tmp_path: Path, capfd, monkeypatch) -> None:
     """Prompts are shared out; what is drawn, fitted and found is as on one, with the same seed."""
-    folders = [tmp_path / "one", tmp_path / "two"]
+    folders, told = [tmp_path / "one", tmp_path / "two"], tmp_path / "told"
+
+    def telling(work: Any) -> Any:
+        with told.open("a") as file:
+            file.write(f"{place()}\n")
+        return from_all(work)
+
+    monkeypatch.setattr("depass_lightning.batches.from_all", telling)
     for folder, extra in zip(folders, ((), TWO), strict=True):
         assert run(folder, f"experiment={name}", *HANDFUL[name], *extra) == 0
         printed = capfd.readouterr().out
         assert printed.count(f"page     {folder / 'report.html'}") == 1, "the first process alone speaks"
+        assert set(told.read_text().splitlines()) == ({"(0, 2)", "(1, 2)"} if extra else {"(0, 1)"})
+        told.unlink()
     one, two = (json.loads((folder / "results.json").read_text()) for folder in folders)
     assert len(one["table"]) > 1
     assert one["panels"]

@@ -1,6 +1,6 @@
 """The paper's comparison of methods: whose scores the answer depends on, of tokens, of heads and of neurons.
 
-1. Every method scores the same prompts; how long that takes is its cost (`run_methods`).
+1. Every method scores the same prompts; how long that takes is its cost (`run_method`).
 2. Of tokens, the highest and the lowest are removed (patch top, recover top); of heads and neurons they are
    masked. So each method comes to rows of numbers, one a prompt, the prompts in the same order.
 3. A table and curves are made of the rows, with intervals over prompts. DePass is held against each other
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from depass_lightning.attribution import Attribution
-from depass_lightning.baselines import make_method
+from depass_lightning.baselines import Method
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments.experiment import Cell, Curve, Panel
@@ -31,7 +31,6 @@ from depass_lightning.faithfulness import (
     masking_curves,
     removal_curves,
 )
-from depass_lightning.sources import Source
 from depass_lightning.tasks import Example
 
 AGAINST = "depass"  # what the other methods are held against
@@ -74,52 +73,34 @@ class MethodRun:
     seconds: float
 
 
-def run_methods(
-    depass: DePass,
+def run_method(
+    method: Method,
     examples: Sequence[Example],
-    names: Sequence[str] = TOKEN_METHODS,
-    source: Source | None = None,
     *,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    sources: Mapping[str, Source] | None = None,
     percents: Sequence[float] | None = None,
     zeroed: bool = True,
     batch_size: int = 16,
     progress: bool = False,
-) -> dict[str, MethodRun]:
-    """Score prompts by several methods, and measure what each one's scores are worth.
+) -> MethodRun:
+    """Score prompts by a method, and measure what its scores are worth.
 
     Args:
-        depass: the model, with its tokenizer.
+        method: scores tokens, heads or neurons.
         examples: prompts that the model answers right; see `answered_right`.
-        names: the methods, of `depass_lightning.baselines.METHODS`.
-        source: what is scored: `Tokens()`, `Heads()` or `Neurons()`; by default tokens.
-        options: further options of some methods, by their names.
-        sources: another source for some of them, such as `Neurons(top=32)` for `depass`.
         percents: the K to measure at; by default those of `removal_curves` or `masking_curves`.
         zeroed: of tokens, measure with embeddings set to zero too.
         batch_size: how many prompts are scored at once.
-        progress: show a progress bar for each method.
+        progress: show progress bars.
 
     Raises:
-        DePassError: there are no examples, or as for `make_method`.
+        DePassError: as for the method, or for what measures it.
     """
-    if not examples:
-        raise DePassError("there are no prompts to compare methods on")
-    known, others = options or {}, sources or {}
-    methods = {
-        name: make_method(name, depass, others.get(name, source), **known.get(name, {})) for name in names
-    }
+    started = time.perf_counter()
     prompts, targets = [own.prompt for own in examples], [own.target() for own in examples]
-    runs = {}
-    for name, method in methods.items():
-        started = time.perf_counter()
-        found = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
-        seconds = time.perf_counter() - started
-        runs[name] = MethodRun(
-            _measured(depass, examples, found, percents, zeroed, batch_size, progress), seconds
-        )
-    return runs
+    found = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
+    seconds = time.perf_counter() - started
+    rows = _measured(method.depass, examples, found, percents, zeroed, batch_size, progress)
+    return MethodRun(rows, seconds)
 
 
 def _measured(

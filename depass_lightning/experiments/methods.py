@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from depass_lightning import tasks
-from depass_lightning.baselines import make_method
+from depass_lightning.baselines import Method, make_method
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.experiments.comparison import (
@@ -29,7 +29,7 @@ from depass_lightning.experiments.comparison import (
     MethodRun,
     compare_rows,
     notes_on,
-    run_methods,
+    run_method,
 )
 from depass_lightning.experiments.experiment import Experiment, data_name
 from depass_lightning.experiments.results import write_experiment
@@ -126,29 +126,27 @@ class Methods:
                 holds rows of another comparison.
         """
         started = time.perf_counter()
-        names = self._methods(depass)
+        methods = self._methods(depass)
         task = tasks.load(self.task, size=self.pool, seed=self.seed, path=self.path)
         examples, right = self._right(depass, list(task), progress)
         runs: dict[str, MethodRun] = {}
         rows = Path(folder) / "rows"
         manifest = self._manifest(depass, examples)
         resumed = from_first(lambda: keep_manifest(manifest, rows))
-        for name in names:
-            if resumed and (kept := _kept(rows / f"{name}.parquet")):
+        for name, method in methods.items():
+            path = rows / f"{name}.parquet"
+            if resumed and (kept := _kept(path)):
                 runs[name] = kept
                 continue
-            runs |= run_methods(
-                depass,
+            runs[name] = run_method(
+                method,
                 examples,
-                [name],
-                self._source(name),
-                options=self.options,
                 percents=self.percents,
                 zeroed=self.zeroed,
                 batch_size=self.batch_size,
                 progress=progress,
             )
-            _keep(rows / f"{name}.parquet", runs[name])
+            _keep(path, runs[name])
         panels, table = compare_rows(runs)
         experiment = Experiment(
             name=f"paper_{self.components}",
@@ -157,7 +155,7 @@ class Methods:
             data=f"{task.name}, {data_name(self.path) or 'the embedded model’s own'}",
             prompts=len(examples),
             seconds=time.perf_counter() - started,
-            settings=asdict(self) | {"methods": names, "asked": len(task), "answered_right": right},
+            settings=asdict(self) | {"methods": list(methods), "asked": len(task), "answered_right": right},
             panels=panels,
             table=table,
             notes=[*self._notes(len(task), right, len(examples)), *notes_on(table)],
@@ -175,16 +173,18 @@ class Methods:
             raise DePassError(f"the model answers none of {len(examples)} prompts of {self.task} right")
         return [examples[i] for i in right[: self.size]], len(right)
 
-    def _methods(self, depass: DePass) -> list[str]:
-        """Return the methods' names, once it is known that each can be made."""
+    def _methods(self, depass: DePass) -> dict[str, Method]:
+        """Make the methods, so that a wrong one is told before any of them is run."""
         # The dual rule is for gated MLPs.
         suited = [name for name in LISTED[self.components] if name != "dual" or depass.decoder.gated]
         names = suited if self.methods is None else list(self.methods)
         if AGAINST not in names:
             raise DePassError(f"the methods are held against {AGAINST}; name it among {', '.join(names)}")
-        for name in {*names, *self.options}:
-            make_method(name, depass, self._source(name), **self.options.get(name, {}))
-        return names
+        made = {
+            name: make_method(name, depass, self._source(name), **self.options.get(name, {}))
+            for name in (*names, *self.options)  # a misspelt name has options that nobody would miss
+        }
+        return {name: made[name] for name in names}
 
     def _source(self, name: str) -> Source:
         if self.components == "tokens":

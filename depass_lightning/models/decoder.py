@@ -51,7 +51,7 @@ class Decoder:
             for index, module in enumerate(modules.children())
         ]
         self._compute_dtype = compute_dtype
-        places: dict[str, Any] = getattr(self.model, "hf_device_map", None) or {}
+        places = self._places or {}
         # An index would have to be where the last block is, and accelerate brings it to the first.
         spread = len({place for place in places.values() if place not in ("cpu", "disk")}) > 1
         takes = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -68,6 +68,15 @@ class Decoder:
             DePassError: it is none.
         """
         return _original(model).config.get_text_config()
+
+    @property
+    def _places(self) -> dict[str, Any] | None:
+        return getattr(self.model, "hf_device_map", None)
+
+    @property
+    def placed(self) -> bool:
+        """Whether the model was put on its devices when it was loaded, and may not be moved again."""
+        return self._places is not None
 
     @property
     def name(self) -> str:

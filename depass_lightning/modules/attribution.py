@@ -133,9 +133,7 @@ class AttributionModule(LightningModule):
         if states is not None and (target == "generation" or not isinstance(method, DePassMethod)):
             raise DePassError("states= keeps what DePass carries to a target; leave it out here")
         self.depass = depass
-        # A model that is spread over devices has been placed already, and may not be moved again.
-        placed = getattr(depass.model, "hf_device_map", None) is not None
-        self.model = None if placed else depass.model
+        self.model = None if depass.decoder.placed else depass.model  # what Lightning moves to the device
         self.method = method
         self.target = target
         self.removal = removal

@@ -38,9 +38,7 @@ class StudyModule(LightningModule):
         self.study = study
         self.depass = depass
         self.folder = folder
-        # A model that is spread over devices has been placed already, and may not be moved again.
-        placed = getattr(depass.model, "hf_device_map", None) is not None
-        self.model = None if placed else depass.model
+        self.model = None if depass.decoder.placed else depass.model  # what Lightning moves to the device
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> bool:
         """Run the experiment.
