@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.callbacks.checkpoints import ranks_after_batch, ranks_after_epoch
 from depass_lightning.callbacks.choices import Sources, check_settings, name_sources
 from depass_lightning.callbacks.find import ModelFinder, find_model, find_tokenizer
 from depass_lightning.callbacks.history import History
@@ -185,8 +186,14 @@ class DePassCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Run where `every_n_steps` says so."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0 and self._due(trainer):
+        """Run where `every_n_steps` says so, and before a checkpoint is ranked by a probe's scalar."""
+        asked = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if (asked or ranks_after_batch(trainer)) and self._due(trainer):
+            self._run_and_log(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run before a checkpoint is ranked by a probe's scalar at the end of an epoch without validation."""
+        if ranks_after_epoch(trainer) and self._due(trainer):
             self._run_and_log(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

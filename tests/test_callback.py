@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,6 +328,34 @@ def test_checkpoints_can_watch_it_without_any_validation(tmp_path: Path) -> None
     assert history.steps == [0, 1, 2, 3, 4, 5, 6]
     scores = {Path(path).stem: float(score) for path, score in kept.best_k_models.items()}
     assert scores == pytest.approx({f"step={n}": history.curves["value"][n] for n in range(1, 7)}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "options", "steps"),
+    [
+        ({"every_n_train_steps": 1}, {"limit_val_batches": 0}, [1, 2, 3, 4, 5, 6]),
+        ({"every_n_train_steps": 1}, {"val_check_interval": 3}, [1, 2, 3, 4, 5, 6]),
+        ({"train_time_interval": timedelta(0)}, {"limit_val_batches": 0}, [1, 2, 3, 4, 5, 6]),
+        (
+            {"every_n_epochs": 1},
+            {"limit_val_batches": 0, "limit_train_batches": 2, "max_epochs": 3},
+            [2, 4, 6],
+        ),
+    ],
+)
+def test_checkpoints_are_ranked_by_the_value_at_their_own_step(
+    tmp_path: Path, trigger: dict[str, Any], options: dict[str, Any], steps: list[int]
+) -> None:
+    """ModelCheckpoint ranks before it tells other callbacks that it saves, with validation and without."""
+    name, trigger = "depass/probes/value", {"save_top_k": -1, "filename": "{step}", **trigger}
+    kept = ModelCheckpoint(tmp_path, monitor=name, **trigger)
+    callback = DePassCallback(list(PROMPTS))
+    options = {"check_val_every_n_epoch": 1, "val_check_interval": None, **options}
+    train(tmp_path, callback, kept, enable_checkpointing=True, **options)
+    history = callback.history["probes"]
+    measured = dict(zip(history.steps, history.curves["value"], strict=True))
+    scores = {Path(path).stem: float(score) for path, score in kept.best_k_models.items()}
+    assert scores == pytest.approx({f"step={n}": measured[n] for n in steps}, rel=1e-5)
 
 
 def test_a_training_that_fails_starts_no_run(tmp_path: Path) -> None:
