@@ -23,9 +23,9 @@ class AttributionWriter(Callback):
     where the module gives them, are `<folder>/attributions/states/<index>.safetensors`. All processes must
     see the same folder.
 
-    A process that is killed loses the batch in flight and no other: `PromptData(done=writer.journal.done)`
-    leaves out what is in the folder. Whether that belongs to the same run is for the caller to check, by
-    `depass_lightning.storage.keep_manifest`.
+    A process that is killed loses the batch in flight and no other: `PromptData(done=lambda: writer.done)`
+    leaves out what is in the folder, the same prompts on every process. Whether that belongs to the same run
+    is for the caller to check, by `depass_lightning.storage.keep_manifest`.
 
     Rows carry their own index, so this is no `BasePredictionWriter`: the loader has no sampler to ask.
 
@@ -53,14 +53,27 @@ class AttributionWriter(Callback):
         self.expected = expected
         self.skipped = list(skipped)
         self.together = together
+        self.done: set[int] | None = None
+
+    def tidy(self) -> list[Path]:
+        """Remove what an earlier run left half done or damaged, and note in `done` the prompts that are done.
+
+        Returns:
+            The files that were damaged or missing.
+        """
+        damaged = self.journal.tidy()
+        self.done = self.journal.done()
+        return damaged
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
-            if self.resume:
-                self.journal.tidy()
-            else:
+            if not self.resume:
                 self.journal.clear()
-        trainer.strategy.barrier("attribution writer: the folder is ready")
+                self.done = set()
+            elif self.done is None:
+                self.tidy()
+        # The first process says what is done: one that looked later would find what another has just added.
+        self.done = trainer.strategy.broadcast(self.done)
 
     def on_predict_batch_end(
         self,

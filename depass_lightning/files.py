@@ -1,5 +1,7 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, under names that stay in their folder."""
 
+import contextlib
+import hashlib
 import os
 import re
 import uuid
@@ -22,10 +24,21 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # or a machine that dies may leave the name with nothing behind it
-        temporary.replace(path)
+        rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def rename(path: Path, to: Path) -> None:
+    """Rename a file within its folder, and return once the new name is on the disk."""
+    path.replace(to)
+    with contextlib.suppress(OSError):  # Windows, and some network file systems, open no folder
+        folder = os.open(to.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def remove_halves(folder: str | os.PathLike[str]) -> None:
@@ -40,3 +53,29 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_name(name: str) -> str:
+    """Return a name as one part of a path, which leads nowhere else.
+
+    A name that is fit stays as it is. Another one has its characters replaced, is cut after 100 bytes, and
+    ends with eight digits of its hash, so that two names never become one.
+
+    Args:
+        name: any text, such as a probe set's name or a model's.
+    """
+    known = name.encode("utf-8", errors="surrogatepass")
+    safe = re.sub(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff/\\:*?"<>|]', "-", name).lstrip(". ").rstrip(". ")
+    safe = safe.encode()[:100].decode(errors="ignore")
+    return safe if safe == name and name else f"{safe}-{hashlib.sha256(known).hexdigest()[:8]}"
+
+
+def safe_path(name: str) -> Path:
+    """Return a name whose parts are separated by slashes as a relative path, each part by `safe_name`."""
+    return Path(*map(safe_name, name.split("/")))

@@ -265,7 +265,7 @@ def test_a_broken_shard_is_done_again(undisturbed, tmp_path):
     broken = sorted(Journal(folder).shards.glob("rank*.parquet"))[0]
     broken.write_bytes(broken.read_bytes()[:-100])
     assert finished(folder) == 0
-    assert f"{broken.name} cannot be read" in said(folder)
+    assert f"{broken.name} is damaged or missing" in said(folder)
     assert table(folder) == table(undisturbed[0])
 
 

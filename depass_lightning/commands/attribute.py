@@ -35,6 +35,7 @@ from depass_lightning.storage import (
 from depass_lightning.tasks import Task
 
 WORTH_TELLING = 10.0  # seconds
+SHOWN = 5  # damaged files that are named
 # What of the configuration decides the numbers; the rest says how and where they are computed and shown.
 DECISIVE = (
     "model",
@@ -102,7 +103,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
         skipped=task.skipped,
         together=together,
     )
-    kept = tell_kept(writer.journal, len(task)) if resumed else 0
+    kept = tell_kept(writer, len(task)) if resumed else 0
     loggers = instantiate_each(config.get("logger"))
     trainer = trainer_of(config, writer, loggers)
     module = attribution_module(config, source, depass, task, fingerprint)
@@ -110,7 +111,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
         task,
         config.batch_size,
         length=token_counter(depass),
-        done=writer.journal.done if resumed else None,
+        done=lambda: writer.done,
         together=together,
     )
     if not generates and kept < len(task) and isinstance(module.method, DePassMethod):
@@ -174,11 +175,14 @@ def spreads_components(config: DictConfig) -> bool:
     return together
 
 
-def tell_kept(journal: Journal, prompts: int) -> int:
+def tell_kept(writer: AttributionWriter, prompts: int) -> int:
     """Say how many prompts an earlier run has attributed, and return the number."""
-    for path in journal.tidy():
-        tell(f"{path} cannot be read; its prompts are attributed again", "yellow")
-    kept = len(journal.done())
+    damaged = writer.tidy()
+    for path in damaged[:SHOWN]:
+        tell(f"{path} is damaged or missing; its prompts are attributed again", "yellow")
+    if len(damaged) > SHOWN:
+        tell(f"and {len(damaged) - SHOWN:,} more files", "yellow")
+    kept = len(writer.done or ())
     if kept:
         tell(f"{kept:,} of {prompts:,} prompts have been attributed before", "yellow")
     return kept

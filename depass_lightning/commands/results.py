@@ -20,7 +20,7 @@ from depass_lightning.reports.matrix import score_matrix
 from depass_lightning.reports.numbers import curves_of
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
-from depass_lightning.storage import RowFile, attribution_from_row, write_json
+from depass_lightning.storage import RowFile, attribution_from_row, checked_file, write_json
 
 NOTED = 300  # components, those that lead most often, whose notes the page has
 
@@ -73,7 +73,8 @@ def write_results(
     mean = mean_of(attribution_from_row(row) for row in rows)
     counts = _lengths(RowFile(table, ["id"])) if generated else [1] * len(rows)
     summary = {**_summary(rows, counts), **_rounding(rows), **_mean_scores(mean), **about}
-    write_json(folder / "summary.json", summary)
+    with checked_file(folder / "summary.json") as draft:
+        write_json(draft, summary)
     page = folder / "report.html"
     if not len(rows):
         page.unlink(missing_ok=True)  # an earlier run's

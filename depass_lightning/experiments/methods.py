@@ -7,6 +7,7 @@
 Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, heads and neurons.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,10 @@ from depass_lightning.readings import check_target
 from depass_lightning.sources import Heads, Neurons, Source, Tokens
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
+    UNREADABLE,
     Manifest,
+    check_file,
+    checked_file,
     keep_manifest,
     read_rows,
     task_fingerprint,
@@ -48,6 +52,8 @@ from depass_lightning.storage import (
     write_shard,
 )
 from depass_lightning.tasks import Example
+
+log = logging.getLogger(__name__)
 
 Components = Literal["tokens", "heads", "neurons"]
 
@@ -221,17 +227,27 @@ def _keep(path: Path, run: MethodRun) -> None:
     schema = pa.schema([column for column in ATTRIBUTION_SCHEMA if column.name in columns])
     rows = [{"index": i, **row} for i, row in enumerate(run.rows)]
     schema = schema.with_metadata({SECONDS: str(run.seconds)})
-    from_first(lambda: write_shard(path, rows, schema))
+
+    def write() -> None:
+        with checked_file(path) as draft:
+            write_shard(draft, rows, schema)
+
+    from_first(write)
 
 
 def _kept(path: Path) -> MethodRun | None:
-    """Read what `_keep` wrote, where it did."""
+    """Read what `_keep` wrote, where it did and the file is as it was."""
 
     def read() -> MethodRun | None:
         if not path.exists():
             return None
-        metadata = pq.read_schema(path).metadata
-        return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
+        try:
+            check_file(path)
+            metadata = pq.read_schema(path).metadata
+            return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
+        except (DePassError, *UNREADABLE) as error:
+            log.warning("%s; the method is run again", error)
+            return None
 
     return from_first(read)
 

@@ -60,8 +60,8 @@ class PromptData(LightningDataModule):
         task: the prompts.
         batch_size: how many are attributed together.
         length: the length of a prompt, in whatever unit memory follows (characters where None).
-        done: returns the indices of the prompts that need not be attributed again. It is asked when the run
-            begins, on every process, before any of them adds to what is done.
+        done: returns the indices of the prompts that need not be attributed again, the same on every process.
+            It is asked when the run begins, after the callbacks' `setup`.
         together: every process gets every batch, of which it does a part.
     """
 
@@ -70,7 +70,7 @@ class PromptData(LightningDataModule):
         task: Task,
         batch_size: int = 16,
         length: Callable[[str], int] | None = None,
-        done: Callable[[], Collection[int]] | None = None,
+        done: Callable[[], Collection[int] | None] | None = None,
         together: bool = False,
     ) -> None:
         super().__init__()
@@ -87,7 +87,8 @@ class PromptData(LightningDataModule):
         trainer = None if self.together else self.trainer
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         lengths = [self.length(example.prompt) for example in self.task]
-        plan = plan_batches(lengths, self.batch_size, () if self.done is None else self.done())
+        done = None if self.done is None else self.done()
+        plan = plan_batches(lengths, self.batch_size, done or ())
         return PromptBatches(self.task, plan[rank::world], sum(map(len, plan)))
 
 

@@ -1,27 +1,46 @@
 """Results on disk: shards that are whole or absent, merged by index, read back as attributions."""
 
+from depass_lightning.storage.checksums import check_file, checked_file
 from depass_lightning.storage.fingerprint import weights_fingerprint
 from depass_lightning.storage.journal import Journal
 from depass_lightning.storage.json_files import read_json_lines, write_json, write_json_lines
-from depass_lightning.storage.manifest import Manifest, keep_manifest, read_manifest, task_fingerprint
+from depass_lightning.storage.manifest import (
+    Manifest,
+    OtherRunError,
+    keep_manifest,
+    read_manifest,
+    task_fingerprint,
+)
 from depass_lightning.storage.rows import (
     ATTRIBUTION_SCHEMA,
     attribution_from_row,
     attribution_to_row,
     read_attributions,
 )
-from depass_lightning.storage.shards import RowFile, merge_shards, read_rows, write_shard
+from depass_lightning.storage.shards import (
+    UNREADABLE,
+    RowFile,
+    merge_shards,
+    open_shard,
+    read_rows,
+    write_shard,
+)
 from depass_lightning.storage.states import read_states, write_states
 
 __all__ = [
     "ATTRIBUTION_SCHEMA",
+    "UNREADABLE",
     "Journal",
     "Manifest",
+    "OtherRunError",
     "RowFile",
     "attribution_from_row",
     "attribution_to_row",
+    "check_file",
+    "checked_file",
     "keep_manifest",
     "merge_shards",
+    "open_shard",
     "read_attributions",
     "read_json_lines",
     "read_manifest",

@@ -6,29 +6,39 @@ time out where one process ends hours before another, and none hangs where one i
 
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from depass_lightning.errors import DePassError
-from depass_lightning.files import remove_halves
+from depass_lightning.files import file_hash, remove_halves, rename
 from depass_lightning.passes import Decomposition
+from depass_lightning.storage.checksums import check_file, checked_file
 from depass_lightning.storage.json_files import read_json_lines, write_json_lines
 from depass_lightning.storage.rows import ATTRIBUTION_SCHEMA
-from depass_lightning.storage.shards import merge_shards, read_indices, write_shard
-from depass_lightning.storage.states import write_states
+from depass_lightning.storage.shards import (
+    INDEX,
+    UNREADABLE,
+    merge_shards,
+    open_shard,
+    read_indices,
+    write_shard,
+)
+from depass_lightning.storage.states import state_path, write_states
 
 PACKED = 64  # shards of one process that are made one, so that a folder never holds very many
 SKIPPED = ".skipped.jsonl"
 ENDED = ".ended"
+SHARDS = "shards"
+DIGITS = 16  # of a shard's hash, in its name
 
 
 class Journal:
     """The shards of a run in `<folder>/attributions/shards`, and the file that they are merged into.
 
-    A shard's name ends with how many prompts it is the result of: so much is counted without opening any.
+    A shard's name has its content's hash, and ends with how many prompts it is the result of: so much is
+    counted without opening any. Each row has the hash of its prompt's states, and `SHA256SUMS` that of the
+    merged file.
 
     Args:
         folder: the run's folder.
@@ -53,7 +63,7 @@ class Journal:
     @property
     def shards(self) -> Path:
         """The folder of the shards."""
-        return self.path.parent / "shards"
+        return self.path.parent / SHARDS
 
     @property
     def states(self) -> Path:
@@ -71,30 +81,36 @@ class Journal:
         self.path.unlink(missing_ok=True)
         self.skipped_path.unlink(missing_ok=True)
 
+    def damaged(self) -> list[Path]:
+        """Return the files that are not what was written, and those of states that are missing."""
+        tables = [path for path in self._tables() if not _intact(path)]
+        return [*tables, *(state_path(self.states, index) for index in self._lost(tables))]
+
     def tidy(self) -> list[Path]:
-        """Remove what an earlier process left half done, and return the shards that cannot be read.
+        """Remove what an earlier process left half done, what is damaged, and the rows whose states are.
 
         Prompts that were skipped are not done: they are tried again.
+
+        Returns:
+            The files that were damaged or missing.
         """
-        broken = []
-        for path in [*self._parquet(), self.path]:
-            try:
-                if path.exists():
-                    read_indices(path)
-            except (OSError, pa.ArrowInvalid):
-                path.unlink()
-                broken.append(path)
+        damaged = [path for path in self._tables() if not _intact(path)]
+        for path in damaged:
+            path.unlink()
+        if lost := self._lost():
+            damaged += [state_path(self.states, index) for index in lost]
+            for path in self._tables():
+                self._leave_out(path, lost)
         remove_halves(self.path.parent)
         for pattern in (f"*{SKIPPED}", f"*{ENDED}"):
             for path in self.shards.glob(pattern):
                 path.unlink()
         self.skipped_path.unlink(missing_ok=True)
-        return broken
+        return damaged
 
     def done(self) -> set[int]:
         """Return the prompts that are attributed, by index."""
-        files = [*self._parquet(), *([self.path] if self.path.exists() else [])]
-        return {index // self.rows for path in files for index in read_indices(path)}
+        return {index // self.rows for path in self._tables() for index in read_indices(path)}
 
     def counted(self) -> int:
         """Return how many prompts the shards are the result of, those that were skipped included."""
@@ -123,13 +139,18 @@ class Journal:
             DePassError: it cannot be written.
         """
         try:
-            write_states(self.states, states or {})
+            hashes = write_states(self.states, states or {})
             if skipped:
-                name = _name(rank, len(skipped), SKIPPED)
-                write_json_lines(self.shards / name, skipped)
+                self._keep(rank, len(skipped), SKIPPED, lambda draft: write_json_lines(draft, skipped))
             if rows:
-                path = self.shards / _name(rank, prompts - len(skipped), ".parquet")
-                self._single.append(write_shard(path, rows, ATTRIBUTION_SCHEMA))
+                known = [{**row, "states": hashes.get(row[INDEX] // self.rows)} for row in rows]
+                path = self._keep(
+                    rank,
+                    prompts - len(skipped),
+                    ".parquet",
+                    lambda draft: write_shard(draft, known, ATTRIBUTION_SCHEMA),
+                )
+                self._single.append(path)
             if len(self._single) == PACKED:
                 self._pack(rank)
         except OSError as error:
@@ -155,18 +176,25 @@ class Journal:
             before: what was skipped before the run; it is listed with the rest.
 
         Raises:
-            DePassError: some are neither.
+            DePassError: some are neither, or a shard is damaged.
         """
+        for path in self._tables():
+            if not _intact(path):
+                raise DePassError(
+                    f"{path} is damaged: it is not what was written. Start the same command again: what was "
+                    "in this file is attributed again, and the rest is kept"
+                )
         skipped = [row for path in self.shards.glob(f"*{SKIPPED}") for row in read_json_lines(path)]
         skipped.sort(key=lambda row: row["index"])
         first = None
         if expected is not None:
             first = [i * self.rows for i in sorted(set(expected) - {row["index"] for row in skipped})]
-        shards = [*self._parquet(), *([self.path] if self.path.exists() else [])]
         if self._parquet() or first:
-            merge_shards(shards, self.path, expected=first)
-        elif not shards:
-            write_shard(self.path, [], ATTRIBUTION_SCHEMA)
+            with checked_file(self.path) as draft:
+                merge_shards(self._tables(), draft, expected=first)
+        elif not self._tables():
+            with checked_file(self.path) as draft:
+                write_shard(draft, [], ATTRIBUTION_SCHEMA)
         if everything := [*before, *skipped]:
             write_json_lines(self.skipped_path, everything)
         shutil.rmtree(self.shards, ignore_errors=True)
@@ -174,18 +202,76 @@ class Journal:
     def _parquet(self) -> list[Path]:
         return sorted(path for path in self.shards.glob("*.parquet") if not path.name.startswith("."))
 
+    def _tables(self) -> list[Path]:
+        """Return all files of rows."""
+        return [*self._parquet(), *([self.path] if self.path.exists() else [])]
+
+    def _keep(self, rank: int, prompts: int, ending: str, write: Callable[[Path], Any]) -> Path:
+        """Write a shard and name it after its content.
+
+        Args:
+            rank: the process's number.
+            prompts: how many prompts the shard is the result of.
+            ending: of its name.
+            write: writes the path that it gets.
+        """
+        draft = self.shards / f".draft.{uuid.uuid4().hex[:8]}.half"
+        write(draft)
+        path = self.shards / f"rank{rank:04d}-{file_hash(draft)[:DIGITS]}-{prompts}{ending}"
+        rename(draft, path)
+        return path
+
     def _pack(self, rank: int) -> None:
         """Make one shard of this process's single ones."""
         prompts = sum(map(_prompts, self._single))
-        merge_shards(self._single, self.shards / _name(rank, prompts, ".parquet"))
+        self._keep(rank, prompts, ".parquet", lambda draft: merge_shards(self._single, draft))
         for path in self._single:  # a crash before leaves rows twice, which the merge expects
             path.unlink()
         self._single = []
 
+    def _lost(self, without: Sequence[Path] = ()) -> list[int]:
+        """Return the indices of rows whose prompt's states are missing or damaged.
 
-def _name(rank: int, prompts: int, ending: str) -> str:
-    """A name that no other process, and no earlier one, has given."""
-    return f"rank{rank:04d}-{uuid.uuid4().hex[:12]}-{prompts}{ending}"
+        Args:
+            without: files of rows that cannot be read.
+        """
+        lost = set()
+        for path in self._tables():
+            if path in without or "states" not in open_shard(path).schema_arrow.names:
+                continue
+            table = open_shard(path).read(columns=[INDEX, "states"])
+            for index, digest in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                file = state_path(self.states, index // self.rows)
+                if digest is not None and not (file.is_file() and file_hash(file) == digest):
+                    lost.add(index)
+        return sorted(lost)
+
+    def _leave_out(self, path: Path, lost: Sequence[int]) -> None:
+        """Write a file of rows again without some of them."""
+        indices = set(read_indices(path))
+        left = indices.difference(lost)
+        if left == indices:
+            return
+        if path == self.path and left:
+            with checked_file(path) as draft:
+                merge_shards([path], draft, without=lost)
+            return
+        if left:
+            rank, prompts = int(path.name[4:8]), len({index // self.rows for index in left})
+            self._keep(rank, prompts, ".parquet", lambda draft: merge_shards([path], draft, without=lost))
+        path.unlink()
+
+
+def _intact(path: Path) -> bool:
+    """Whether a file of rows is what was written: by its name, or by `SHA256SUMS`."""
+    try:
+        if path.parent.name == SHARDS:
+            return path.name.split(".", 1)[0].split("-")[1] == file_hash(path)[:DIGITS]
+        check_file(path)
+        read_indices(path)  # it may have no checksum
+    except (DePassError, *UNREADABLE):
+        return False
+    return True
 
 
 def _prompts(path: Path) -> int:

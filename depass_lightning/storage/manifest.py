@@ -13,6 +13,10 @@ from depass_lightning.storage.json_files import write_json
 NAME = "manifest.json"
 
 
+class OtherRunError(DePassError):
+    """A folder holds the results of another run, which stay as they are."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What decides every number of a run.
@@ -61,19 +65,23 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     """Read the manifest of a folder of rows; None where there is none.
 
     Raises:
-        DePassError: what is there is no manifest.
+        OtherRunError: what is there is no manifest.
     """
     path = Path(folder) / NAME
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        del content["settings_hash"]
-        return Manifest(**content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DePassError(
-            f"{path} is no manifest of a run ({error}); remove it, or give another folder (hydra.run.dir=...)"
+        written = content.pop("settings_hash")
+        manifest = Manifest(**content)
+        if manifest.settings_hash != written:
+            raise ValueError("the settings do not fit their hash")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OtherRunError(
+            f"{path} is damaged, or no manifest of a run ({error}); put back the one that was there, or give "
+            "another folder (hydra.run.dir=...)"
         ) from error
+    return manifest
 
 
 def keep_manifest(manifest: Manifest, folder: str | Path) -> bool:
@@ -87,14 +95,20 @@ def keep_manifest(manifest: Manifest, folder: str | Path) -> bool:
         Whether a run with the same manifest has been there before.
 
     Raises:
-        DePassError: there are rows of another run; the message says what differs.
+        OtherRunError: there are rows of another run, and the message says what differs, or of one that is not
+            known.
     """
-    before = read_manifest(folder)
-    if before is None or not any(Path(folder).rglob("*.parquet")):
+    if not any(Path(folder).rglob("*.parquet")):
         manifest.write(folder)
         return False
+    before = read_manifest(folder)
+    if before is None:
+        raise OtherRunError(
+            f"{folder} holds results, but no {NAME} to say of which run; put it back, or start with "
+            "resume=false to begin in another folder"
+        )
     if found := before.differences(manifest):
-        raise DePassError(
+        raise OtherRunError(
             f"{Path(folder).parent} holds the results of another run: {'; '.join(found)}. Start with the "
             "settings of then to go on with it, or with resume=false to begin anew in another folder"
         )

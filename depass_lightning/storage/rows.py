@@ -68,10 +68,11 @@ ATTRIBUTION_SCHEMA = pa.schema(
         # the run
         ("model", pa.string()),
         ("fingerprint", pa.string()),
+        ("states", pa.string()),
     ]
 )
 """The columns of a run's attributions; ranges are pairs of first and one past last, in characters or
-tokens."""
+tokens; `states` is the SHA-256 of the file of the prompt's states."""
 
 
 def attribution_to_row(attribution: Attribution) -> dict[str, Any]:

@@ -6,7 +6,7 @@ result.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from depass_lightning.files import whole_file
 INDEX = "index"
 GROUP = 2048  # rows that a merged file keeps together
 AT_ONCE = 128 * 2**20  # bytes of shards, as they are encoded, that a merge has in memory
+WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+UNREADABLE = (OSError, pa.ArrowException)  # what a damaged file raises
 
 
 def write_shard(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
@@ -34,14 +36,21 @@ def write_shard(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.
     if unknown:
         raise DePassError(f"rows have values for {', '.join(unknown)}, which the schema has no column for")
     with whole_file(path) as temporary:
-        pq.write_table(
-            pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary, compression="zstd"
-        )
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary, **WRITTEN)
     return Path(path)
 
 
+def open_shard(path: str | Path) -> pq.ParquetFile:
+    """Open a Parquet file whose pages are compared with their checksums as they are read."""
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
 def merge_shards(
-    shards: Iterable[str | Path], to: str | Path, *, expected: Iterable[int] | None = None
+    shards: Iterable[str | Path],
+    to: str | Path,
+    *,
+    expected: Iterable[int] | None = None,
+    without: Collection[int] = (),
 ) -> int:
     """Merge shards into one file, sorted by index, and return how many rows it has.
 
@@ -53,6 +62,7 @@ def merge_shards(
         shards: the Parquet files, all of one schema.
         to: the file to write; it may be one of the shards.
         expected: the indices that must be there.
+        without: the indices of rows to leave out.
 
     Raises:
         DePassError: there are no shards, or rows are missing.
@@ -61,7 +71,7 @@ def merge_shards(
     if not paths:
         raise DePassError(f"there are no shards to merge into {to}")
     held = {path: read_indices(path) for path in paths}
-    indices = sorted({index for own in held.values() for index in own})
+    indices = sorted({index for own in held.values() for index in own}.difference(without))
     missing = sorted(set(expected or ()) - set(indices))
     if missing:
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
@@ -71,10 +81,13 @@ def merge_shards(
     # Whole groups, so that the file does not tell how many parts there were.
     step = GROUP * -(-len(indices) // (parts * GROUP)) or GROUP
     schema = pq.read_schema(paths[0])
-    with whole_file(to) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with whole_file(to) as temporary, pq.ParquetWriter(temporary, schema, **WRITTEN) as writer:
         for start in range(0, len(indices), step):
             own = indices[start : start + step]
-            writer.write_table(_gathered(ranges, own[0], own[-1]), row_group_size=GROUP)
+            table = _gathered(ranges, own[0], own[-1])
+            if without:
+                table = table.filter(pc.field(INDEX).isin(own))
+            writer.write_table(table, row_group_size=GROUP)
     return len(indices)
 
 
@@ -83,7 +96,12 @@ def _gathered(ranges: Sequence[tuple[Path, int, int]], first: int, last: int) ->
     bounds = [(INDEX, ">=", first), (INDEX, "<=", last)]
     tables = [
         # A folder's name, such as "model=tiny", is no column.
-        pq.read_table(path, filters=bounds, partitioning=None)  # type: ignore[arg-type]
+        pq.read_table(
+            path,
+            filters=bounds,  # type: ignore[arg-type]
+            partitioning=None,  # type: ignore[arg-type]
+            page_checksum_verification=True,
+        )
         for path, lowest, highest in ranges
         if lowest <= last and highest >= first
     ]
@@ -102,7 +120,7 @@ def _encoded(path: Path) -> int:
 
 def read_indices(path: str | Path) -> list[int]:
     """Return the indices of a file's rows, and read nothing else of it."""
-    return pq.ParquetFile(path).read(columns=[INDEX])[INDEX].to_pylist()
+    return open_shard(path).read(columns=[INDEX])[INDEX].to_pylist()
 
 
 def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -120,7 +138,7 @@ def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[di
     if not files or not all(file.exists() for file in files):
         raise DePassError(f"{path} holds no Parquet file; give a run's attributions folder, or a file in it")
     names = None if columns is None else list(dict.fromkeys([INDEX, *columns]))
-    table = pa.concat_tables([pq.ParquetFile(file).read(columns=names) for file in files])
+    table = pa.concat_tables([open_shard(file).read(columns=names) for file in files])
     return table.sort_by(INDEX).to_pylist()
 
 
@@ -140,7 +158,7 @@ class RowFile:
         return pq.ParquetFile(self.path).metadata.num_rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in pq.ParquetFile(self.path).iter_batches(batch_size=64, columns=self.columns):
+        for batch in open_shard(self.path).iter_batches(batch_size=64, columns=self.columns):
             yield from batch.to_pylist()
 
     def first(self, count: int) -> list[dict[str, Any]]:
