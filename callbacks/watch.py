@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 TERMINATED = 128 + signal.SIGTERM  # a process's exit code, by custom
 PAUSE = 0.5  # seconds between two looks at the other processes
+PARENT = "DEPASS_PARENT"  # in the environment: the id of the process that Lightning starts others from
 
 
 class Terminated(SystemExit):
@@ -40,6 +41,21 @@ def stop_on_sigterm(before: Callable[[], None] = lambda: None) -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
+def end_with_parent() -> None:
+    """End this process, from now on, where the one that Lightning has started it from is gone.
+
+    A process that Lightning has not started tells its id to those that will be: by the time that such a
+    process can ask for its parent, the parent may be gone and another in its place.
+    """
+    global _bound
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        os.environ[PARENT] = str(os.getpid())
+        return
+    told = None if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get(PARENT)
+    _end_with(int(told or os.getppid()), threading.Event())
+    _bound = os.getpid()
+
+
 class ProcessWatch(Callback):
     """Watch over the processes of a prediction.
 
@@ -55,8 +71,7 @@ class ProcessWatch(Callback):
         self._working = self._lost = False
         self._parent = os.getppid()
         _made.add(self)
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # Lightning, or torchrun, has started this process
-            _end_with(self._parent, threading.Event())
+        end_with_parent()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch: over the processes that this one started, or over the one that started it."""
@@ -111,7 +126,7 @@ class ProcessWatch(Callback):
 
 _made: WeakSet[ProcessWatch] = WeakSet()
 _forking = 0  # the process that forks
-_bound = 0  # a process that has been watching over its parent since it was forked
+_bound = 0  # a process that watches over its parent already
 
 
 def _before_fork() -> None:

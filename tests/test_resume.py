@@ -20,6 +20,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from depass_lightning import tasks
 from depass_lightning.callbacks import ProcessWatch
+from depass_lightning.callbacks.watch import end_with_parent
 from depass_lightning.commands.runs import UNFINISHED
 from depass_lightning.depass import DePass
 from depass_lightning.storage import Journal, read_rows
@@ -205,17 +206,29 @@ def by_lightning(found):
     del watch
 
 
+def by_lightning_too_late(found):
+    """Begin to watch when the parent is lost already, as where it is killed while this process imports."""
+    os.environ["LOCAL_RANK"] = "1"
+    parent = os.getppid()
+    found.write_text(str(os.getpid()))
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    end_with_parent()
+    time.sleep(60)
+
+
 def never_met(found):
     """Wait for a process that is never started, as the first does where its parent is lost too early."""
     found.write_text(str(os.getpid()))
     TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=timedelta(seconds=60))
 
 
-@pytest.mark.parametrize("work", [by_another, by_lightning, never_met])
+@pytest.mark.parametrize("work", [by_another, by_lightning, by_lightning_too_late, never_met])
 def test_a_process_whose_parent_is_lost_ends(tmp_path, work):
     """It would work on for nobody, beside the run that is started again, and keep its folder."""
 
     def parent():
+        end_with_parent()
         watch = ProcessWatch() if work is never_met else None
         own = FORK.Process(target=work, args=(tmp_path / "child",))
         own.start()

@@ -2,19 +2,27 @@
 
 import fcntl
 import json
+import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from hydra import compose, initialize_config_module
 
-from depass_lightning.commands.runs import UNFINISHED, Resume
+from depass_lightning.callbacks import AttributionWriter
+from depass_lightning.commands import runs
+from depass_lightning.commands.analyze import main
+from depass_lightning.commands.runs import UNFINISHED, Resume, claim
+from depass_lightning.errors import DePassError
 from depass_lightning.storage import Journal
 from tests.conftest import ROOT
-from tests.test_resume import QUICK, table
+from tests.test_analyze import run
+from tests.test_resume import QUICK, SIZE, table
 
 
 def typed(folder, *overrides, kill_at=None, victim=""):
@@ -125,3 +133,130 @@ def test_resume_false_begins_anew_beside_a_folder_that_was_given(tmp_path):
     config = configured(f"hydra.run.dir={run_folder}")
     Resume().on_run_start(config)
     assert Path(config.hydra.run.dir) == run_folder
+
+
+def test_a_folder_whose_mark_is_removed_meanwhile_is_claimed_once(tmp_path, monkeypatch):
+    """One waits while another ends; what it has locked then may be a file that has no name any more."""
+    monkeypatch.setattr(runs, "PATIENCE", 0.3)
+    real = runs._locked
+    mark, held = tmp_path / UNFINISHED, []
+
+    def locked(file):
+        """Lock, but let the other end, and a third come in, between opening and locking."""
+        if not held:
+            mark.unlink()
+            held.append(mark.open("a+"))
+            assert real(held[0].fileno())
+        return real(file)
+
+    monkeypatch.setattr(runs, "_locked", locked)
+    with pytest.raises(DePassError, match="another process is at work"), claim(tmp_path):
+        pass
+    held[0].close()
+    with claim(tmp_path):
+        assert mark.exists()
+    assert not mark.exists()
+
+
+def test_a_refused_command_leaves_a_finished_run_as_it_is(tmp_path, monkeypatch, capsys):
+    """The files that say what was asked, and that the run has ended."""
+
+    for module in ("hydra.core.utils", "hydra._internal.hydra"):  # what other tests log stays as it is
+        monkeypatch.setattr(f"{module}.configure_log", lambda *_: None)
+
+    def typed_here(*overrides):
+        quick = ["task.size=2", "faithfulness=none", "report.figures=0", "print_config=false"]
+        words = [f"hydra.run.dir={tmp_path / 'mine'}", "trainer.accelerator=cpu", *quick, *overrides]
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *words])
+        main()
+
+    def written():
+        return {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+
+    typed_here()
+    before = written()
+    assert {"config.yaml", "overrides.yaml"} <= {path.name for path in before}
+    for mark in (None, '["task.size=3"]'):
+        if mark is not None:
+            (tmp_path / "mine" / UNFINISHED).write_text(mark)
+            before = written()
+        with pytest.raises(SystemExit):
+            typed_here("source.layer=1")
+        assert "source.layer was 0 and is 1" in capsys.readouterr().err
+        assert written() == before
+    typed_here("batch_size=1")
+    assert "batch_size: 1" in (tmp_path / "mine" / "config.yaml").read_text()
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    config = configured("task.size=3", f"hydra.sweep.dir={tmp_path}", mode="MULTIRUN")
+    first = Resume()
+    first.on_multirun_start(config)
+    with pytest.raises(SystemExit):
+        Resume().on_multirun_start(config)
+    assert "another sweep is at work" in capsys.readouterr().err
+    first.on_multirun_end(config)
+
+
+STARTERS = {
+    "ddp": ([], [{}]),
+    "torchrun": (["-m", "torch.distributed.run", "--nproc-per-node", "2"], [{}]),
+    "srun": (
+        [],
+        [
+            {
+                "SLURM_JOB_ID": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "2",
+                "SLURM_NODELIST": "localhost",
+                "SLURM_NODEID": "0",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29611",
+            }
+            for rank in range(2)
+        ],
+    ),
+}
+
+
+@pytest.mark.slow  # real processes; that the first tells the others what is done is tested without
+@pytest.mark.parametrize("starter", STARTERS)
+def test_all_processes_go_on_from_the_same_prompts(tmp_path, starter):
+    """However they are started: each prompt that was left is done once, and none that was done."""
+    folder = tmp_path / "mine"
+    assert run(folder, *QUICK, "+trainer.limit_predict_batches=3") == 0
+    before, environments = STARTERS[starter]
+    two = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "log_every=0"]
+    words = [*QUICK, *two, f"hydra.run.dir={folder}", "print_config=false"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *before, str(ROOT / "analyze.py"), *words],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for environment in environments
+    ]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert f"6 of {SIZE} prompts have been attributed before" in said[0]
+    told = "".join(said) + "".join(path.read_text() for path in folder.glob("*.log"))
+    shares = set(re.findall(r"process (\d) of 2: (\d+) of \2 prompts", told))
+    assert sorted(rank for rank, _ in shares) == ["1", "2"]
+    assert sum(int(share) for _, share in shares) == SIZE - 6
+    assert len(Journal(folder).done()) == SIZE
+
+
+def test_the_first_process_says_what_is_done(tmp_path):
+    """Another would find what one that is quicker has added since."""
+    done = {0, 3}
+    for first in (True, False):
+        strategy = SimpleNamespace(broadcast=lambda found, first=first: found if first else done)
+        writer = AttributionWriter(tmp_path, resume=first)
+        writer.done = done if first else None
+        writer.setup(SimpleNamespace(is_global_zero=first, strategy=strategy), None, "predict")  # type: ignore[arg-type]
+        assert writer.done == done

@@ -13,6 +13,7 @@ from depass_lightning.commands.common import (
     console,
     expect_hub,
     first_process,
+    keep_config,
     open_run,
     tell,
 )
@@ -39,15 +40,22 @@ def analyze(config: DictConfig) -> int:
         return 0
     with claim(Path(config.paths.output_dir)):
         folder = open_run(config)
-        if config.compare is not None:
-            return compare(config, folder, load, attribute_task, console)
-        if config.study is not None:
-            return run_study(config, folder, load, console)
-        done = attribute_task(config, folder, lambda: load(config))
-        if done is None:
-            return 0
-        print_results(done.results, console, config.report.shown)
-        return tell_skipped(done)
+        code = run(config, folder)
+        keep_config(config, folder)
+    return code
+
+
+def run(config: DictConfig, folder: Path) -> int:
+    """Do what the configuration asks of a model, write it into the run's folder, and return the exit code."""
+    if config.compare is not None:
+        return compare(config, folder, load, attribute_task, console)
+    if config.study is not None:
+        return run_study(config, folder, load, console)
+    done = attribute_task(config, folder, lambda: load(config))
+    if done is None:
+        return 0
+    print_results(done.results, console, config.report.shown)
+    return tell_skipped(done)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")

@@ -28,12 +28,15 @@ from rich.tree import Tree
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 from torch.utils.data import DataLoader
 
-from depass_lightning.callbacks.watch import TERMINATED, Terminated, stop_on_sigterm
+from depass_lightning.callbacks.watch import TERMINATED, Terminated, end_with_parent, stop_on_sigterm
 from depass_lightning.errors import DePassError
+from depass_lightning.files import write_whole
 
 console = Console()
 
 INTERRUPTED = 130  # by Ctrl-C: a process's exit code, by custom
+CONFIG = "config.yaml"
+HYDRA = ".hydra"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What Lightning says about machines, and what torch says about Lightning's own code.
@@ -54,6 +57,7 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
 
     @functools.wraps(work)
     def run(config: DictConfig) -> None:
+        end_with_parent()
         quiet()
         before = signal.getsignal(signal.SIGTERM)
         stop_on_sigterm()
@@ -157,14 +161,31 @@ def expect_hub(name: str) -> None:
 
 
 def open_run(config: DictConfig) -> Path:
-    """Show the configuration, keep it as `config.yaml` in the run's folder, and return the folder."""
+    """Show the configuration, keep it in the run's folder where that has none, and return the folder.
+
+    An earlier run's stays until `keep_config` is called: this run may yet be refused.
+    """
     folder = Path(config.paths.output_dir)
     if first_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        if not (folder / CONFIG).exists():
+            keep_config(config, folder)
         if config.get("print_config"):
             console.print(config_tree(config))
     return folder
+
+
+def keep_config(config: DictConfig, folder: Path) -> None:
+    """Write the configuration as `config.yaml` into a run's folder, in place of what is there."""
+    if first_process():
+        write_whole(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True).encode())
+
+
+def _hydra_folder(run: str) -> str | None:
+    """Return where Hydra keeps what was typed: nowhere if an earlier run's is there, or on other ranks."""
+    return None if (Path(run) / HYDRA).exists() or not first_process() else HYDRA
+
+
+OmegaConf.register_new_resolver("hydra_folder", _hydra_folder, replace=True)
 
 
 def config_tree(config: DictConfig) -> Tree:
@@ -200,7 +221,7 @@ def _mistake(error: BaseException) -> str | None:
     if isinstance(error, OSError) and not isinstance(error, DePassError):
         return f"{error.filename}: {error.strerror}" if error.errno in FULL else None
     if isinstance(error, ProcessRaisedException):  # in a forked process, whose traceback is all that is left
-        found = re.search(r"^[\w.]*DePassError: (.*)", str(error), re.MULTILINE | re.DOTALL)
+        found = re.search(r"^depass_lightning[\w.]*Error: (.*)", str(error), re.MULTILINE | re.DOTALL)
         return found[1].strip() if found else None
     if isinstance(error, ProcessException):
         return f"a process was lost ({error})"

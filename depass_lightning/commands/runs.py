@@ -6,6 +6,8 @@ Hydra makes a folder, and gives Hydra that run's.
 """
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from depass_lightning.commands.common import first_process, tell
 from depass_lightning.errors import DePassError
 from depass_lightning.files import remove_halves
+from depass_lightning.storage import OtherRunError
 from depass_lightning.storage.manifest import NAME as MANIFEST
 
 try:
@@ -45,19 +48,24 @@ def claim(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / UNFINISHED
-    with mark.open("a+") as file:
-        waited = time.monotonic()
-        # Processes of a run that was killed take a moment to notice.
-        while not (held := _locked(file.fileno())) and time.monotonic() - waited < PATIENCE:
-            time.sleep(0.1)
-        if not held:
-            raise DePassError(
-                f"another process is at work in {folder}; wait for it, or give another folder "
-                "(hydra.run.dir=...)"
-            )
-        _write(file, _typed())
+    file = _hold(mark)
+    if file is None:
+        raise DePassError(
+            f"another process is at work in {folder}; wait for it, or give another folder (hydra.run.dir=...)"
+        )
+    with file:
+        file.seek(0)
+        before = file.read()
+        _write(file, json.dumps(_typed()))
         remove_halves(folder)
-        yield
+        try:
+            yield
+        except OtherRunError:  # that one's mark stays as it was
+            if before:
+                _write(file, before)
+            else:
+                mark.unlink(missing_ok=True)
+            raise
         mark.unlink(missing_ok=True)
 
 
@@ -92,9 +100,15 @@ class Resume(Callback):
                 # Each job's configuration is composed anew, of what was typed.
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={found}")
         found.mkdir(parents=True, exist_ok=True)
-        self.mark = (found / UNFINISHED).open("a+")
-        _locked(self.mark.fileno())
-        _write(self.mark, _overrides(config))
+        self.mark = _hold(found / UNFINISHED)
+        if self.mark is None:  # Hydra would make a warning of an error
+            tell(
+                f"error: another sweep is at work in {found}; wait for it, or give another folder "
+                "(hydra.sweep.dir=...)",
+                "red",
+            )
+            sys.exit(1)
+        _write(self.mark, json.dumps(_overrides(config)))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if self.mark is not None:
@@ -133,9 +147,31 @@ def _typed() -> list[str]:
     return _overrides(OmegaConf.create({"hydra": {"overrides": HydraConfig.get().overrides}}))
 
 
-def _write(file: TextIO, overrides: Sequence[str]) -> None:
+def _hold(mark: Path) -> TextIO | None:
+    """Open a folder's mark and lock it; return None where another process holds it all the while."""
+    started = time.monotonic()
+    while True:
+        file = mark.open("a+")
+        if _locked(file.fileno()) and _is_at(file.fileno(), mark):
+            return file
+        file.close()
+        # Processes of a run that was killed take a moment to notice.
+        if time.monotonic() - started >= PATIENCE:
+            return None
+        time.sleep(0.1)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is still what its path names: whoever held it before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write(file: TextIO, text: str) -> None:
     file.truncate(0)
-    file.write(json.dumps(list(overrides)))
+    file.write(text)
     file.flush()
 
 
@@ -161,5 +197,8 @@ def _locked(file: int) -> bool:
 
 def _free(mark: Path) -> bool:
     """Whether no process holds the folder of a mark."""
-    with mark.open() as file:
-        return _locked(file.fileno())
+    try:
+        with mark.open() as file:
+            return _locked(file.fileno())
+    except FileNotFoundError:  # it has ended meanwhile
+        return False

@@ -20,6 +20,7 @@ from depass_lightning.commands.common import (
     console,
     expect_hub,
     instantiate_each,
+    keep_config,
     open_run,
 )
 from depass_lightning.commands.film import write_films
@@ -52,6 +53,7 @@ def train(config: DictConfig) -> int:
     trainer: Trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=callbacks, logger=loggers or False
     )
+    keep_config(config, folder)
     trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)
     if trainer.is_global_zero:
         if config.export_dir is not None:
