@@ -54,6 +54,8 @@ def summary_of(folder):
 def test_a_run_leaves_what_it_should(done):
     files = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
     assert files == {
+        "SHA256SUMS",
+        "attributions/SHA256SUMS",
         "attributions/attributions.parquet",
         "attributions/manifest.json",
         "config.yaml",
@@ -124,9 +126,8 @@ def test_paths_are_printed_in_one_piece(tmp_path, capsys):
 def test_the_batch_size_and_a_second_run_change_nothing(done, tmp_path):
     """Other batches, in a folder where a run has been before: the same rows."""
     (tmp_path / "attributions" / "shards").mkdir(parents=True)
-    (tmp_path / "attributions" / "shards" / "rank0007-000000.parquet").write_bytes(
-        b"of a run that was killed"
-    )
+    for name in (".draft.0123abcd.half", "rank0007-0-1.skipped.jsonl"):  # of a run that was killed
+        (tmp_path / "attributions" / "shards" / name).write_bytes(b"{}")
     (tmp_path / "skipped.jsonl").write_text("{}\n")
     assert run(tmp_path, "task.size=24", "batch_size=5", "faithfulness=none", "logger=none") == 0
     assert not (tmp_path / "skipped.jsonl").exists()
