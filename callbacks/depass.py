@@ -19,7 +19,6 @@ from typing import Any, Literal, Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +36,7 @@ from depass_lightning.callbacks.probes import (
     load_set,
     name_sets,
 )
-from depass_lightning.callbacks.publish import publish
+from depass_lightning.callbacks.publish import is_named, publish
 from depass_lightning.callbacks.results import Result, result_of
 from depass_lightning.callbacks.share import Failure, Outcome, Prober, gather, untouched
 from depass_lightning.depass import DePass
@@ -46,7 +45,7 @@ from depass_lightning.options import WayOptions
 
 log = logging.getLogger(__name__)
 
-SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class DePassCallback(Callback):
@@ -138,8 +137,11 @@ class DePassCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """What tells this callback's state in a checkpoint from another's: the names of its probe sets."""
-        return self._generate_state_key(probes=sorted(self._given))
+        """What tells this callback's state in a checkpoint from another's: its sets, and what is unusual."""
+        usual = {"rule": "softmax", "path": "content", "source": ["tokens"], "target": "contrast"}
+        given = {"source": list(self.sources), "target": self.target, **self.settings}
+        unusual = {name: given[name] for name in usual if given.get(name, usual[name]) != usual[name]}
+        return self._generate_state_key(probes=sorted(self._given), **unusual)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last run's step and scalars and the history, as plain containers and tensors."""
@@ -154,10 +156,16 @@ class DePassCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the probes, so that a mistake in them is found before anything expensive."""
         self._interrupted = False
-        if isinstance(trainer.strategy, SHARDED):
+        if is_named(trainer.strategy, *SHARDED):
             raise DePassError(
                 f"{type(trainer.strategy).__name__} spreads the model's weights over ranks, but "
                 "DePassCallback needs them whole on each; train with strategy='ddp', or leave it out"
+            )
+        others = [own for own in trainer.callbacks if own is not self and isinstance(own, DePassCallback)]  # type: ignore[attr-defined]
+        if both := sorted({name for own in others for name in own._given} & self._given.keys()):
+            raise DePassError(
+                f"two DePassCallbacks have a probe set called {both[0]!r}, and write to the same places; "
+                f"give it another name in one of them: probes={{'{both[0]}_2': ...}}"
             )
         if stage in ("fit", "validate") and not self._sets:
             with untouched():
@@ -329,13 +337,7 @@ class DePassCallback(Callback):
             return
         folder = Path(self.folder or logs or trainer.default_root_dir)
         for result in results:
-            try:
-                publish(result, trainer.loggers, folder, _logged_step(trainer))
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                log.warning("the maps of %r at step %d were not written: %s", result.name, result.step, error)
-                log.debug("the maps of %r were not written", result.name, exc_info=True)
+            publish(result, trainer.loggers, folder, _logged_step(trainer), self.on_error == "raise")
 
 
 def _watched(trainer: Trainer, scalars: Mapping[str, float]) -> None:

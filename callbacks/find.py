@@ -67,12 +67,12 @@ def find_tokenizer(
         needed: whether probes are text; ids can do without, and are then called by their numbers.
 
     Raises:
-        DePassError: where there is none, but one is needed.
+        DePassError: where there is none, but one is needed, or it is none of transformers.
     """
     datamodule = getattr(trainer, "datamodule", None)
     for holder in (given, getattr(pl_module, "tokenizer", None), getattr(datamodule, "tokenizer", None)):
-        if holder is not None:
-            return holder
+        if holder is not None and (needed or isinstance(holder, PreTrainedTokenizerBase)):
+            return _checked(holder)
     name = model.config._name_or_path
     reason: object = "the model's configuration does not say where it came from"
     if name:
@@ -86,6 +86,20 @@ def find_tokenizer(
         f"the probes need the tokenizer of {name or type(model).__name__}, which could not be loaded "
         f"({reason}); give DePassCallback(tokenizer=...), or set `tokenizer` on the LightningModule or its "
         "data module"
+    )
+
+
+def _checked(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Refuse another library's tokenizer, with which every probe of every run would fail."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    kind = f"{type(tokenizer).__module__.partition('.')[0]}.{type(tokenizer).__name__}"
+    wrap = (
+        "; PreTrainedTokenizerFast(tokenizer_object=...) wraps it" if kind == "tokenizers.Tokenizer" else ""
+    )
+    raise DePassError(
+        f"the probes need a tokenizer of transformers, but `tokenizer` is a {kind}: give "
+        f"DePassCallback(tokenizer=...){wrap}"
     )
 
 

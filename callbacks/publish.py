@@ -11,18 +11,24 @@ Files are always written. What a logger gets beside the scalars:
 
 import csv
 import dataclasses
+import hashlib
 import io
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from depass_lightning.callbacks.results import Result
 from depass_lightning.reports.page import write_page
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
 
+log = logging.getLogger(__name__)
+
+NAME_LENGTH = 64  # characters of a probe set's name in a W&B name, which may have 128 in all
 FIGURES = 4  # TensorBoard keeps every figure of every step in its one file
 CARDS = {
     "rank": "rank of the answer",
@@ -37,27 +43,59 @@ COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens", "gained most
 SHOWN = 3  # tokens in a cell of the table
 
 
-def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int) -> None:
+def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int, strict: bool = False) -> None:
     """Write a result's files below `folder`, then hand its maps to every logger that can hold them.
+
+    What fails is named in the log, and the rest is done all the same.
 
     Args:
         result: what a run found.
         loggers: the trainer's.
         folder: the run's folder.
         step: what the loggers call this step.
+        strict: raise the first failure instead.
     """
-    folder = folder / "depass" / result.name
-    write_json(folder / "history.json", result.history.as_json())
-    if not result.attributions:
+    folder, maps = folder / "depass" / result.name, f"the maps of {result.name!r} at step {result.step}"
+    files = None
+    with _naming(f"{maps} were not written", strict):
+        write_json(folder / "history.json", result.history.as_json())
+        files = write_maps(result, folder) if result.attributions else None
+    if files is None:
         return
-    page, scores = write_maps(result, folder)
+    takers = {
+        "WandbLogger": ("Weights & Biases", _to_wandb),
+        "TensorBoardLogger": ("TensorBoard", _to_tensorboard),
+        "MLFlowLogger": ("MLflow", _to_mlflow),
+    }
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            _to_wandb(logger, result, page, scores, step)
-        elif isinstance(logger, TensorBoardLogger):
-            _to_tensorboard(logger, result, step)
-        elif isinstance(logger, MLFlowLogger):
-            _to_mlflow(logger, result, (page, scores))
+        for kind, (service, hand_over) in takers.items():
+            if is_named(logger, kind):
+                with _naming(f"{maps} are in {folder}, but {service} did not take them", strict):
+                    hand_over(logger, result, files, step)
+
+
+@contextmanager
+def _naming(failure: str, strict: bool) -> Iterator[None]:
+    """Log what failed and why, or raise the error where `strict`."""
+    try:
+        yield
+    except Exception as error:
+        if strict:
+            raise
+        log.warning("%s: %s", failure, error)
+        log.debug(failure, exc_info=True)
+
+
+def is_named(thing: object, *names: str) -> bool:
+    """Say whether an object's class, or a class that it inherits from, has one of these names.
+
+    Of `lightning` and `pytorch_lightning` each has classes of its own, which share nothing but their names.
+
+    Args:
+        thing: the object.
+        names: names of classes.
+    """
+    return any(own.__name__ in names for own in type(thing).__mro__)
 
 
 def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
@@ -125,26 +163,41 @@ def _moved(result: Result) -> str:
     return f"Since step {result.history.steps[0]}: {'; '.join(found)}." if found else ""
 
 
-def _to_wandb(logger: WandbLogger, result: Result, page: Path, scores: Path, step: int) -> None:
+def _wandb_name(name: str) -> str:
+    """Return a probe set's name as Weights & Biases takes it in the names of files and artifacts.
+
+    ASCII letters, digits and `_.-`, with slashes between parts; a name that has to be changed or shortened
+    ends with a digest of the original, so that no two become one.
+    """
+    parts = [re.sub(r"[^\w.-]", "-", part, flags=re.ASCII) for part in name.split("/")]
+    fit = "/".join(part for part in parts if part.strip("."))[:NAME_LENGTH].rstrip("/")
+    if fit == name:
+        return name
+    return f"{fit}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def _to_wandb(logger: Any, result: Result, files: tuple[Path, Path], step: int) -> None:
     import wandb  # takes a second, which only those who use it should wait
 
+    page, scores = files
     columns, rows = table(result)
     maps = {
         "map": wandb.Html(page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True),
         # a Table that was logged cannot be changed, so each step has its own
         "table": wandb.Table(columns=columns, data=rows),
     }
-    logger.log_metrics({f"depass/{result.name}/{key}": shown for key, shown in maps.items()}, step=step)
+    own = _wandb_name(result.name)
+    logger.log_metrics({f"depass/{own}/{key}": shown for key, shown in maps.items()}, step=step)
     run = logger.experiment
     # its name is the project's, so that it has to say which run it is of
-    name = re.sub(r"[^\w.-]", "-", f"attributions-{result.name}-{run.id}")
+    name = f"attributions-{own.replace('/', '-')}-{run.id}"
     metadata = {"step": result.step, **result.metrics}
     artifact = wandb.Artifact(name, type="attributions", metadata=metadata)
     artifact.add_file(str(scores), name="attributions.parquet")
     run.log_artifact(artifact, aliases=["latest", f"step-{result.step}"])
 
 
-def _to_tensorboard(logger: TensorBoardLogger, result: Result, step: int) -> None:
+def _to_tensorboard(logger: Any, result: Result, files: tuple[Path, Path], step: int) -> None:
     from depass_lightning.reports.figures import tokens_figure  # draws in matplotlib: as slow
 
     for probe, attribution in list(zip(result.probes, result.attributions, strict=True))[:FIGURES]:
@@ -156,7 +209,7 @@ def _to_tensorboard(logger: TensorBoardLogger, result: Result, step: int) -> Non
     logger.experiment.add_text(f"depass/{result.name}/table", text, global_step=step)
 
 
-def _to_mlflow(logger: MLFlowLogger, result: Result, files: Sequence[Path]) -> None:
+def _to_mlflow(logger: Any, result: Result, files: tuple[Path, Path], step: int) -> None:
     place = f"depass/{result.name}"
     for file in files:
         logger.experiment.log_artifact(logger.run_id, str(file), artifact_path=place)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from depass_lightning import DePass
+from depass_lightning import DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.callbacks.find import find_model
 from depass_lightning.storage import read_attributions
@@ -73,6 +73,24 @@ def test_training_is_bit_identical(tmp_path: Path, kind: str) -> None:
     assert history["curves"]["failed"] == [0.0] * 5
     assert max(history["curves"]["completeness"]) < 1e-5
     assert history["curves"]["value"][0] != history["curves"]["value"][-1]
+
+
+def test_another_librarys_tokenizer_is_refused_before_training(tmp_path: Path) -> None:
+    """With which every probe of every run would fail."""
+    module = OwnModule()
+    module.tokenizer = module.tokenizer.backend_tokenizer  # type: ignore[assignment]
+    with pytest.raises(DePassError, match=r"is a tokenizers\.Tokenizer.*PreTrainedTokenizerFast"):
+        fit(trainer(tmp_path, [DePassCallback(list(PROMPTS))]), module)
+
+
+def test_two_callbacks_need_probe_sets_of_different_names(tmp_path: Path) -> None:
+    """The same probes under two rules: said by name, and each keeps a history where the names differ."""
+    one = DePassCallback({"probes": PROMPTS[:1]}, folder=tmp_path)
+    with pytest.raises(DePassError, match=r"a probe set called 'probes'.*probes={'probes_2': ...}"):
+        fit(trainer(tmp_path, [one, DePassCallback({"probes": PROMPTS[:1]}, rule="taylor")]), OwnModule())
+    other = DePassCallback({"probes_2": PROMPTS[:1]}, rule="taylor", folder=tmp_path)
+    fit(trainer(tmp_path, [one, other], max_steps=1), OwnModule())
+    assert one.history["probes"].steps == other.history["probes_2"].steps
 
 
 def test_adapters_count_in_what_is_attributed(tmp_path: Path) -> None:

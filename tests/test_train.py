@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from hydra import compose, initialize_config_module
+from lightning.pytorch import Callback
 from omegaconf import open_dict
 from torch.utils.data import SequentialSampler
 
@@ -114,6 +116,28 @@ def test_the_embedded_models_experiment(tmp_path):
     rows = rows_of(tmp_path / "csv" / "metrics.csv")
     assert values(rows, "val/ioi/accuracy")
     assert values(rows, "val/facts/loss")
+
+
+def test_jobs_of_a_sweep_have_a_run_of_weights_and_biases_each(tmp_path):
+    """One after another in one process, where one fails as well: its run is ended too."""
+    short = [
+        "+trainer.limit_train_batches=1",
+        "+trainer.limit_val_batches=0",
+        "export_dir=null",
+        "logger=wandb",
+    ]
+    for name in ("a", "b"):
+        assert run(tmp_path / name, *short) == 0
+        assert wandb.run is None
+    with pytest.raises(RuntimeError, match="no such"):
+        run(tmp_path / "c", *short, "+callbacks.fails._target_=tests.test_train.Fails")
+    assert wandb.run is None
+    assert [len(list((tmp_path / name).glob("wandb/offline-run-*/*.wandb"))) for name in "abc"] == [1, 1, 1]
+
+
+class Fails(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        raise RuntimeError("no such batch")
 
 
 def test_ones_own_file(tmp_path, capsys):

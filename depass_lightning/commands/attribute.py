@@ -11,13 +11,14 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from depass_lightning import __version__, tasks
 from depass_lightning.baselines import DePassMethod, Method, make_method
 from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch, SpreadComponents
-from depass_lightning.commands.common import first_process, instantiate_each, predict, tell
+from depass_lightning.callbacks.publish import is_named
+from depass_lightning.commands.common import first_process, instantiate_each, loggers_of, predict, tell
 from depass_lightning.commands.results import Results, write_results
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -73,7 +74,7 @@ class Done:
 
 
 def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass]) -> Done | None:
-    """Attribute the prompts of the configured task, and write what came of it.
+    """Attribute the prompts of the configured task, and write and log what came of it.
 
     Args:
         config: the configuration.
@@ -83,6 +84,13 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
     Returns:
         What was done; None on a process that does not write it.
     """
+    with loggers_of(config) as loggers:
+        return _attribute(config, folder, load, loggers)
+
+
+def _attribute(
+    config: DictConfig, folder: Path, load: Callable[[], DePass], loggers: list[Logger]
+) -> Done | None:
     started = time.perf_counter()
     source = instantiate(config.source, _convert_="all")
     task = tasks.load(**config.task)
@@ -104,7 +112,6 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
         together=together,
     )
     kept = tell_kept(writer, len(task)) if resumed else 0
-    loggers = instantiate_each(config.get("logger"))
     trainer = trainer_of(config, writer, loggers)
     module = attribution_module(config, source, depass, task, fingerprint)
     data = PromptData(
@@ -292,13 +299,12 @@ def log_results(loggers: list[Logger], results: Results) -> None:
     }
     for logger in loggers:
         logger.log_metrics({f"analysis/{name}": float(value) for name, value in numbers.items()})
-        if isinstance(logger, WandbLogger) and results.page is not None:
+        if is_named(logger, "WandbLogger") and results.page is not None:
             import wandb  # takes a second, which only those who use it should wait
 
             columns = ("id", "text", "target", "value", "prediction", "correct", "completeness")
             table = wandb.Table(columns=[*columns], data=[[row[c] for c in columns] for row in results.rows])
             page = wandb.Html(results.page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)
             logger.experiment.log({"analysis/report": page, "analysis/attributions": table})
-            logger.experiment.finish()
         logger.save()
         logger.finalize("success")

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -28,6 +30,7 @@ from rich.tree import Tree
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 from torch.utils.data import DataLoader
 
+from depass_lightning.callbacks.publish import is_named
 from depass_lightning.callbacks.watch import TERMINATED, Terminated, end_with_parent, stop_on_sigterm
 from depass_lightning.errors import DePassError
 from depass_lightning.files import write_whole
@@ -203,6 +206,29 @@ def instantiate_each(group: DictConfig | None) -> list[Any]:
     """Instantiate every entry of a group of callbacks or loggers."""
     entries = [] if group is None else list(group.values())
     return [instantiate(entry) for entry in entries if isinstance(entry, DictConfig) and "_target_" in entry]
+
+
+@contextmanager
+def loggers_of(config: DictConfig) -> Iterator[list[Logger]]:
+    """Instantiate a run's loggers, and end what Weights & Biases recorded for it, however the run ends.
+
+    A process has one such run at a time: left open, the next job of a sweep would go on in it.
+
+    Args:
+        config: the configuration; its `logger` has an entry a logger.
+    """
+    code = 1
+    loggers: list[Logger] = []
+    try:
+        loggers += instantiate_each(config.get("logger"))
+        yield loggers
+        code = 0
+    finally:
+        if any(is_named(logger, "WandbLogger") for logger in loggers):
+            import wandb  # takes a second, which only those who use it should wait
+
+            if wandb.run is not None:
+                wandb.finish(code)
 
 
 def _inline(value: Any) -> str:

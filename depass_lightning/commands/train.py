@@ -21,6 +21,7 @@ from depass_lightning.commands.common import (
     expect_hub,
     instantiate_each,
     keep_config,
+    loggers_of,
     open_run,
 )
 from depass_lightning.commands.film import write_films
@@ -49,12 +50,12 @@ def train(config: DictConfig) -> int:
     data = instantiate(config.data, _partial_=True)(tokenizer=tokenizer)
     module = instantiate(config.module, _partial_=True)(model=model)
     callbacks = instantiate_each(config.get("callbacks"))
-    loggers = instantiate_each(config.get("logger"))
-    trainer: Trainer = instantiate(config.trainer, _partial_=True)(
-        callbacks=callbacks, logger=loggers or False
-    )
-    keep_config(config, folder)
-    trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)
+    with loggers_of(config) as loggers:
+        trainer: Trainer = instantiate(config.trainer, _partial_=True)(
+            callbacks=callbacks, logger=loggers or False
+        )
+        keep_config(config, folder)
+        trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)
     if trainer.is_global_zero:
         if config.export_dir is not None:
             dtype = None if config.export_dtype is None else dtype_of(config.export_dtype)
