@@ -7,3 +7,13 @@ class DePassError(ValueError):
     Everything that this library refuses is refused with this class or a subclass of it, so that a caller can
     tell a mistake in the input from a fault in the code. Code that catches `ValueError` catches it too.
     """
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error says, with its class where that is not `DePassError`.
+
+    Args:
+        error: the error.
+    """
+    reason = str(error) if isinstance(error, DePassError) else f"{type(error).__name__}: {error}"
+    return reason.encode(errors="backslashreplace").decode()  # it may quote what no file can hold

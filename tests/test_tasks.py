@@ -1,6 +1,7 @@
 """The tasks: what they generate, what they read, and what they say of bad input."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from depass_lightning import Contrast, Token
 from depass_lightning.errors import DePassError
-from depass_lightning.tasks import corpus, facts, ioi, load, vocabulary
+from depass_lightning.tasks import corpus, facts, ioi, load, load_texts, vocabulary
 from depass_lightning.tasks.passage import answered, from_examples, read_passages
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -172,6 +173,67 @@ def test_a_bad_row_costs_only_itself(tmp_path):
     for row, part in zip((2, 3, 4, 5, 6), expected, strict=True):
         assert part in reasons[row]
     assert "taken by an earlier row" in reasons[9]
+
+
+def test_null_is_no_name(tmp_path):
+    """`"id": null` is what writers of tables put where rows have none."""
+    rows = [{"prompt": f"The {name} is", "target": " blue", "id": None} for name in ("sky", "sea", "jay")]
+    task = load("jsonl", path=write(tmp_path / "own.jsonl", rows))
+    assert [example.id for example in task] == ["1", "2", "3"]
+    public = [{"prompt": "Oslo is in", "subject": "Oslo", "attribute": "Norway", "known_id": None}] * 2
+    assert [own.id for own in load("known", path=write(tmp_path / "known.json", [json.dumps(public)]))] == [
+        "1",
+        "2",
+    ]
+    cases = [{"case_id": None, "original": {"prompt": "a is", "answer": "b"}}] * 2
+    found = load("multilingual", path=write(tmp_path / "cases.json", [json.dumps(cases)]))
+    assert [own.id for own in found] == ["1 English", "2 English"]
+
+
+def test_what_python_cannot_read_costs_only_its_row(tmp_path):
+    """Half a surrogate pair, brackets or digits without end, and whatever else a row may hold."""
+    good = {"prompt": "The sky is", "target": " blue"}
+    bad = [
+        good | {"prompt": "The \ud83d sky is"},
+        good | {"id": "\udc00"},
+        good | {"foil": " \ud800"},
+        good | {"\ud800": 1, "target": None},
+        "[" * 50_000 + "]" * 50_000,
+        '{"prompt": "a", "target": ' + "1" * 5001 + "}",
+        good | {"evidence": {"a": [1]}},
+        good | {"evidence": [[0, 2**70]]},
+        "\x00",
+        "null",
+        "NaN",
+    ]
+    task = load("jsonl", path=write(tmp_path / "own.jsonl", [*bad, good]))
+    assert [example.id for example in task] == [str(len(bad) + 1)]
+    assert [row["row"] for row in task.skipped] == list(range(1, len(bad) + 1))
+    reasons = [row["reason"] for row in task.skipped]
+    assert all("lone surrogate" in reason for reason in reasons[:3])
+    assert "too many" in reasons[4]
+    assert "too long" in reasons[5]
+    json.dumps(task.skipped, ensure_ascii=False).encode()
+    path = write(
+        tmp_path / "texts.jsonl",
+        [{"text": "\ud800", "label": 1}, {"text": "a", "label": [1]}, {"text": "b", "label": 1}],
+    )
+    assert [row["row"] for row in load_texts("truthful", path=path).skipped] == [1, 2]
+
+
+@pytest.mark.parametrize("read", [lambda path: load("jsonl", path=path), read_passages])
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "bytes", "brackets", "digits"])
+def test_a_file_that_cannot_be_read_is_an_error_of_the_caller(tmp_path, read, kind):
+    path = tmp_path / ("own.txt" if read is read_passages and kind in ("bytes", "a pipe") else "own.json")
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        brackets, digits = b"[" * 50_000 + b"]" * 50_000, b"[" + b"1" * 5001 + b"]"
+        path.write_bytes({"bytes": b"\xff\xfe\x00\xd8", "brackets": brackets, "digits": digits}[kind])
+    with pytest.raises(DePassError, match=re.escape(str(path))):
+        read(path)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import functools
 import importlib.metadata
+import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ from depass_lightning.storage import (
 )
 from depass_lightning.tasks import Task
 
+log = logging.getLogger(__name__)
+
 WORTH_TELLING = 10.0  # seconds
+TRIALS = 8  # prompts that a wrong setting is tried on before the run ends
 SHOWN = 5  # damaged files that are named
 # What of the configuration decides the numbers; the rest says how and where they are computed and shown.
 DECISIVE = (
@@ -229,10 +233,16 @@ def attribution_module(
         removal=measured if isinstance(measured, Removal) else None,
         masking=measured if isinstance(measured, Masking) else None,
         run={"model": config.model.name, "fingerprint": fingerprint},
-        trial=min((example.prompt for example in task), key=len),
+        trial=trials([example.prompt for example in task]),
         states=config.states,
         new_tokens=config.target.get("max_new_tokens", 1),
     )
+
+
+def trials(prompts: Sequence[str]) -> list[str]:
+    """Return the shortest of the prompts, and some others of all lengths, should that be a bad one."""
+    ordered = sorted(set(prompts), key=len)
+    return [ordered[i] for i in sorted({i * len(ordered) // TRIALS for i in range(TRIALS)})]
 
 
 def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
@@ -255,7 +265,11 @@ def tell_estimate(config: DictConfig, depass: DePass, task: Task, module: Attrib
     fitting = [prompt for prompt in fitting if limit is None or count(prompt) <= limit]
     if not fitting:
         return
-    cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
+    try:
+        cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
+    except Exception:  # a bad prompt costs itself alone, when its turn comes
+        log.debug("there is no estimate", exc_info=True)
+        return
     if cost.seconds > WORTH_TELLING:
         tell(f"the scores of {len(fitting):,} prompts: {cost}")
 

@@ -1,16 +1,18 @@
 """Attributes the prompts of a task, batch by batch, as a LightningModule for `Trainer.predict`."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.baselines import DePassMethod, Method
 from depass_lightning.depass import DePass
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import (
     MASKED,
     PERCENTS,
@@ -30,6 +32,8 @@ from depass_lightning.storage import attribution_to_row
 from depass_lightning.targets import Contrast, Token, token_id
 from depass_lightning.tasks import Example
 
+log = logging.getLogger(__name__)
+
 KEPT_OPTIONS = ("source", "rule", "temperature", "bias", "compat")  # that decide components' states
 TARGETS = ("contrast", "token", "own", "generation")
 
@@ -47,6 +51,9 @@ class Predictions:
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     states: dict[int, Decomposition] = field(default_factory=dict)
+
+    def __add__(self, other: "Predictions") -> "Predictions":
+        return Predictions(self.rows + other.rows, self.skipped + other.skipped, self.states | other.states)
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ class AttributionModule(LightningModule):
             None leaves it out. An answer counts as right where the model gives all of its tokens.
         method: what attributes instead of DePass with these settings.
         run: what every row says about the run: `model`, its name, and `fingerprint`, its weights'.
-        trial: a prompt that is attributed once at the start: a wrong setting then ends the run at once,
-            instead of failing at every prompt.
+        trial: prompts, the first of which that can be is attributed once at the start: where none can be, as
+            with a wrong setting, the run ends at once, instead of failing at every prompt.
         states: keep every component's state at a layer too: the block that it enters, or "end", behind the
             last one.
         new_tokens: how many tokens are generated at most, where these are what is explained. Each is a row:
@@ -116,7 +123,7 @@ class AttributionModule(LightningModule):
         masking: Masking | None = None,
         method: Method | None = None,
         run: Mapping[str, Any] | None = None,
-        trial: str | None = None,
+        trial: Sequence[str] = (),
         states: int | Literal["end"] | None = None,
         new_tokens: int = 20,
     ) -> None:
@@ -140,6 +147,7 @@ class AttributionModule(LightningModule):
         self.masking = masking
         self.run = dict(run or {})
         self.trial = trial
+        self.at_once: int | None = None  # prompts in a pass, once memory has run out
         self.states = states
         self.new_tokens = new_tokens
 
@@ -150,37 +158,65 @@ class AttributionModule(LightningModule):
         return {"source": self.method.source, **options}
 
     def on_predict_start(self) -> None:
-        """Try the settings on one prompt."""
-        if self.trial is None:
-            return
+        """Try the settings on one prompt, or on another where it may be that prompt's fault."""
+        failures: list[Exception] = []
+        for prompt in self.trial:
+            try:
+                return self._try(prompt)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _try(self, prompt: str) -> None:
         if self.target == "generation":
-            self._generation(self.trial)
+            self._generation(prompt)
         else:
-            self.method.attribute(self.trial)
-            self._carried([self.trial])
+            self.method.attribute(prompt)
+            self._carried([prompt])
 
     def predict_step(self, batch: PromptBatch, batch_idx: int = 0) -> Predictions:
-        """Attribute a batch; a prompt that cannot be attributed costs only itself.
+        """Attribute a batch; a prompt that cannot be attributed, for whatever reason, costs only itself.
+
+        Where memory runs out, batches are halved for good.
 
         Args:
             batch: the examples and their indices.
             batch_idx: not used: the batch carries its indices.
         """
+        found, at_once = Predictions(), self.at_once or len(batch)
+        for start in range(0, len(batch), at_once):
+            part = slice(start, start + at_once)
+            found += self._halving(PromptBatch(batch.indices[part], batch.examples[part]))
+        return found
+
+    def _halving(self, batch: PromptBatch) -> Predictions:
+        """Attribute a batch; where it fails, its halves, until the prompt that is to blame is alone."""
         try:
             rows = self._rows(batch.indices, batch.examples)
             carried = self._carried([example.prompt for example in batch.examples])
             return Predictions(rows, states=dict(zip(batch.indices, carried, strict=False)))
-        except DePassError as error:
-            if len(batch) == 1:
-                index, example = batch.indices[0], batch.examples[0]
-                return Predictions(skipped=[{"index": index, "id": example.id, "reason": str(error)}])
-        found = Predictions()
-        for index, example in zip(batch.indices, batch.examples, strict=True):
-            one = self.predict_step(PromptBatch([index], [example]))
-            found.rows += one.rows
-            found.skipped += one.skipped
-            found.states |= one.states
-        return found
+        except torch.AcceleratorError:  # the device computes nothing after it
+            raise
+        except Exception as error:
+            together = self.depass.process_group is not None  # the other processes are in the middle of it
+            if together and not isinstance(error, DePassError):
+                raise
+            reason, short = reason_of(error), isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # outside of the handler: there the error's traceback would keep the failed pass's memory
+        if len(batch) == 1:
+            skipped = {"index": batch.indices[0], "id": batch.examples[0].id, "reason": reason}
+            return Predictions(skipped=[skipped])
+        middle = len(batch) // 2
+        if short:
+            self.at_once = min(self.at_once or middle, middle)
+            log.warning("memory ran out on %d prompts; there are %d in a pass now", len(batch), middle)
+        first = PromptBatch(batch.indices[:middle], batch.examples[:middle])
+        return self._halving(first) + self._halving(
+            PromptBatch(batch.indices[middle:], batch.examples[middle:])
+        )
 
     def _carried(self, prompts: list[str]) -> list[Decomposition]:
         """Return every prompt's components at the layer whose states are kept, or nothing."""

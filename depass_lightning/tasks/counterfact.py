@@ -17,7 +17,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
 from depass_lightning.tasks.facts import FACTS
 from depass_lightning.tasks.misled import false_answers, misled
-from depass_lightning.tasks.rows import load_rows, text_field
+from depass_lightning.tasks.rows import load_rows, name_field, text_field
 
 SPLITS = ("train", "test", "misleading")
 
@@ -117,6 +117,6 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
         raise DePassError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
     if isinstance(foil, str) and foil.strip() == answer:
         raise DePassError(f"the false answer is the same as the right one: {answer!r}")
-    name, relation = str(row.get("case_id", number)), str(row.get("relation_id", "unknown"))
+    name, relation = name_field(row, "case_id", number), str(row.get("relation_id", "unknown"))
     span = (start, start + len(subject))
     return _example(name, prompt, answer, span, relation, foil.strip() if isinstance(foil, str) else None)

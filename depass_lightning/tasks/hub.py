@@ -50,7 +50,7 @@ def saved_rows(folder: Path) -> list[dict[str, Any]]:
     """
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever its files hold
         raise DePassError(
             f"the folder {folder} holds no data set that datasets saved; give that, or a JSON file"
         ) from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import load_rows, text_field
+from depass_lightning.tasks.rows import load_rows, name_field, text_field
 from depass_lightning.tasks.vocabulary import NAMES, OBJECTS, PLACES
 
 OPENINGS = (
@@ -181,5 +181,5 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
         "subject": places[subject][:1],
         "repetition": places[subject][1:],
     }
-    name = str(row.get("case_id", number))
+    name = name_field(row, "case_id", number)
     return Example(name, prompt, f" {answer}", f" {subject}", roles, ("indirect_object",))

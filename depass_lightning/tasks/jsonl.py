@@ -10,7 +10,7 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import load_rows, text_field
+from depass_lightning.tasks.rows import load_rows, name_field, text_field
 
 
 def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
@@ -36,7 +36,7 @@ def _example(row: dict[str, Any], number: int) -> Example:
         raise DePassError(f"evidence must be a list of strings or [start, end] ranges, not {evidence!r}")
     spans = tuple(sorted({span for item in evidence for span in _spans(item, prompt)}))
     roles = {"evidence": spans} if spans else {}
-    return Example(str(row.get("id", number)), prompt, answer, foil, roles, tuple(roles))
+    return Example(name_field(row, "id", number), prompt, answer, foil, roles, tuple(roles))
 
 
 def _spans(item: Any, prompt: str) -> list[Span]:

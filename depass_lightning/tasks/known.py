@@ -12,7 +12,7 @@ from typing import Any
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
 from depass_lightning.tasks.facts import FACTS, NEW_FACTS
-from depass_lightning.tasks.rows import load_rows, text_field
+from depass_lightning.tasks.rows import load_rows, name_field, text_field
 
 SPLITS = ("train", "test", "new-train", "new-test")
 
@@ -59,4 +59,4 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
     start = prompt.find(subject)
     if start < 0:
         raise DePassError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
-    return _example(str(row.get("known_id", number)), prompt, answer, (start, start + len(subject)))
+    return _example(name_field(row, "known_id", number), prompt, answer, (start, start + len(subject)))

@@ -15,7 +15,7 @@ from typing import Any
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks import ioi
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import load_rows, text_field
+from depass_lightning.tasks.rows import load_rows, name_field, text_field
 
 DEFAULT_SIZE = 100
 IDLE = ("The weather was good.", "There was a book on the table.", "The library was open all day.")
@@ -79,7 +79,7 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
     if not spans:
         raise DePassError(f"the evidence {evidence!r} does not occur in the prompt {prompt!r}")
     return Example(
-        str(row.get("id", number)),
+        name_field(row, "id", number),
         prompt,
         f" {answer}",
         roles={"evidence": spans},

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.example import Example, Task
 from depass_lightning.tasks.facts import FACTS
-from depass_lightning.tasks.rows import read_rows, text_field
+from depass_lightning.tasks.rows import check_text, name_field, read_rows, text_field
 
 ENGLISH = "original"  # what the release calls it
 
@@ -72,7 +72,7 @@ def _of_file(path: str | Path, skipped: list[dict[str, Any]]) -> list[dict[str, 
             reason = fault or f"not an object with named fields: {row!r}"
             skipped.append({"row": number, "reason": reason, "path": str(path)})
             continue
-        case = str(row.get("case_id", number))
+        case = name_field(row, "case_id", number)
         found: dict[str, Example] = {}
         for key, entry in row.items():
             if not isinstance(entry, Mapping):
@@ -82,8 +82,8 @@ def _of_file(path: str | Path, skipped: list[dict[str, Any]]) -> list[dict[str, 
                     raise DePassError(f"the case_id {case!r} is taken by an earlier row")
                 own = _example(case, "English" if key == ENGLISH else key, dict(entry))
                 found[own.labels["language"]] = own
-            except DePassError as error:
-                skipped.append({"row": number, "reason": f"{key}: {error}", "path": str(path)})
+            except Exception as error:  # whatever is wrong with a row costs that row
+                skipped.append({"row": number, "reason": f"{key}: {reason_of(error)}", "path": str(path)})
         if not any(isinstance(entry, Mapping) for entry in row.values()):
             reason = f"no language with a prompt and an answer; the row has {', '.join(row) or 'no fields'}"
             skipped.append({"row": number, "reason": reason, "path": str(path)})
@@ -96,4 +96,4 @@ def _of_file(path: str | Path, skipped: list[dict[str, Any]]) -> list[dict[str, 
 def _example(case: str, language: str, entry: dict[str, Any]) -> Example:
     prompt, answer = text_field(entry, "prompt").rstrip(), text_field(entry, "answer").strip()
     labels = {"language": language, "case": case}
-    return Example(f"{case} {language}", prompt, f" {answer}", labels=labels)
+    return Example(check_text("the name", f"{case} {language}"), prompt, f" {answer}", labels=labels)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import read_rows, text_field
+from depass_lightning.tasks.rows import read_rows, read_text, text_field
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ def read_passages(path: str | Path) -> list[Passage]:
     """
     path = Path(path)
     if path.suffix in (".txt", ".md"):
-        if not path.is_file():
-            raise DePassError(f"no file {path}; give the path of the text to train on (data.path=)")
-        blocks = path.read_text(encoding="utf-8-sig").split("\n\n")
+        blocks = read_text(path, "the text to train on").split("\n\n")
         passages = [Passage(block.strip()) for block in blocks if block.strip()]
     else:
         passages = [_passage(path, *row) for row in read_rows(path)]
@@ -59,7 +57,7 @@ def _passage(path: Path, number: int, row: Any, fault: str) -> Passage:
         if "text" in row:
             return Passage(text_field(row, "text"))
         return answered(text_field(row, "prompt"), text_field(row, "target"))
-    except DePassError as error:
+    except Exception as error:  # whatever is wrong with a row
         raise DePassError(
-            f"row {number} of {path}: {error}; rows hold {{prompt, target}} or {{text}}"
+            f"row {number} of {path}: {reason_of(error)}; rows hold {{prompt, target}} or {{text}}"
         ) from error

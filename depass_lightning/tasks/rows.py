@@ -1,11 +1,12 @@
 """Task files and public data sets: read row by row, so that a bad row costs only itself."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.example import Example, Task
 from depass_lightning.tasks.hub import HUB, hub_rows, saved_rows
 
@@ -38,9 +39,10 @@ def load_rows(
             example = read(row, number)
             if example.id in examples:
                 raise DePassError(f"the id {example.id!r} is taken by an earlier row")
+            check_text("the row", json.dumps(dataclasses.asdict(example), ensure_ascii=False))
             examples[example.id] = example
-        except DePassError as error:
-            skipped.append({"row": number, "reason": str(error), "path": str(path)})
+        except Exception as error:  # whatever is wrong with a row costs that row
+            skipped.append({"row": number, "reason": reason_of(error), "path": str(path)})
     if not examples:
         first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
         raise DePassError(f"{path} has no row that the task {name!r} can use{first}")
@@ -54,7 +56,57 @@ def text_field(row: Row, key: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
         raise DePassError(f"the field {key!r} must be text that is not empty, not {value!r}")
-    return value
+    return check_text(f"the field {key!r}", value)
+
+
+def name_field(row: Row, key: str, number: int) -> str:
+    """Return a row's name: a field, or the row's number where there is none, or null.
+
+    Args:
+        row: the row.
+        key: the field.
+        number: the row's number.
+    """
+    value = row.get(key)
+    return str(number if value is None else value)
+
+
+def check_text(what: str, text: str) -> str:
+    """Return a text as it is, if UTF-8 can hold it.
+
+    Args:
+        what: what it is called in an error.
+        text: the text.
+
+    Raises:
+        DePassError: it has half a surrogate pair, which JSON can spell and no tokenizer or file can take.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DePassError(f"{what} has half a character ({half}, a lone surrogate); remove it") from None
+    return text
+
+
+def read_text(path: Path, kind: str) -> str:
+    """Read a text file.
+
+    Args:
+        path: the file.
+        kind: what it should be, for errors.
+
+    Raises:
+        DePassError: there is no such file, it is no regular file, or it is not in UTF-8.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise DePassError(f"{path} is not a regular file; give {kind}")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DePassError(f"no file {path}; give the path of {kind} (path=)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DePassError(f"cannot read {path} ({error}); give {kind} in UTF-8") from error
 
 
 def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
@@ -71,12 +123,7 @@ def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
     path = Path(path)
     if path.is_dir():
         return [(number, row, "") for number, row in enumerate(saved_rows(path), start=1)]
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DePassError(f"no file {path}; give the path of a JSON or JSON Lines file (path=)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DePassError(f"cannot read {path} ({error}); give a JSON or JSON Lines file in UTF-8") from error
+    text = read_text(path, "a JSON or JSON Lines file")
     if text.lstrip().startswith("["):
         return [(number, row, "") for number, row in enumerate(_json_list(text, path), start=1)]
     lines = enumerate(text.split("\n"), start=1)
@@ -93,6 +140,8 @@ def _json_list(text: str, path: Path) -> list[Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise DePassError(f"{path} is not valid JSON ({where}: {error.msg}); correct it there") from error
+    except (RecursionError, ValueError) as error:
+        raise DePassError(f"{path} cannot be read: {_beyond(error)}") from error
 
 
 def _json_line(line: str) -> tuple[Any, str]:
@@ -101,3 +150,11 @@ def _json_line(line: str) -> tuple[Any, str]:
         return json.loads(line), ""
     except json.JSONDecodeError as error:
         return None, f"not valid JSON at column {error.colno}: {error.msg}"
+    except (RecursionError, ValueError) as error:
+        return None, _beyond(error)
+
+
+def _beyond(error: Exception) -> str:
+    """Say which of Python's limits a piece of JSON goes beyond."""
+    limit = "brackets within brackets, too many" if isinstance(error, RecursionError) else "a number too long"
+    return f"it has {limit} to be read"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.facts import FACTS, PARAPHRASES
 from depass_lightning.tasks.rows import read_rows, text_field
 
@@ -78,8 +78,8 @@ def load_texts(
             text, label = labelled(name, row)
             texts.append(text)
             labels.append(label)
-        except DePassError as error:
-            skipped.append({"row": number, "reason": str(error), "path": str(path)})
+        except Exception as error:  # whatever is wrong with a row costs that row
+            skipped.append({"row": number, "reason": reason_of(error), "path": str(path)})
     if not texts:
         first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
         raise DePassError(f"{path} has no row of labelled texts{first}")

@@ -15,7 +15,7 @@ from typing import Any
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks import counterfact
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import load_rows, text_field
+from depass_lightning.tasks.rows import load_rows, name_field, text_field
 
 ASK = (
     "According to the given information and your knowledge, "
@@ -66,7 +66,7 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
         "correct": text_field(row, "prompt_correct").rstrip(),
     }
     return Example(
-        str(row.get("case_id", number)), prompt, f" {answer}", f" {foil}", roles, variants=variants
+        name_field(row, "case_id", number), prompt, f" {answer}", f" {foil}", roles, variants=variants
     )
 
 
