@@ -29,8 +29,8 @@ from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.families import REFUSED
 from depass_lightning.models.linear import has_bias
-from tests.models import distance, prompt
-from tests.zoo import ALL, ZOO, Double, build, derivatives
+from tests.models import Double, distance, prompt
+from tests.zoo import ALL, ZOO, build, derivatives
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 TARGET = Contrast(5, 7)
@@ -150,12 +150,11 @@ def state_error(model: nn.Module) -> float:
     handles = [
         block.module.register_forward_pre_hook(keep, with_kwargs=True) for block in depass.decoder.blocks
     ]
-    with Double(), torch.no_grad():
+    with torch.no_grad():
         model(ids[None], use_cache=False)
     for handle in handles:
         handle.remove()
-    with Double():
-        sums = [own.states.sum(0) for own in depass.decompose(input_ids=ids[None], to_layer="all")[0]]
+    sums = [own.states.sum(0) for own in depass.decompose(input_ids=ids[None], to_layer="all")[0]]
     return max(distance(own, state[0]) for own, state in zip(sums, entered, strict=False))
 
 
@@ -167,7 +166,7 @@ def score_error(model: nn.Module) -> float:
     """
     ids = prompt(9)
     tokens, biases, _ = derivatives(model, ids, 5, 7)
-    with Double():
+    with Double():  # results are handed out in float32: these are measured before
         own = DePass(model).attribute(input_ids=ids[None], target=TARGET, rule="taylor")[0]
     expected = torch.cat([tokens, tokens.new_full((len(own.scores) - len(ids),), biases)])
     return distance(own.scores.double(), expected)

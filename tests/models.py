@@ -6,11 +6,15 @@ them is still right. So here no parameter keeps its default, and no dimension eq
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -69,8 +73,7 @@ def build(
 
     Args:
         name: one of `ALL`.
-        dtype: of the parameters. In float64 the norms, which Transformers computes in float32 whatever the
-            model's dtype, are computed in float64, so that sums can be checked to float64's precision.
+        dtype: of the parameters; a model in float64 computes in float64 throughout (`stay_in_float64`).
         attention: Transformers' attention implementation.
         seed: of every parameter.
         changes: further settings of the configuration.
@@ -82,7 +85,7 @@ def build(
     randomise(model, seed)
     model.to(dtype=dtype).eval()  # type: ignore[call-arg]
     if dtype == torch.float64:
-        use_exact_norms(model)
+        stay_in_float64(model)
     return model
 
 
@@ -101,17 +104,53 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.normal_(0.0, 0.22, generator=generator)
 
 
-def use_exact_norms(model: nn.Module) -> None:
-    """Makes every RMS norm of the model compute in the dtype of its input."""
+class Double(TorchFunctionMode):
+    """Keeps code on float64 tensors in float64 where it asks for float32, as norms and softmaxes do."""
+
+    entered = 0
+
+    def __enter__(self) -> Any:
+        Double.entered += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Double.entered -= 1
+        super().__exit__(*error)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if function is Tensor.float:
+                return args[0]
+            if kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        return function(*args, **kwargs)
+
+
+def stay_in_float64(model: nn.Module) -> None:
+    """Makes every module of Transformers in a float64 model compute in float64 throughout.
+
+    Transformers takes norms, softmaxes and routing in float32 whatever the model's dtype, and the sum of a
+    softmax's row in float32 depends on the row's length and on the processor's vectors.
+    """
     for module in model.modules():
         kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and kind.forward is not _exact_rms_norm:
-            module.__class__ = type(kind.__name__, (kind,), {"forward": _exact_rms_norm})
+        if kind.__module__.startswith("transformers.") and not hasattr(kind, "in_float64"):
+            module.__class__ = _in_float64(kind)
 
 
-def _exact_rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    scale = torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * (hidden_states * scale)
+@cache
+def _in_float64(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns a class whose `forward`, whoever calls it, runs in `Double`."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if Double.entered else Double():
+            return kind.forward(self, *args, **kwargs)
+
+    names = {"forward": forward, "in_float64": True, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), names)
 
 
 def prompt(length: int = 10, *, seed: int = 0) -> torch.Tensor:

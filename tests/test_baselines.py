@@ -87,8 +87,7 @@ def test_gradient_times_input_is_a_finite_difference(model: PreTrainedModel, dep
         larger, smaller = states.clone(), states.clone()
         larger[0, n] *= 1 + step
         smaller[0, n] *= 1 - step
-        with zoo.Double():  # attention's softmax would else be in float32, too coarse for a small step
-            difference = (value(model, larger) - value(model, smaller)).detach()
+        difference = (value(model, larger) - value(model, smaller)).detach()
         expected.append(float(difference) / (2 * step))
     close(scores(InputGradient(depass)), expected)
 
@@ -277,26 +276,25 @@ OUTPUTS: dict[str, tuple[str, str | None]] = {
 def test_patching_is_a_finite_difference_in_every_family(name: str) -> None:
     """Make a head or a neuron a little larger and a little smaller, in front of the map behind it."""
     model = zoo.build(name, dtype=torch.float64)
-    with zoo.Double():
-        depass = DePass(model)
-        by_head = scores(AttributionPatching(depass, Heads())).view(3, -1)
-        own, step, count = OUTPUTS[name], 1e-5, by_head.shape[1]
-        for path, source, places in (
-            (own[0], Heads(), [(0, 1), (2, count - 1)]),
-            (own[1], Neurons(), [(1, 3), (2, 40)]),
-        ):
-            if path is None:
-                continue
-            found = scores(AttributionPatching(depass, source)).view(3, -1)
-            for layer, index in places:
-                behind = zoo.blocks_of(model)[layer].get_submodule(path)
-                values = []
-                for factor in (1 + step, 1 - step):
-                    handle = behind.register_forward_pre_hook(_scaling(found.shape[1], index, factor))
-                    values.append(depass.attribute(input_ids=IDS[None], target=TARGET)[0].value)
-                    handle.remove()
-                difference = (values[0] - values[1]) / (2 * step)
-                assert found[layer, index] == pytest.approx(difference, abs=1e-5 * float(found.abs().max()))
+    depass = DePass(model)
+    by_head = scores(AttributionPatching(depass, Heads())).view(3, -1)
+    own, step, count = OUTPUTS[name], 1e-5, by_head.shape[1]
+    for path, source, places in (
+        (own[0], Heads(), [(0, 1), (2, count - 1)]),
+        (own[1], Neurons(), [(1, 3), (2, 40)]),
+    ):
+        if path is None:
+            continue
+        found = scores(AttributionPatching(depass, source)).view(3, -1)
+        for layer, index in places:
+            behind = zoo.blocks_of(model)[layer].get_submodule(path)
+            values = []
+            for factor in (1 + step, 1 - step):
+                handle = behind.register_forward_pre_hook(_scaling(found.shape[1], index, factor))
+                values.append(depass.attribute(input_ids=IDS[None], target=TARGET)[0].value)
+                handle.remove()
+            difference = (values[0] - values[1]) / (2 * step)
+            assert found[layer, index] == pytest.approx(difference, abs=1e-5 * float(found.abs().max()))
 
 
 def _scaling(count: int, index: int, factor: float) -> Callable[..., Any]:

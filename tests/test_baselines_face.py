@@ -46,31 +46,28 @@ def names(method: Any) -> str:
 def test_a_batch_gives_what_single_prompts_give(family: str) -> None:
     """And DePass's own names, values and predictions, in every family, padded on either side."""
     model = zoo.build(family, dtype=torch.float64)
-    with zoo.Double():
-        depass = DePass(model)
-        for method in methods(depass, neurons=family != "gpt_oss"):
-            ids, mask = padded(PROMPTS, "left")
-            together = method.attribute(input_ids=ids, attention_mask=mask, target=TARGET)
-            for own, found in zip(PROMPTS, together, strict=True):
-                (alone,) = method.attribute(input_ids=own[None], target=TARGET)
-                scale = float(alone.scores.abs().max())
-                assert torch.allclose(found.scores, alone.scores, rtol=0, atol=1e-5 * scale), names(method)
-                assert found.names == alone.names
-                (ours,) = depass.attribute(
-                    input_ids=own[None], target=TARGET, source=method.source, rule="max"
-                )
-                left = [name for name in ours.names if not name.endswith(("state", "bias", "rounding"))]
-                assert found.names == left
-                assert found.positions == [
-                    span for name, span in zip(ours.names, ours.positions, strict=True) if name in left
-                ]
-                assert found.groups == ours.groups
-                assert found.value == pytest.approx(ours.value, rel=1e-6)
-                for fact in ("target", "prediction", "rank", "position", "layer", "source", "token_ids"):
-                    assert getattr(found, fact) == getattr(ours, fact), (names(method), fact)
-                assert found.probability == pytest.approx(ours.probability)
-                assert found.rule == method.name
-                assert found.metadata["target_ids"] == ours.metadata["target_ids"] == [7, 11]
+    depass = DePass(model)
+    for method in methods(depass, neurons=family != "gpt_oss"):
+        ids, mask = padded(PROMPTS, "left")
+        together = method.attribute(input_ids=ids, attention_mask=mask, target=TARGET)
+        for own, found in zip(PROMPTS, together, strict=True):
+            (alone,) = method.attribute(input_ids=own[None], target=TARGET)
+            scale = float(alone.scores.abs().max())
+            assert torch.allclose(found.scores, alone.scores, rtol=0, atol=1e-5 * scale), names(method)
+            assert found.names == alone.names
+            (ours,) = depass.attribute(input_ids=own[None], target=TARGET, source=method.source, rule="max")
+            left = [name for name in ours.names if not name.endswith(("state", "bias", "rounding"))]
+            assert found.names == left
+            assert found.positions == [
+                span for name, span in zip(ours.names, ours.positions, strict=True) if name in left
+            ]
+            assert found.groups == ours.groups
+            assert found.value == pytest.approx(ours.value, rel=1e-6)
+            for fact in ("target", "prediction", "rank", "position", "layer", "source", "token_ids"):
+                assert getattr(found, fact) == getattr(ours, fact), (names(method), fact)
+            assert found.probability == pytest.approx(ours.probability)
+            assert found.rule == method.name
+            assert found.metadata["target_ids"] == ours.metadata["target_ids"] == [7, 11]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name], Baseline)])

@@ -9,7 +9,8 @@ from depass_lightning.errors import DePassError
 from tests.models import ALL, ONE_OF_EACH, build, distance, padded, prompt
 from tests.twin import RULES, Rule
 
-LENGTHS = (5, 9, 1, 9)
+# On both sides of the 8 and 16 numbers that a processor's vector holds: narrower rows are summed otherwise.
+LENGTHS = (5, 9, 1, 17, 9)
 PRECISION = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -51,7 +52,7 @@ def test_scores_of_a_padded_batch(name: str, side: str, rule: Rule) -> None:
     depass = DePass(build(name))
     input_ids, attention_mask = padded(prompts(), side)
     source = Tokens(layer=1)
-    targets = [Token(7, position=2), Contrast(3, 9), Token(None), Contrast(11, 5, position=-3)]
+    targets = [Token(7, position=2), Contrast(3, 9), Token(None), Contrast(11, 5, position=-3), Token(4)]
     together = depass.attribute(
         input_ids=input_ids, attention_mask=attention_mask, target=targets, source=source, rule=rule
     )

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tests.models import use_exact_norms
+from tests.models import stay_in_float64
 
 Rule = Literal["softmax", "max", "relu", "linear", "taylor"]
 RULES: tuple[Rule, ...] = ("softmax", "max", "relu", "linear", "taylor")
@@ -83,7 +83,7 @@ def record(model: Any, input_ids: Tensor) -> Trace:
     """Runs a float64 copy of the model on `input_ids` `[n]`, and keeps what the decomposition holds fixed."""
     model = copy.deepcopy(model).double().eval()
     model.set_attn_implementation("eager")
-    use_exact_norms(model)
+    stay_in_float64(model)
 
     seen: dict[tuple[int, str], Tensor] = {}
     pairs: list[tuple[nn.Module, Callable[..., None]]] = []

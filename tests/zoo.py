@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.models.bloom.modeling_bloom import BloomGelu
 
-from tests.models import SMALL, randomise
+from tests.models import SMALL, Double, randomise, stay_in_float64
 
 GPT = {"n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 64}
 HEAD = {"head_dim": 10}
@@ -106,7 +105,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **cha
 
     Args:
         name: one of `ALL`.
-        dtype: of the parameters; in float64 the norms compute in float64 too.
+        dtype: of the parameters; a model in float64 computes in float64 throughout.
         seed: of every parameter.
         changes: further settings of the configuration.
     """
@@ -120,21 +119,9 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **cha
         if own.endswith("e_score_correction_bias"):
             buffer.uniform_(-0.2, 0.2, generator=generator)
     model.to(dtype=dtype).eval()
+    if dtype == torch.float64:
+        stay_in_float64(model)
     return model
-
-
-class Double(TorchFunctionMode):
-    """Lets a model in float64 compute norms and softmaxes in float64, where its code asks for less."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if function is Tensor.float:
-                return args[0]
-            if kwargs.get("dtype") == torch.float32:
-                kwargs["dtype"] = torch.float64
-            args = tuple(torch.float64 if own is torch.float32 else own for own in args)
-        return function(*args, **kwargs)
 
 
 ACTIVATIONS = tuple(
