@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,15 +38,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         shorter = SHORTER.get(words[1], [])
     if "smollm2" in command:  # its curves alone are hundreds of passes through a real model
         arguments.append("faithfulness=none")
-    return subprocess.run(
-        [sys.executable, str(script), *arguments, *shorter],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    return run_script(script, [*arguments, *shorter], folder)
 
 
 def test_the_blocks_are_found() -> None:
