@@ -15,7 +15,12 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 5
 
-.PHONY: help setup smollm2 demo test quantized lint format families bench clean
+# The tests of numbers, which another processor must pass as well: its kernels add in another order.
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapters adjoint baselines baselines_face baselines_spans \
+    completeness_all engine_batches engine_causality engine_completeness engine_twin families generation layers \
+    linear_rules masking neurons oracle oracle_sources precision probes spread states targets_together twin_sources))
+
+.PHONY: help setup smollm2 demo test slow portable quantized lint format families bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -31,6 +36,12 @@ demo: $(READY) ## explain the embedded model's answers: a table here, a page to 
 
 test: $(READY) ## run the tests
 	$(RUN)/python -m pytest --numprocesses=2 --dist=worksteal --clean-tree $(ARGS)
+
+slow: $(READY) ## run the tests that `make test` leaves out because they are slow
+	$(RUN)/python -m pytest --numprocesses=2 --dist=worksteal --clean-tree -m slow $(ARGS)
+
+portable: $(READY) ## run the tests of numbers with the kernels of a processor without AVX
+	ATEN_CPU_CAPABILITY=default $(RUN)/python -m pytest --numprocesses=2 --dist=worksteal --clean-tree $(NUMERIC) $(ARGS)
 
 quantized: $(EXTRA)/torchao ## run the tests of quantised models; their package stays out of the environment
 	PYTHONPATH=$(EXTRA) $(RUN)/python -m pytest --clean-tree tests/test_quantized.py $(ARGS)
