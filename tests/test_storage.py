@@ -11,6 +11,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
+    Journal,
     attribution_from_row,
     attribution_to_row,
     merge_shards,
@@ -130,3 +131,23 @@ def test_the_fingerprint_follows_every_weight():
     changed = weights_fingerprint(model)
     assert changed != before
     assert weights_fingerprint(model.to(torch.bfloat16)) not in (before, changed)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (20, 17), (-1, -1)])
+def test_the_fingerprint_follows_all_of_a_weight(place):
+    model = torch.nn.Linear(40, 30)
+    before = weights_fingerprint(model)
+    with torch.no_grad():
+        model.weight[place] += 1
+    assert weights_fingerprint(model) != before
+
+
+def test_the_marks_of_a_killed_run_are_removed(tmp_path):
+    """Else prompts that it has skipped, and are tried again, would be listed twice."""
+    skipped = {"index": 0, "id": "strange", "reason": "two tokens"}
+    Journal(tmp_path).add(0, [], [skipped], prompts=1)
+    Journal(tmp_path).end(0)
+    again = Journal(tmp_path)
+    assert again.counted() == 1
+    again.tidy()
+    assert (again.counted(), again.ended(), list(again.shards.iterdir())) == (0, 0, [])
