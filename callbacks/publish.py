@@ -23,6 +23,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from depass_lightning.callbacks.results import Result
+from depass_lightning.files import safe_path
 from depass_lightning.reports.page import write_page
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
 
@@ -55,7 +56,7 @@ def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int, 
         step: what the loggers call this step.
         strict: raise the first failure instead.
     """
-    folder, maps = folder / "depass" / result.name, f"the maps of {result.name!r} at step {result.step}"
+    folder, maps = folder / _place(result), f"the maps of {result.name!r} at step {result.step}"
     files = None
     with _naming(f"{maps} were not written", strict):
         write_json(folder / "history.json", result.history.as_json())
@@ -72,6 +73,11 @@ def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int, 
             if is_named(logger, kind):
                 with _naming(f"{maps} are in {folder}, but {service} did not take them", strict):
                     hand_over(logger, result, files, step)
+
+
+def _place(result: Result) -> Path:
+    """Return where a result's files go below the run's folder, whatever its set and source are called."""
+    return Path("depass", safe_path(result.name))
 
 
 @contextmanager
@@ -210,7 +216,7 @@ def _to_tensorboard(logger: Any, result: Result, files: tuple[Path, Path], step:
 
 
 def _to_mlflow(logger: Any, result: Result, files: tuple[Path, Path], step: int) -> None:
-    place = f"depass/{result.name}"
+    place = _place(result).as_posix()
     for file in files:
         logger.experiment.log_artifact(logger.run_id, str(file), artifact_path=place)
     columns, rows = table(result)

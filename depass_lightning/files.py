@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from depass_lightning.errors import DePassError
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -59,6 +61,26 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return a file's bytes.
+
+    Args:
+        path: the file.
+        limit: how many bytes it may have.
+
+    Raises:
+        DePassError: it is not a regular file (reading a pipe may never end), or it is larger.
+        OSError: it cannot be read, or there is none.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if not path.is_file():
+        raise DePassError(f"{path} is not a regular file; give one")
+    if size > limit:
+        raise DePassError(f"{path} is too large: {size:,} bytes, of at most {limit:,}")
+    return path.read_bytes()
 
 
 def safe_name(name: str) -> str:

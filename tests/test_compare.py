@@ -59,7 +59,7 @@ def test_models_are_compared_on_the_same_prompts(tmp_path: Path, changed: dict[s
         ("compare=[tiny]", "two different models or more"),
         ("compare=[tiny,tiny]", "two different models or more"),
         ("compare=[tiny,missing.ckpt]", "no checkpoint at missing.ckpt"),
-        ("film=nowhere", "nowhere holds no maps of DePassCallback"),
+        ("film=nowhere", "there is no folder nowhere"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

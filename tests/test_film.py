@@ -136,6 +136,30 @@ def test_a_runs_folder_becomes_a_film(tmp_path: Path) -> None:
     assert film["lines"]["all probes: probability"] == [[0.0, 0.1], [20.0, 0.3]]
 
 
+def test_a_file_that_is_broken_costs_a_film_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        for frame in frames():
+            rows = [
+                attribution_to_row(own) | {"id": id, "index": i}
+                for i, (id, own) in enumerate(frame.attributions.items())
+            ]
+            write_shard(
+                tmp_path / "depass" / name / f"step-{int(frame.at):06d}.parquet", rows, ATTRIBUTION_SCHEMA
+            )
+    (tmp_path / "depass/a/history.json").write_text('{"steps": [0')
+    (tmp_path / "depass/a/step-000010.parquet").write_bytes(b"PAR1")
+    (tmp_path / "depass/b/history.json").write_text('{"steps": [0], "curves": {"value": [1, 2]}}')
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,much\n")
+    pages = write_films(tmp_path)
+    films = [data_of(page.read_text(encoding="utf-8"))["film"] for page in pages]
+    assert [film["labels"] for film in films] == [["step 0", "step 20"], ["step 0", "step 10", "step 20"]]
+    told = capsys.readouterr().err
+    for name in ("a/history.json", "a/step-000010.parquet", "b/history.json", "metrics.csv"):
+        assert f"{name} is left out: " in told
+
+
 @pytest.mark.parametrize("sources", [["tokens"], ["tokens", "heads"]])
 def test_every_probe_set_and_source_of_a_training_has_its_film(tmp_path: Path, sources: list[str]) -> None:
     sets = {"names": list(PROMPTS[:1]), "places": list(PROMPTS[1:3])}

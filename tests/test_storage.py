@@ -1,6 +1,8 @@
 """Rows on disk: shards are whole or absent, a merge leaves no trace of who wrote what."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,10 @@ import pytest
 import torch
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.callbacks.publish import publish
+from depass_lightning.commands.compare import labelled
 from depass_lightning.errors import DePassError
+from depass_lightning.files import safe_path
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     Journal,
@@ -151,3 +156,43 @@ def test_the_marks_of_a_killed_run_are_removed(tmp_path):
     assert again.counted() == 1
     again.tidy()
     assert (again.counted(), again.ended(), list(again.shards.iterdir())) == (0, 0, [])
+
+
+NAMES = [
+    "../../../esc",
+    "/tmp/esc",
+    "..",
+    "",
+    ".",
+    "a/../b",
+    "a\\b",
+    "x\0y",
+    "n" * 300,
+    "\ud800",
+    "\ud801",
+    " .",
+]
+
+
+def test_no_name_leads_out_of_its_folder(tmp_path):
+    """Names that could be written to stay as they are, and two names never become one."""
+    paths = [tmp_path / safe_path(name) for name in NAMES]
+    for path in paths:
+        assert path.resolve().is_relative_to(tmp_path)
+        assert path != tmp_path
+        assert ".." not in path.parts
+        write_shard(path / "x", rows(0), SCHEMA)
+    assert len(set(paths)) == len(paths)
+    for name in ("held out", "ioi", "Wörter.v2", "pythia-70m@step1", "set/tokens"):
+        assert safe_path(name).as_posix() == name
+
+
+def test_probe_sets_are_written_below_the_runs_folder(tmp_path):
+    history = SimpleNamespace(as_json=dict)
+    for name in ("../../../esc", "/esc"):
+        found: Any = SimpleNamespace(name=name, step=0, history=history, attributions=[])
+        publish(found, [], tmp_path / "a" / "b", 0)
+    written = list(tmp_path.rglob("history.json"))
+    assert len(written) == 2
+    assert all(path.is_relative_to(tmp_path / "a" / "b" / "depass") for path in written)
+    assert labelled(["..", "a/x", "b/x", "2-x"]) == ["1--5ec1f7e7", "2-x", "3-x", "4-2-x"]

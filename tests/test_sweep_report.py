@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.console import Console
 
 from depass_lightning import DePass, DePassError
 from depass_lightning.commands import report as reports
+from depass_lightning.commands.film import write_films
 from depass_lightning.reports.sweep import Map, varying, write_sweep_page
 from depass_lightning.storage import read_attributions, read_rows
 from tests.attributions import NASTY, Elements, nasty
@@ -163,6 +166,50 @@ def test_runs_without_results_are_told_with_the_reason(
     assert all(data["runs"][place]["page"] for own in data["maps"] for place, _ in own["of"])
 
 
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrst"))
+
+
+def test_no_run_ends_the_others_report(copied: Path) -> None:
+    """Whatever its files hold: that run is broken, with the reason in one line."""
+    good = (copied / "0/config.yaml").read_text()
+    configs = {
+        "a bomb": BOMB + good,
+        "too large": good + "#" * 2**18,
+        "too deep": "task: " + "[" * 5000,
+        "odd types": re.sub("^model:.*?^(?=\\w)", "model: 5\n", good, flags=re.DOTALL | re.MULTILINE),
+    }
+    for name, config in configs.items():
+        shutil.copytree(copied / "0", copied / name)
+        (copied / name / "config.yaml").write_text(config)
+    (copied / "fifo").mkdir()
+    os.mkfifo(copied / "fifo/config.yaml")
+    changed = copied / "1/summary.json"
+    changed.write_text(changed.read_text().replace('"prompts": 3', '"prompts": 7'))
+    typed = copied / "2/summary.json"
+    typed.write_text(typed.read_text().replace('"parameters": ', '"parameters": "many", "were": '))
+    typed.with_name("SHA256SUMS").unlink()
+    table = copied / "3/attributions/attributions.parquet"
+    table.with_name("SHA256SUMS").unlink()
+    rows = pq.ParquetFile(table).read()
+    pq.write_table(rows.drop_columns(["scores"]), table)
+    rows_of_10 = bytearray((copied / "10/attributions/attributions.parquet").read_bytes())
+    rows_of_10[1000] ^= 4
+    (copied / "10/attributions/attributions.parquet").write_bytes(rows_of_10)
+    rows, _ = reported(copied)
+    states = {row["run"]: row["reason"] for row in rows if row["status"] == "broken"}
+    assert set(states) == {*configs, "fifo", "1", "2", "3", "10"}
+    assert all(reason and "\n" not in reason for reason in states.values())
+    for name, reason in {
+        "a bomb": "has aliases",
+        "too large": "too large",
+        "fifo": "not a regular file",
+        "1": "summary.json is damaged",
+        "10": "attributions.parquet is damaged",
+    }.items():
+        assert reason in states[name]
+    assert {row["run"] for row in rows if row["status"] == "done"} == {"0", "11"}
+
+
 def test_models_that_one_run_compared_are_runs(tmp_path: Path, checkpoint: Path) -> None:
     asked = ("task=known", "task.size=2", *QUICK)
     assert run(tmp_path / "sweep/0", f"compare=[tiny,{checkpoint}]", *asked) == 0
@@ -189,6 +236,7 @@ def test_only_some_prompts_are_shown_those_first_that_most_runs_have(
 def test_ids_that_two_tasks_share_are_two_prompts(copied: Path) -> None:
     for name in ("0", "2"):
         path = copied / name / "attributions/attributions.parquet"
+        path.with_name("SHA256SUMS").unlink()
         table = pq.ParquetFile(path).read()
         same = pa.array([f"mine-{i}" for i in range(len(table))])
         pq.write_table(table.set_column(table.schema.get_field_index("id"), "id", same), path)
@@ -212,6 +260,9 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
 def test_what_cannot_be_reported_on(tmp_path: Path) -> None:
     with pytest.raises(DePassError, match="no folder"):
         reports.report(tmp_path / "gone", NOTHING)
+    for write in (lambda: reports.report(" ", NOTHING), lambda: write_films("")):
+        with pytest.raises(DePassError, match="names no folder"):
+            write()
     with pytest.raises(DePassError, match="holds no runs"):
         reports.report(tmp_path, NOTHING)
     with pytest.raises(DePassError, match="at least one run"):

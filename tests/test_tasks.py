@@ -301,3 +301,17 @@ def test_public_files_load_whole(name, file, rows):
         spans = example.evidence_ranges()
         assert spans
         assert all(0 <= start < end <= len(example.prompt) for start, end in spans)
+
+
+def test_what_is_too_large_is_named(tmp_path):
+    """A file; or a text, which costs its row: some tokenizers end the process on 300 MB."""
+    path = tmp_path / "rows.jsonl"
+    rows = ({"prompt": prompt, "target": " b"} for prompt in ("a", "x" * 10_000_001))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load("jsonl", path=path)
+    assert [example.prompt for example in task] == ["a"]
+    assert "the field 'prompt' has 10,000,001 characters" in task.skipped[0]["reason"]
+    with path.open("wb") as file:
+        file.truncate(2**30 + 1)  # takes no room
+    with pytest.raises(DePassError, match="too large: 1,073,741,825 bytes"):
+        load("jsonl", path=path)

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from depass_lightning.callbacks.publish import is_named
 from depass_lightning.callbacks.watch import TERMINATED, Terminated, end_with_parent, stop_on_sigterm
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.files import write_whole
 
 console = Console()
@@ -116,6 +116,38 @@ def tell(line: str, style: str = "") -> None:
     """Print one line to the standard error, on the first process alone."""
     if first_process():
         Console(stderr=True, soft_wrap=True).print(Text(line, style))
+
+
+@contextmanager
+def left_out(path: Path) -> Iterator[None]:
+    """Say that a file is left out where it cannot be read, whatever is wrong with it, and go on."""
+    try:
+        yield
+    except Exception as error:
+        tell(f"{path} is left out: {told(error)}", "yellow")
+
+
+def told(error: Exception) -> str:
+    """Return why something failed, in one line."""
+    return " ".join(reason_of(error).split())[:300]
+
+
+def folder_of(given: str | Path, key: str) -> Path:
+    """Return a folder that a setting names.
+
+    Args:
+        given: the setting.
+        key: its name, for the error.
+
+    Raises:
+        DePassError: it names none, or there is no such folder.
+    """
+    if not str(given).strip():
+        raise DePassError(f"{key}= names no folder; give one, as {key}=logs/analyze/multiruns/<time>")
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise DePassError(f"there is no folder {folder} ({key}=)")
+    return folder
 
 
 def predict(

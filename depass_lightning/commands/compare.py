@@ -1,6 +1,5 @@
 """`python analyze.py compare=[...]`: the same prompts through several checkpoints, revisions or adapters."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.text import Text
 from depass_lightning.commands.results import example_of
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
+from depass_lightning.files import safe_name
 from depass_lightning.reports.film import Frame, write_film
 from depass_lightning.storage import attribution_from_row, write_json
 
@@ -135,8 +135,10 @@ def load_checkpoint(model: torch.nn.Module, path: Path) -> None:
 
 def labelled(entries: Sequence[str]) -> list[str]:
     """Return a short name for each model that is none of the others', fit for a folder."""
-    short = [re.sub(r"[^\w.@=-]+", "-", Path(entry).name) or "model" for entry in entries]
-    return [name if short.count(name) == 1 else f"{place + 1}-{name}" for place, name in enumerate(short)]
+    short = [safe_name(Path(entry).name or "model") for entry in entries]
+    numbered = [f"{place}-{name}" for place, name in enumerate(short, start=1)]
+    labels = [a if short.count(a) == 1 else b for a, b in zip(short, numbered, strict=True)]
+    return labels if len(set(labels)) == len(labels) else numbered
 
 
 def changed(frames: Sequence[Frame]) -> list[dict[str, Any]]:

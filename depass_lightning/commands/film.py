@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from depass_lightning.commands.common import folder_of, left_out
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.film import Frame, write_film
 from depass_lightning.storage import attribution_from_row, read_rows
@@ -28,25 +29,27 @@ def write_films(folder: str | Path) -> list[Path]:
     Raises:
         DePassError: there are no maps in the folder.
     """
-    maps = Path(folder) / "depass"
+    folder = folder_of(folder, "film")
+    maps = folder / "depass"
     # with several sources each has a folder of its own, within its set's
     sets = sorted({path.parent for path in maps.rglob("step-*.parquet")})
-    losses = read_losses(Path(folder))
+    losses = read_losses(folder)
     pages, steps = [], 0
     for own in sets:
         frames, examples = read_frames(own)
         steps += len(frames)
         if len(frames) > 1:
             page, name = own / "film.html", own.relative_to(maps).as_posix()
-            write_film(
-                page,
-                frames,
-                title=f"{name}: what the answers were based on while the model trained",
-                subtitle=f"{len(frames)} steps; the slider walks over them, the curves can be clicked",
-                examples=examples,
-                lines=losses | _curves(own),
-            )
-            pages.append(page)
+            with left_out(page):
+                write_film(
+                    page,
+                    frames,
+                    title=f"{name}: what the answers were based on while the model trained",
+                    subtitle=f"{len(frames)} steps; the slider walks over them, the curves can be clicked",
+                    examples=examples,
+                    lines=losses | _curves(own),
+                )
+                pages.append(page)
     if not steps:
         raise DePassError(
             f"{folder} holds no maps of DePassCallback (depass/<probes>/step-*.parquet); give a run's folder"
@@ -61,16 +64,19 @@ def read_frames(folder: Path) -> tuple[list[Frame], dict[str, Mapping[str, Any]]
         folder: where `step-000120.parquet` and the like are.
 
     Returns:
-        A frame a step, in order, and what is known of each prompt by its id.
+        A frame a step, in order, and what is known of each prompt by its id. A step whose file cannot be read
+        is left out.
     """
     frames, examples = [], {}
     for path in sorted(folder.iterdir()):
         match = MAPS.fullmatch(path.name)
         if match:
-            rows = read_rows(path)
-            own = {row["id"]: attribution_from_row(row) for row in rows}
-            frames.append(Frame(f"step {int(match[1])}", int(match[1]), own))
-            examples |= {row["id"]: {"evidence": row["evidence"] or ()} for row in rows}
+            with left_out(path):
+                rows = read_rows(path)
+                own = {row["id"]: attribution_from_row(row) for row in rows}
+                known = {row["id"]: {"evidence": row["evidence"] or ()} for row in rows}
+                frames.append(Frame(f"step {int(match[1])}", int(match[1]), own))
+                examples |= known
     return sorted(frames, key=lambda frame: frame.at), examples
 
 
@@ -78,7 +84,7 @@ def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Read the losses that Lightning's CSV logger has written below a run's folder, by their names."""
     losses: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(folder.rglob("metrics.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
+        with left_out(path), path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if name and "loss" in name and value and row.get("step"):
@@ -91,12 +97,14 @@ def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     path = folder / "history.json"
     if not path.is_file():
         return {}
-    history = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        f"all probes: {name.replace('_', ' ')}": _finite(zip(history["steps"], curve, strict=True))
-        for name, curve in history["curves"].items()
-        if name in LINES
-    }
+    with left_out(path):
+        history = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            f"all probes: {name.replace('_', ' ')}": _finite(zip(history["steps"], curve, strict=True))
+            for name, curve in history["curves"].items()
+            if name in LINES
+        }
+    return {}
 
 
 def _finite(points: Any) -> list[tuple[float, float]]:

@@ -3,30 +3,41 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from yaml import YAMLError
 
 from depass_lightning.attribution import Attribution
+from depass_lightning.commands.common import folder_of, told
 from depass_lightning.commands.results import example_of
 from depass_lightning.errors import DePassError
+from depass_lightning.files import read_limited
 from depass_lightning.reports.numbers import percent, plain
 from depass_lightning.reports.sweep import AXES, Map, varying, write_sweep_page
-from depass_lightning.storage import attribution_from_row, write_shard
+from depass_lightning.storage import (
+    UNREADABLE,
+    Journal,
+    attribution_from_row,
+    check_file,
+    open_shard,
+    write_shard,
+)
 
 SHOWN = 40  # prompts on the page, at most
 MAPS = 1200  # of these prompts in all runs together, at most
 AT_ONCE = 64  # rows in memory
+CONFIG_BYTES = 2**18
+SUMMARY_BYTES = 2**26
 
 TEXT, NUMBER, COUNT = pa.string(), pa.float64(), pa.int64()
 COLUMNS = {
@@ -72,12 +83,13 @@ def report(folder: str | Path, console: Console) -> int:
     Raises:
         DePassError: there is no such folder, or no run in it.
     """
-    folder = Path(folder).expanduser()
-    rows = [row for own in find_runs(folder) for row in read_runs(own, folder)]
+    folder = folder_of(folder, "report")
+    rows = [row for run in find_runs(folder) for row in _rows(run, folder)]
+    maps = _maps(rows)
+    done = [row for row in rows if row["status"] == "done"]
     table = write_shard(folder / "sweep.parquet", rows, SWEEP_SCHEMA)
     page = folder / "sweep.html"
-    done = [row for row in rows if row["status"] == "done"]
-    write_sweep_page(page, rows, read_maps(done), title=f"Sweep: {folder.name}")
+    write_sweep_page(page, rows, maps, title=f"Sweep: {folder.name}")
     console.print(sweep_table(rows))
     for row in rows:
         if row["status"] != "done":
@@ -92,8 +104,6 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         DePassError: there are none.
     """
-    if not folder.is_dir():
-        raise DePassError(f"there is no folder {folder} to report on (report=)")
     found = {path.parent for path in folder.rglob("config.yaml")}
     # What Hydra keeps is all that a run has which failed before it began.
     runs = {own.parent if own.name == ".hydra" else own for own in found}
@@ -105,6 +115,60 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(runs, key=lambda own: [(len(part), part) for part in own.relative_to(folder).parts])
 
 
+def _rows(run: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return a run's rows, or one that says what is wrong: no run may end the others' report."""
+    try:
+        rows = read_runs(run, folder)
+        pa.Table.from_pylist(rows, schema=SWEEP_SCHEMA)
+    except Exception as error:
+        row = _row(run, folder, {}) | _state("broken", f"its files cannot be read: {told(error)}")
+        return [{key: _plain(value) for key, value in row.items()}]
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """Return a value whose text can be encoded: a folder's name may be any bytes."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
+def _maps(rows: list[dict[str, Any]]) -> list[Map]:
+    """Read the maps of the runs that are done; a run whose rows cannot be read is broken from then on."""
+    while True:
+        try:
+            return read_maps([row for row in rows if row["status"] == "done"])
+        except BrokenRunError as error:
+            row = next(row for row in rows if row["run"] == error.run)
+            row |= _state("broken", f"its results cannot be read: {error}")
+
+
+class BrokenRunError(DePassError):
+    """A run's rows cannot be read."""
+
+    def __init__(self, run: str, error: Exception) -> None:
+        super().__init__(told(error))
+        self.run = run
+
+
+@contextmanager
+def _reading(row: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise BrokenRunError(row["run"], error) from error
+
+
+def read_config(path: Path) -> Any:
+    """Read a configuration as plain containers.
+
+    Raises:
+        DePassError: it is no file, too large, or has aliases, which grow without bound and no run writes.
+    """
+    content = read_limited(path, CONFIG_BYTES)
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+        raise DePassError(f"{path} has aliases (*name); write out what they stand for")
+    return OmegaConf.to_container(OmegaConf.create(content.decode()))
+
+
 def read_runs(run: Path, folder: Path) -> list[dict[str, Any]]:
     """Read what a run's folder says: one row of `SWEEP_SCHEMA`, or several where it compares models.
 
@@ -114,11 +178,9 @@ def read_runs(run: Path, folder: Path) -> list[dict[str, Any]]:
     """
     kept = run / "config.yaml"
     try:
-        config: Any = OmegaConf.to_container(
-            OmegaConf.load(kept if kept.exists() else run / ".hydra/config.yaml")
-        )
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        return [_row(run, folder, {}) | _state("broken", f"its configuration cannot be read: {error}")]
+        config = read_config(kept if kept.exists() else run / ".hydra/config.yaml")
+    except Exception as error:  # of YAML, of OmegaConf, of the disk, or of what is nested too deep
+        return [_row(run, folder, {}) | _state("broken", f"its configuration cannot be read: {told(error)}")]
     if isinstance(config, dict) and config.get("compare"):
         names = sorted(path.parent for path in run.glob("*/summary.json"))
         return [_read(own, folder, config) for own in names] or [_read(run, folder, config)]
@@ -132,12 +194,19 @@ def _read(run: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not (run / "summary.json").exists():
         return asked | _state(*_progress(run))
     try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        check_file(run / "summary.json")
+        summary = json.loads(read_limited(run / "summary.json", SUMMARY_BYTES))
         # What a summary says was asked is what was: of compared models each has a name of its own.
         row = _row(run, folder, {**config, **summary}) | _numbers(summary)
         pq.read_schema(_rows_of(run))
-    except (ValueError, TypeError, AttributeError, OSError) as error:  # pyarrow's are among them
-        return asked | _state("broken", f"its results cannot be read: {error}")
+        if damaged := Journal(run).damaged():
+            raise DePassError(
+                f"{damaged[0]} is damaged or missing"
+                + (f", and {len(damaged) - 1:,} more files" if len(damaged) > 1 else "")
+                + "; the same command attributes its prompts again"
+            )
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:  # pyarrow's are among
+        return asked | _state("broken", f"its results cannot be read: {told(error)}")
     return row | _state("done", None)
 
 
@@ -209,7 +278,7 @@ def _progress(run: Path) -> tuple[str, str]:
     for shard in run.glob("attributions/**/*.parquet"):
         try:
             done += pq.read_metadata(shard).num_rows
-        except (OSError, pa.ArrowInvalid):
+        except UNREADABLE:
             continue
     return "unfinished", f"{done:,} rows are done; it is at work, or the same command goes on with it"
 
@@ -223,11 +292,15 @@ def read_maps(rows: Sequence[Mapping[str, Any]]) -> list[Map]:
 
     Args:
         rows: the runs that are done.
+
+    Raises:
+        BrokenRunError: one of them cannot be read.
     """
     held: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        for batch in _batches(row, ["id"]):
-            held.update((row["task"], own["id"]) for own in batch)
+        with _reading(row):
+            for batch in _batches(row, ["id"]):
+                held.update((row["task"], own["id"]) for own in batch)
     # The sort is stable: among those that as many runs have, the first ones stay in front.
     chosen = sorted(held, key=lambda own: -held[own])[:SHOWN]
     while len(chosen) > 1 and sum(held[own] for own in chosen) > MAPS:
@@ -237,19 +310,20 @@ def read_maps(rows: Sequence[Mapping[str, Any]]) -> list[Map]:
     found: list[Map] = []
     for row in rows:
         wanted = {id for task, id in chosen if task == row["task"]}
-        for batch in _batches(row, None) if wanted else ():
-            for own in batch:
-                if own["id"] in wanted:
-                    attribution: Attribution = attribution_from_row(own)
-                    name = names[row["task"], own["id"]]
-                    found.append(Map(row["run"], name, attribution, example_of(own)))
+        with _reading(row):
+            for batch in _batches(row, None) if wanted else ():
+                for own in batch:
+                    if own["id"] in wanted:
+                        attribution: Attribution = attribution_from_row(own)
+                        name = names[row["task"], own["id"]]
+                        found.append(Map(row["run"], name, attribution, example_of(own)))
     order = {name: place for place, name in enumerate(names.values())}
     return sorted(found, key=lambda own: order[own.prompt])
 
 
 def _batches(row: Mapping[str, Any], columns: list[str] | None) -> Any:
     """Read a run's rows, few of them in memory at a time."""
-    with pq.ParquetFile(_rows_of(Path(row["folder"]))) as file:
+    with open_shard(_rows_of(Path(row["folder"]))) as file:
         for batch in file.iter_batches(batch_size=AT_ONCE, columns=columns):
             yield batch.to_pylist()
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from depass_lightning.errors import DePassError, reason_of
+from depass_lightning.files import read_limited
 from depass_lightning.tasks.example import Example, Task
 from depass_lightning.tasks.hub import HUB, hub_rows, saved_rows
 
 Row = dict[str, Any]
+FILE_BYTES = 2**30
+TEXT = 10_000_000  # characters
 
 
 def load_rows(
@@ -72,15 +75,18 @@ def name_field(row: Row, key: str, number: int) -> str:
 
 
 def check_text(what: str, text: str) -> str:
-    """Return a text as it is, if UTF-8 can hold it.
+    """Return a text as it is, if it can be stored and tokenised.
 
     Args:
         what: what it is called in an error.
         text: the text.
 
     Raises:
-        DePassError: it has half a surrogate pair, which JSON can spell and no tokenizer or file can take.
+        DePassError: it has half a surrogate pair, which JSON can spell and no tokenizer or file can take, or
+            it is very long: tokenizers end the process on such texts.
     """
+    if len(text) > TEXT:
+        raise DePassError(f"{what} has {len(text):,} characters; give at most {TEXT:,}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -97,12 +103,11 @@ def read_text(path: Path, kind: str) -> str:
         kind: what it should be, for errors.
 
     Raises:
-        DePassError: there is no such file, it is no regular file, or it is not in UTF-8.
+        DePassError: there is no such file, it is no regular file, too large, or it is not in UTF-8.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise DePassError(f"{path} is not a regular file; give {kind}")
-        return path.read_text(encoding="utf-8-sig")
+        text = read_limited(path, FILE_BYTES).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise DePassError(f"no file {path}; give the path of {kind} (path=)") from None
     except (OSError, UnicodeDecodeError) as error:
