@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -52,6 +53,19 @@ LORA: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": ["v_proj"], "modules_to_save": ["input_layernorm", "norm"]},
     ),
+    "rows of the embedding": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]}),
+    "rows of a tied embedding": ("gemma", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]}),
+    "rows of both": (
+        "llama",
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 7]},
+        },
+    ),
+    "a tied copy": (
+        "gemma",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "experts": (
         "mixtral",
         {
@@ -76,7 +90,9 @@ def draw(model: Any, *, seed: int = 3) -> None:
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "magnitude" in name or "modules_to_save" in name or "ia3" in name:
+            if "magnitude" in name or any(
+                part in name for part in ("modules_to_save", "ia3", "tokens_delta")
+            ):
                 parameter.mul_(torch.rand(parameter.shape, generator=numbers) + 0.5)
             elif any(part in name for part in ("lora_", "hada_", "oft_", "vera_")):
                 parameter.normal_(0.0, 0.1, generator=numbers)
@@ -119,7 +135,14 @@ def test_scores_are_those_of_the_merged_model(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["every map", "biases, rank-stabilised", "dora", "copies of head and embedding"]
+    "case",
+    [
+        "every map",
+        "biases, rank-stabilised",
+        "dora",
+        "copies of head and embedding",
+        "rows of a tied embedding",
+    ],
 )
 def test_disabled_and_merged_adapters_are_as_the_model_is_then(case: str) -> None:
     model, ways = adapted(case), [WAYS["tokens"], WAYS["taylor"]]
@@ -187,6 +210,7 @@ def test_an_adapter_is_trained_and_explained() -> None:
 
 
 OTHERS: dict[str, Callable[[], Any]] = {
+    "AdaLora": lambda: AdaLoraConfig(target_modules=EVERY, total_step=10, tinit=1, tfinal=2),
     "IA3": lambda: IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),

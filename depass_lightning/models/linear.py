@@ -92,14 +92,17 @@ def held(module: nn.Module) -> Iterator[None]:
 
 
 def chosen(module: nn.Module) -> Any:
-    """What computes in a module's place, where `peft` trains a whole copy of it (`modules_to_save`).
+    """What computes in a module's place: inside what compiles it, or where `peft` trains a copy of it
+    (`modules_to_save`) or some of its rows (`trainable_token_indices`).
 
     Args:
         module: a part of the model.
     """
-    own: Any = module
+    own: Any = getattr(module, "_orig_mod", module)
+    if hasattr(own, "token_adapter"):
+        return own.token_adapter
     if not hasattr(own, "modules_to_save") or not hasattr(own, "original_module"):
-        return module
+        return own
     active = (
         [] if own.disable_adapters else [name for name in own.active_adapters if name in own.modules_to_save]
     )
@@ -115,8 +118,12 @@ def features(module: nn.Module) -> tuple[int, int]:
     Raises:
         DePassError: the module does not say.
     """
+    module = chosen(module)
     if isinstance(module, Conv1D):
         return module.nx, module.nf
+    if isinstance(module, nn.Linear) and _readable(module):
+        outputs, inputs = module.weight.shape  # what it says of itself may be of another matrix (tied copies)
+        return inputs, outputs
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     base = getattr(module, "base_layer", None)
@@ -206,6 +213,8 @@ def _read(module: nn.Module, dtype: torch.dtype) -> Linear | None:
     """Read a map from its tensors; None where these do not say what it computes."""
     if _is_plain_lora(module):
         return _with_adapters(module, dtype)
+    if _trains_rows(module):
+        return _with_rows(module, dtype)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
         return None
@@ -245,8 +254,20 @@ def _dequantises(module: nn.Module) -> bool:
     )
 
 
+def _trains_rows(module: Any) -> bool:
+    """Whether a module is a layer of which `peft` trains some rows, on top of a plain one."""
+    return hasattr(module, "get_merged_weights") and _readable(module.base_layer)
+
+
+def _with_rows(module: Any, dtype: torch.dtype) -> Linear:
+    base = linear_of(module.base_layer, dtype)
+    if module.merged or module.disable_adapters:
+        return base
+    return Linear(module.get_merged_weights(module.active_adapters).detach().to(dtype), base.bias)
+
+
 def _is_plain_lora(module: Any) -> bool:
-    """Whether a module is a LoRA layer of the `peft` package whose adapters simply add up."""
+    """Whether a module is a LoRA or AdaLoRA layer of the `peft` package whose adapters simply add up."""
     return (
         hasattr(module, "get_delta_weight")
         and hasattr(module, "lora_A")
@@ -276,7 +297,7 @@ def _with_adapters(module: Any, dtype: torch.dtype) -> Linear:
 def _with_biases(module: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Add a LoRA layer's own biases, where it has any, to its base's."""
     for name in _added(module):
-        own = module.lora_B[name].bias
+        own = getattr(module.lora_B[name], "bias", None)  # AdaLoRA keeps plain matrices
         if own is not None:
             own = module.scaling[name] * own.detach().to(dtype)
             bias = own if bias is None else bias.to(own) + own
