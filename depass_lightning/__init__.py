@@ -11,7 +11,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__in
 from depass_lightning.attribution import Attribution
 from depass_lightning.attributions import Attributions
 from depass_lightning.depass import DePass
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.estimate import Estimate
 from depass_lightning.generation import Generation
 from depass_lightning.models.families import register_family
@@ -28,6 +28,7 @@ __all__ = [
     "Contrast",
     "DePass",
     "DePassError",
+    "DePassWarning",
     "Decomposition",
     "Direction",
     "Estimate",

@@ -11,18 +11,19 @@ from depass_lightning.processes import from_all, place
 
 
 def in_batches(
-    kinds: list[tuple[int, int]],
+    kinds: list[tuple[Any, int]],
     batch_size: int,
     work: Callable[[list[int]], list[Any]],
     progress: bool,
     description: str = "attributing",
 ) -> list[Any]:
-    """Work in batches of the same layer and similar length, and put the results back in order.
+    """Work in batches of one kind and similar length, and put the results back in order.
 
     Inside `depass_lightning.processes.sharing` the batches are shared out among the processes.
 
     Args:
-        kinds: each prompt's layer and its number of tokens.
+        kinds: for each prompt what all of a batch must have in common, such as the layer and the rotary
+            frequencies, and its number of tokens.
         batch_size: how many prompts a batch has at most.
         work: gives the results of the prompts of the given numbers.
         progress: show a progress bar.

@@ -40,7 +40,13 @@ from depass_lightning.options import (
 )
 from depass_lightning.passes import Decomposition, decompose_batch, decompose_layers
 from depass_lightning.prompts import prompts_of
-from depass_lightning.readings import attribute_batch, attribute_targets, check_target, reading_place
+from depass_lightning.readings import (
+    attribute_batch,
+    attribute_targets,
+    check_target,
+    reading_place,
+    warn_of_gaps,
+)
 from depass_lightning.settings import Settings, settings_of
 from depass_lightning.sources import Source, Tokens, resolve_layer
 from depass_lightning.targets import TargetLike, as_targets, has_constant
@@ -50,7 +56,8 @@ class DePass:
     """Explains what a causal language model says by carrying components through one frozen pass.
 
     The model is left exactly as it was found: its mode, hooks, attention implementation, gradients and
-    random state.
+    random state. Calls from several threads take turns on a model, and a plain forward pass that another
+    thread starts meanwhile waits.
 
     Args:
         model: a Hugging Face causal language model of a supported family.
@@ -59,6 +66,8 @@ class DePass:
             float64 for a model in float64 and float32 for every other.
         memory_budget: bytes of working memory for one step of the engine, beside the components; by default
             chosen for the device.
+        max_positions: tokens that a prompt may have at most; by default the configuration's
+            `max_position_embeddings`. More is possible where positions are rotary, such as with scaled RoPE.
         process_group: a `torch.distributed` group whose processes share the components of each prompt, for
             very long ones. All of them must make the same calls, and all get the same scores.
 
@@ -73,15 +82,15 @@ class DePass:
         *,
         compute_dtype: str | torch.dtype | None = None,
         memory_budget: int | None = None,
+        max_positions: int | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.memory_budget = memory_budget
         self.process_group = process_group
-        self.decoder = bind_checked(
-            model, compute_dtype=None if compute_dtype is None else dtype_of(compute_dtype)
-        )
+        precision = None if compute_dtype is None else dtype_of(compute_dtype)
+        self.decoder = bind_checked(model, compute_dtype=precision, max_positions=max_positions)
 
     @classmethod
     def from_pretrained(
@@ -90,6 +99,7 @@ class DePass:
         *,
         compute_dtype: str | torch.dtype | None = None,
         memory_budget: int | None = None,
+        max_positions: int | None = None,
         **options: Any,
     ) -> "DePass":
         """Load a model and its tokenizer.
@@ -97,14 +107,15 @@ class DePass:
         Args:
             name: `tiny` for the embedded model, a hub name, a folder, or the path of a `.gguf` file.
             compute_dtype: as for `DePass`.
-            memory_budget: as for `DePass`.
+            memory_budget: as for `DePass`, and so is `max_positions`.
             options: as for `depass_lightning.models.load.load_model`: `revision`, `dtype`, `device`,
                 `device_map`.
 
         Raises:
             DePassError: the model cannot be loaded, or its architecture is not supported.
         """
-        return cls(*load_model(name, **options), compute_dtype=compute_dtype, memory_budget=memory_budget)
+        own: dict[str, Any] = {"compute_dtype": compute_dtype, "memory_budget": memory_budget}
+        return cls(*load_model(name, **options), **own, max_positions=max_positions)
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
@@ -254,10 +265,15 @@ class DePass:
 
         # Targets of one batch are read at the same place.
         kinds = [
-            (0 if several else reading_place(aims[0], layers), len(entry.ids))
+            (
+                (0 if several else reading_place(aims[0], layers), self.decoder.regime(len(entry.ids))),
+                len(entry.ids),
+            )
             for entry, aims in zip(prompts, targets, strict=True)
         ]
         results = in_batches(kinds, 1 if several else batch_size, explain, progress)
+        if bias == "component":
+            warn_of_gaps([one for own in results for one in own], settings)
         if source is None or isinstance(source, Source):
             results = [own[0] for own in results]
         return results[0] if isinstance(prompt, str) else results
@@ -335,9 +351,8 @@ class DePass:
         def states(batch: list[int]) -> list[Decomposition]:
             return decompose_batch(self.decoder, [prompts[i] for i in batch], settings, stop)
 
-        results = in_batches(
-            [(stop, len(entry.ids)) for entry in prompts], batch_size, states, progress=False
-        )
+        kinds = [(self.decoder.regime(len(entry.ids)), len(entry.ids)) for entry in prompts]
+        results = in_batches(kinds, batch_size, states, progress=False)
         return results[0] if isinstance(prompt, str) else results
 
     def attribute_generation(
@@ -371,7 +386,10 @@ class DePass:
         settings = self._settings(source, rule=rule, temperature=rule_temperature, bias=bias, path=path)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
-        return generate(self.decoder, self.tokenizer, prompts, settings, arguments)
+        found = generate(self.decoder, self.tokenizer, prompts, settings, arguments)
+        if bias == "component":
+            warn_of_gaps([found], settings)
+        return found
 
     def estimate(
         self,

@@ -1,4 +1,4 @@
-"""The error that the library raises on bad input."""
+"""The error that the library raises on bad input, and its warning."""
 
 
 class DePassError(ValueError):
@@ -17,3 +17,7 @@ def reason_of(error: Exception) -> str:
     """
     reason = str(error) if isinstance(error, DePassError) else f"{type(error).__name__}: {error}"
     return reason.encode(errors="backslashreplace").decode()  # it may quote what no file can hold
+
+
+class DePassWarning(UserWarning):
+    """Say why a result may not mean what it seems to mean."""

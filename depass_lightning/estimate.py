@@ -18,8 +18,9 @@ import torch
 from depass_lightning.engine.adjoint import at_readout, pull_back
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.groups import Table
+from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
+from depass_lightning.engine.record import Recording, record, recorded_bytes
 from depass_lightning.engine.rules import LinearPaths
 from depass_lightning.engine.share import share_neurons
 from depass_lightning.models.decoder import Decoder
@@ -147,7 +148,7 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
             for _ in pull_back(recording, rule, derivative, layer=recording.layers, first=0):
                 pass
 
-        with exact(decoder.device):
+        with alone(decoder.model):
             return _Rates(plain, 0.0, _fastest(back, decoder) / len(ids), len(ids))
     if rows == 0:
         return _Rates(plain, 0.0, 0.0, len(ids))
@@ -162,7 +163,7 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
         carry.attend(block.attention)
         share_neurons(carry, block.mlp, settings.rule)
 
-    with exact(decoder.device):
+    with alone(decoder.model):
         return _Rates(plain, _fastest(through, decoder) / (count * len(ids)), 0.0, len(ids))
 
 

@@ -7,6 +7,7 @@
    each place with its own token's row of the unembedding.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attributions import Attributions
-from depass_lightning.engine.record import undisturbed
-from depass_lightning.errors import DePassError
+from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, continued
 from depass_lightning.readings import attribute_targets
@@ -89,11 +90,30 @@ def generate(
             f"{limit} takes; shorten it, or take fewer by max_new_tokens"
         )
     ids = _generated(decoder, prompt, arguments)
+    _warn_of_borders(decoder, count, len(ids))
     text = continued(prompt, ids, tokenizer)
     # The token behind a position is that position's target.
     targets = [Token(token, position=count - 1 + index) for index, token in enumerate(ids)]
     (found,) = attribute_targets(decoder, tokenizer, text, targets, settings)
     return Generation(list(found))
+
+
+def _warn_of_borders(decoder: Decoder, count: int, new: int) -> None:
+    """Warn where a text grew past a length at which the model changes its rotary frequencies."""
+    last = count + new - 1
+    if decoder.regime(count) == decoder.regime(last):
+        return
+    border = next(
+        length for length in range(count, last) if decoder.regime(length + 1) != decoder.regime(length)
+    )
+    warnings.warn(
+        f"past {border} tokens the model changes the frequencies of its positions, and this text grew from "
+        f"{count} to {last}: what was generated before is explained as the model reads it in the "
+        "finished text, where its values may be others; attribute shorter texts to see it as it was "
+        "generated",
+        DePassWarning,
+        stacklevel=3,
+    )
 
 
 def _generated(decoder: Decoder, prompt: Prompt, arguments: Mapping[str, Any]) -> list[int]:
@@ -102,7 +122,7 @@ def _generated(decoder: Decoder, prompt: Prompt, arguments: Mapping[str, Any]) -
     if "generation_config" not in chosen:
         chosen.setdefault("do_sample", False)
     ids = torch.tensor([prompt.ids], device=decoder.device)
-    with undisturbed(decoder):
+    with undisturbed(decoder.model):
         try:
             output: Any = decoder.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=ids, attention_mask=torch.ones_like(ids), **chosen

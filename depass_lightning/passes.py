@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.engine.carry import Carry
+from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.propagate import propagate
-from depass_lightning.engine.record import Recording, exact, record, recorded_bytes
+from depass_lightning.engine.record import Recording, record, recorded_bytes
 from depass_lightning.engine.rounding import rounding_states
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
@@ -51,7 +52,7 @@ def decompose_batch(
     Raises:
         DePassError: the model's values are not finite.
     """
-    with exact(decoder.device):
+    with alone(decoder.model):
         recording = _record_whole(decoder, prompts, settings)
         carry = carry_to(recording, settings.sources[0], settings, settings.begin(prompts), stop)
         return _decompositions(carry, recording, prompts, settings, stop)
@@ -74,9 +75,15 @@ def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> It
     source = settings.sources[0]
     recording = _record_whole(decoder, [prompt], settings)
     split = source.split(recording, settings.begin([prompt]))
-    for layer, carry in propagate(recording, split, settings.rule, stop=recording.layers):
-        if carry.layout.groups == len(source.layers(recording.layers)):
-            yield _decompositions(carry, recording, [prompt], settings, layer)[0]
+    steps = propagate(recording, split, settings.rule, stop=recording.layers)
+    while True:
+        with alone(decoder.model):  # not while the caller has the turn
+            layer, carry = next(steps, (None, None))
+            if layer is None or carry is None:
+                return
+            complete = carry.layout.groups == len(source.layers(recording.layers))
+            found = _decompositions(carry, recording, [prompt], settings, layer) if complete else []
+        yield from found
 
 
 def _record_whole(decoder: Decoder, prompts: list[Prompt], settings: Settings) -> Recording:

@@ -87,6 +87,19 @@ def prompts_of(
     return prompts_of_texts([prompt] if isinstance(prompt, str) else list(prompt), tokenizer, limit)
 
 
+def read_length(decoder: Decoder, prompt: Prompt, position: int) -> int:
+    """How many tokens of a prompt the model reads for a target: up to its position, since none after it can
+    reach it; but all of them where the shorter prompt would get other rotary frequencies.
+
+    Args:
+        decoder: the model.
+        prompt: the prompt.
+        position: the target's, counted from 0.
+    """
+    same = decoder.regime(position + 1) == decoder.regime(len(prompt.ids))
+    return position + 1 if same else len(prompt.ids)
+
+
 def prompts_of_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """From a batch's targets to the `Attribution`s that a call returns."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,27 @@ from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution import Attribution
 from depass_lightning.attributions import Attributions
-from depass_lightning.engine.record import Recording, exact
-from depass_lightning.errors import DePassError
+from depass_lightning.engine.isolation import alone
+from depass_lightning.engine.record import Recording
+from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.passes import described, record_batch
-from depass_lightning.prompts import Prompt, token_text
+from depass_lightning.prompts import Prompt, read_length, token_text
 from depass_lightning.scores import Reading, Scored, score_batch, score_targets
 from depass_lightning.settings import Settings
 from depass_lightning.sources import Source, resolve_layer
-from depass_lightning.targets import Contrast, Direction, ProbeLogit, Target, Token, inner_reading, target_ids
+from depass_lightning.targets import (
+    Contrast,
+    Direction,
+    ProbeLogit,
+    Target,
+    Token,
+    finite,
+    inner_reading,
+    target_ids,
+)
+
+GAP = 1e-2  # a completeness that is no rounding
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,28 @@ def check_target(
         target_ids(target, prompt.text_until(position), tokenizer, decoder.vocabulary_size, own=0)
 
 
+def warn_of_gaps(found: Iterable[Attribution | Attributions], settings: Settings) -> None:
+    """Warn once where scores do not sum to the value although they should.
+
+    Args:
+        found: a call's results.
+        settings: how they were got.
+    """
+    if not settings.complete:
+        return
+    each = (own for one in found for own in ([one] if isinstance(one, Attribution) else one))
+    worst = max((own.completeness for own in each), default=0.0)
+    if worst > GAP:
+        warnings.warn(
+            f"scores miss the value that they explain by up to {worst:.1e} of it (completeness; at most "
+            "about 1e-5 is rounding). Likely causes: the model was changed after DePass(model) was made (a "
+            "hook, a replaced or compiled part, an adapter added, merged or removed): make a new one; a "
+            "forward hook changes what a part gives; or weights in half precision with values that overflow",
+            DePassWarning,
+            stacklevel=3,
+        )
+
+
 def attribute_batch(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -112,11 +147,9 @@ def attribute_batch(
         DePassError: the model's values are not finite.
     """
     at = [prompt.resolve_position(target.position) for prompt, target in zip(prompts, targets, strict=True)]
-    with exact(decoder.device):
-        # Nothing behind the target's position can reach it: it is cut off.
-        recording = record_batch(
-            decoder, prompts, [[place] for place in at], [place + 1 for place in at], settings
-        )
+    with alone(decoder.model):
+        lengths = [read_length(decoder, own, place) for own, place in zip(prompts, at, strict=True)]
+        recording = record_batch(decoder, prompts, [[place] for place in at], lengths, settings)
         reading, answers = _read(decoder, tokenizer, recording, prompts, targets, at)
         scores = score_batch(recording, prompts, settings, reading)
     naming = _Naming(decoder, tokenizer, settings)
@@ -156,8 +189,8 @@ def attribute_targets(
     at = [prompt.resolve_position(target.position) for target in targets]
     naming = _Naming(decoder, tokenizer, settings)
     found: list[dict[int, Attribution]] = [{} for _ in settings.sources]
-    with exact(decoder.device):
-        recording = record_batch(decoder, [prompt], [at], [max(at) + 1], settings)
+    with alone(decoder.model):
+        recording = record_batch(decoder, [prompt], [at], [read_length(decoder, prompt, max(at))], settings)
         read = [
             _read(decoder, tokenizer, recording, [prompt], [target], [position])
             for target, position in zip(targets, at, strict=True)
@@ -201,12 +234,14 @@ def _read(
             signs = rows.new_tensor([1, -1][: len(ids)])
             vector = signs @ rows
             name = " − ".join(repr(token_text(token, tokenizer)) for token in ids)
-            answers.append(_Answer(position, ids, name, float(signs @ uncapped[ids]), logits))
+            answers.append(_Answer(position, ids, name, finite(float(signs @ uncapped[ids]), name), logits))
             constants.append(signs @ biases)
         vectors.append(vector)
     normed = isinstance(targets[0], (Token, Contrast))
     positions = torch.tensor(at, device=recording.final_state.device)
-    values = torch.tensor([answer.value for answer in answers]).to(positions.device, recording.dtype)
+    values = torch.tensor(
+        [answer.value for answer in answers], device=positions.device, dtype=recording.dtype
+    )
     return Reading(layer, positions, torch.stack(vectors), torch.stack(constants), values, normed), answers
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from depass_lightning.engine.adjoint import Derivative, at_readout, pull_back
 from depass_lightning.engine.bulk import Bulk
 from depass_lightning.engine.groups import RankOne
-from depass_lightning.engine.record import Recording, exact
+from depass_lightning.engine.isolation import exact
+from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rounding import rounding_scores
 from depass_lightning.engine.rules import LinearPaths, Softmax
 from depass_lightning.errors import DePassError

@@ -63,6 +63,11 @@ class Settings:
         """The components that stand behind a source's own in each group."""
         return ["bias"] * self.bias + ["rounding"] * self.rounding
 
+    @property
+    def complete(self) -> bool:
+        """Whether scores sum to the value, where no constant is left out."""
+        return self.path == "content" and self.compat is None and self.rule_name != "dual"
+
     def begin(self, prompts: list[Prompt]) -> Pass:
         """What sources must know of a batch's pass."""
         return Pass(

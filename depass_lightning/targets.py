@@ -1,5 +1,6 @@
 """What is explained: a token's logit, the difference of two, or a direction inside the model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,24 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
     if not bool(torch.isfinite(vector).all()):
         raise DePassError(f"{what}: the direction is not finite")
     return vector.detach(), constant
+
+
+def finite(value: float, name: str) -> float:
+    """Return a target's value, where it is a number.
+
+    Args:
+        value: the model's value of the target.
+        name: what the target is called.
+
+    Raises:
+        DePassError: the value is infinite or no number, so that no scores could sum to it.
+    """
+    if not math.isfinite(value):
+        raise DePassError(
+            f"the model's value of the target {name} is {value}: it rules the token out; choose another "
+            "target"
+        )
+    return value
 
 
 def target_ids(

@@ -12,7 +12,7 @@ from depass_lightning.baselines.forward import Answer, Batch, as_depass_runs
 from depass_lightning.batches import in_batches
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.prompts import Prompt, prompts_of
+from depass_lightning.prompts import Prompt, prompts_of, read_length
 from depass_lightning.readings import check_target
 from depass_lightning.sources import Source, Tokens
 from depass_lightning.targets import Contrast, TargetLike, Token, as_targets
@@ -163,7 +163,11 @@ class Baseline(Method):
             check_target(decoder, tokenizer, entry, aim, 0)
             self.source.describe(entry, decoder)
             targets.append(aim)
-        ends = [own.resolve_position(aim.position) for own, aim in zip(prompts, targets, strict=True)]
+        lengths = [
+            read_length(decoder, own, own.resolve_position(aim.position))
+            for own, aim in zip(prompts, targets, strict=True)
+        ]
+        kinds = [(decoder.regime(length), length) for length in lengths]
 
         def explain(numbers: list[int]) -> list[Attribution]:
             chosen = [prompts[i] for i in numbers]
@@ -173,7 +177,7 @@ class Baseline(Method):
                 answers = batch.answers
             return [self._attribution(*own) for own in zip(chosen, answers, scores.detach(), strict=True)]
 
-        results = in_batches([(0, end) for end in ends], batch_size, explain, progress)
+        results = in_batches(kinds, batch_size, explain, progress)
         return results[0] if isinstance(prompt, str) else results
 
     def _attribution(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.engine.capture import Capture
-from depass_lightning.engine.record import undisturbed
+from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt, pad, token_text
-from depass_lightning.targets import Contrast, Token, target_ids
+from depass_lightning.prompts import Prompt, pad, read_length, token_text
+from depass_lightning.targets import Contrast, Token, finite, target_ids
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def as_depass_runs(decoder: Decoder) -> Iterator[None]:
     Args:
         decoder: the model.
     """
-    with torch.inference_mode(False), undisturbed(decoder), ExitStack() as stack:
+    with torch.inference_mode(False), undisturbed(decoder.model), ExitStack() as stack:
         for block in decoder.blocks:
             if block.attention.in_mask is not None:  # eager attention would count it twice
                 for handle in Capture(everything=False).hooks(block):
@@ -108,7 +108,9 @@ class Batch:
         self.prompts = prompts
         self.targets = targets
         ends = [own.resolve_position(aim.position) for own, aim in zip(prompts, targets, strict=True)]
-        self.rows = [own.ids[: end + 1] for own, end in zip(prompts, ends, strict=True)]
+        self.rows = [
+            own.ids[: read_length(decoder, own, end)] for own, end in zip(prompts, ends, strict=True)
+        ]
         self.ids = pad(self.rows).to(decoder.device)
         self.positions = torch.tensor(ends, device=decoder.device)
         self._answers: list[Answer] | None = None
@@ -168,13 +170,14 @@ class Batch:
                 self.decoder.vocabulary_size,
                 int(own.argmax()),
             )
+            name = " − ".join(repr(token_text(token, self.tokenizer)) for token in ids)
             values = uncapped[row, ids].to(self.decoder.dtype)
             answers.append(
                 Answer(
                     position=position,
                     ids=ids,
-                    name=" − ".join(repr(token_text(token, self.tokenizer)) for token in ids),
-                    value=float(values[0] - values[1:].sum()),
+                    name=name,
+                    value=finite(float(values[0] - values[1:].sum()), name),
                     prediction=token_text(int(own.argmax()), self.tokenizer),
                     probability=float(own.softmax(-1)[ids[0]]),
                     rank=int((own > own[ids[0]]).sum()),

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, FrozenNorm, NormProbe
-from depass_lightning.engine.record import undisturbed
+from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.linear import Part, bias_of, features, has_bias
@@ -45,7 +45,12 @@ def through_scores(
     Raises:
         DePassError: a norm inside attention is neither an RMSNorm nor a LayerNorm.
     """
-    with undisturbed(decoder), torch.inference_mode(mode=False), torch.enable_grad(), ExitStack() as stack:
+    with (
+        undisturbed(decoder.model),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        ExitStack() as stack,
+    ):
         call, dtype = attention.call, output.dtype
         biases: list[tuple[Tensor, Tensor]] = []
         for module, hook in _hooks(call, dtype, biases):

@@ -15,7 +15,8 @@ from torch import Tensor
 from depass_lightning.engine.carry import Carry
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.groups import BehindAttention, Group, RankOne, Table
-from depass_lightning.engine.record import Recording, exact
+from depass_lightning.engine.isolation import exact
+from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import Rule
 from depass_lightning.engine.share import share_neurons
 from depass_lightning.engine.spread import SpreadRule

@@ -1,6 +1,6 @@
 """Record one plain forward pass and leave the model exactly as it was found.
 
-1. Put the model into evaluation mode, eager attention, outside autocast; all of it is undone
+1. Put the model into evaluation mode, eager attention, outside autocast (`isolation.py`); all of it is undone
    afterwards, also on an exception.
 2. Run it once with hooks on every block that keep the norms' inputs and outputs, the attention
    probabilities, the pre-activations and the neurons.
@@ -8,63 +8,21 @@
    when it is asked for.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from depass_lightning.engine.capture import BlockProbes, Capture, freeze
 from depass_lightning.engine.frozen import AttentionCall, FrozenBlock, FrozenNorm, NormProbe
+from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.linear import Part
-
-
-@contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Compute in the tensors' own precision and without gradients, whatever surrounds it.
-
-    Args:
-        device: where the computation runs.
-    """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def undisturbed(decoder: Decoder, *, eager: bool = True) -> Iterator[None]:
-    """Run the model for looking at: no dropout, no gradients, no autocast, eager attention; undone on
-    leaving.
-
-    Each module's training flag and each configuration's attention implementation are put back one by one,
-    since a model may mix them.
-
-    Args:
-        decoder: the model.
-        eager: have attention compute its probabilities; else it runs as it is.
-    """
-    training = [module for module in decoder.model.modules() if module.training]
-    found = (getattr(module, "config", None) for module in decoder.model.modules())
-    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}
-    implementations = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for module in training:
-            module.training = False
-        for config, _ in implementations if eager else ():
-            config._attn_implementation_internal = "eager"
-        with exact(decoder.device):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for config, implementation in implementations:
-            config._attn_implementation_internal = implementation
 
 
 @dataclass
@@ -126,7 +84,7 @@ class Recording:
 
     def _replay(self, block: Block, kept: Capture) -> Capture:
         capture = Capture(everything=True)
-        with undisturbed(self.decoder), ExitStack() as stack:
+        with undisturbed(self.decoder.model), ExitStack() as stack:
             for handle in capture.hooks(block):
                 stack.callback(handle.remove)
             block.module(*kept.arguments, **kept.keywords)
@@ -193,7 +151,7 @@ def record(
     def keep_final(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         final["norm"] = (arguments[0], output)
 
-    with undisturbed(decoder):
+    with undisturbed(decoder.model):
         probes, final_probe = _probe_norms(decoder)
         with ExitStack() as stack:
             for block, capture in zip(decoder.blocks, captures, strict=True):
@@ -204,6 +162,7 @@ def record(
             logits, uncapped, kept = decoder.logits(input_ids, positions)
         real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
         _check_finite(decoder, captures, real)
+        _check_logits(decoder, uncapped[real[:, kept].to(uncapped.device)])
         home = input_ids.device
         final_state = captures[-1].left.to(home, decoder.dtype)
         final_norm = FrozenNorm.nothing(final_state)
@@ -250,4 +209,16 @@ def _check_finite(decoder: Decoder, captures: list[Capture], real: Tensor) -> No
         raise DePassError(
             f"block {block.index} gives values that are not finite; {culprit}. "
             "Restore an earlier checkpoint, or load the model in float32"
+        )
+
+
+def _check_logits(decoder: Decoder, logits: Float[Tensor, "row vocabulary"]) -> None:
+    """Name the tokens whose logits are not numbers; minus infinity only rules a token out."""
+    broken = (logits.isnan() | (logits == torch.inf)).any(0).nonzero()[:, 0].tolist()
+    if broken:
+        some = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+        raise DePassError(
+            f"the unembedding gives {len(broken)} of {logits.shape[1]} tokens a logit that is NaN or "
+            f"infinite (token {some}), though the states that it reads are finite; check the rows of these "
+            f"tokens in the weights of {type(decoder.model).__name__}'s unembedding"
         )

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from depass_lightning.engine.frozen import FrozenBlock
-from depass_lightning.engine.record import Recording, exact, record, undisturbed
+from depass_lightning.engine.isolation import alone, undisturbed
+from depass_lightning.engine.record import Recording, record
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
@@ -32,12 +33,12 @@ logger = logging.getLogger(__name__)
 LENGTH = 8  # tokens of the pass that checks a model
 
 
-def bind_checked(model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> Decoder:
+def bind_checked(model: nn.Module, **options: Any) -> Decoder:
     """Bind a model to the declaration of its family, and check that this describes it.
 
     Args:
         model: a Hugging Face causal language model.
-        compute_dtype: as for `Decoder`.
+        options: as for `Decoder`: `compute_dtype`, `max_positions`.
 
     Raises:
         DePassError: the architecture is not supported, or the declaration does not describe this model; the
@@ -46,9 +47,9 @@ def bind_checked(model: nn.Module, *, compute_dtype: torch.dtype | None = None) 
     config: Any = Decoder.config_of(model)
     declared = declared_families(config)
     if not declared:
-        return Decoder(model, _discovered(model, config.model_type), compute_dtype=compute_dtype)
+        return Decoder(model, _discovered(model, config.model_type), **options)
     validate(Decoder(model, declared[0]))
-    return Decoder(model, declared[0], compute_dtype=compute_dtype)
+    return Decoder(model, declared[0], **options)
 
 
 def _discovered(model: nn.Module, kind: str) -> FamilySpec:
@@ -100,11 +101,11 @@ def validate(decoder: Decoder) -> float:
     numbers = torch.Generator().manual_seed(0)
     ids = torch.randint(0, decoder.vocabulary_size, (1, length), generator=numbers).to(decoder.device)
     last = torch.tensor([[length - 1]], device=decoder.device)
-    with undisturbed(decoder, eager=False):
-        own, _, _ = decoder.logits(ids, last)
-    with _activations(decoder) as activations:
-        recording = record(decoder, ids, torch.tensor([length], device=decoder.device), last)
-    with exact(decoder.device):
+    with alone(decoder.model):
+        with undisturbed(decoder.model, eager=False):
+            own, _, _ = decoder.logits(ids, last)
+        with _activations(decoder) as activations:
+            recording = record(decoder, ids, torch.tensor([length], device=decoder.device), last)
         limit = tolerance(decoder)
         _expect(_distance(recording.logits, own), limit, "eager attention gives other logits than its own")
         _check_readout(decoder, recording, limit)
@@ -205,7 +206,10 @@ def _expect(error: float, limit: float, otherwise: str) -> None:
 
 def _distance(given: Tensor, expected: Tensor) -> float:
     expected = expected.to(given)
-    return float((given - expected).norm() / expected.norm().clamp_min(torch.finfo(given.dtype).tiny))
+    # A token that is ruled out has the logit minus infinity in both.
+    difference = torch.where(given == expected, 0, given - expected)
+    scale = expected.where(expected.isfinite(), 0).norm()
+    return float(difference.norm() / scale.clamp_min(torch.finfo(given.dtype).tiny))
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from depass_lightning.batches import in_batches
 from depass_lightning.depass import DePass
-from depass_lightning.engine.record import exact
+from depass_lightning.engine.isolation import alone, exact
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.passes import carry_to, record_batch
 from depass_lightning.prompts import Prompt
@@ -59,7 +59,7 @@ def carry_parts(
     def work(batch: list[int]) -> list[tuple[Tensor, float]]:
         own, error = [prompts[i] for i in batch], 0.0
         lengths = [len(prompt.ids) for prompt in own]
-        with exact(decoder.device):
+        with alone(decoder.model):
             recording = record_batch(decoder, own, [[length - 1] for length in lengths], lengths, settings)
             last = torch.tensor(lengths, device=decoder.device)[:, None] - 1
             kept = [recording.kept.index(int(place)) for place in last]
@@ -77,7 +77,9 @@ def carry_parts(
                 parts.append(torch.cat([states[:, -2:], whole[:, None]], 1))
         return [(states, error) for states in torch.stack(parts, 1).cpu()]
 
-    found = in_batches([(0, len(own.ids)) for own in prompts], batch_size, work, progress)
+    found = in_batches(
+        [(decoder.regime(len(own.ids)), len(own.ids)) for own in prompts], batch_size, work, progress
+    )
     stacked = torch.stack([states for states, _ in found], 2)
     return Carried(stacked[:, :2], stacked[0, 2], max(error for _, error in found))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from depass_lightning.batches import in_batches
 from depass_lightning.depass import DePass
-from depass_lightning.engine.record import undisturbed
+from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 
 Mask = Literal["remove", "attention"]
@@ -72,7 +72,8 @@ def ask(
     def work(batch: list[int]) -> list[Reply]:
         return _replies(depass, [different[i] for i in batch], mask)
 
-    kinds = [(0, len(ids) - (len(masked) if mask == "remove" else 0)) for ids, _, _, masked in different]
+    lengths = [len(ids) - (len(masked) if mask == "remove" else 0) for ids, _, _, masked in different]
+    kinds = [(depass.decoder.regime(length), length) for length in lengths]
     replies = dict(zip(different, in_batches(kinds, batch_size, work, progress=False), strict=True))
     return [replies[key] for key in keys]
 
@@ -98,8 +99,8 @@ def _replies(depass: DePass, questions: list[_Key], mask: Mask) -> list[Reply]:
         return torch.tensor([[0] * p + row for p, row in zip(padding, values, strict=True)], device=device)
 
     positions = padded([list(range(len(row))) for row in rows])
-    with undisturbed(depass.decoder, eager=False):
-        logits = depass.model(
+    with undisturbed(depass.decoder.model, eager=False):
+        logits = depass.decoder.model(
             input_ids=padded(rows),
             attention_mask=padded(seen),
             position_ids=positions,

@@ -27,7 +27,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.baselines.sites import Site, masking, sites_of
 from depass_lightning.batches import in_batches
 from depass_lightning.depass import DePass
-from depass_lightning.engine.record import undisturbed
+from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.removal import check_percents
 from depass_lightning.models.decoder import Decoder
@@ -291,8 +291,9 @@ def answers_given(
     def work(batch: list[int]) -> list[Given]:
         return _batch(decoder, [asked[i] for i in batch], sites)
 
-    kinds = [(0, len(own.ids) + len(own.answer)) for own in asked]
-    with undisturbed(decoder, eager=False):
+    lengths = [len(own.ids) + len(own.answer) - 1 for own in asked]
+    kinds = [(decoder.regime(length), length) for length in lengths]
+    with undisturbed(decoder.model, eager=False):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 

@@ -1,15 +1,19 @@
 """Prompts with tokens taken away, run together: what is the answer's probability now, and its logit?"""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from depass_lightning.batches import in_batches
+from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.models.decoder import unwrapped
+from depass_lightning.models.rotary import regime
 
 
 @dataclass(frozen=True)
@@ -27,24 +31,6 @@ class Shortened:
     answer: int
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout and without gradients, and give each module its own mode back.
-
-    Args:
-        model: the model.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def answers_of(
     model: nn.Module, prompts: Sequence[Shortened], batch_size: int, progress: bool = False
 ) -> list[tuple[float, float]]:
@@ -60,15 +46,18 @@ def answers_of(
         DePassError: the batch size is less than one.
     """
 
+    inner = unwrapped(model)
+
     def work(batch: list[int]) -> list[tuple[float, float]]:
-        logits = _next_token(model, [prompts[i] for i in batch])
+        logits = _next_token(inner, [prompts[i] for i in batch])
         wanted = torch.tensor([prompts[i].answer for i in batch], device=logits.device)[:, None]
         probabilities = logits.softmax(-1).gather(1, wanted)[:, 0].tolist()
         return list(zip(probabilities, logits.gather(1, wanted)[:, 0].tolist(), strict=True))
 
     # Whole prompts need no hook: they go by themselves.
-    kinds = [(int(all(own.seen)), len(own.ids)) for own in prompts]
-    with evaluating(model):
+    config = inner.config.get_text_config() if isinstance(inner, PreTrainedModel) else None
+    kinds = [((all(own.seen), regime(config, len(own.ids))), len(own.ids)) for own in prompts]
+    with undisturbed(model, eager=False):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 

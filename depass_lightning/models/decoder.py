@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import bind
 from depass_lightning.models.linear import Linear, features, has_bias, is_quantised, linear_of, rows_of
+from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.spec import FamilySpec, configured, submodule
 
 
@@ -23,9 +24,11 @@ class Decoder:
         spec: its family's declaration (`engine/validate.py` finds and checks it).
         compute_dtype: the precision that components are carried in; by default float64 for a model in
             float64 and float32 for every other.
+        max_positions: the tokens that a prompt may have; by default what the configuration states.
 
     Raises:
-        DePassError: this is no causal language model, or the declaration does not name its parts.
+        DePassError: this is no causal language model, it has no weights, the declaration does not name its
+            parts, or its positions end before `max_positions`.
     """
 
     def __init__(
@@ -34,11 +37,14 @@ class Decoder:
         spec: FamilySpec,
         *,
         compute_dtype: torch.dtype | None = None,
+        max_positions: int | None = None,
     ) -> None:
-        self.model = _original(model)
+        self.model = original(model)
         owner = type(self.model).__name__
+        _check_weights(self.model)
         self.config = self.config_of(model)
         self.spec = spec
+        self.max_positions = _positions(self.config, max_positions)
         unembedding = self.model.get_output_embeddings()
         if unembedding is None:
             raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
@@ -67,7 +73,7 @@ class Decoder:
         Raises:
             DePassError: it is none.
         """
-        return _original(model).config.get_text_config()
+        return original(model).config.get_text_config()
 
     @property
     def _places(self) -> dict[str, Any] | None:
@@ -148,10 +154,13 @@ class Decoder:
         """The number of neurons of the widest MLP; a mixture's experts count one behind the other."""
         return max(block.mlp.width for block in self.blocks)
 
-    @property
-    def max_positions(self) -> int | None:
-        """The model's context in tokens, where its configuration states it."""
-        return getattr(self.config, "max_position_embeddings", None)
+    def regime(self, length: int) -> Regime:
+        """Name the rotary frequencies of a prompt: only prompts of one name may share a batch.
+
+        Args:
+            length: the prompt's tokens.
+        """
+        return regime(self.config, length)
 
     @property
     def vocabulary_size(self) -> int:
@@ -220,18 +229,65 @@ class Decoder:
         return logits, before, kept.tolist()
 
 
-def _original(model: nn.Module) -> PreTrainedModel:
-    """The model itself, inside what compiles it or adds adapters to it."""
-    original: Any = getattr(model, "_orig_mod", model)
-    if hasattr(original, "get_base_model"):  # peft: the layers with adapters stand in the model's own places
-        _check_adapter(original)
-        original = original.get_base_model()
-    if not isinstance(original, PreTrainedModel):
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What is inside of what compiles a model or adds adapters to it.
+
+    Args:
+        model: any model.
+
+    Raises:
+        DePassError: its adapters are no linear maps.
+    """
+    found: Any = getattr(model, "_orig_mod", model)
+    if hasattr(found, "get_base_model"):  # peft: the layers with adapters are in the model's own places
+        _check_adapter(found)
+        found = found.get_base_model()
+    return getattr(found, "_orig_mod", found)
+
+
+def original(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model itself, inside what compiles it or adds adapters to it.
+
+    Args:
+        model: a Hugging Face causal language model.
+
+    Raises:
+        DePassError: it is none, or its adapters are no linear maps.
+    """
+    found = unwrapped(model)
+    if not isinstance(found, PreTrainedModel):
         raise DePassError(
-            f"{type(original).__name__} is not a Hugging Face causal language model; "
+            f"{type(found).__name__} is not a Hugging Face causal language model; "
             "pass the model itself, for instance AutoModelForCausalLM.from_pretrained(...)"
         )
-    return original
+    return found
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse a model without values; those that `accelerate` fetches when they are needed are there."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    empty = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if empty is not None:
+        raise DePassError(
+            f"'{empty}' of {type(model).__name__} is on the meta device, where it has no values; load the "
+            "model's weights (from_pretrained), or fill it by model.to_empty(device=...) and load_state_dict"
+        )
+
+
+def _positions(config: PretrainedConfig, asked: int | None) -> int | None:
+    """The tokens that a prompt may have; None where nothing limits them."""
+    stated: int | None = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        return stated
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise DePassError(f"max_positions is {asked!r}; it must be a whole number of at least 1")
+    if stated is not None and asked > stated and not is_rotary(config):
+        raise DePassError(
+            f"max_positions is {asked}, but '{config.model_type}' has a table of {stated} positions and none "
+            "after them; only models with rotary positions can be asked beyond their context"
+        )
+    return asked
 
 
 def _check_adapter(model: Any) -> None:

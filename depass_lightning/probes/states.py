@@ -9,7 +9,8 @@ from torch import Tensor
 
 from depass_lightning.batches import in_batches
 from depass_lightning.depass import DePass
-from depass_lightning.engine.record import exact, record
+from depass_lightning.engine.isolation import exact
+from depass_lightning.engine.record import record
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import Prompt, pad, prompts_of
 from depass_lightning.sources import resolve_layer
@@ -80,7 +81,9 @@ def hidden_states(
     def states(batch: list[int]) -> list[Tensor]:
         return _batch(depass, [prompts[i] for i in batch], wanted, position)
 
-    found = in_batches([(0, len(own.ids)) for own in prompts], batch_size, states, progress=False)
+    found = in_batches(
+        [(decoder.regime(len(own.ids)), len(own.ids)) for own in prompts], batch_size, states, progress=False
+    )
     return found if position == "all" else torch.stack(found, 1)
 
 
