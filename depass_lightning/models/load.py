@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer: the embedded one, a hub name, a folder or a GGUF file."""
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.folder import fault_of, fault_of_file
+from depass_lightning.models.weights import check_weights
 
 TINY = Path(__file__).parent / "tiny"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Options that say where files come from: the tokenizer's come from there too.
+HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 def load_model(
@@ -23,6 +28,7 @@ def load_model(
     revision: str | None = None,
     dtype: str | torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, ready for `DePass(model, tokenizer)`.
@@ -33,11 +39,13 @@ def load_model(
         revision: a branch, tag or commit of a hub model.
         dtype: the weights' precision, as `torch.float32` or `"float32"`.
         device: where to put the model; by default where it loads.
+        trust_remote_code: run Python code that comes with the model (`auto_map`), which may do anything.
         options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map`,
             `quantization_config` or `token`.
 
     Raises:
-        DePassError: the model cannot be found, reached or read, or access to it must be granted first; or
+        DePassError: the model cannot be found, reached or read, or access to it must be granted first; its
+            files lack weights, or hold others than the model's; it comes with code that is not trusted; or
             both `device` and `device_map` are given.
     """
     if device is not None and options.get("device_map") is not None:
@@ -46,20 +54,35 @@ def load_model(
         )
     precision = dtype_of(dtype)
     folder, gguf = _locate(name)
-    arguments: dict[str, Any] = {"revision": revision} if revision else {}
-    if gguf is not None:
-        arguments["gguf_file"] = gguf
+    files = {key: value for key, value in options.items() if key in HUB}
+    files |= {"trust_remote_code": trust_remote_code}  # where it is None, transformers asks on the terminal
+    files |= {"revision": revision} if revision else {}
+    files |= {"gguf_file": gguf} if gguf else {}
+    # Weights that are missing or of other sizes are named below, and not by a warning.
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet_if(Path(folder).is_dir()):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, **arguments, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise DePassError(_explain(name, revision, error)) from error
-    model.eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=precision, **{**options, **files, **reported}
+            )
+        model, info = loaded
+        model.eval()
+        if device is not None:
+            nn.Module.to(model, device)
+    except Exception as error:  # a broken file may end in an error of any class
+        raise DePassError(_explain(name, revision, folder, gguf, error)) from error
+    check_weights(
+        model,
+        f"model {_named(name, revision)}",
+        missing=info["missing_keys"],
+        # A quantised model's files hold scales, which its method reads by itself.
+        unexpected=() if hasattr(model, "hf_quantizer") else info["unexpected_keys"],
+        sizes={key: (there, here) for key, there, here in info["mismatched_keys"]},
+        hint="they may be of another model, or its config.json is",
+    )
     if gguf is not None or name == "tiny":  # else results would be named after a folder on this machine
         model.config._name_or_path = Path(name).stem
-    if device is not None:
-        nn.Module.to(model, device)
     return model, tokenizer
 
 
@@ -107,18 +130,29 @@ def _locate(name: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _quiet_if(local: bool) -> Iterator[None]:
-    """Leave out the progress bars of a load that takes seconds; downloads keep theirs."""
+    """Leave out the progress bars of a load that takes seconds, and the table of what did not fit."""
     shown = transformers_logging.is_progress_bar_enabled()
     if local:
         transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_no_table)
     try:
         yield
     finally:
+        logger.removeFilter(_no_table)
         if local and shown:
             transformers_logging.enable_progress_bar()
 
 
-def _explain(name: str, revision: str | None, error: Exception) -> str:
+def _no_table(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _named(name: str, revision: str | None) -> str:
+    return f"'{name}'" + (f" at revision '{revision}'" if revision else "")
+
+
+def _explain(name: str, revision: str | None, folder: str, gguf: str | None, error: Exception) -> str:
     """One sentence that says what is missing and what to do."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
@@ -127,18 +161,32 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     kinds = {type(cause).__name__ for cause in causes}
     said = " ".join(str(cause) for cause in causes).lower()
-    at = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
-    if "GatedRepoError" in kinds or "gated repo" in said or "access to model" in said:
+    at = _named(name, revision)
+    if "trust_remote_code=true" in said:
+        return (
+            f"model {at} comes with Python code of its own, which is not run; where you trust it, load it by "
+            "DePass.from_pretrained(..., trust_remote_code=True)"
+        )
+    if Path(folder).is_dir():
+        path = Path(folder) / gguf if gguf else None
+        fault = fault_of(Path(folder)) if path is None else fault_of_file(path)
+        if fault is not None:
+            return f"model {at} cannot be loaded: " + (fault if path is None else f"{path} {fault}")
+    elif "GatedRepoError" in kinds or "gated repo" in said or "access to model" in said:
         return (
             f"model {at} is gated: accept its licence at https://huggingface.co/{name}, then log in with "
             "`hf auth login` or set HF_TOKEN"
         )
-    if "offline" in said or "couldn't connect" in said or {"LocalEntryNotFoundError", "ConnectError"} & kinds:
+    elif (
+        "offline" in said or "couldn't connect" in said or {"LocalEntryNotFoundError", "ConnectError"} & kinds
+    ):
         return (
             f"model {at} is not on this machine and the hub cannot be reached; connect, or download it "
             f"elsewhere with `hf download {name}` and pass the folder, or pass the path of a .gguf file"
         )
-    if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in said:
+    elif Path(folder).is_file():
+        return f"model {at} is a file; pass the folder that it is in, or a .gguf file"
+    elif "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in said:
         return f"model {at} is neither a folder nor a public model on the hub; check the name, or log in"
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"model {at} cannot be loaded: {first}"
+    told = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    return f"model {at} cannot be loaded: {type(error).__name__}: {told}"
