@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from depass_lightning import DePass
-from depass_lightning.commands.compare import labelled, load_checkpoint
+from depass_lightning.commands.compare import labelled
 from depass_lightning.errors import DePassError
+from depass_lightning.models.checkpoint import load_checkpoint
 from depass_lightning.storage import read_attributions
 from tests.test_analyze import run
 from tests.test_film import data_of
@@ -77,7 +78,7 @@ def test_one_process_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"model.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(DePassError, match="does not hold the weights of LlamaForCausalLM"):
-        load_checkpoint(DePass.from_pretrained("tiny").model, tmp_path / "other.ckpt")
+        load_checkpoint(DePass.from_pretrained("tiny").model, str(tmp_path / "other.ckpt"))
 
 
 def test_labels_are_distinct_and_fit_for_folders() -> None:

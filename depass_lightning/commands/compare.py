@@ -15,6 +15,7 @@ from depass_lightning.commands.results import example_of
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.files import safe_name
+from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from depass_lightning.reports.film import Frame, write_film
 from depass_lightning.storage import attribution_from_row, write_json
 
@@ -75,7 +76,7 @@ def load_entry(entry: str, config: DictConfig, load: Callable[[DictConfig], DePa
 
     Args:
         entry: a folder or hub name, `name@revision`, the folder of a `peft` adapter of the configured model,
-            or a checkpoint (`.ckpt`) of a training of it.
+            or a checkpoint of a training of it, as for `models.checkpoint.load_checkpoint`.
         config: names the model that adapters and checkpoints belong to.
         load: loads the model that a configuration names.
 
@@ -83,9 +84,9 @@ def load_entry(entry: str, config: DictConfig, load: Callable[[DictConfig], DePa
         DePassError: it cannot be loaded, or a checkpoint does not fit the model.
     """
     path = Path(entry).expanduser()
-    if path.suffix == ".ckpt":
+    if is_checkpoint(entry):
         depass = load(config)
-        load_checkpoint(depass.model, path)
+        load_checkpoint(depass.model, entry)
         return depass
     if (path / ADAPTER).is_file():
         depass = load(config)
@@ -104,33 +105,6 @@ def _adapted(model: torch.nn.Module, path: Path) -> torch.nn.Module:
     except ImportError as error:
         raise DePassError(f"{path} is an adapter, which needs the package peft: pip install peft") from error
     return PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
-
-
-def load_checkpoint(model: torch.nn.Module, path: Path) -> None:
-    """Put the weights of a Lightning checkpoint into a model.
-
-    Args:
-        model: the model that was trained.
-        path: the checkpoint; its weights may stand anywhere in the LightningModule.
-
-    Raises:
-        DePassError: there is no such file, or it lacks weights of the model.
-    """
-    if not path.is_file():
-        raise DePassError(f"there is no checkpoint at {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    wanted = model.state_dict()
-    probe = next(iter(wanted))
-    ends = [key[: -len(probe)] for key in state if key.endswith(probe)]
-    prefix = ends[0] if ends else ""
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    missing = [key for key in wanted if key not in own]
-    if missing:
-        raise DePassError(
-            f"{path} does not hold the weights of {type(model).__name__}: '{missing[0]}' is not in it; name "
-            "the model that was trained by model="
-        )
-    model.load_state_dict({key: own[key] for key in wanted})
 
 
 def labelled(entries: Sequence[str]) -> list[str]:
