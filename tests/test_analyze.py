@@ -322,7 +322,7 @@ def test_nothing_but_bad_rows_is_no_crash(tmp_path, capsys):
         (["source=neurons", "source.indices=[4000]"], "no neuron 4000"),
         (["batch_size=0"], "batch_size"),
         (["path=control"], "path='control' needs rule='taylor'"),
-        (["path=sideways", "rule=taylor"], "path='sideways' is unknown; choose 'content' or 'control'"),
+        (["path=sideways", "rule=taylor"], "path='sideways': it should be 'content' or 'control'"),
         (["target=generation", "source=heads"], "what is generated is attributed to Tokens()"),
         (["target=generation", "compat=release"], "compat='release' explains no generated tokens"),
         (["target=generation", "target.max_new_tokens=0"], "max_new_tokens is 0"),

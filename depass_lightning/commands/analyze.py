@@ -15,6 +15,7 @@ from depass_lightning.commands.common import (
     first_process,
     keep_config,
     open_run,
+    shell,
     tell,
 )
 from depass_lightning.commands.compare import compare, load_entry
@@ -23,6 +24,7 @@ from depass_lightning.commands.launch import check_launch
 from depass_lightning.commands.report import report
 from depass_lightning.commands.results import print_results
 from depass_lightning.commands.runs import claim
+from depass_lightning.commands.schema import AnalyzeSettings, check_config
 from depass_lightning.commands.study import run_study
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -33,6 +35,7 @@ def analyze(config: DictConfig) -> int:
     """Run an analysis and return the exit code: 1 where a prompt had to be skipped."""
     if isinstance(config.report, str):
         return report(config.report, console)
+    check_config(config, AnalyzeSettings)
     check_launch(config)
     if config.film is not None:
         for page in write_films(config.film):
@@ -58,6 +61,7 @@ def run(config: DictConfig, folder: Path) -> int:
     return tell_skipped(done)
 
 
+@shell
 @hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")
 def main(config: DictConfig) -> None:
     """Run the command with the configuration that Hydra composes."""

@@ -3,10 +3,12 @@
 import errno
 import functools
 import logging
+import os
 import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +18,15 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
@@ -40,7 +43,13 @@ console = Console()
 INTERRUPTED = 130  # by Ctrl-C: a process's exit code, by custom
 CONFIG = "config.yaml"
 HYDRA = ".hydra"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What is wrong with a place that was given, or with a disk.
+PLACES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST)
+PLACES += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+MISTAKES = (
+    *(DePassError, InstantiationException, MisconfigurationException, OmegaConfBaseException),
+    *(ProcessException, OSError),
+)
 
 # What Lightning says about machines, and what torch says about Lightning's own code.
 ADVICE = (
@@ -78,7 +87,7 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
         except MissingMandatoryValue as error:
             code = 1
             tell(f"error: {error.full_key} has to be given: {error.full_key}=...", "red")
-        except (DePassError, InstantiationException, ProcessException, OSError) as error:
+        except MISTAKES as error:
             mistake = _mistake(error)
             if mistake is None:
                 raise
@@ -94,6 +103,35 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
             sys.exit(code)
 
     return run
+
+
+def shell(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a command's entry, so that what Hydra itself refuses is told without a traceback as well.
+
+    Args:
+        main: composes the configuration and does the work.
+    """
+
+    @functools.wraps(main)
+    def start() -> None:
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints a traceback, and ends by itself
+        try:
+            main()
+        except JobFailed:  # told when it happened
+            sys.exit(1)
+        except Exception as error:
+            began = any(
+                frame.f_code.co_name == "run_job" for frame, _ in traceback.walk_tb(error.__traceback__)
+            )
+            mistake = _mistake(error)
+            if mistake is None and (isinstance(error, CompactHydraException) or not began):
+                mistake = "\n".join(str(own) for own in (error, error.__cause__) if own is not None)
+            if mistake is None:
+                raise
+            tell(f"error: {mistake}", "red")
+            sys.exit(1)
+
+    return start
 
 
 class JobFailed(RuntimeError):
@@ -277,7 +315,9 @@ def _inline(value: Any) -> str:
 def _mistake(error: BaseException) -> str | None:
     """Return what the caller did wrong, where that is what the error says; Hydra may have wrapped it."""
     if isinstance(error, OSError) and not isinstance(error, DePassError):
-        return f"{error.filename}: {error.strerror}" if error.errno in FULL else None
+        return f"{error.filename}: {error.strerror}" if error.errno in PLACES else None
+    if isinstance(error, MisconfigurationException | OmegaConfBaseException):
+        return str(error).strip()
     if isinstance(error, ProcessRaisedException):  # in a forked process, whose traceback is all that is left
         found = re.search(r"^depass_lightning[\w.]*Error: (.*)", str(error), re.MULTILINE | re.DOTALL)
         return found[1].strip() if found else None
@@ -288,4 +328,7 @@ def _mistake(error: BaseException) -> str | None:
         if isinstance(cause, DePassError):
             return str(cause)
         cause = cause.__cause__
+    if isinstance(error, InstantiationException):
+        told = str(error.__cause__ or error).strip()
+        return f"{found[1]}: {told}" if (found := re.search(r"full_key: (\S+)", str(error))) else told
     return None

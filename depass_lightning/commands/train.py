@@ -23,8 +23,10 @@ from depass_lightning.commands.common import (
     keep_config,
     loggers_of,
     open_run,
+    shell,
 )
 from depass_lightning.commands.film import write_films
+from depass_lightning.commands.schema import TrainSettings, check_config
 from depass_lightning.errors import DePassError
 from depass_lightning.models.load import dtype_of, load_model
 from depass_lightning.modules.export import export_model
@@ -40,6 +42,7 @@ def train(config: DictConfig) -> int:
     """Train as the configuration says, and return the exit code."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
+    check_config(config, TrainSettings)
     folder = open_run(config)
     seed_everything(config.seed, workers=True, verbose=False)
     if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
@@ -67,6 +70,7 @@ def train(config: DictConfig) -> int:
     return 0
 
 
+@shell
 @hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="train")
 def main(config: DictConfig) -> None:
     """Run the command with the configuration that Hydra composes."""

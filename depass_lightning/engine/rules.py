@@ -26,6 +26,7 @@ Summary = tuple[Tensor, ...]
 
 RuleName = Literal["softmax", "max", "relu", "linear", "taylor", "dual"]
 Path = Literal["content", "control"]
+LOWEST = 1e-30  # temperature: gates over a lower one leave float32
 
 
 class CompetingRule(ABC):
@@ -265,10 +266,11 @@ def rule_named(name: str, temperature: float = 0.1) -> Rule:
         temperature: for the softmax only.
 
     Raises:
-        DePassError: there is no such rule, or the temperature is not positive.
+        DePassError: there is no such rule, or the temperature is not positive, too low, or infinite.
     """
-    if not temperature > 0:
-        raise DePassError(f"temperature is {temperature}; it must be greater than zero")
+    if not LOWEST <= temperature < math.inf:
+        bound = f"at least {LOWEST}" if 0 < temperature < LOWEST else "greater than zero, and finite"
+        raise DePassError(f"temperature is {temperature}; it must be {bound} (rule='max' is its limit)")
     rules: dict[str, Rule] = {
         rule.name: rule for rule in (Softmax(temperature), Max(), Relu(), Linear(), Taylor(), Dual())
     }

@@ -34,6 +34,9 @@ from depass_lightning.tasks import Example
 
 log = logging.getLogger(__name__)
 
+# After it a device computes nothing: no prompt is to blame. Before torch 2.8 it had no class.
+BROKEN: Any = getattr(torch, "AcceleratorError", ())
+
 KEPT_OPTIONS = ("source", "rule", "temperature", "bias", "compat")  # that decide components' states
 TARGETS = ("contrast", "token", "own", "generation")
 
@@ -163,7 +166,7 @@ class AttributionModule(LightningModule):
         for prompt in self.trial:
             try:
                 return self._try(prompt)
-            except torch.AcceleratorError:
+            except BROKEN:
                 raise
             except Exception as error:
                 failures.append(error)
@@ -198,7 +201,7 @@ class AttributionModule(LightningModule):
             rows = self._rows(batch.indices, batch.examples)
             carried = self._carried([example.prompt for example in batch.examples])
             return Predictions(rows, states=dict(zip(batch.indices, carried, strict=False)))
-        except torch.AcceleratorError:  # the device computes nothing after it
+        except BROKEN:
             raise
         except Exception as error:
             together = self.depass.process_group is not None  # the other processes are in the middle of it

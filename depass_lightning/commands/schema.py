@@ -1,0 +1,361 @@
+"""What a command's configuration may hold: every setting's type and bounds, before anything is loaded.
+
+Settings of the commands are declared here. What is instantiated (`_target_`: sources, callbacks, loggers, the
+trainer, ...) declares its arguments by its signature, and so do the methods.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import torch
+from hydra.utils import get_object
+from lightning.pytorch.strategies import StrategyRegistry
+from omegaconf import DictConfig, OmegaConf
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
+
+from depass_lightning import tasks
+from depass_lightning.baselines import METHODS, Baseline
+from depass_lightning.engine.rules import RuleName, rule_named
+from depass_lightning.errors import DePassError
+from depass_lightning.models.load import dtype_of
+from depass_lightning.modules.attribution import TARGETS
+from depass_lightning.options import BiasMode, Path
+
+MOST = 10_000_000  # prompts, rows, steps: a number beyond is a slip of the finger
+HYDRAS = ("_target_", "_convert_", "_partial_", "_recursive_", "_args_")
+SEEDS = 2**32  # numpy's
+ACCELERATORS = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
+
+
+def _one_of(names: tuple[str, ...]) -> BeforeValidator:
+    """Refuse a name that there is not, with the one that it is most like."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value not in names:
+            raise DePassError(f"there is no {value!r}{_suggested(value, names)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _dtype(value: str) -> str:
+    dtype_of(value)
+    return value
+
+
+def _temperature(value: float) -> float:
+    rule_named("softmax", value)
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Many = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+Name = Annotated[str, Field(min_length=1)]
+DType = Annotated[str, AfterValidator(_dtype)]
+Temperature = Annotated[float, AfterValidator(_temperature)]
+Object = dict[str, Any]
+
+
+class Settings(BaseModel):
+    """Settings that are taken as they are typed: no text for a number, and no number that is nearly whole."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class ModelSettings(Settings):
+    """Which model, and how it is loaded."""
+
+    name: Name
+    revision: Name | None = None
+    dtype: DType | None = None
+    device_map: str | int | Object | None = None
+
+
+class TrainerSettings(Settings):
+    """How many processes, and on what; the rest is Lightning's own."""
+
+    accelerator: ACCELERATORS = "auto"
+    devices: int | str | list[int] = 1
+    num_nodes: Count = 1
+    strategy: Annotated[str, _one_of(("auto", *StrategyRegistry.available_strategies()))] | Object = "auto"
+
+
+class CommonSettings(Settings):
+    """Of every command."""
+
+    task_name: Name
+    tags: list[str] | None = None
+    seed: Seed
+    print_config: bool
+    model: ModelSettings
+    trainer: TrainerSettings
+    callbacks: Object | None = None
+    logger: Object | None = None
+
+
+class TrainSettings(CommonSettings):
+    """Of `python train.py`."""
+
+    ckpt_path: Name | None
+    dtype: DType
+    untrained: Object | None
+    module: Object
+    data: Object
+    export_dir: Name | None
+    export_dtype: DType | None
+
+
+class TaskSettings(Settings):
+    """Which prompts."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, _one_of(tasks.NAMES)]
+    size: Count | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    split: Name = "test"
+    path: Name | None = None
+    language: Name | None = None
+
+
+class RuleSettings(Settings):
+    """How neurons are shared."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, _one_of(get_args(RuleName))]
+    temperature: Temperature = 0.1
+
+
+class TargetSettings(Settings):
+    """What is explained."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    kind: Annotated[str, _one_of(TARGETS)]
+    max_new_tokens: Annotated[int, Field(le=MOST)] = 1
+
+
+class ReportSettings(Settings):
+    """How much the report has."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prompts: Many
+    shown: Many
+    figures: Many
+
+
+class AnalyzeSettings(CommonSettings):
+    """Of `python analyze.py`."""
+
+    task: TaskSettings
+    source: Object
+    rule: RuleSettings
+    method: Object
+    target: TargetSettings
+    faithfulness: Object | None
+    study: Object | None
+    batch_size: Count
+    spread: Literal["prompts", "components"]
+    resume: bool
+    log_every: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    compute_dtype: DType | None
+    bias: BiasMode
+    path: Path
+    compat: Literal["release"] | None
+    states: int | Literal["end"] | None
+    compare: list[Annotated[str, Field(min_length=1)]] | None
+    film: Name | None
+    checkpoint: Name | None
+    report: ReportSettings
+
+
+def check_config(config: DictConfig, settings: type[CommonSettings]) -> None:
+    """Check a composed configuration, as a whole.
+
+    Args:
+        config: the configuration of a run.
+        settings: what its command takes.
+
+    Raises:
+        DePassError: naming the first setting that is wrong, and what it may be.
+        MissingMandatoryValue: a setting has to be given.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    _check(TypeAdapter(settings), plain, "")
+    for path, node in _targets(plain, ""):
+        _check_call(_object(path, node["_target_"]), node, path)
+    if isinstance(method := plain.get("method"), dict):
+        _check_method(method)
+    _check_devices(plain["trainer"])
+
+
+def _check(adapter: TypeAdapter[Any], value: Any, path: str) -> None:
+    """Check a value against a declared type."""
+    try:
+        adapter.validate_python(value)
+    except ValidationError as failed:
+        raise DePassError(_said(failed, path, value)) from None
+
+
+def _said(failed: ValidationError, path: str, value: Any) -> str:
+    """Return the first thing that is wrong, as a line; of a union's members what they say together."""
+    errors = failed.errors(include_url=False)
+    # A union's errors have its members' names after the setting's, which are no keys of the value.
+    place = _place(errors[0]["loc"], value)
+    said = dict.fromkeys(_message(error) for error in errors if _place(error["loc"], value) == place)
+    full = ".".join([*([path] if path else []), *map(str, place)])
+    error = errors[0]
+    if error["type"] == "missing":
+        return f"{full} has to be given: {full}=..."
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting {full}; leave it out"
+    return f"{full}={error['input']!r}: {'; or '.join(said)}"
+
+
+def _place(loc: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
+    """Return the part of an error's place that leads through the value."""
+    place: list[int | str] = []
+    for key in loc:
+        if (isinstance(value, dict) and key in value) or (
+            isinstance(value, list | tuple) and isinstance(key, int) and key < len(value)
+        ):
+            value = value[key]
+        elif isinstance(value, dict) and key == loc[-1]:  # a missing one
+            return (*place, key)
+        else:
+            break
+        place.append(key)
+    return tuple(place)
+
+
+def _message(error: Any) -> str:
+    said = str(error.get("ctx", {}).get("error") or error["msg"])
+    return said.replace("Input should be", "it should be").replace("Value error, ", "")
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return everything in a configuration that is instantiated, with its place."""
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{path}[{index}]")
+
+
+def _object(path: str, target: str) -> Any:
+    """Return what a `_target_` names."""
+    try:
+        return get_object(target)
+    except Exception as error:  # whatever importing it raises
+        raise DePassError(f"{path}._target_={target!r} cannot be imported: {error}") from error
+
+
+def _check_call(function: Any, node: Mapping[str, Any], path: str) -> None:
+    """Check a call's arguments against the signature of what is called."""
+    try:
+        parameters = inspect.signature(function).parameters
+        hints = get_type_hints(function.__init__ if isinstance(function, type) else function)
+    except (TypeError, ValueError, NameError):  # written in C, or with names that only type checkers know
+        return
+    stars = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    known = {name for name, own in parameters.items() if own.kind not in stars}
+    takes_any = False
+    for name, own in parameters.items():
+        if own.kind is own.VAR_KEYWORD:
+            unpacked = get_args(hints.pop(name, None))  # of Unpack[a TypedDict]
+            takes_any = not unpacked
+            for options in unpacked:
+                hints |= get_type_hints(options)
+                known |= get_type_hints(options).keys()
+    for name, value in node.items():
+        if name in HYDRAS:
+            continue
+        if name not in known and not takes_any:
+            raise DePassError(f"there is no setting {path}.{name}{_suggested(name, sorted(known))}")
+        if name in hints and not _made(value):
+            _check_hint(hints[name], value, f"{path}.{name}")
+
+
+def _check_method(method: dict[str, Any]) -> None:
+    """Check a method's name and options."""
+    name = method.get("name")
+    if not isinstance(name, str) or name not in METHODS:
+        raise DePassError(f"method.name={name!r}: there is no such method{_suggested(str(name), METHODS)}")
+    if issubclass(METHODS[name], Baseline):
+        _check_call(METHODS[name], {key: own for key, own in method.items() if key != "name"}, "method")
+
+
+def _check_hint(hint: Any, value: Any, path: str) -> None:
+    """Check a value against a type that a signature declares."""
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except PydanticUserError:
+        try:
+            adapter = TypeAdapter(hint)
+        except (PydanticSchemaGenerationError, PydanticUserError, TypeError, NameError):
+            return  # a type that says nothing of configurations
+    except (PydanticSchemaGenerationError, TypeError, NameError):
+        return
+    try:
+        adapter.validate_python(_tupled(value), strict=True)
+    except ValidationError:
+        _check(adapter, value, path)
+
+
+def _made(value: Any) -> bool:
+    """Whether a value has something in it that is instantiated first."""
+    return next(_targets(value, ""), None) is not None
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def _check_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuse a number of devices that is none, and a GPU where there is none."""
+    devices, accelerator = trainer.get("devices", 1), trainer.get("accelerator", "auto")
+    listed = isinstance(devices, list) or "," in str(devices)
+    numbers = [
+        str(own).strip() for own in (devices if isinstance(devices, list) else str(devices).split(","))
+    ]
+    count = None if listed or devices == "auto" else numbers[0]
+    whole = all(re.fullmatch("[0-9]{1,6}", number) for number in numbers) or count == "-1"
+    if devices != "auto" and (not numbers or not whole or count == "0"):
+        raise DePassError(
+            f"trainer.devices={devices!r}: give how many, from 1, their numbers, as trainer.devices=[0,1], "
+            "or auto"
+        )
+    if accelerator not in ("gpu", "cuda"):
+        return
+    gpus = torch.cuda.device_count() or (torch.mps.device_count() if accelerator == "gpu" else 0)
+    if not gpus:
+        raise DePassError(f"trainer.accelerator={accelerator!r}: there is no GPU here; take trainer=cpu")
+    if count is not None and int(count) > gpus:
+        raise DePassError(f"trainer.devices={devices!r}: there are {gpus} GPUs here")
+
+
+def _suggested(name: str, known: Any) -> str:
+    """Return what a name may have meant, or which there are, as the end of a message."""
+    names = [str(own) for own in known]
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names) or 'none'}"
