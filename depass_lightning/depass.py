@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.arguments import checked
 from depass_lightning.attribution import Attribution
 from depass_lightning.attributions import Attributions
 from depass_lightning.batches import in_batches
@@ -75,6 +76,7 @@ class DePass:
         DePassError: the model's architecture is not supported, or is not built as its family is declared.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -93,6 +95,7 @@ class DePass:
         self.decoder = bind_checked(model, compute_dtype=precision, max_positions=max_positions)
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         name: str = "tiny",
@@ -183,6 +186,7 @@ class DePass:
         **options: Unpack[ScoreOptions],
     ) -> list[list[Attributions]]: ...
 
+    @checked
     def attribute(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -302,6 +306,7 @@ class DePass:
         **options: Unpack[StatesOptions],
     ) -> list[Iterator[Decomposition]]: ...
 
+    @checked
     def decompose(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -355,6 +360,7 @@ class DePass:
         results = in_batches(kinds, batch_size, states, progress=False)
         return results[0] if isinstance(prompt, str) else results
 
+    @checked
     def attribute_generation(
         self,
         prompt: str | None = None,
@@ -391,6 +397,7 @@ class DePass:
             warn_of_gaps([found], settings)
         return found
 
+    @checked
     def estimate(
         self,
         prompt: str | Sequence[str] | None = None,
