@@ -28,6 +28,7 @@ class Probe:
         evidence: the character ranges [start, end) of the prompt that hold the right tokens; empty where
             they are not known.
         ids: the prompt's token ids, instead of its text; None where there is text.
+        judged: whether the target is known to be the right answer, as a task's is.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Probe:
     target: TargetLike
     evidence: tuple[tuple[int, int], ...] = ()
     ids: tuple[int, ...] | None = None
+    judged: bool = False
 
 
 def check_target_kind(kind: str) -> None:
@@ -75,7 +77,10 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
     Raises:
         DePassError: for something that is none of these, an empty set, or two probes of one name.
     """
-    loaded = [replace(probe, target=_aimed(probe.target, target)) for probe in _read(name, probes, size)]
+    loaded = [
+        replace(probe, target=_aimed(probe.target, target), judged=probe.judged and target != "own")
+        for probe in _read(name, probes, size)
+    ]
     if not loaded:
         raise DePassError(f"the probe set {name!r} is empty; give it at least one prompt")
     ids = [probe.id for probe in loaded]
@@ -87,7 +92,9 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
 def _read(name: str, probes: ProbeSource, size: int) -> list[Probe]:
     if isinstance(probes, DataLoader):
         found = prompts_in(name, probes, size)
-        return [Probe(f"{name}-{i}", "", answer, ids=ids) for i, (ids, answer) in enumerate(found)]
+        return [
+            Probe(f"{name}-{i}", "", answer, ids=ids, judged=True) for i, (ids, answer) in enumerate(found)
+        ]
     if isinstance(probes, str | Path):
         # a task generates as many as are asked for; a file may hold fewer
         probes = tasks.load("jsonl", path=probes) if _is_file(probes) else tasks.load(str(probes), size=size)
@@ -102,7 +109,7 @@ def _read(name: str, probes: ProbeSource, size: int) -> list[Probe]:
 def _probe(set_name: str, index: int, item: Any) -> Probe:
     """Turn one entry of a set into a probe."""
     if isinstance(item, Example):
-        return Probe(item.id, item.prompt, item.target(), tuple(item.evidence_ranges()))
+        return Probe(item.id, item.prompt, item.target(), tuple(item.evidence_ranges()), judged=True)
     if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str):
         return Probe(f"{set_name}-{index}", item[0], item[1])
     raise DePassError(f"probe {index} of {set_name!r} is {item!r}; give (prompt, target), or an Example")

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger
 
 from depass_lightning.callbacks.results import Result
 from depass_lightning.files import safe_path
+from depass_lightning.reports.numbers import visible
 from depass_lightning.reports.page import write_page
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
 
@@ -110,7 +111,14 @@ def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
     The scores have the columns of an analysis, so that `read_attributions` reads them.
     """
     page = folder / f"step-{result.step:06d}.html"
-    known = [{"id": probe.id, "evidence": probe.evidence} for probe in result.probes]
+    known = [
+        {
+            "id": probe.id,
+            "evidence": probe.evidence,
+            "correct": attribution.correct if probe.judged else None,
+        }
+        for probe, attribution in zip(result.probes, result.attributions, strict=True)
+    ]
     write_page(
         page,
         result.attributions,
@@ -122,7 +130,7 @@ def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
     rows = [
         attribution_to_row(attribution)
         | probe
-        | {"index": i, "correct": attribution.correct}
+        | {"index": i}
         | (dataclasses.asdict(curves) if curves else {})
         for i, (probe, attribution, curves) in enumerate(
             zip(known, result.attributions, result.curves, strict=True)
@@ -226,5 +234,6 @@ def _to_mlflow(logger: Any, result: Result, files: tuple[Path, Path], step: int)
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Write a value for a Markdown table, so that it is shown as it is: its marks as character references."""
+    text = f"{value:.4g}" if isinstance(value, float) else visible(str(value))
+    return re.sub(r"[\\`*_\[\]<>&|!~^$]", lambda mark: f"&#{ord(mark[0])};", text)

@@ -21,7 +21,7 @@ from depass_lightning.words import word_tokens, word_tokens_by_space
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "depass-attribution-1"
+FORMAT = "depass-attribution-2"  # 1 counted ranks from 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Attribution:
         position: the position at which the target was read, an index into `tokens`.
         prediction: the text of the model's own most likely next token there.
         probability: the model's probability of the target's token, if the target is one.
-        rank: the rank of that token among all, 0 for the most likely.
+        rank: the rank of that token among all, from 1 for the most likely.
         groups: into how many groups of equal size the components fall, one behind the other: each layer's
             heads are a split of their own, and each group's scores sum to the value.
         metadata: anything else worth keeping, as JSON can hold it.
@@ -126,7 +126,7 @@ class Attribution:
     @property
     def correct(self) -> bool | None:
         """Whether the target's token is the model's own most likely one; None where its rank is not known."""
-        return None if self.rank is None else self.rank == 0
+        return None if self.rank is None else self.rank == 1
 
     def grid(self) -> Float[Tensor, "group component"]:
         """Return the scores group by group: of all layers' heads a row a layer; each sums to the value."""

@@ -15,8 +15,7 @@ from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +39,7 @@ from depass_lightning.options import (
     WayOptions,
 )
 from depass_lightning.passes import Decomposition, decompose_batch, decompose_layers
-from depass_lightning.prompts import prompts_of
+from depass_lightning.prompts import IdsLike, prompts_of
 from depass_lightning.readings import (
     attribute_batch,
     attribute_targets,
@@ -201,8 +200,8 @@ class DePass:
         path: Path = "content",
         batch_size: int = 16,
         progress: bool = False,
-        input_ids: Int[Tensor, "batch position"] | None = None,
-        attention_mask: Int[Tensor, "batch position"] | None = None,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
     ) -> Any:
         """Say how much each component of a prompt contributes to a target.
 
@@ -225,7 +224,7 @@ class DePass:
                 through a query or a key. These do not sum to the value.
             batch_size: how many prompts go through the model at once; with several targets each goes alone.
             progress: show a progress bar.
-            input_ids: token ids instead of prompts, padded on either side.
+            input_ids: token ids instead of prompts, padded on either side; lists of ids are taken too.
             attention_mask: 1 at the real positions of `input_ids`.
 
         Returns:
@@ -318,8 +317,8 @@ class DePass:
         compat: Literal["release"] | None = None,
         to_layer: int | Literal["all"] | None = None,
         batch_size: int = 16,
-        input_ids: Int[Tensor, "batch position"] | None = None,
-        attention_mask: Int[Tensor, "batch position"] | None = None,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
     ) -> Decomposition | list[Decomposition] | Iterator[Decomposition] | list[Iterator[Decomposition]]:
         """Give every component's state at a layer.
 
@@ -371,7 +370,7 @@ class DePass:
         rule_temperature: float = 0.1,
         bias: BiasMode = "component",
         path: Path = "content",
-        input_ids: Int[Tensor, "batch position"] | None = None,
+        input_ids: IdsLike | None = None,
         **arguments: Any,
     ) -> Generation:
         """Generate, and say how much every token contributes to each token that is generated behind it.
@@ -404,8 +403,8 @@ class DePass:
         source: Source | Sequence[Source] | None = None,
         *,
         batch_size: int = 16,
-        input_ids: Int[Tensor, "batch position"] | None = None,
-        attention_mask: Int[Tensor, "batch position"] | None = None,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
         **options: Unpack[WayOptions],
     ) -> Estimate:
         """Estimate the time and the memory that `attribute` will take, by trying a small piece of it.

@@ -8,19 +8,19 @@
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from depass_lightning.attributions import Attributions
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt, continued
+from depass_lightning.prompts import Prompt, continuation, continued
 from depass_lightning.readings import attribute_targets
 from depass_lightning.settings import Settings
 from depass_lightning.sources import Tokens
@@ -35,7 +35,11 @@ class Generation(Attributions):
 
     Attributes:
         attributions: one a generated token, in order, each over the whole finished text.
+        decoded: the generated tokens decoded together; None where no tokenizer is there to do it, as for
+            attributions that were read from a file.
     """
+
+    decoded: str | None = None
 
     def __repr__(self) -> str:
         return f"Generation({self.continuation!r}, {len(self)} tokens over {len(self.tokens)})"
@@ -47,8 +51,8 @@ class Generation(Attributions):
 
     @property
     def continuation(self) -> str:
-        """The generated tokens as one text."""
-        return "".join(self.generated)
+        """The generated tokens as one text, decoded together: a character may be spread over several."""
+        return "".join(self.generated) if self.decoded is None else self.decoded
 
     def _title(self) -> str:
         said = self.continuation
@@ -89,13 +93,14 @@ def generate(
             f"{prompt.name} has {count} tokens, and {new} new ones are more than the model's context of "
             f"{limit} takes; shorten it, or take fewer by max_new_tokens"
         )
-    ids = _generated(decoder, prompt, arguments)
+    ids = _generated(decoder, tokenizer, prompt, arguments)
     _warn_of_borders(decoder, count, len(ids))
     text = continued(prompt, ids, tokenizer)
     # The token behind a position is that position's target.
     targets = [Token(token, position=count - 1 + index) for index, token in enumerate(ids)]
     (found,) = attribute_targets(decoder, tokenizer, text, targets, settings)
-    return Generation(list(found))
+    said = None if tokenizer is None else continuation(text.ids, count, tokenizer)
+    return Generation(list(found), said)
 
 
 def _warn_of_borders(decoder: Decoder, count: int, new: int) -> None:
@@ -116,9 +121,42 @@ def _warn_of_borders(decoder: Decoder, count: int, new: int) -> None:
     )
 
 
-def _generated(decoder: Decoder, prompt: Prompt, arguments: Mapping[str, Any]) -> list[int]:
+class _StopStrings(StoppingCriteria):
+    """Ends what is generated at a string. transformers' criterion cannot read word-level vocabularies.
+
+    Args:
+        strings: any of them ends the text.
+        start: the first generated position.
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, strings: Sequence[str], start: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.strings, self.start, self.tokenizer = strings, start, tokenizer
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        texts = [continuation(row, self.start, self.tokenizer) for row in input_ids.tolist()]
+        ended = [any(own in text for own in self.strings) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _generated(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    arguments: Mapping[str, Any],
+) -> list[int]:
     """The ids that the model itself adds, greedily unless it is asked for something else."""
     chosen = dict(arguments)
+    configured = chosen.get("generation_config") or getattr(decoder.model, "generation_config", None)
+    stops = chosen.pop("stop_strings", None) or getattr(configured, "stop_strings", None)
+    if stops:
+        if tokenizer is None:
+            raise DePassError(
+                f"stop_strings={stops!r} is text, but there is no tokenizer; pass one to DePass"
+            )
+        stop = _StopStrings([stops] if isinstance(stops, str) else stops, len(prompt.ids), tokenizer)
+        criteria = StoppingCriteriaList([*chosen.get("stopping_criteria", []), stop])
+        chosen |= {"stop_strings": None, "stopping_criteria": criteria}
     if "generation_config" not in chosen:
         chosen.setdefault("do_sample", False)
     ids = torch.tensor([prompt.ids], device=decoder.device)

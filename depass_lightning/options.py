@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal, TypedDict, get_args
 
-from jaxtyping import Int
-from torch import Tensor
-
 from depass_lightning.engine.rules import Path, RuleName
 from depass_lightning.errors import DePassError
+from depass_lightning.prompts import IdsLike
 from depass_lightning.sources import Source, Tokens
 
 BiasMode = Literal["component", "drop"]
@@ -41,8 +39,8 @@ class PassOptions(RuleOptions, total=False):
 
     compat: Literal["release"] | None
     batch_size: int
-    input_ids: Int[Tensor, "batch position"] | None
-    attention_mask: Int[Tensor, "batch position"] | None
+    input_ids: IdsLike | None
+    attention_mask: IdsLike | None
 
 
 class ScoreOptions(PassOptions, WayOptions, total=False):

@@ -1,17 +1,20 @@
 """Prompts as the engine takes them: ids without padding, with the text that each token stands for."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
 
-CHARACTER_BYTES = 4  # the most that a character of UTF-8 is spread over
+LISTED = 10  # unknown words in a warning
+IdsLike = Int[Tensor, "batch position"] | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Prompt:
         offsets: each token's character range in the text; (0, 0) for special tokens; None where unknown.
         name: what it is called in an error.
         index: its place in the call.
+        unknown: the words that the tokenizer does not know, each once; the model reads `<unk>` instead.
     """
 
     text: str
@@ -33,19 +37,26 @@ class Prompt:
     offsets: list[tuple[int, int]] | None
     name: str
     index: int = 0
+    unknown: tuple[str, ...] = ()
 
     def resolve_position(self, position: int) -> int:
         """Turn a position that may count from the end into an index.
 
         Raises:
-            DePassError: the prompt has no such position.
+            DePassError: it is not a whole number, or the prompt has no such position.
         """
+        if not isinstance(position, int) or isinstance(position, bool):
+            raise DePassError(f"the target's position is {position!r}; it must be a whole number")
         count = len(self.ids)
         if not -count <= position < count:
             raise DePassError(
                 f"{self.name} has {count} tokens; the target's position {position} is outside of it"
             )
         return position % count
+
+    def notes(self) -> dict[str, Any]:
+        """What an attribution's metadata says of the prompt: the words that the tokenizer does not know."""
+        return {"unknown_words": list(self.unknown)} if self.unknown else {}
 
     def text_until(self, position: int) -> str | None:
         """The text up to and with a token, or None where it is unknown."""
@@ -58,8 +69,8 @@ def prompts_of(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: str | Sequence[str] | None,
-    input_ids: Int[Tensor, "batch position"] | None,
-    attention_mask: Int[Tensor, "batch position"] | None,
+    input_ids: IdsLike | None,
+    attention_mask: IdsLike | None,
 ) -> list[Prompt]:
     """Take what a call was given: a prompt, several, or ids.
 
@@ -67,24 +78,27 @@ def prompts_of(
         decoder: the model.
         tokenizer: its tokenizer; without one prompts must be ids, and are shown as ids.
         prompt: the prompts as text.
-        input_ids: or as ids.
+        input_ids: or as ids, `[batch, position]`; one list of ids is one prompt, and lists may
+            differ in length.
         attention_mask: of these ids.
 
     Raises:
         DePassError: neither or both are given, there is no tokenizer, or as for either of them.
     """
-    limit = decoder.max_positions
+    limit, vocabulary = decoder.max_positions, decoder.vocabulary_size
     if prompt is None:
         if input_ids is None:
             raise DePassError("there is nothing to explain: pass a prompt, a list of prompts, or input_ids")
-        return prompts_of_ids(input_ids, attention_mask, tokenizer, limit, decoder.vocabulary_size)
+        ids, mask = _tables(input_ids, attention_mask)
+        return prompts_of_ids(ids, mask, tokenizer, limit, vocabulary)
     if input_ids is not None:
         raise DePassError("pass either prompts or input_ids, not both")
     if tokenizer is None:
         raise DePassError(
             "prompts are text, but there is no tokenizer; use DePass(model, tokenizer) or input_ids"
         )
-    return prompts_of_texts([prompt] if isinstance(prompt, str) else list(prompt), tokenizer, limit)
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return prompts_of_texts(texts, tokenizer, limit, vocabulary)
 
 
 def read_length(decoder: Decoder, prompt: Prompt, position: int) -> int:
@@ -101,34 +115,143 @@ def read_length(decoder: Decoder, prompt: Prompt, position: int) -> int:
 
 
 def prompts_of_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    vocabulary: int | None = None,
 ) -> list[Prompt]:
-    """Tokenise prompts.
+    """Tokenise prompts, and warn of a doubled BOS token and of unknown words.
 
     Args:
         texts: the prompts.
-        tokenizer: the model's tokenizer; its special tokens are added as it adds them by itself.
+        tokenizer: the model's tokenizer; the special tokens that it puts before a text are added once, those
+            that it puts after one are not, since the model continues the text.
         limit: the model's context in tokens, or None where unknown.
+        vocabulary: the number of tokens that the model has embeddings for, or None where unknown.
 
     Raises:
-        DePassError: a prompt is not text, is empty, or is longer than the model's context.
+        DePassError: a prompt is not text, is empty, is longer than the model's context, or has a token that
+            the model has no embedding for.
     """
     if not texts:
         raise DePassError("the list of prompts is empty")
-    prompts = []
+    prompts, doubled = [], []
     for index, text in enumerate(texts):
         name = "the prompt" if len(texts) == 1 else f"prompt {index}"
         if not isinstance(text, str):
             raise DePassError(f"{name} is a {type(text).__name__}, not a text")
         if not text.strip():
             raise DePassError(f"{name} is empty; give it at least one token")
-        # Longer prompts than the context are refused below, with our own words.
-        encoded = tokenizer(text, return_offsets_mapping=bool(tokenizer.is_fast), verbose=False)
-        ids = list(encoded["input_ids"])
-        offsets = [tuple(pair) for pair in encoded["offset_mapping"]] if tokenizer.is_fast else None
+        ids, offsets, start, twice = encode(text, tokenizer, name)
+        doubled += [str(tokenizer.decode(ids[:1]))] if twice else []
         _check_length(name, len(ids), limit)
-        prompts.append(Prompt(text, ids, _pieces(ids, text, offsets, tokenizer), offsets, name, index))
+        check_vocabulary(name, ids, tokenizer, vocabulary)
+        tokens = _pieces(ids, text, offsets, tokenizer, start)
+        unknown = _unknown_words(ids, text, offsets, tokenizer)
+        prompts.append(Prompt(text, ids, tokens, offsets, name, index, unknown))
+    _warn(prompts, doubled, tokenizer)
     return prompts
+
+
+class Encoded(NamedTuple):
+    """A text's ids; each token's character range in the text, (0, 0) for special tokens before it, or None
+    where unknown; how many characters the text's own copy of these takes; and whether it was left out."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
+    start: int
+    doubled: bool
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the prompt") -> Encoded:
+    """Tokenise a text that the model continues.
+
+    Special tokens that the tokenizer puts before a text are added, but not a second time to a text that
+    begins with them, as a chat that a template wrote does. Those that it puts after a text (EOS, [SEP]) are
+    left out: the model would continue from them.
+
+    Args:
+        text: the text.
+        tokenizer: the model's tokenizer.
+        name: what the text is called in an error.
+
+    Raises:
+        DePassError: the text has a lone surrogate, which no tokenizer can read.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DePassError(
+            f"{name} has half of a surrogate pair, {text[error.start]!r}, at character {error.start}; "
+            "it is not valid Unicode: remove it"
+        ) from error
+    # Prompts longer than the context are refused by DePass, so the tokenizer need not warn of them.
+    options: dict[str, Any] = {"return_offsets_mapping": bool(tokenizer.is_fast), "verbose": False}
+    whole = tokenizer(text, **options)
+    plain = tokenizer(text, add_special_tokens=False, **options)
+    ids, bare = list(whole["input_ids"]), list(plain["input_ids"])
+    offsets = [tuple(pair) for pair in whole["offset_mapping"]] if tokenizer.is_fast else None
+    last = len(ids) - len(bare)
+    before = next((count for count in range(last + 1) if ids[count : count + len(bare)] == bare), 0)
+    end, start = (before + len(bare) if bare else len(ids)), 0
+    doubled = before > 0 and bare[:before] == ids[:before]
+    if doubled:
+        own = slice(before, 2 * before)
+        start = offsets[own][-1][1] if offsets else len(str(tokenizer.decode(ids[own])))
+        ids, end = ids[:before] + ids[2 * before :], end - before
+        offsets = offsets and offsets[:before] + offsets[2 * before :]
+    elif offsets and ids[0] == tokenizer.bos_token_id:
+        start, offsets[0] = offsets[0][1], (0, 0)  # in the text alone: a special token as well
+    return Encoded(ids[:end], offsets and offsets[:end], start, doubled)
+
+
+def check_vocabulary(
+    name: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None
+) -> None:
+    """Refuse tokens that were added to a tokenizer and not to the model.
+
+    Args:
+        name: what holds the ids, for the error.
+        ids: token ids.
+        tokenizer: to show the token by.
+        vocabulary: the number of tokens that the model has embeddings for, or None where unknown.
+
+    Raises:
+        DePassError: an id is not below the vocabulary's size.
+    """
+    if vocabulary is not None and (beyond := next((own for own in ids if own >= vocabulary), None)):
+        raise DePassError(
+            f"{name} has the token {token_text(beyond, tokenizer)!r} (id {beyond}), but the model has "
+            f"embeddings for {vocabulary} tokens only; call model.resize_token_embeddings(len(tokenizer)) "
+            "and train it, or leave the token out"
+        )
+
+
+def _tables(ids: IdsLike, mask: IdsLike | None) -> tuple[Tensor, Tensor | None]:
+    """Take ids and their mask as tensors or as lists; lists of several lengths are padded."""
+    rows: Any = [ids] if _whole_numbers(ids) else ids
+    if isinstance(rows, list | tuple) and rows and all(_whole_numbers(row) for row in rows):
+        lengths = [len(row) for row in rows]
+        if mask is None and len(set(lengths)) > 1:
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            rows = pad([list(row) for row in rows])
+    return _table("input_ids", rows), None if mask is None else _table("attention_mask", mask)
+
+
+def _whole_numbers(row: Any) -> bool:
+    """Say whether something is a list of ids; a truth value is not one."""
+    return isinstance(row, list | tuple) and bool(row) and all(type(own) is int for own in row)
+
+
+def _table(name: str, values: Any) -> Tensor:
+    try:
+        table = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DePassError(f"{name} is not a table of whole numbers: {error}") from error
+    table = table[None] if table.ndim == 1 and not isinstance(values, Tensor) else table
+    if name == "input_ids" and (table.is_floating_point() or table.dtype == torch.bool):
+        raise DePassError(f"{name} has {table.dtype} numbers; token ids are whole numbers")
+    return table
 
 
 def prompts_of_ids(
@@ -199,6 +322,19 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     return f" {text}" if begins_word and not text.startswith(" ") else text
 
 
+def continuation(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of generated tokens, decoded together: a character may be spread over several of them.
+
+    Args:
+        ids: the whole text's ids.
+        start: the first generated position.
+        tokenizer: the model's tokenizer.
+    """
+    before, text = (str(tokenizer.decode(ids[start - 1 : end])) for end in (start, len(ids)))
+    # Some tokenizers drop the space of what they take for the beginning of a text.
+    return text[len(before) :] if text.startswith(before) else str(tokenizer.decode(ids[start:]))
+
+
 def continued(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
     """Put generated tokens behind a prompt, and keep their ids: read anew from the text they may differ.
 
@@ -235,8 +371,9 @@ def _runs(
             written = token_text(token, tokenizer)
         else:
             written = str(tokenizer.decode(run))
-        ends = index == len(ids) - 1 or ids[index + 1] in special or len(run) == CHARACTER_BYTES
-        if "\ufffd" not in written or ends:
+        last = index == len(ids) - 1 or ids[index + 1] in special
+        # Until a character is complete it is decoded as this sign; a token may end one and begin the next.
+        if last or not written.endswith("\ufffd"):
             yield run, written
             run = []
 
@@ -249,15 +386,48 @@ def _check_length(name: str, count: int, limit: int | None) -> None:
 
 
 def _pieces(
-    ids: list[int], text: str, offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
+    ids: list[int],
+    text: str,
+    offsets: list[tuple[int, int]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    start: int,
 ) -> list[str]:
     """The text of each token with the space before it, so that joined they read like the prompt."""
     if offsets is None:
         return [token_text(token, tokenizer) for token in ids]
-    pieces, reached = [], 0
+    pieces, reached = [], start
     for token, (start, end) in zip(ids, offsets, strict=True):
         # Special tokens and the later bytes of one character cover no text of their own.
         covers = end > start and end > reached
         pieces.append(text[reached:end] if covers else token_text(token, tokenizer))
         reached = max(reached, end)
     return pieces
+
+
+def _unknown_words(
+    ids: list[int], text: str, offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
+    """The words in whose place the model reads the token for unknown ones."""
+    if offsets is None or tokenizer.unk_token_id is None:
+        return ()
+    pairs = zip(ids, offsets, strict=True)
+    words = [text[slice(*own)].strip() for token, own in pairs if token == tokenizer.unk_token_id]
+    return tuple(dict.fromkeys(word for word in words if word not in ("", tokenizer.unk_token)))
+
+
+def _warn(prompts: list[Prompt], doubled: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    if doubled:
+        count = "the prompt begins" if len(prompts) == 1 else f"{len(doubled)} of the prompts begin"
+        warnings.warn(
+            f"{count} with {doubled[0]!r}, which the tokenizer adds too; it is read once",
+            DePassWarning,
+            stacklevel=2,
+        )
+    words = list(dict.fromkeys(word for prompt in prompts for word in prompt.unknown))
+    if words:
+        listed = ", ".join(map(repr, words[:LISTED])) + (", ..." if len(words) > LISTED else "")
+        warnings.warn(
+            f"the model's tokenizer does not know {listed}; the model reads {tokenizer.unk_token!r} instead",
+            DePassWarning,
+            stacklevel=2,
+        )

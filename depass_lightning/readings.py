@@ -289,12 +289,12 @@ class _Naming:
             position=answer.position,
             prediction=token_text(int(logits.argmax()), self.tokenizer),
             probability=float(logits.softmax(-1)[answer.ids[0]]) if answer.ids else None,
-            rank=int((logits > logits[answer.ids[0]]).sum()) if answer.ids else None,
+            rank=1 + int((logits > logits[answer.ids[0]]).sum()) if answer.ids else None,
             groups=len(scores),
-            metadata=self._metadata(answer) | scored.notes,
+            metadata=self._metadata(prompt, answer) | scored.notes,
         )
 
-    def _metadata(self, answer: _Answer) -> dict[str, Any]:
+    def _metadata(self, prompt: Prompt, answer: _Answer) -> dict[str, Any]:
         settings = self.settings
         metadata: dict[str, Any] = {"model": self.decoder.name, "bias": settings.bias_mode}
         if answer.ids:
@@ -305,4 +305,4 @@ class _Naming:
             metadata["path"] = settings.path
         if settings.compat:
             metadata["compat"] = settings.compat
-        return metadata
+        return metadata | prompt.notes()

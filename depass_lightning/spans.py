@@ -14,11 +14,23 @@ _ENDS = {
     # A sentence ends behind its closing marks; Chinese, Japanese and Hindi have marks of their own.
     "sentence": re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？।]+|\n+"),
     "paragraph": re.compile(r"\n\s*\n"),
-    # Chat templates open every turn by a token of their own.
-    "turn": re.compile(
-        r"(?=<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<\|assistant\|>)"
-    ),
 }
+
+# Where a chat template begins a turn.
+_OPENS = re.compile(
+    r"<[|｜](?:im_start|im_user|im_system|im_assistant"  # ChatML, and Kimi's
+    r"|start_header_id|header_start"  # Llama 3, Llama 4
+    r"|start_of_role|START_OF_TURN_TOKEN|start"  # Granite, Command R, harmony of gpt-oss
+    # Phi, Zephyr, GLM, DeepSeek, Apertus
+    r"|(?:system|user|assistant|tool|developer|observation)(?:_start)?)[|｜]>"
+    r"|<start_of_turn>|<\|turn>"  # Gemma, Gemma 4
+    r"|\[\|(?:system|user|assistant|tool)\|\]"  # EXAONE
+    r"|(?:<s>\s*)?\[INST\]"  # Llama 2, Mistral
+    r"|(?:<s>\s*)?\[(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]",  # Mistral
+    re.IGNORECASE,
+)
+# Where one ends and the next speaker begins without a marker.
+_CLOSES = re.compile(r"\[/INST\]|<</SYS>>|\[/(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]")
 
 
 def segment(
@@ -32,8 +44,8 @@ def segment(
         unit: what given ranges count.
 
     Raises:
-        DePassError: the kind is unknown, the text or the tokens' offsets are not known, or ranges overlap,
-            are empty or out of range.
+        DePassError: the kind is unknown, the text or the tokens' offsets are not known, turns are asked for
+            and the prompt has no marker of one, or ranges overlap, are empty or out of range.
     """
     groups = _by_text(prompt, by) if isinstance(by, str) else _by_ranges(prompt, by, unit)
     alone = [[position for position in group if position > 0] for group in groups]
@@ -52,14 +64,30 @@ def _by_text(prompt: Prompt, by: str) -> list[list[int]]:
     if by == "word":
         numbers = word_tokens(prompt.text, prompt.offsets)
         return [[i for i, own in enumerate(numbers) if own == number] for number in sorted(set(numbers))]
-    ends = [match.end() for match in _ENDS[by].finditer(prompt.text)]
-    groups: list[list[int]] = [[] for _ in range(len(ends) + 1)]
+    borders = _turns(prompt) if by == "turn" else [match.end() for match in _ENDS[by].finditer(prompt.text)]
+    groups: list[list[int]] = [[] for _ in range(len(borders) + 1)]
     for position, (start, end) in enumerate(prompt.offsets):
         # A token belongs where its own first visible character stands.
         own = prompt.text[start:end]
         at = start + len(own) - len(own.lstrip()) if own.strip() else start
-        groups[sum(at >= border for border in ends)].append(position)
+        groups[sum(at >= border for border in borders)].append(position)
     return [group for group in groups if group]
+
+
+def _turns(prompt: Prompt) -> list[int]:
+    """The characters at which turns begin."""
+    text = prompt.text
+    begins = {match.start() for match in _OPENS.finditer(text)}
+    begins |= {match.end() for match in _CLOSES.finditer(text)} if begins else set()
+    if not begins:
+        raise DePassError(
+            f"Spans('turn'): {prompt.name} has no turn marker of a known chat template (ChatML, Llama, "
+            "Mistral, Gemma, Phi, harmony, Granite, DeepSeek, Command R, EXAONE, ...); apply the model's "
+            "chat template, or give ranges"
+        )
+    ordered = sorted(begins)
+    # White space alone, as after a last [/INST], is no turn.
+    return [own for own, end in zip(ordered, [*ordered[1:], len(text)], strict=True) if text[own:end].strip()]
 
 
 def _by_ranges(

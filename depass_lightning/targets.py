@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
-from depass_lightning.prompts import token_text
+from depass_lightning.prompts import check_vocabulary, token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def as_target(target: TargetLike) -> Target:
     Raises:
         DePassError: it is none of these.
     """
-    if target is None or isinstance(target, (str, int)):
+    if target is None or (isinstance(target, (str, int)) and not isinstance(target, bool)):
         return Token(target)
     if isinstance(target, (Token, Contrast, Direction, ProbeLogit)):
         return target
@@ -254,8 +254,10 @@ def token_id(
 
     Raises:
         DePassError: the text is several tokens or none (the error shows the split), there is no tokenizer,
-            or the id is out of range.
+            or the id is out of range or the token has no embedding.
     """
+    if isinstance(token, bool) or not isinstance(token, (str, int)):
+        raise DePassError(f"target {token!r} is a {type(token).__name__}; pass a token's text or id")
     if isinstance(token, int):
         if not 0 <= token < vocabulary:
             raise DePassError(f"target id {token} is outside the vocabulary of {vocabulary} tokens")
@@ -274,6 +276,7 @@ def token_id(
         )
     if ids[0] == tokenizer.unk_token_id and token != tokenizer.unk_token:
         raise DePassError(f"target {token!r} is not in the model's vocabulary")
+    check_vocabulary(f"target {token!r}", ids[:1], tokenizer, vocabulary)
     return ids[0]
 
 

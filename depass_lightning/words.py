@@ -2,6 +2,8 @@
 
 import unicodedata
 
+import regex
+
 # Scripts that are written without spaces: every letter stands for itself, since a run of them is a sentence.
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -24,21 +26,23 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     "well-known") and digits joined by a point or a comma ("3.14"). Every other mark is a word of its own, a
     repeated one ("...") once. In scripts without spaces every letter is a word.
     """
-    kinds = [_kind(character) for character in text]
-    for i in range(1, len(text) - 1):
-        around = text[i - 1], text[i + 1]
-        letters = kinds[i - 1] == kinds[i + 1] == "word"
-        joins = text[i] in JOINERS and letters
-        if joins or (text[i] in DECIMALS and all(character.isdecimal() for character in around)):
+    # What a reader sees as one character: a letter with its accents, a flag, an emoji of several parts.
+    seen = [match.span() for match in regex.finditer(r"\X", text)]
+    characters = [text[start:end] for start, end in seen]
+    kinds = [_kind(character[0]) for character in characters]
+    for i in range(1, len(characters) - 1):
+        around = characters[i - 1], characters[i + 1]
+        joins = characters[i] in JOINERS and kinds[i - 1] == kinds[i + 1] == "word"
+        if joins or (characters[i] in DECIMALS and all(own.isdecimal() for own in around)):
             kinds[i] = "word"
     spans: list[tuple[int, int]] = []
-    for i, kind in enumerate(kinds):
-        if kind == "space":
+    for i, (start, end) in enumerate(seen):
+        if kinds[i] == "space":
             continue
-        if spans and spans[-1][1] == i and _continues(text, kinds, i):
-            spans[-1] = (spans[-1][0], i + 1)
+        if spans and spans[-1][1] == start and _continues(characters, kinds, i):
+            spans[-1] = (spans[-1][0], end)
         else:
-            spans.append((i, i + 1))
+            spans.append((start, end))
     return spans
 
 
@@ -55,23 +59,23 @@ def _kind(character: str) -> str:
     return "sign"
 
 
-def _continues(text: str, kinds: list[str], i: int) -> bool:
-    """Say whether the character at `i` belongs to the word that the one before it is in."""
+def _continues(characters: list[str], kinds: list[str], i: int) -> bool:
+    """Say whether a character belongs to the word that the one before it is in."""
     if kinds[i] == "mark":
         return True
     before = i - 1
     while before > 0 and kinds[before] == "mark":
         before -= 1
-    joined = text[i - 1] == "\u200d"  # an emoji that is put together from several
     if kinds[i] == "sign":
-        return joined or text[before] == text[i]
+        return characters[before] == characters[i]
     return kinds[i] == "word" and kinds[before] in ("word", "mark")
 
 
 def word_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     """Return, for every token, the number of the word that it is a piece of; equal numbers are neighbours.
 
-    A token that reaches over several words makes one of them. A single space goes with what follows it; other
+    A token that reaches over several words makes one of them, and the tokens that a character's bytes are
+    spread over are pieces of one word. A single space goes with what follows it; other
     white space, and a token that stands for no text (a special token), is a word of its own.
 
     Args:
@@ -83,9 +87,14 @@ def word_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
         word_of[start:end] = [number] * (end - start)
     groups: list[int] = []
     last, waiting = -1, False  # the last word reached, and whether a space waits for the word behind it
+    reached = 0  # the end of the token before
     for start, end in offsets:
         words = [word for word in word_of[start:end] if word >= 0]
         group = groups[-1] if groups else -1
+        later, reached = start < end <= reached, end  # the later bytes of a character
+        if later and not words:
+            groups.append(group)
+            continue
         if not words:
             groups.append(group + 1)
             waiting, last = text[start:end] == " ", -1

@@ -48,7 +48,7 @@ def attribution_of(pieces: list[tuple[str, float]], bias: float | None = None, *
         "position": len(tokens) - 1,
         "prediction": " Mary",
         "probability": 0.75,
-        "rank": 0,
+        "rank": 1,
         "metadata": {"model": "tiny", "temperature": 0.1},
     }
     return Attribution(**fields | changes)

@@ -55,7 +55,7 @@ def test_fields_that_do_not_fit_together_are_refused(changes: dict[str, Any], me
 
 
 def test_correct_follows_the_rank() -> None:
-    assert [ioi(rank=rank).correct for rank in (0, 3, None)] == [True, False, None]
+    assert [ioi(rank=rank).correct for rank in (1, 3, None)] == [True, False, None]
 
 
 def test_top_ranks_by_score_or_by_size() -> None:

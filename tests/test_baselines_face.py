@@ -84,6 +84,7 @@ def test_what_stands_behind_the_target_scores_nothing(name: str) -> None:
         assert torch.allclose(whole.scores, cut.scores, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the model's tokenizer does not know")
 def test_text_comes_in_one_by_one_and_in_lists() -> None:
     """The embedded model's own words; one target for all, one each, and the model's own."""
     depass = DePass.from_pretrained("tiny")
@@ -103,6 +104,7 @@ def test_text_comes_in_one_by_one_and_in_lists() -> None:
         assert -1 <= compared.spearman <= 1
 
 
+@pytest.mark.filterwarnings("ignore:the model's tokenizer does not know")
 def test_depass_itself_has_the_same_face() -> None:
     depass = DePass.from_pretrained("tiny")
     texts = ["When Mary and John went out, John gave it to", "Then Anna met Tom, and Tom gave a drink to"]

@@ -27,6 +27,8 @@ from depass_lightning.faithfulness import removal_curves, text_components
 from tests.models import build, prompt
 from tests.test_baselines import FOIL, IDS, TARGET, TOKEN, close, embedded, gradient, scores, value
 
+pytestmark = pytest.mark.filterwarnings("ignore:the model's tokenizer does not know")
+
 # The first position stands alone, spans have the order in which they are given, and the rest comes last.
 SPANS = Spans([(4, 6), (1, 3)], "token")
 GROUPS = [[0], [4, 5], [1, 2], [3, 6]]

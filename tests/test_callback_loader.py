@@ -156,6 +156,6 @@ def test_what_is_explained_can_be_chosen() -> None:
     assert own.target == Token(None)
     model = OwnModule()
     found = DePass(model.inside.lm, model.tokenizer).attribute("Mary and John", own.target)
-    assert found.rank == 0
+    assert found.rank == 1
     with pytest.raises(DePassError, match="target='generation' is nothing that probes can explain"):
         DePassCallback(target="generation")  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path,
 
 def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
-    good, prompt = tasks.load("ioi", size=1)[0], "When Mary and John went out, John gave it to"
+    good, prompt = tasks.load("ioi", size=1)[0], "When Mary and John went to the store, John gave it to"
     rows = [
         {"prompt": prompt, "target": " zebra", "id": "bad"},
         {"prompt": good.prompt, "target": good.answer},

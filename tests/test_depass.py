@@ -50,7 +50,7 @@ def test_one_prompt_gives_one_attribution(depass: DePass) -> None:
         logits = depass.model(input_ids=ids).logits[0, -1]
     assert found.value == pytest.approx(float(logits[4] - logits[6]), rel=1e-4)
     assert found.probability == pytest.approx(float(logits.softmax(-1)[4]), rel=1e-4)
-    assert found.rank == int((logits > logits[4]).sum())
+    assert found.rank == 1 + int((logits > logits[4]).sum())
     assert found.metadata["temperature"] == 0.1
 
 
@@ -58,7 +58,7 @@ def test_a_list_gives_a_list_in_its_order(depass: DePass) -> None:
     prompts = [PROMPT, "when Mary", "when John gave a drink to Mary and"]
     found = depass.attribute(prompts, [" Mary", " John", None], batch_size=2)
     assert [entry.text for entry in found] == prompts
-    assert found[2].rank == 0
+    assert found[2].rank == 1
     for entry, prompt, target in zip(found, prompts, (" Mary", " John", None), strict=True):
         alone = depass.attribute(prompt, target)
         torch.testing.assert_close(entry.scores, alone.scores, rtol=1e-4, atol=1e-5)

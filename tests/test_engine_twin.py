@@ -166,7 +166,7 @@ def test_no_target_means_the_models_own_next_token() -> None:
     given = DePass(model).attribute(input_ids=prompt(LENGTH)[None])[0]
     explicit = DePass(model).attribute(input_ids=prompt(LENGTH)[None], target=best)[0]
     assert torch.equal(given.scores, explicit.scores)
-    assert given.rank == 0
+    assert given.rank == 1
     assert given.correct
     assert given.probability == pytest.approx(float(trace.logits[-1].softmax(0)[best]), rel=1e-5)
 

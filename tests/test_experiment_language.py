@@ -75,7 +75,7 @@ def test_decoding_is_the_unembedding(tiny):
     logits = states @ tiny.model.lm_head.weight.T
     assert tokens.tolist() == logits.argsort(dim=1, descending=True)[:, :4].tolist()
     order = logits.argsort(dim=1, descending=True).tolist()
-    assert ranks == [own.index(answer) for own, answer in zip(order, answers, strict=True)]
+    assert ranks == [1 + own.index(answer) for own, answer in zip(order, answers, strict=True)]
 
 
 def test_the_nearest_prompt_by_hand():
@@ -115,14 +115,14 @@ def test_measures_by_hand():
     task = named(languages, cases)
     top = torch.tensor([[1, 2, 3, 4], [1, 7, 8, 9]] * 4)
     words = {"a": frozenset({1, 2, 3}), "b": frozenset({7, 8})}
-    ranks, answers = [0, 2, 9, 4, 0, 0, 0, 0], [2, 5] * 4
+    ranks, answers = [1, 3, 10, 5, 1, 1, 1, 1], [2, 5] * 4
     states = torch.cat([3 * meanings, places[:, None]], 1)
     found = measure(states, task, top, ranks, answers, words, layer=1)
     assert found.values["own_words"] == [0.5, 0.5] * 4  # the answer 2 is not counted
     assert found.values["other_words"] == [0.0, 0.25] * 4
     assert found.values["answer_first"] == [1, 0, 0, 0, 1, 1, 1, 1]
     assert found.values["answer_in_top"] == [1, 1, 0, 0, 1, 1, 1, 1]
-    assert found.median_rank == 0
+    assert found.median_rank == 1
     assert found.mean("same_meaning") == 1
     assert found.chance == pytest.approx(1 / 4)
     assert found.mean("silhouette_meaning") > 0.8 > 0.1 > found.mean("silhouette_language")

@@ -43,7 +43,7 @@ def replies_one_by_one(depass, ids, answer, foil):
     with torch.no_grad():
         logits = depass.model(torch.tensor([ids])).logits[0, -1]
     share = torch.softmax(logits[[answer, foil]], 0)[0]
-    return int((logits > logits[answer]).sum()), bool(logits[answer] > logits[foil]), float(share)
+    return 1 + int((logits > logits[answer]).sum()), bool(logits[answer] > logits[foil]), float(share)
 
 
 def agree(reply, expected):
@@ -131,7 +131,7 @@ def test_the_probe_flags_where_it_reads_least_truth(tiny):
 
 
 def reply(right, share=0.5):
-    return Reply(0 if right else 3, right, share)
+    return Reply(1 if right else 3, right, share)
 
 
 def hand_made():

@@ -60,7 +60,7 @@ def test_one_pass_equals_a_pass_for_each_token(name: str, rule: Any, source: Tok
             own = found[index]
             assert (own.names, own.target, own.position) == (alone.names, alone.target, place)
             assert own.value == pytest.approx(alone.value, rel=1e-6)
-            assert own.rank == 0
+            assert own.rank == 1
             torch.testing.assert_close(own.scores, alone.scores, rtol=1e-5, atol=1e-6)
             assert found.scores[index, place + 1 : count + new].eq(0).all()
             assert torch.equal(found.scores[index], own.scores)

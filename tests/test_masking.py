@@ -264,9 +264,13 @@ def test_a_module_takes_settings_or_a_method(tiny: DePass) -> None:
     rows = (
         AttributionModule(tiny, method=method)
         .predict_step(
-            PromptBatch([0], [Example("a", "When Mary and John went out, John gave it to", " Mary", " John")])
+            PromptBatch(
+                [0], [Example("a", "When Mary and John went to the store, John gave it to", " Mary", " John")]
+            )
         )
         .rows
     )
-    expected = method.attribute("When Mary and John went out, John gave it to", Contrast(" Mary", " John"))
+    expected = method.attribute(
+        "When Mary and John went to the store, John gave it to", Contrast(" Mary", " John")
+    )
     assert rows[0]["scores"] == pytest.approx(expected.scores.tolist())

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, overload
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.attribution import Attribution
@@ -12,7 +12,7 @@ from depass_lightning.baselines.forward import Answer, Batch, as_depass_runs
 from depass_lightning.batches import in_batches
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.prompts import Prompt, prompts_of, read_length
+from depass_lightning.prompts import IdsLike, Prompt, prompts_of, read_length
 from depass_lightning.readings import check_target
 from depass_lightning.sources import Source, Tokens
 from depass_lightning.targets import Contrast, TargetLike, Token, as_targets
@@ -50,8 +50,8 @@ class Method(ABC):
         *,
         batch_size: int = 16,
         progress: bool = False,
-        input_ids: Int[Tensor, "batch position"] | None = None,
-        attention_mask: Int[Tensor, "batch position"] | None = None,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
     ) -> list[Attribution]: ...
 
     def attribute(
@@ -61,8 +61,8 @@ class Method(ABC):
         *,
         batch_size: int = 16,
         progress: bool = False,
-        input_ids: Int[Tensor, "batch position"] | None = None,
-        attention_mask: Int[Tensor, "batch position"] | None = None,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
     ) -> Any:
         """Score the components of one prompt, or of several.
 
@@ -213,5 +213,6 @@ class Baseline(Method):
                 "model": self.depass.decoder.name,
                 "target_ids": answer.ids,
                 "method": self.name,
-            },
+            }
+            | prompt.notes(),
         )

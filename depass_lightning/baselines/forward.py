@@ -180,7 +180,7 @@ class Batch:
                     value=finite(float(values[0] - values[1:].sum()), name),
                     prediction=token_text(int(own.argmax()), self.tokenizer),
                     probability=float(own.softmax(-1)[ids[0]]),
-                    rank=int((own > own[ids[0]]).sum()),
+                    rank=1 + int((own > own[ids[0]]).sum()),
                 )
             )
         return answers

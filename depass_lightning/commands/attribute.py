@@ -26,6 +26,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution import AttributionModule, Masking, Removal
 from depass_lightning.modules.prompts import PromptData
 from depass_lightning.promotes import notes_on
+from depass_lightning.prompts import encode
 from depass_lightning.sources import Source
 from depass_lightning.storage import (
     Journal,
@@ -218,7 +219,7 @@ def token_counter(depass: DePass) -> Callable[[str], int]:
     """Return a function that counts a prompt's tokens."""
     tokenizer = depass.tokenizer
     assert tokenizer is not None
-    return lambda prompt: len(tokenizer(prompt, verbose=False)["input_ids"])
+    return lambda prompt: len(encode(prompt, tokenizer).ids)
 
 
 def attribution_module(

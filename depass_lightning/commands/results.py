@@ -202,6 +202,7 @@ def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
         "roles": roles,
         "evidence": named or evidence,
         "evidence_first": row["evidence_first"],
+        "correct": row["correct"],
     }
 
 

@@ -23,7 +23,7 @@ class Measures:
 
     Attributes:
         values: by measure, one value a prompt; `language_probe` has those of the prompts that judge it.
-        ranks: how many tokens the part ranks above each prompt's answer.
+        ranks: the rank that the part gives to each prompt's answer, from 1 for the first.
         chance: how often a random prompt in another language means the same.
     """
 
@@ -37,7 +37,7 @@ class Measures:
 
     @property
     def median_rank(self) -> float:
-        """The median rank of the answer, from 0."""
+        """The median rank of the answer, from 1."""
         return float(median(self.ranks))
 
 
@@ -58,7 +58,7 @@ def measure(
         states: the part's states, one a prompt.
         task: the prompts, with the labels `language` and `case`.
         top: the tokens that each state decodes to.
-        ranks: how many tokens rank above each prompt's answer.
+        ranks: the rank of each prompt's answer among all tokens, from 1 for the first.
         answers: the answers' first tokens.
         words: each language's words.
         layer: where the states stand.
@@ -80,8 +80,8 @@ def measure(
         "same_meaning": hits,
         "own_words": own,
         "other_words": others,
-        "answer_in_top": [float(rank < top.shape[1]) for rank in ranks],
-        "answer_first": [float(rank == 0) for rank in ranks],
+        "answer_in_top": [float(rank <= top.shape[1]) for rank in ranks],
+        "answer_first": [float(rank == 1) for rank in ranks],
         "silhouette_language": _silhouettes(centred, languages),
         "silhouette_meaning": _silhouettes(centred, cases),
     }

@@ -102,7 +102,7 @@ def decode(
         batch_size: how many states at once.
 
     Returns:
-        The tokens with the highest logits, and how many have a higher one than the answer.
+        The tokens with the highest logits, and the rank of the answer, from 1 for the highest.
     """
     weight = depass.decoder.unembedded().weight
     tokens, ranks = [], []
@@ -110,6 +110,6 @@ def decode(
         for start in range(0, len(states), batch_size):
             logits = states[start : start + batch_size].to(weight) @ weight.T
             own = torch.tensor(answers[start : start + batch_size], device=weight.device)
-            ranks += (logits > logits.gather(1, own[:, None])).sum(1).tolist()
+            ranks += (1 + (logits > logits.gather(1, own[:, None])).sum(1)).tolist()
             tokens.append(logits.topk(top).indices.cpu())
     return torch.cat(tokens), ranks

@@ -173,7 +173,7 @@ class Truthful:
         questions = [Question(own.plain, own.answer, own.foil) for own in prompts]
         replies = ask(depass, questions, batch_size=self.batch_size)
         pairs = zip(prompts, replies, strict=True)
-        kept = [own for own, reply in pairs if (reply.preferred if self._by_options else reply.rank == 0)]
+        kept = [own for own, reply in pairs if (reply.preferred if self._by_options else reply.rank == 1)]
         if not kept:
             raise DePassError(
                 f"the model answers none of {len(prompts)} prompts right without the information; "

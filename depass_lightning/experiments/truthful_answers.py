@@ -36,7 +36,7 @@ class Answers:
     def right(self, method: str, count: int) -> list[float]:
         """Return for each prompt whether it is answered right, the mean over random draws."""
         return [
-            sum(own.preferred if self.by_options else own.rank == 0 for own in several) / len(several)
+            sum(own.preferred if self.by_options else own.rank == 1 for own in several) / len(several)
             for several in (self.replies[method, count, number] for number in range(self.prompts))
         ]
 

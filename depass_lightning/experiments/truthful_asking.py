@@ -38,7 +38,7 @@ class Reply:
     """What a model says.
 
     Attributes:
-        rank: how many tokens are more likely than the right answer.
+        rank: the rank of the right answer among all tokens, from 1 for the most likely.
         preferred: whether the right answer is more likely than the false one.
         share: the right answer's probability among the two.
     """
@@ -110,7 +110,7 @@ def _replies(depass: DePass, questions: list[_Key], mask: Mask) -> list[Reply]:
     logits = logits.float()
     answers = torch.tensor([[answer, foil] for _, answer, foil, _ in questions], device=device)
     own = logits.gather(1, answers)
-    ranks = (logits > own[:, :1]).sum(1).tolist()
+    ranks = (1 + (logits > own[:, :1]).sum(1)).tolist()
     shares = own.softmax(-1)[:, 0].tolist()
     preferred = (own[:, 0] > own[:, 1]).tolist()
     return [Reply(*each) for each in zip(ranks, preferred, shares, strict=True)]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.masking import Asked, answer_ids, answers_given
-from depass_lightning.prompts import prompts_of_texts
+from depass_lightning.prompts import prompts_of
 from depass_lightning.tasks import Example
 
 
@@ -36,7 +36,7 @@ def answered_right(
     asked, indices = [], []
     for index, example in enumerate(task):
         try:
-            (prompt,) = prompts_of_texts([example.prompt], depass.tokenizer, depass.decoder.max_positions)
+            (prompt,) = prompts_of(depass.decoder, depass.tokenizer, example.prompt, None, None)
         except DePassError:
             continue
         if answer := answer_ids(depass, example.prompt, example.answer):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.batches import in_batches
@@ -12,7 +12,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.engine.isolation import exact
 from depass_lightning.engine.record import record
 from depass_lightning.errors import DePassError
-from depass_lightning.prompts import Prompt, pad, prompts_of
+from depass_lightning.prompts import IdsLike, Prompt, pad, prompts_of
 from depass_lightning.sources import resolve_layer
 
 
@@ -24,8 +24,8 @@ def hidden_states(
     layers: Sequence[int] | None = None,
     position: int = -1,
     batch_size: int = 32,
-    input_ids: Int[Tensor, "batch position"] | None = None,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    input_ids: IdsLike | None = None,
+    attention_mask: IdsLike | None = None,
 ) -> Float[Tensor, "layer text hidden"]: ...
 
 
@@ -37,8 +37,8 @@ def hidden_states(
     layers: Sequence[int] | None = None,
     position: Literal["all"],
     batch_size: int = 32,
-    input_ids: Int[Tensor, "batch position"] | None = None,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    input_ids: IdsLike | None = None,
+    attention_mask: IdsLike | None = None,
 ) -> list[Tensor]: ...
 
 
@@ -49,8 +49,8 @@ def hidden_states(
     layers: Sequence[int] | None = None,
     position: int | Literal["all"] = -1,
     batch_size: int = 32,
-    input_ids: Int[Tensor, "batch position"] | None = None,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    input_ids: IdsLike | None = None,
+    attention_mask: IdsLike | None = None,
 ) -> Float[Tensor, "layer text hidden"] | list[Tensor]:
     """Return the residual stream of texts at layers, as a decomposed pass has it.
 

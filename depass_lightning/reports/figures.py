@@ -130,16 +130,22 @@ def _layout(attribution: Attribution) -> tuple[list[Box], Box]:
     x, line, indent = float(MARGIN), 0, 0.0
     boxes: list[Box] = []
     for piece, strength, score in _pieces(attribution):
-        text, *below = piece.text.split("\n")
-        width = font_width(text, TOKEN_SIZE) + 2 * PADDING
-        gap = SPACE if piece.space else 1.0
-        if boxes and (x + gap + width > right or indent):
-            x, line = MARGIN + indent, line + 1
-        elif boxes:
-            x += gap
-        boxes.append(Box(text, strength, score, x, width, line))
-        x += width
-        indent = font_width(below[-1], TOKEN_SIZE) + 0.1 if below else 0.0
+        first, *below = piece.text.split("\n")
+        # What follows a line's end is a box of its own in the next line; the last one's spaces indent it.
+        for number, text in enumerate([first, *(own for own in below if own.strip())]):
+            bare = text.lstrip() if number else text
+            indent = font_width(text[: -len(bare)], TOKEN_SIZE) + 0.1 if number else indent
+            width = font_width(bare, TOKEN_SIZE) + 2 * PADDING
+            gap = SPACE if piece.space else 1.0
+            if boxes and (x + gap + width > right or indent):
+                x, line = MARGIN + indent, line + 1
+            elif boxes:
+                x += gap
+            boxes.append(Box(bare, strength, None if number else score, x, width, line))
+            x += width
+            indent = 0.0
+        if below and not below[-1].strip():
+            indent = font_width(below[-1], TOKEN_SIZE) + 0.1
     said = visible(attribution.prediction.strip(" ") or attribution.prediction)
     width = font_width(said, TOKEN_SIZE) + 4 * PADDING
     if x + 2 * SPACE + width > right or indent:

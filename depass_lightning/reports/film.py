@@ -62,7 +62,8 @@ def write_film(
     if len(frames) < 2:
         raise DePassError(f"a film needs two steps or more; there {'is' if frames else 'are'} {len(frames)}")
     ids = _common(frames)
-    known = [{"id": id} | dict((examples or {}).get(id, {})) for id in ids]
+    # Whether the model is right changes from step to step, and an example knows it of one step.
+    known = [{"id": id} | dict((examples or {}).get(id, {})) | {"correct": None} for id in ids]
     beside = [[frame.attributions[id] for frame in frames] for id in ids]
     film = {
         "labels": [visible(frame.label) for frame in frames],

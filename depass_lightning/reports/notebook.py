@@ -5,7 +5,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from depass_lightning.attribution import Attribution
 from depass_lightning.reports.components import asked_for, complete, made
 from depass_lightning.reports.numbers import percent, plain, signed, visible
-from depass_lightning.reports.pieces import pieces_of, strengths
+from depass_lightning.reports.pieces import pieces_of, strengths, unread_words
 
 # A notebook does not tell its ground. Half transparent tones of middle lightness leave its letters readable.
 POSITIVE, NEGATIVE = "46,107,255", "235,104,30"
@@ -75,8 +75,8 @@ def _facts(attribution: Attribution) -> str:
     if attribution.probability is not None:
         facts.append(f"gives the target {percent(attribution.probability)}")
     if attribution.rank is not None:
-        facts.append(f"rank {attribution.rank + 1:,}")
+        facts.append(f"rank {attribution.rank:,}")
     facts.append(f"{made(attribution)}, rule {attribution.rule}")
     if complete(attribution):
         facts.append(f"completeness {plain(attribution.completeness)}")
-    return ", ".join(facts)
+    return "; ".join(filter(None, [", ".join(facts), unread_words(attribution)]))

@@ -38,6 +38,7 @@ from depass_lightning.reports.components import (
 from depass_lightning.reports.matrices import matrices_of, shared_rows
 from depass_lightning.reports.numbers import bare, curves_of, model_name, summary_cards, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
+from depass_lightning.reports.pieces import unread_words
 
 SCRIPTS = (
     "page_base.js",
@@ -80,7 +81,8 @@ def write_page(
         figures: pictures to show below (.png, .svg), embedded in the page.
         examples: what is known of each prompt, as many as there are attributions: `id`; `answer`; `roles`,
             named character ranges of the prompt; `evidence`, the right tokens as names of roles or as
-            character ranges; `evidence_first`, whether a right token has the largest score. Attributions that
+            character ranges; `evidence_first`, whether a right token has the largest score; `correct`,
+            whether the model's own next token is the right answer, where that is known. Attributions that
             follow one another and have the same `matrix`, a name, are shown as the rows of one, each called
             by its `row`: they are several targets of one prompt.
         mean: the mean over the run's prompts, shown first where components stand for no text, such as heads;
@@ -229,6 +231,8 @@ def prompt_data(
         "prediction": visible(attribution.prediction),
         "probability": _rounded(attribution.probability),
         "rank": attribution.rank,
+        "right": example.get("correct"),
+        "unread": unread_words(attribution),
         "completeness": _rounded(attribution.completeness) if complete(attribution) else None,
     }
 

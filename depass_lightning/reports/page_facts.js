@@ -7,7 +7,7 @@ function factsPanel(prompt) {
     ["the model says", bare(prompt.prediction)],
     ["answer", prompt.answer && bare(prompt.answer)],
     ["probability of the target", prompt.probability == null ? null : percent(prompt.probability)],
-    ["rank of the target", prompt.rank == null ? null : (prompt.rank + 1).toLocaleString("en")],
+    ["rank of the target", prompt.rank == null ? null : prompt.rank.toLocaleString("en")],
     ["score on the right tokens", prompt.share == null ? null : percent(prompt.share)],
     ["completeness", prompt.completeness == null ? null : plain(prompt.completeness), prompt.completeness > 1e-3 ? "bad" : null],
     ["tokens", prompt.tokens.length.toLocaleString("en")],

@@ -9,8 +9,10 @@ const HAYSTACK = PROMPTS.map((p) => [listName(p), p.id, p.tokens.join(""), p.tar
 
 const FILTERS = {
   "all prompts": () => true,
-  "the model is right": (p) => p.rank === 0 && p.matrix == null,
-  "the model is wrong": (p) => p.rank > 0 && p.matrix == null,
+  "the model is right": (p) => p.right === true,
+  "the model is wrong": (p) => p.right === false,
+  "the target is the model's first choice": (p) => firstChoice(p) === true,
+  "the target is not the model's first choice": (p) => firstChoice(p) === false,
   "the right token is first": (p) => p.first === true,
   "the right token is not first": (p) => p.first === false,
 };
@@ -19,7 +21,7 @@ const SORTS = {
   "as given": null,
   id: (p) => p.id,
   value: (p) => p.value,
-  "model right": (p) => (p.rank == null ? null : -p.rank),
+  "rank of the target": (p) => (p.rank == null ? null : -p.rank),
   "right token first": (p) => (p.first == null ? null : Number(p.first)),
   "score on the right tokens": (p) => p.share,
   completeness: (p) => p.completeness,
@@ -70,11 +72,12 @@ function listRow(i, place) {
   const strip = element("i", { class: "strip", "aria-hidden": "true" });
   strip.style.background = stripes(prompt);
   const rows = DATA.matrices[prompt.matrix]?.rows;
-  const right = prompt.rank == null || rows ? "" : prompt.rank === 0 ? "✓" : "✗";
+  const good = rows ? null : prompt.right ?? firstChoice(prompt);
+  const title = prompt.right == null ? "whether the target is the model's first choice" : "whether the model is right";
   const row = element(
     "div",
     { id: `prompt-${i}`, class: "item", role: "option", "aria-selected": String(i === leading(state.chosen)), "aria-setsize": state.visible.length, "aria-posinset": place + 1, onclick: () => choose(i, { show: true }) },
-    element("span", { class: "item-head" }, element("b", {}, listName(prompt)), element("span", { class: prompt.rank === 0 ? "good" : "bad", title: "whether the model is right" }, right),
+    element("span", { class: "item-head" }, element("b", {}, listName(prompt)), element("span", { class: good ? "good" : "bad", title }, good == null ? "" : good ? "✓" : "✗"),
       element("span", { class: "item-value" }, rows ? `${rows[1] - rows[0]} targets` : signed(prompt.value))),
     element("span", { class: "item-text", dir: "auto" }, snippet(prompt)),
     strip,

@@ -33,11 +33,14 @@ function detailHead(prompt) {
   );
 }
 
+// Whether the model would say the target, which need not be the right answer; null where that is not shown.
+const firstChoice = (prompt) => (prompt.rank == null || prompt.matrix != null ? null : prompt.rank === 1);
+
 function badges(prompt) {
   const badge = (good, yes, no) =>
     good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ ${no}`);
-  const right = prompt.rank == null || prompt.matrix != null ? null : prompt.rank === 0;
-  return [badge(right, "model is right", "model is wrong"), badge(prompt.first, "right token first", "right token not first")].filter(Boolean);
+  const first = prompt.right != null ? null : firstChoice(prompt);
+  return [badge(prompt.right, "model is right", "model is wrong"), badge(first, "the target is the model's first choice", "the target is not the model's first choice"), badge(prompt.first, "right token first", "right token not first")].filter(Boolean);
 }
 
 // The tip, and the two places where a component shows itself: its tokens and its bar.

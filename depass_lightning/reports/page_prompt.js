@@ -11,6 +11,7 @@ function promptPanel(prompt) {
     element("p", { class: "equation" }, element("span", {}, prompt.target), " = ", element("b", {}, signed(prompt.value))),
     promptText(prompt, view, scale),
     elsewhere(prompt, view, scale),
+    prompt.unread ? element("p", { class: "elsewhere" }, prompt.unread) : null,
     inText(view) || prompt.marks.length ? element("div", { class: "legend" }, viewSwitch(prompt), inText(view) ? scaleLegend(scale) : null, marksLegend(prompt)) : null,
   );
 }
@@ -47,7 +48,7 @@ function appendPiece(text, prompt, { i, start, end, written, strength }) {
   const special = prompt.special.includes(start) ? " special" : "";
   const piece = element("span", { class: `piece${underline}${special}`, "data-component": i >= 0 ? i : null }, shown.replaceAll("↵", "↵\n"));
   if (prompt.stands != null && start <= prompt.stands && prompt.stands < end) {
-    piece.classList.add("answer", ...(prompt.rank > 0 ? ["wrong"] : []));
+    piece.classList.add("answer", ...(prompt.rank > 1 ? ["wrong"] : []));
     piece.title = "the target";
   } else if (i >= 0 && (prompt.stands == null || start <= prompt.position)) {
     const ground = shade(strength);
@@ -59,7 +60,7 @@ function appendPiece(text, prompt, { i, start, end, written, strength }) {
 
 // What the model itself goes on with, where the target was read.
 function appendAnswer(text, prompt) {
-  const wrong = prompt.rank != null && prompt.rank > 0;
+  const wrong = prompt.rank != null && prompt.rank > 1;
   const title = wrong ? "the model's own next token, not the target" : "the model's own next token";
   text.append(" ", element("span", { class: `answer${wrong ? " wrong" : ""}`, title }, bare(prompt.prediction)));
 }

@@ -42,6 +42,12 @@ def pieces_of(attribution: Attribution) -> Iterator[Piece]:
         start = end
 
 
+def unread_words(attribution: Attribution) -> str:
+    """Say which words of the prompt the model's tokenizer does not know; "" where it knows all."""
+    words = [visible(word) for word in attribution.metadata.get("unknown_words", ())]
+    return f"the model's tokenizer does not know {', '.join(map(repr, words))}" if words else ""
+
+
 def full_score(attribution: Attribution) -> float:
     """Return the size of the score that has the full colour: the largest of what stands in the text.
 

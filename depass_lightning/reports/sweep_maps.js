@@ -12,13 +12,14 @@ function drawMaps() {
 function mapOf(run, place) {
   const prompt = PROMPTS[place];
   const view = prompt.views.tokens;
-  const right = prompt.rank == null ? null : prompt.rank === 0;
+  const good = prompt.right ?? firstChoice(prompt);
+  const yes = prompt.right == null ? "the target is the model's first choice" : "model is right";
   const article = element("article", { class: "map" },
     element("header", { class: "map-head" },
       element("b", {}, DATA.axes.some((axis) => axis.key === "model" || axis.key === "checkpoint") ? run.model : run.run),
       run.setting ? element("span", {}, run.setting) : null,
       element("span", { class: "equation" }, element("span", {}, prompt.target), " = ", element("b", {}, signed(prompt.value))),
-      right == null ? null : element("span", { class: `badge ${right ? "good" : "bad"}` }, right ? "✓ model is right" : `✗ says ${bare(prompt.prediction)}`),
+      good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ says ${bare(prompt.prediction)}`),
       prompt.share == null ? null : element("span", {}, `${percent(prompt.share)} of the score on the right tokens`),
     ),
     ...drawn(prompt, view),

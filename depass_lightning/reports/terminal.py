@@ -14,7 +14,7 @@ from depass_lightning.attribution import Attribution
 from depass_lightning.reports.components import Grid, asked_for, complete, grid_of, made, remainders_of
 from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
-from depass_lightning.reports.pieces import pieces_of, strengths
+from depass_lightning.reports.pieces import pieces_of, strengths, unread_words
 
 # A terminal does not tell its ground. Weak scores colour the letters alone, in a tone between light and dark;
 # strong ones bring a ground of their own, with white letters on it.
@@ -48,9 +48,10 @@ def _headline(attribution: Attribution) -> Text:
     if attribution.probability is not None:
         said += f", and gives the target {percent(attribution.probability)}"
     if attribution.rank is not None:
-        said += f" (rank {attribution.rank + 1:,})"
+        said += f" (rank {attribution.rank:,})"
     value = f"{visible(attribution.target)} = {signed(attribution.value)}"
-    return Text.assemble((value, "bold"), "\n", said, "\n", (_settings(attribution), "dim"))
+    lines = [said, *([unread] if (unread := unread_words(attribution)) else [])]
+    return Text.assemble((value, "bold"), "\n", "\n".join(lines), "\n", (_settings(attribution), "dim"))
 
 
 def _settings(attribution: Attribution) -> str:
@@ -152,7 +153,7 @@ def attributions_table(
     table.add_column("prompt")  # the only one that may wrap is what a narrow terminal cuts first
     table.add_column("target", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("model says", no_wrap=True)
+    table.add_column("model says (✓ the target)", no_wrap=True)
     table.add_column("rests on", no_wrap=True)
     for number, attribution in enumerate(attributions[:limit]):
         name = str(number) if ids is None else ids[number]
