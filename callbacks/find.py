@@ -77,7 +77,7 @@ def find_tokenizer(
     reason: object = "the model's configuration does not say where it came from"
     if name:
         try:
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask
         except Exception as error:  # whatever the hub, the disk or the file's parser raised
             reason = error
     if not needed:

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
 
+FAR = 32  # characters for each position of the context
+MOST = 10_000_000  # characters of a prompt; tokenising more takes gigabytes
 LISTED = 10  # unknown words in a warning
 IdsLike = Int[Tensor, "batch position"] | Sequence[int] | Sequence[Sequence[int]]
 
@@ -142,6 +144,7 @@ def prompts_of_texts(
             raise DePassError(f"{name} is a {type(text).__name__}, not a text")
         if not text.strip():
             raise DePassError(f"{name} is empty; give it at least one token")
+        _check_beginning(name, text, tokenizer, limit)
         ids, offsets, start, twice = encode(text, tokenizer, name)
         doubled += [str(tokenizer.decode(ids[:1]))] if twice else []
         _check_length(name, len(ids), limit)
@@ -376,6 +379,32 @@ def _runs(
         if last or not written.endswith("\ufffd"):
             yield run, written
             run = []
+
+
+def beginning_of(text: str, limit: int | None) -> str:
+    """The part of a text that tells whether it is far beyond the context: all of a shorter one.
+
+    Args:
+        text: the text.
+        limit: the model's context in tokens, or None where unknown.
+    """
+    return text[: MOST if limit is None else min(MOST, FAR * limit)]
+
+
+def _check_beginning(name: str, text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+    """Refuse a text that is far too long before all of it is tokenised: the process may run out of memory."""
+    if len(text) > MOST:
+        raise DePassError(f"{name} has {len(text):,} characters, more than {MOST:,}; shorten it")
+    beginning = beginning_of(text, limit)
+    if limit is None or len(beginning) == len(text):
+        return
+    count = len(encode(beginning, tokenizer, name).ids)
+    # Twice: the beginning's last tokens may be others in the whole text.
+    if count > 2 * limit:
+        raise DePassError(
+            f"{name} has {len(text):,} characters; its first {len(beginning):,} have {count:,} tokens, more "
+            f"than the model's context of {limit}; shorten it"
+        )
 
 
 def _check_length(name: str, count: int, limit: int | None) -> None:

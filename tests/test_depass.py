@@ -173,3 +173,31 @@ def test_a_saved_model_is_the_same_from_its_folder(depass: DePass, tmp_path: Pat
     found = loaded.attribute(PROMPT, " Mary")
     torch.testing.assert_close(found.scores, expected.scores)
     assert found.names == expected.names
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (" w1" * 1_000, "has 3,000 characters; its first 2,048 have .* tokens, more than .* context of 64"),
+        ("x" * 10_000_001, "has 10,000,001 characters, more than 10,000,000"),
+    ],
+)
+def test_a_prompt_far_beyond_the_context_is_refused_unread(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    depass, read = DePass(build("llama"), tokenizer), []
+    encode = type(tokenizer).__call__
+
+    def counted(own: PreTrainedTokenizerFast, given: str, *args: object, **options: object) -> object:
+        read.append(len(given))
+        return encode(own, given, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    with pytest.raises(DePassError, match=said):
+        depass.attribute(text)
+    assert max(read, default=0) <= 2_048
+
+
+@pytest.mark.filterwarnings("ignore:.*does not know")
+def test_a_long_prompt_of_few_tokens_is_explained(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(DePass(build("llama"), tokenizer).attribute("w1 " + "x" * 3_000).scores) == 3

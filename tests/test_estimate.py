@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens
+from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens, tasks
+from depass_lightning.commands.attribute import tell_estimate
 from depass_lightning.engine import bulk, propagate
 from depass_lightning.engine.carry import Carry
 from depass_lightning.estimate import carried_rows
+from depass_lightning.modules.attribution import AttributionModule
 from depass_lightning.prompts import prompts_of_ids
 from depass_lightning.settings import settings_of
 from tests.models import build, prompt
@@ -76,3 +80,18 @@ def test_an_estimate_refuses_what_attribute_refuses() -> None:
         depass.estimate(input_ids=prompt(5)[None], rule=unknown)
     with pytest.raises(DePassError, match="nothing to explain"):
         depass.estimate()
+
+
+def test_a_command_measures_where_the_model_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    depass, task = DePass.from_pretrained("tiny"), tasks.load("ioi", size=2)
+    module = AttributionModule(depass)
+    devices = []
+
+    def estimate(*_: object, **__: object) -> SimpleNamespace:
+        devices.append(depass.decoder.embedding.device)
+        return SimpleNamespace(seconds=0.0)
+
+    monkeypatch.setattr(depass, "estimate", estimate)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    tell_estimate(OmegaConf.create({"batch_size": 2}), depass, task, module, cast(Any, trainer))
+    assert devices == [torch.device("meta")]

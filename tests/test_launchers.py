@@ -118,6 +118,7 @@ REFUSED = [
     ("torchrun", False, ("hydra.run.dir=mine",), "give trainer.devices=2 trainer.strategy=ddp"),
     ("torchrun", True, (*DDP, "hydra.sweep.dir=mine", "hydra/launcher=workers"), "leave out one of them"),
     ("srun", False, DDP, "srun starts .* give hydra.run.dir="),
+    ("", False, (*DDP, "model.device_map=auto"), "model.device_map=auto .* in each of 2 processes"),
 ]
 
 

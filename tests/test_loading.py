@@ -1,4 +1,4 @@
-"""What a folder of a model may lack, hold too much of, or bring along: each an error with file and cause."""
+"""What loads and what does not: tied and untied heads, left-over weights, GGUF files, foreign code."""
 
 from __future__ import annotations
 
@@ -46,86 +46,15 @@ def change_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def cut(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-2000])
-
-
-def without(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).unlink()
-
-
-def without_all(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def without_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
-def only_an_adapter(folder: Path) -> None:
-    without_all(folder)
-    (folder / "adapter_config.json").write_text("{}")
-
-
-def sharded(index: object) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        (folder / WEIGHTS).unlink()
-        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-
-    return change
-
-
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 536223056\n"
 LAYER = "model.layers.1.self_attn.q_proj.weight"
-BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no head": (lambda f: change_weights(f, lambda w: w.pop("lm_head.weight")), ("no lm_head.weight",)),
-    "no projection": (lambda f: change_weights(f, lambda w: w.pop(LAYER)), (f"no {LAYER}",)),
-    "a weight too many": (
-        lambda f: change_weights(f, lambda w: w.update({LAYER[:-6] + "bias": torch.ones(64)})),
-        ("does not have", LAYER[:-6] + "bias"),
-    ),
-    "a block too many": (lambda f: change_config(f, num_hidden_layers=2), ("does not have", "layers.2")),
-    "a block too few": (lambda f: change_config(f, num_hidden_layers=4), ("it has no", "layers.3")),
-    "other sizes": (lambda f: change_config(f, intermediate_size=40), ("other sizes", "mlp.")),
-    "cut weights": (cut(WEIGHTS), (WEIGHTS, "cut or damaged")),
-    "a pointer": (write(WEIGHTS, POINTER), (WEIGHTS, "Git LFS pointer", "git lfs pull")),
-    "empty weights": (write(WEIGHTS, b""), (WEIGHTS, "is empty")),
-    "no weights": (without(WEIGHTS), ("no weights",)),
-    "a web page": (write(WEIGHTS, b"<html>404</html>" * 20), (WEIGHTS, "cut or damaged")),
-    "no config": (without("config.json"), ("no config.json",)),
-    "cut config": (write("config.json", b'{"model_type": "lla'), ("config.json", "cut or damaged")),
-    "a config that is a list": (write("config.json", b"[1]"), ("config.json", "holds a list")),
-    "an unknown kind": (lambda f: change_config(f, model_type="nonesuch"), ("nonesuch",)),
-    "a number that is a word": (lambda f: change_config(f, hidden_size="wide"), ("cannot be loaded",)),
-    "cut tokenizer": (cut("tokenizer.json"), ("tokenizer.json", "cut or damaged")),
-    "no tokenizer": (without_tokenizer, ("no tokenizer",)),
-    "an adapter alone": (only_an_adapter, ("adapter, not a model", "checkpoint=")),
-    "nothing": (without_all, ("is empty",)),
-    "an index without its shard": (
-        sharded({"weight_map": {"lm_head.weight": "model-1.safetensors"}}),
-        ("names model-1.safetensors, which is not there",),
-    ),
-    "an index of nothing": (sharded({}), ("no weight_map",)),
-}
 
 
-@pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_folder_is_explained(fault: str, untied: Path, tmp_path: Path) -> None:
+def test_a_folder_without_its_head_is_refused(untied: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(untied, tmp_path / "model")
-    change, told = BROKEN[fault]
-    change(folder)
-    with pytest.raises(DePassError) as raised:
-        DePass.from_pretrained(str(folder))
-    message = str(raised.value)
-    assert [part for part in told if part not in message] == [], message
-    assert "\n" not in message
-    assert "family" not in message
+    change_weights(folder, lambda weights: weights.pop("lm_head.weight"))
+    with pytest.raises(DePassError, match=r"it has no lm_head\.weight"):
+        load_model(str(folder))
 
 
 def test_a_whole_folder_is_loaded(untied: Path) -> None:

@@ -295,3 +295,11 @@ def test_a_browser_draws_tables_and_maps(copied: Path) -> None:
     assert maps.count("<article") == 4
     assert maps.count('class="prompt"') == 3  # one is of heads
     assert page.split('id="runs"', 1)[1].count("<tr") == 7
+
+
+def test_what_a_results_folder_names_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "foreign_source.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert reports.labelled({"_target_": "foreign_source.Source", "layer": 3}) == "source layer=3"
+    assert not ran.exists()

@@ -26,7 +26,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution import AttributionModule, Masking, Removal
 from depass_lightning.modules.prompts import PromptData
 from depass_lightning.promotes import notes_on
-from depass_lightning.prompts import encode
+from depass_lightning.prompts import beginning_of, encode
 from depass_lightning.sources import Source
 from depass_lightning.storage import (
     Journal,
@@ -127,7 +127,7 @@ def _attribute(
         together=together,
     )
     if not generates and kept < len(task) and isinstance(module.method, DePassMethod):
-        tell_estimate(config, depass, task, module)
+        tell_estimate(config, depass, task, module, trainer)
     predict(trainer, module, data, lambda: _kept(writer.journal))
     if not trainer.is_global_zero:
         return None
@@ -216,10 +216,11 @@ def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
 
 
 def token_counter(depass: DePass) -> Callable[[str], int]:
-    """Return a function that counts a prompt's tokens."""
+    """Return a function that counts a prompt's tokens; of one far beyond the context, its beginning's."""
     tokenizer = depass.tokenizer
     assert tokenizer is not None
-    return lambda prompt: len(encode(prompt, tokenizer).ids)
+    limit = depass.decoder.max_positions
+    return lambda prompt: len(encode(beginning_of(prompt, limit), tokenizer).ids)
 
 
 def attribution_module(
@@ -257,7 +258,9 @@ def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
     return make_method(name, depass, source, **options)
 
 
-def tell_estimate(config: DictConfig, depass: DePass, task: Task, module: AttributionModule) -> None:
+def tell_estimate(
+    config: DictConfig, depass: DePass, task: Task, module: AttributionModule, trainer: Trainer
+) -> None:
     """Say how long the scores will take, and how much memory, where that is worth knowing before."""
     if not first_process():
         return
@@ -266,6 +269,7 @@ def tell_estimate(config: DictConfig, depass: DePass, task: Task, module: Attrib
     fitting = [prompt for prompt in fitting if limit is None or count(prompt) <= limit]
     if not fitting:
         return
+    module.to(trainer.strategy.root_device)  # where the trainer will move it too
     try:
         cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
     except Exception:  # a bad prompt costs itself alone, when its turn comes

@@ -43,6 +43,12 @@ def check_launch(config: DictConfig) -> None:
             f"trainer.strategy={strategy} cannot hand its processes what they need; take ddp, or ddp_fork on "
             "processors"
         )
+    if _processes(config) > 1 and config.model.get("device_map") is not None:
+        raise DePassError(
+            f"model.device_map={config.model.device_map} would place a whole model in each of "
+            f"{_processes(config)} processes, on the same devices; take trainer.devices=1, which uses them "
+            "all, or leave out model.device_map"
+        )
     if HydraConfig.initialized():
         hydra: Any = HydraConfig.get()
         _check(config, hydra)

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from depass_lightning import sources
 from depass_lightning.attribution import Attribution
 from depass_lightning.commands.common import folder_of, told
 from depass_lightning.commands.results import example_of
@@ -236,10 +236,11 @@ def labelled(spec: Mapping[str, Any]) -> str:
     """Name what is instantiated of a configuration: its class, and what differs from the class's defaults."""
     target = str(spec.get("_target_", ""))
     name = target.rpartition(".")[2].lower()
-    try:
-        fields = {own.name: own.default for own in dataclasses.fields(get_class(target))}
-    except Exception:  # a class of another version
-        fields = {}
+    # Compared as text: what a results folder names is not imported.
+    known = {f"{sources.__name__}.{public}": getattr(sources, public) for public in sources.__all__}
+    kind = known.get(target)
+    declared = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    fields = {field.name: field.default for field in declared}
     settings = {key: value for key, value in spec.items() if not key.startswith("_")}
     changed = {
         key: value for key, value in settings.items() if value is not None and value != fields.get(key)

@@ -63,6 +63,7 @@ def load_model(
     try:
         with _quiet_if(Path(folder).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+            tokenizer("a")  # some broken ones load, and fail here
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=precision, **{**options, **files, **reported}
             )

@@ -40,7 +40,10 @@ def check_weights(
     """
     faults = []
     if sizes:
-        told = [f"{name} is {_written(there)}, not {_written(here)}" for name, (there, here) in sizes.items()]
+        told = [
+            f"{name} is {_written(there)}, not {_written(here)}"
+            for name, (there, here) in sorted(sizes.items())
+        ]
         faults.append(f"weights of other sizes than the model's: {_some(told)}")
     if lacking := sorted(missing):
         faults.append(f"no {_some(lacking)}")
@@ -60,8 +63,8 @@ def inside(model: nn.Module, names: Iterable[str]) -> list[str]:
         model: the model.
         names: names of weights that the model does not have.
     """
-    base = getattr(model, "base_model_prefix", "")
-    parts = {part for name in model.state_dict() for part in _ancestors(name)} - {base}
+    # Of modules, not of weights: a model that is declared without blocks has an empty list of them.
+    parts = {name for name, _ in model.named_modules()} - {getattr(model, "base_model_prefix", "")}
     ignored = [CONSTANTS]
     if isinstance(model, PreTrainedModel):
         ignored += [re.compile(own) for own in model._keys_to_ignore_on_load_unexpected or ()]
