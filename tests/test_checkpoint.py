@@ -80,6 +80,11 @@ def test_weights_are_found(kind: str, trained: State, tmp_path: Path) -> None:
     assert same(loaded(tmp_path / "last.ckpt"), trained)
 
 
+def test_a_file_of_an_early_torch(trained: State, tmp_path: Path) -> None:
+    torch.save(trained, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert same(loaded(tmp_path / "old.pt"), trained)
+
+
 def test_a_safetensors_file(trained: State, tmp_path: Path) -> None:
     save_file(untied(trained), tmp_path / "model.safetensors")
     assert same(loaded(tmp_path / "model.safetensors"), trained)
@@ -132,7 +137,15 @@ def with_adapter(state: State) -> State:
 
 LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(4, 64)}
 BAD: dict[str, tuple[Callable[[State], Any], str]] = {
-    "resized": (resized, "weights of other sizes.*embed_tokens"),
+    "resized": (resized, "weights of other sizes.*embed_tokens.*were tokens added"),
+    "a block too many": (
+        lambda state: within("model.", state | {"model.layers.3.mlp.up_proj.weight": torch.ones(128, 64)}),
+        r"does not have: model\.layers\.3.*model=",
+    ),
+    "a head that is not tied": (
+        lambda state: state | {"lm_head.weight": state["lm_head.weight"] + 1},
+        "which are one in LlamaForCausalLM",
+    ),
     "an adapter": (lambda _: LORA, "holds an adapter alone; save it with peft"),
     "a model with an adapter": (with_adapter, "holds a model with an adapter"),
     "an optimiser": (

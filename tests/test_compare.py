@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from depass_lightning import DePass
-from depass_lightning.commands.compare import labelled
+from depass_lightning.commands.compare import labelled, load_entry
 from depass_lightning.errors import DePassError
 from depass_lightning.models.checkpoint import load_checkpoint
 from depass_lightning.storage import read_attributions
@@ -83,3 +86,24 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_labels_are_distinct_and_fit_for_folders() -> None:
     assert labelled(["a/model", "b/model", "org/name@step10"]) == ["1-model", "2-model", "name@step10"]
+
+
+ADAPTER = "adapter_model.safetensors"
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda folder: (folder / ADAPTER).write_bytes(b"\x00" * 20), f"{ADAPTER} is cut or damaged"),
+    "no weights": (lambda folder: save_file({}, folder / ADAPTER), "missing adapter keys"),
+    "no settings": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds a list"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_adapter_is_named(tmp_path: Path, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    depass = DePass.from_pretrained("tiny")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(depass.model, settings).save_pretrained(tmp_path)
+    change, said = BROKEN[kind]
+    change(tmp_path)
+    config = OmegaConf.create({"compute_dtype": None})
+    with pytest.raises(DePassError, match=f"the adapter {tmp_path} cannot be loaded: .*{said}"):
+        load_entry(str(tmp_path), config, lambda _: DePass.from_pretrained("tiny"))

@@ -1,5 +1,6 @@
 """`python analyze.py compare=[...]`: the same prompts through several checkpoints, revisions or adapters."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.files import safe_name
 from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
+from depass_lightning.models.folder import fault_of_file
 from depass_lightning.reports.film import Frame, write_film
 from depass_lightning.storage import attribution_from_row, write_json
 
@@ -104,7 +106,15 @@ def _adapted(model: torch.nn.Module, path: Path) -> torch.nn.Module:
         from peft import PeftModel
     except ImportError as error:
         raise DePassError(f"{path} is an adapter, which needs the package peft: pip install peft") from error
-    return PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys.*")  # they would be random
+            return PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
+    except Exception as error:  # a broken file may end in an error of any class
+        faults = {file: fault_of_file(file) for file in sorted(path.iterdir()) if file.is_file()}
+        broken = (f"{file} {fault}" for file, fault in faults.items() if fault)
+        told = next(broken, f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
+        raise DePassError(f"the adapter {path} cannot be loaded: {told}") from error
 
 
 def labelled(entries: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Weights from a file that a training wrote, read without running any code that the file names."""
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -64,18 +65,33 @@ def load_checkpoint(model: nn.Module, entry: str) -> None:
     own = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
     tied = _tied(wanted)
     for key in wanted:
-        if key not in own and (other := next((name for name in tied[key] if name in own), None)):
+        other = next((name for name in tied[key] if name in own), None)
+        if key not in own and other is not None:
             own[key] = own[other]
+        elif other is not None and not torch.equal(own[key], own[other]):
+            raise DePassError(
+                f"{path} has a {key} and another {other}, which are one in {type(model).__name__}; save the "
+                "trained model with save_pretrained and pass its folder"
+            )
+    sizes = {
+        key: (own[key].shape, value.shape)
+        for key, value in wanted.items()
+        if key in own and own[key].shape != value.shape
+    }
+    # All differ in their first dimension alone: tokens were added.
+    grown = sizes and all(there[1:] == here[1:] for there, here in sizes.values())
+    hint = (
+        "were tokens added, save the trained model and its tokenizer with save_pretrained and pass the folder"
+        if grown
+        else "name the model that was trained by model="
+    )
     check_weights(
         model,
         str(path),
         missing=[key for key in wanted if key not in own],
-        sizes={
-            key: (own[key].shape, value.shape)
-            for key, value in wanted.items()
-            if key in own and own[key].shape != value.shape
-        },
-        hint="name the model that was trained by model=",
+        unexpected=[key for key in own if key not in wanted],
+        sizes=sizes,
+        hint=hint,
     )
     model.load_state_dict({key: own[key] for key in wanted})
 
@@ -131,13 +147,16 @@ def _read(path: Path) -> Any:
         except SafetensorError as error:
             raise DePassError(f"{path} {fault_of_file(path) or f'cannot be read ({error})'}") from error
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        names = []
+        if zipfile.is_zipfile(path):  # files of torch before 1.6 are none, and are read without stand-ins
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         inert: list[Any] = [(_Inert, name) for name in names]
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        told = next(iter(str(error).split("\n")))
-        raise DePassError(f"{path} cannot be read safely: {told}; save the model's state_dict()") from error
+        told = str(error).split("\n")[0]
+        fault = fault_of_file(path) or f"cannot be read safely: {told}; save the model's state_dict()"
+        raise DePassError(f"{path} {fault}") from error
     except Exception as error:  # zip, pickle and torch each have their own for a broken file
         fault = fault_of_file(path) or f"is no checkpoint, or cut ({type(error).__name__}); copy it again"
         raise DePassError(f"{path} {fault}") from error
