@@ -3,20 +3,17 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 
 from depass_lightning.errors import DePassError
 from depass_lightning.sources import Source
+from depass_lightning.sources.base import is_whole
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 Kind = tuple[str, Callable[[Any], bool]]
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _several(value: Any) -> bool:
@@ -29,14 +26,19 @@ def _none_or(kind: Kind) -> Kind:
 
 
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
-WHOLE: Kind = ("a whole number", _whole)
-COUNT: Kind = ("a whole number of at least 1", lambda value: _whole(value) and value >= 1)
+WHOLE: Kind = ("a whole number", is_whole)
+COUNT: Kind = ("a whole number of at least 1", lambda value: is_whole(value) and value >= 1)
 NUMBER: Kind = ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool))
+FLAG: Kind = ("True or False", lambda value: isinstance(value, bool))
 DTYPE: Kind = ("a torch.dtype or its name", lambda value: isinstance(value, str | torch.dtype))
 IDS: Kind = ("a tensor of whole numbers", lambda value: isinstance(value, torch.Tensor) or _several(value))
 KINDS: dict[str, Kind] = {
     "name": TEXT,
     "revision": _none_or(TEXT),
+    "device": _none_or(
+        ("a device or its name", lambda value: isinstance(value, str | torch.device) or is_whole(value))
+    ),
+    "trust_remote_code": FLAG,
     "dtype": DTYPE,
     "compute_dtype": _none_or(DTYPE),
     "memory_budget": _none_or(COUNT),
@@ -53,8 +55,9 @@ KINDS: dict[str, Kind] = {
     "compat": _none_or(TEXT),
     "engine": TEXT,
     "path": TEXT,
-    "to_layer": _none_or(("a whole number or 'all'", lambda value: _whole(value) or value == "all")),
+    "to_layer": _none_or(("a whole number or 'all'", lambda value: is_whole(value) or value == "all")),
     "batch_size": COUNT,
+    "progress": FLAG,
     "max_new_tokens": COUNT,
     "input_ids": _none_or(IDS),
     "attention_mask": _none_or(IDS),

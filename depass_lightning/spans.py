@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, get_args
 
 from depass_lightning.errors import DePassError
@@ -90,9 +91,15 @@ def _turns(prompt: Prompt) -> list[int]:
     return [own for own, end in zip(ordered, [*ordered[1:], len(text)], strict=True) if text[own:end].strip()]
 
 
+def _is_range(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(end, Integral) for end in value)
+
+
 def _by_ranges(
     prompt: Prompt, ranges: Sequence[tuple[int, int]], unit: Literal["character", "token"]
 ) -> list[list[int]]:
+    if not isinstance(ranges, Sequence) or not all(map(_is_range, ranges)):
+        raise DePassError(f"Spans: by is {ranges!r:.80}; give a kind of text, or ranges [(start, end), ...]")
     groups = []
     taken: dict[int, tuple[int, int]] = {}
     for start, end in ranges:

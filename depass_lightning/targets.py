@@ -161,8 +161,11 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
     """
     constant = 0.0
     if isinstance(target, Direction):
-        vector = torch.as_tensor(target.vector)
         what = "Direction"
+        try:
+            vector = torch.as_tensor(target.vector)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DePassError(f"{what}: vector is a {type(target.vector).__name__}, not numbers") from error
     else:
         what = f"ProbeLogit({type(target.probe).__name__})"
         if not hasattr(target.probe, "coef_"):

@@ -33,7 +33,7 @@ def trained() -> State:
 
 def loaded(entry: Path | str) -> State:
     model, _ = load_model("tiny")
-    load_checkpoint(model, str(entry))
+    load_checkpoint(model, entry)
     return model.state_dict()
 
 

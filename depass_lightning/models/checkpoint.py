@@ -44,7 +44,7 @@ def is_checkpoint(entry: str) -> bool:
     return _parted(entry)[0].suffix in SUFFIXES
 
 
-def load_checkpoint(model: nn.Module, entry: str) -> None:
+def load_checkpoint(model: nn.Module, entry: str | Path) -> None:
     """Put the weights of a checkpoint into a model.
 
     Args:
@@ -57,7 +57,7 @@ def load_checkpoint(model: nn.Module, entry: str) -> None:
         DePassError: there is no such file, it cannot be read safely, it holds no such model or several, or
             weights of other names or sizes.
     """
-    path, part = _parted(entry)
+    path, part = _parted(str(entry))
     state = read_weights(path)
     wanted = model.state_dict()
     own = state if part is None else _of_part(path, state, part)

@@ -102,7 +102,7 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
     }
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
     if dtype not in known:
         raise DePassError(f"dtype '{dtype}' is unknown; choose one of {', '.join(known)}")

@@ -4,6 +4,7 @@ begins."""
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,15 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python or of another library.
+
+    Args:
+        value: anything; True and False are none.
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def resolve_layer(layer: int, layers: int, what: str) -> int:
     """Turn a layer that may count from the end into a block index.
 
@@ -32,8 +42,10 @@ def resolve_layer(layer: int, layers: int, what: str) -> int:
         what: what asks for it, for the error.
 
     Raises:
-        DePassError: the model has no such layer.
+        DePassError: it is no whole number, or the model has no such layer.
     """
+    if not is_whole(layer):
+        raise DePassError(f"{what}: layer is {layer!r}, a {type(layer).__name__}; it must be a whole number")
     if not -layers <= layer < layers:
         raise DePassError(
             f"{what}: layer {layer} is out of range; the model has {layers} blocks, 0 to {layers - 1} "

@@ -14,7 +14,15 @@ from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Begun, Described, GroupSource, Pass, resolve_layer, with_constants
+from depass_lightning.sources.base import (
+    Begun,
+    Described,
+    GroupSource,
+    Pass,
+    is_whole,
+    resolve_layer,
+    with_constants,
+)
 
 
 @dataclass(frozen=True)
@@ -141,9 +149,10 @@ class Neurons(_Blockwise):
     kind: ClassVar[str] = "neurons"
 
     def __post_init__(self) -> None:
-        if self.top is not None and self.top < 1:
+        if self.top is not None and not (is_whole(self.top) and self.top >= 1):
             raise DePassError(
-                f"Neurons: top is {self.top}; carry at least one exactly, or leave it out for all"
+                f"Neurons: top is {self.top!r}; carry a whole number of them exactly, at least one, or "
+                "leave it out for all"
             )
 
     @property

@@ -146,6 +146,13 @@ class Components(GroupSource):
         given = self.tensor
         if isinstance(given, Tensor) and given.ndim == 3:
             return given
+        if not isinstance(given, Tensor) and not (
+            isinstance(given, Sequence) and all(isinstance(own, Tensor) for own in given)
+        ):
+            raise DePassError(
+                f"Components: tensor is a {type(given).__name__}; give [component, position, hidden], or a "
+                "list of such tensors, one for each prompt"
+            )
         if not prompt.index < len(given):
             raise DePassError(f"Components: there is no tensor for {prompt.name}; give one for each prompt")
         return given[prompt.index]
