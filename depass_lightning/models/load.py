@@ -91,7 +91,7 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
     """Turn a precision's name into torch's.
 
     Args:
-        dtype: `float32`, `float64`, `bfloat16` or `float16`, or torch's own.
+        dtype: `float32`, `float64`, `bfloat16` or `float16`, or torch's of the same name.
 
     Raises:
         DePassError: it is none of these.
@@ -102,11 +102,10 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
     }
-    if isinstance(dtype, torch.dtype) and dtype in known.values():
-        return dtype
-    if dtype not in known:
+    chosen = dtype if isinstance(dtype, torch.dtype) else known.get(dtype)
+    if chosen is None or chosen not in known.values():
         raise DePassError(f"dtype '{dtype}' is unknown; choose one of {', '.join(known)}")
-    return known[dtype]
+    return chosen
 
 
 def _locate(name: str) -> tuple[str, str | None]:
