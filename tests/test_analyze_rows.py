@@ -47,7 +47,7 @@ def test_want_of_memory_halves_the_batch_for_good(tmp_path, monkeypatch, caplog)
     attribute, sizes = DePass.attribute, []
 
     def short_of_memory(self, prompt=None, *arguments, **options):
-        sizes.append(1 if isinstance(prompt, str) else len(prompt))
+        sizes.append(1 if prompt is None or isinstance(prompt, str) else len(prompt))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("no room")
         return attribute(self, prompt, *arguments, **options)

@@ -151,7 +151,7 @@ def test_ids_may_be_lists() -> None:
     depass = DePass(build("llama"))
     rows: Any = [[1, 5, 7, 9], [1, 3]]
     first, second = (depass.attribute(input_ids=torch.tensor([row]), target=3)[0] for row in rows)
-    alone = (rows[0], rows[:1], np.array(rows[:1]))
+    alone: tuple[Any, ...] = (rows[0], rows[:1], np.array(rows[:1]))
     for given in alone:
         (found,) = depass.attribute(input_ids=given, target=3)
         assert torch.equal(found.scores, first.scores)

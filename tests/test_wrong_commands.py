@@ -31,7 +31,6 @@ spread=1                             | spread=1
 resume=maybe                         | resume='maybe'
 resume=null                          | resume=None
 log_every=often                      | log_every='often'
-log_every=0                          | log_every=0
 log_every=-1                         | log_every=-1
 log_every=inf                        | log_every=inf
 compute_dtype=float3                 | float3

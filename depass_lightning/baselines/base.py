@@ -81,7 +81,7 @@ class Method(ABC):
         Raises:
             DePassError: as for `DePass.attribute`.
         """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         return self._attribute(prompt, target, batch_size=batch_size, progress=progress, **given)
 
     @abstractmethod

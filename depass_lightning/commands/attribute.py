@@ -324,6 +324,7 @@ def log_results(loggers: list[Logger], results: Results) -> None:
             columns = ("id", "text", "target", "value", "prediction", "correct", "completeness")
             table = wandb.Table(columns=[*columns], data=[[row[c] for c in columns] for row in results.rows])
             page = wandb.Html(results.page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)
-            logger.experiment.log({"analysis/report": page, "analysis/attributions": table})
+            served: Any = logger  # of either package's class
+            served.experiment.log({"analysis/report": page, "analysis/attributions": table})
         logger.save()
         logger.finalize("success")

@@ -173,7 +173,7 @@ class AnalyzeSettings(CommonSettings):
     batch_size: Count
     spread: Literal["prompts", "components"]
     resume: bool
-    log_every: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    log_every: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     compute_dtype: DType | None
     bias: BiasMode
     path: Path
@@ -236,7 +236,8 @@ def _place(loc: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
         if (isinstance(value, dict) and key in value) or (
             isinstance(value, list | tuple) and isinstance(key, int) and key < len(value)
         ):
-            value = value[key]
+            inside: Any = value
+            value = inside[key]
         elif isinstance(value, dict) and key == loc[-1]:  # a missing one
             return (*place, key)
         else:
