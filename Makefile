@@ -17,8 +17,9 @@ export PIP_RETRIES ?= 5
 
 # The tests of numbers, which another processor must pass as well: its kernels add in another order.
 NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapters adjoint baselines baselines_face baselines_spans \
-    completeness_all engine_batches engine_causality engine_completeness engine_twin families generation layers \
-    families_page isolation linear_rules masking neurons oracle oracle_sources precision probes rotary rules spread states targets_together twin_sources))
+    completeness_all engine_batches engine_causality engine_completeness engine_twin families families_page \
+    generation isolation layers linear_rules masking neurons oracle oracle_sources precision probes rotary rules \
+    spread states targets_together twin_sources))
 
 .PHONY: help setup smollm2 demo test slow portable quantized lint format families bench clean
 .DEFAULT_GOAL := help
