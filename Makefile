@@ -10,6 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRA := $(VENV)/extra
+MUTATION := $(VENV)/mutation
 MAPPED := $(VENV)/mapped/depass_lightning
 PIP := $(RUN)/python -m pip --disable-pip-version-check
 export PIP_DEFAULT_TIMEOUT ?= 60
@@ -21,7 +22,7 @@ NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapters adjoint baselines ba
     generation isolation layers linear_rules masking neurons oracle oracle_sources precision probes rotary rules \
     spread states targets_together twin_sources))
 
-.PHONY: help setup smollm2 demo test slow portable quantized lint format families bench clean
+.PHONY: help setup smollm2 demo test slow portable quantized mutants lint format families bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -46,6 +47,9 @@ portable: $(READY) ## run the tests of numbers with the kernels of a processor w
 
 quantized: $(EXTRA)/torchao ## run the tests of quantised models; their package stays out of the environment
 	PYTHONPATH=$(EXTRA) $(RUN)/python -m pytest --clean-tree tests/test_quantized.py $(ARGS)
+
+mutants: $(MUTATION)/cosmic_ray ## change one thing after another, and list what no test notices (days; ARGS=<file> for one)
+	PYTHONPATH=$(CURDIR)/$(MUTATION) $(RUN)/python -m tests.mutants $(ARGS)
 
 lint: $(READY) ## ruff and pyright
 	$(RUN)/ruff check .
@@ -83,6 +87,9 @@ $(RUN)/python:
 # Where it is installed, every start of transformers loads it, which takes a while and is not silent.
 $(EXTRA)/torchao: $(READY)
 	$(PIP) install --no-deps --target $(EXTRA) torchao -c $(VENV)/constraints.txt
+
+$(MUTATION)/cosmic_ray: $(READY)
+	$(PIP) install --target $(MUTATION) cosmic-ray -c $(VENV)/constraints.txt
 
 $(READY): pyproject.toml constraints.txt | $(RUN)/python
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
