@@ -23,12 +23,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.callbacks.checkpoints import ranks_after_batch, ranks_after_epoch
-from depass_lightning.callbacks.choices import Sources, check_settings, name_sources
-from depass_lightning.callbacks.find import ModelFinder, find_model, find_tokenizer
-from depass_lightning.callbacks.history import History
-from depass_lightning.callbacks.pace import Pace
-from depass_lightning.callbacks.probes import (
+from depass_lightning.attribution.options import WayOptions
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.monitoring.checkpoints import ranks_after_batch, ranks_after_epoch
+from depass_lightning.monitoring.config import Sources, check_settings, name_sources
+from depass_lightning.monitoring.discovery import ModelFinder, find_model, find_tokenizer
+from depass_lightning.monitoring.history import History
+from depass_lightning.monitoring.probe_sets import (
     Probe,
     ProbeSource,
     TargetKind,
@@ -36,12 +38,10 @@ from depass_lightning.callbacks.probes import (
     load_set,
     name_sets,
 )
-from depass_lightning.callbacks.publish import is_named, publish
-from depass_lightning.callbacks.results import Result, result_of
-from depass_lightning.callbacks.share import Failure, Outcome, Prober, gather, untouched
-from depass_lightning.depass import DePass
-from depass_lightning.errors import DePassError
-from depass_lightning.options import WayOptions
+from depass_lightning.monitoring.publish import is_named, publish
+from depass_lightning.monitoring.results import Result, result_of
+from depass_lightning.monitoring.runner import Failure, Outcome, Prober, gather, untouched
+from depass_lightning.monitoring.throttle import Pace
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,9 @@ class DePassCallback(Callback):
     never twice at one optimiser step. With `trainer.validate` it runs once, and leaves the history alone.
 
     Args:
-        probes: a task or its name ("ioi"), a file of JSON lines, a DataLoader (see `callbacks/batches.py`), a
-            list of `(prompt, target)` or of `Example`; or a mapping that gives several such sets their names.
+        probes: a task or its name ("ioi"), a file of JSON lines, a DataLoader (see
+            `monitoring/dataloader_prompts.py`), a list of `(prompt, target)` or of `Example`; or a mapping
+            that gives several such sets their names.
         size: how many probes of each set to take at most.
         source: what the states are split into: a source or its name ("tokens", "heads", ...), or several in a
             list or by names of your own; these share one pass, and are logged apart. `Tokens()` where None.

@@ -19,17 +19,18 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.arguments import checked
-from depass_lightning.attribution import Attribution
-from depass_lightning.attributions import Attributions
-from depass_lightning.batches import in_batches
-from depass_lightning.engine.rules import Path, RuleName
-from depass_lightning.engine.validate import bind_checked
-from depass_lightning.errors import DePassError
-from depass_lightning.estimate import Estimate, estimate
-from depass_lightning.generation import Generation, generate
-from depass_lightning.models.load import dtype_of, load_model
-from depass_lightning.options import (
+from depass_lightning.attribution.arguments import checked
+from depass_lightning.attribution.attribute import (
+    attribute_batch,
+    attribute_targets,
+    check_target,
+    reading_place,
+    warn_of_gaps,
+)
+from depass_lightning.attribution.cost import Estimate, estimate
+from depass_lightning.attribution.forward import Decomposition, decompose_batch, decompose_layers
+from depass_lightning.attribution.generate import Generation, generate
+from depass_lightning.attribution.options import (
     AttributeOptions,
     BiasMode,
     DecomposeOptions,
@@ -38,18 +39,17 @@ from depass_lightning.options import (
     StatesOptions,
     WayOptions,
 )
-from depass_lightning.passes import Decomposition, decompose_batch, decompose_layers
+from depass_lightning.attribution.settings import Settings, settings_of
+from depass_lightning.engine.rules import Path, RuleName
+from depass_lightning.engine.validate import bind_checked
+from depass_lightning.errors import DePassError
+from depass_lightning.models.load import dtype_of, load_model
 from depass_lightning.prompts import IdsLike, prompts_of
-from depass_lightning.readings import (
-    attribute_batch,
-    attribute_targets,
-    check_target,
-    reading_place,
-    warn_of_gaps,
-)
-from depass_lightning.settings import Settings, settings_of
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.attributions import Attributions
 from depass_lightning.sources import Source, Tokens, resolve_layer
 from depass_lightning.targets import TargetLike, as_targets, has_constant
+from depass_lightning.utils.batching import in_batches
 
 
 class DePass:

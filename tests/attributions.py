@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from depass_lightning.attribution import Attribution
+from depass_lightning.results.attribution import Attribution
 
 NASTY = "<script>alert(1)</script>"
 CURVES = {

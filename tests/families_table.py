@@ -25,10 +25,10 @@ from depass_lightning import Contrast, DePass
 from depass_lightning.engine.frozen import NormProbe
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.engine.validate import validate
+from depass_lightning.models.affine import has_bias
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.families import REFUSED
-from depass_lightning.models.linear import has_bias
 from tests.models import Double, distance, prompt
 from tests.zoo import ALL, ZOO, build, derivatives
 

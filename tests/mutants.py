@@ -1,8 +1,8 @@
 """Change one thing after another in a file, and list the changes that no test notices: `make mutants`.
 
 Each file is changed in a copy of the last commit by cosmic-ray, and its tests are run there until the first
-fails. That takes between minutes and hours a file, and days for all; `make mutants ARGS=callbacks/pace.py`
-takes one.
+fails. That takes between minutes and hours a file, and days for all; for one take
+`make mutants ARGS=depass_lightning/monitoring/throttle.py`.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "depass_lightning/engine/rules.py": "rules linear_rules",
     "depass_lightning/engine/adjoint.py": "adjoint linear_rules",
-    "depass_lightning/engine/bulk.py": "neurons",
-    "depass_lightning/engine/capture.py": "engine_twin families",
-    "depass_lightning/engine/carry.py": "engine_twin engine_batches",
+    "depass_lightning/engine/variants/top_neurons.py": "neurons",
+    "depass_lightning/engine/freeze.py": "engine_twin families",
+    "depass_lightning/engine/state.py": "engine_twin engine_batches",
     "depass_lightning/engine/control.py": "linear_rules adjoint",
     "depass_lightning/engine/frozen.py": "engine_twin families",
-    "depass_lightning/engine/groups.py": "twin_sources neurons",
+    "depass_lightning/engine/component_groups.py": "twin_sources neurons",
     "depass_lightning/engine/isolation.py": "isolation engine_untouched",
-    "depass_lightning/engine/layout.py": "engine_twin engine_batches",
+    "depass_lightning/engine/packing.py": "engine_twin engine_batches",
     "depass_lightning/engine/memory.py": "neurons layers",
     "depass_lightning/engine/propagate.py": "engine_twin twin_sources",
     "depass_lightning/engine/record.py": "engine_twin engine_untouched",
-    "depass_lightning/engine/release.py": "oracle oracle_sources",
-    "depass_lightning/engine/rounding.py": "precision",
-    "depass_lightning/engine/share.py": "engine_twin engine_batches spread",
-    "depass_lightning/engine/spread.py": "spread",
+    "depass_lightning/engine/variants/paper_code.py": "oracle oracle_sources",
+    "depass_lightning/engine/variants/rounding.py": "precision",
+    "depass_lightning/engine/mlp.py": "engine_twin engine_batches spread",
+    "depass_lightning/engine/parallel.py": "spread",
     "depass_lightning/engine/validate.py": "families",
     "depass_lightning/storage/checksums.py": "damage storage",
     "depass_lightning/storage/fingerprint.py": "storage",
-    "depass_lightning/storage/journal.py": "storage damage resume",
+    "depass_lightning/storage/run_store.py": "storage damage resume",
     "depass_lightning/storage/json_files.py": "storage damage",
     "depass_lightning/storage/manifest.py": "resume damage",
-    "depass_lightning/storage/rows.py": "storage",
+    "depass_lightning/storage/attribution_rows.py": "storage",
     "depass_lightning/storage/shards.py": "storage damage",
-    "depass_lightning/storage/states.py": "storage damage",
-    "callbacks/batches.py": "callback_loader",
-    "callbacks/history.py": "callback",
-    "callbacks/pace.py": "callback_pace",
-    "callbacks/probes.py": "callback_probes",
-    "callbacks/publish.py": "loggers loggers_served",
-    "callbacks/share.py": "callback callback_failures",
-    "callbacks/watch.py": "callback_watch resume",
-    "callbacks/writer.py": "resume damage",
+    "depass_lightning/storage/component_states.py": "storage damage",
+    "depass_lightning/monitoring/dataloader_prompts.py": "callback_loader",
+    "depass_lightning/monitoring/history.py": "callback",
+    "depass_lightning/monitoring/throttle.py": "callback_pace",
+    "depass_lightning/monitoring/probe_sets.py": "callback_probes",
+    "depass_lightning/monitoring/publish.py": "loggers loggers_served",
+    "depass_lightning/monitoring/runner.py": "callback callback_failures",
+    "callbacks/process_monitor.py": "callback_watch resume",
+    "callbacks/prediction_writer.py": "resume damage",
 }
 CONFIG = """\
 [cosmic-ray]

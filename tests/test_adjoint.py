@@ -119,7 +119,7 @@ def test_token_scores_are_the_frozen_models_derivative(name: str) -> None:
 
 
 def test_several_sources_are_read_from_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    import depass_lightning.scores as scores
+    import depass_lightning.attribution.scoring as scores
 
     depass = DePass(build("qwen2"))
     rows, mask = ids()

@@ -17,8 +17,8 @@ from depass_lightning import tasks
 from depass_lightning.callbacks import AttributionWriter
 from depass_lightning.commands.analyze import analyze
 from depass_lightning.depass import DePass
-from depass_lightning.modules.attribution import AttributionModule, Removal
-from depass_lightning.modules.prompts import PromptData, plan_batches
+from depass_lightning.modules.attribution_module import AttributionModule, Removal
+from depass_lightning.modules.prompt_datamodule import PromptData, plan_batches
 from depass_lightning.storage import read_attributions, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

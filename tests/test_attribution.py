@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
-from depass_lightning.words import word_spans, word_tokens_by_space
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.utils.words import word_spans, word_tokens_by_space
 from tests.attributions import attribution_of, heads, ioi
 
 

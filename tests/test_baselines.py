@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
 from depass_lightning import Contrast, DePass, Heads, Neurons
-from depass_lightning.baselines import (
+from depass_lightning.methods import (
     Activation,
     AttentionRollout,
     AttributionPatching,

@@ -9,10 +9,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from depass_lightning import Contrast, DePass, DePassError, Direction, Heads, Neurons, Spans, Token, Tokens
-from depass_lightning.baselines import METHODS, Baseline, DePassMethod, make_method
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.faithfulness import MASKED, PERCENTS, RATIONALES
-from depass_lightning.modules.attribution import Masking, Removal
+from depass_lightning.methods import METHODS, Baseline, DePassMethod, make_method
+from depass_lightning.modules.attribution_module import Masking, Removal
 from tests import zoo
 from tests.models import build, padded, prompt
 from tests.test_engine_untouched import in_the_middle_of_training, must_stay_untouched

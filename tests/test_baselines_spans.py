@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from depass_lightning import Contrast, DePass, Spans
-from depass_lightning.baselines import (
+from depass_lightning.faithfulness import removal_curves, text_components
+from depass_lightning.methods import (
     METHODS,
     AttentionRollout,
     Baseline,
@@ -23,7 +24,6 @@ from depass_lightning.baselines import (
     Random,
     make_method,
 )
-from depass_lightning.faithfulness import removal_curves, text_components
 from tests.models import build, prompt
 from tests.test_baselines import FOIL, IDS, TARGET, TOKEN, close, embedded, gradient, scores, value
 

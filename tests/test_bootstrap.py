@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness.bootstrap import Interval, bootstrap
+from depass_lightning.utils.bootstrap import Interval, bootstrap
 
 
 def test_an_interval_is_as_wide_as_the_normal_one():

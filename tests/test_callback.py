@@ -19,8 +19,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from depass_lightning import DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.history import SCALARS, entropy
-from depass_lightning.callbacks.share import untouched
+from depass_lightning.monitoring.history import SCALARS, entropy
+from depass_lightning.monitoring.runner import untouched
 from depass_lightning.storage import read_attributions, read_rows
 from depass_lightning.tasks import Example, Task
 from tests.training import PROMPTS, OwnModule, fit, trainer

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from depass_lightning import Contrast, DePass, DePassError, Token
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.probes import load_set
+from depass_lightning.monitoring.probe_sets import load_set
 from depass_lightning.storage import read_attributions
 from depass_lightning.tasks import Example
 from tests.training import PROMPTS, OwnModule, fit, tokenizer, trainer

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from depass_lightning import DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.find import find_model
+from depass_lightning.monitoring.discovery import find_model
 from depass_lightning.storage import read_attributions
 from tests.test_callback import Witness, assert_same_trainings, history_of, watching
 from tests.training import PROMPTS, OwnModule, fit, language_model, tokenizer, trainer

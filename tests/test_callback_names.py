@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.history import SCALARS
-from depass_lightning.callbacks.loggers import wandb_logger
+from depass_lightning.monitoring.history import SCALARS
+from depass_lightning.monitoring.wandb_logger import wandb_logger
 from depass_lightning.tasks import Example
 from tests.test_loggers import history_rows
 from tests.training import PROMPTS, OwnModule, fit, trainer

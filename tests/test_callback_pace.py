@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import distributed
 
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.pace import Pace
-from depass_lightning.callbacks.share import Prober
+from depass_lightning.monitoring.runner import Prober
+from depass_lightning.monitoring.throttle import Pace
 from tests.test_callback import history_of
 from tests.training import PROMPTS, OwnModule, fit, trainer
 

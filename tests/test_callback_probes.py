@@ -13,9 +13,9 @@ import torch
 
 from depass_lightning import Contrast, DePassError
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.find import find_model, find_tokenizer
-from depass_lightning.callbacks.history import History, entropy
-from depass_lightning.callbacks.probes import load_set, name_sets
+from depass_lightning.monitoring.discovery import find_model, find_tokenizer
+from depass_lightning.monitoring.history import History, entropy
+from depass_lightning.monitoring.probe_sets import load_set, name_sets
 from depass_lightning.tasks import Example, load
 from tests.training import PROMPTS, OwnModule, language_model, tokenizer, trainer
 

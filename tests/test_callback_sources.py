@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from depass_lightning import DePass, DePassError, Heads, Tokens, scores
+from depass_lightning import DePass, DePassError, Heads, Tokens
+from depass_lightning.attribution import scoring
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.choices import name_sources
+from depass_lightning.monitoring.config import name_sources
 from depass_lightning.storage import read_attributions
 from depass_lightning.tasks import Example
 from tests.training import PROMPTS, OwnModule, fit, trainer
@@ -68,7 +69,7 @@ def test_settings_that_fit_no_probe_end_training_before_it_begins(
 def test_several_sources_share_one_backward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And as many as one source takes: a pass for each batch of each run."""
     passes, calls = [], []
-    pull_back, attribute = scores.pull_back, DePass.attribute
+    pull_back, attribute = scoring.pull_back, DePass.attribute
 
     def counted(*arguments: Any, **options: Any) -> Any:
         passes.append(1)
@@ -78,7 +79,7 @@ def test_several_sources_share_one_backward_pass(tmp_path: Path, monkeypatch: py
         calls.append(len(options["source"]))
         return attribute(self, *arguments, **options)
 
-    monkeypatch.setattr(scores, "pull_back", counted)
+    monkeypatch.setattr(scoring, "pull_back", counted)
     monkeypatch.setattr(DePass, "attribute", called)
     counts = []
     for source in ("tokens", ["tokens", "heads", "modules"]):

@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 
 from depass_lightning import DePass, DePassError, tasks
-from depass_lightning.experiments import methods as module
-from depass_lightning.experiments import read_experiment
-from depass_lightning.experiments.comparison import (
+from depass_lightning.faithfulness import Interval, area
+from depass_lightning.storage import read_rows
+from depass_lightning.studies import read_experiment
+from depass_lightning.studies.comparison import study as module
+from depass_lightning.studies.comparison.method_runs import (
     HEAD_METHODS,
     NEURON_METHODS,
     TOKEN_METHODS,
     MethodRun,
     compare_rows,
 )
-from depass_lightning.experiments.methods import Components, Methods
-from depass_lightning.faithfulness import Interval, area, bootstrap
-from depass_lightning.storage import read_rows
+from depass_lightning.studies.comparison.study import Components, Methods
+from depass_lightning.utils.bootstrap import bootstrap
 
 
 def rows(tops: list[list[float]], evidence: list[float | None]) -> list[dict[str, Any]]:

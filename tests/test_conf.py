@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from depass_lightning.engine.rules import rule_named
 from depass_lightning.models.load import dtype_of
-from depass_lightning.modules.attribution import TARGETS
+from depass_lightning.modules.attribution_module import TARGETS
 from depass_lightning.sources import Heads, Module, Neurons, Spans, Subspace, Tokens
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from depass_lightning import DePassError
-from depass_lightning.files import write_whole
-from depass_lightning.passes import Decomposition
+from depass_lightning.attribution.forward import Decomposition
 from depass_lightning.storage import Journal, check_file, checked_file, read_rows, write_states
+from depass_lightning.utils.atomic_files import write_whole
 from tests.test_analyze import run
 
 FEW = ("task.size=6", "batch_size=2", "faithfulness=none", "report.figures=0")

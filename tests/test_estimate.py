@@ -11,13 +11,14 @@ import torch
 from omegaconf import OmegaConf
 
 from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens, tasks
-from depass_lightning.commands.attribute import tell_estimate
-from depass_lightning.engine import bulk, propagate
-from depass_lightning.engine.carry import Carry
-from depass_lightning.estimate import carried_rows
-from depass_lightning.modules.attribution import AttributionModule
+from depass_lightning.attribution.cost import carried_rows
+from depass_lightning.attribution.settings import settings_of
+from depass_lightning.commands.attribute_task import tell_estimate
+from depass_lightning.engine import propagate
+from depass_lightning.engine.state import Carry
+from depass_lightning.engine.variants import top_neurons
+from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.prompts import prompts_of_ids
-from depass_lightning.settings import settings_of
 from tests.models import build, prompt
 
 SOURCES: dict[str, Any] = {
@@ -45,7 +46,7 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
         rows for own in source.apart(5) for rows in carried_rows(own, entry, depass.decoder, settings)
     ]
     found: list[int] = []
-    share, bulk_share = propagate.share_neurons, bulk.share_with_bulk
+    share, bulk_share = propagate.share_neurons, top_neurons.share_with_bulk
 
     def counted(work: Callable[..., Any]) -> Callable[..., Any]:
         def count(carry: Carry, *given: Any) -> Any:
@@ -56,7 +57,7 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
         return count
 
     monkeypatch.setattr(propagate, "share_neurons", counted(share))
-    monkeypatch.setattr(bulk, "share_with_bulk", counted(bulk_share))
+    monkeypatch.setattr(top_neurons, "share_with_bulk", counted(bulk_share))
     depass.attribute(input_ids=ids, target=5, source=source)
     assert sum(found) == sum(expected) > 0
 

@@ -9,19 +9,19 @@ import torch
 
 from depass_lightning import DePass, Subspace
 from depass_lightning.errors import DePassError
-from depass_lightning.experiments import read_experiment
-from depass_lightning.experiments.language import Language, split_layers
-from depass_lightning.experiments.language_measures import (
+from depass_lightning.linear_probes import Probe
+from depass_lightning.prompts import prompts_of
+from depass_lightning.studies import read_experiment
+from depass_lightning.studies.language.measures import (
     language_told,
     measure,
     nearest_means_the_same,
     words_of,
 )
-from depass_lightning.experiments.language_parts import carry_parts, decode
-from depass_lightning.faithfulness.bootstrap import Interval
-from depass_lightning.probes import Probe
-from depass_lightning.prompts import prompts_of
+from depass_lightning.studies.language.parts import carry_parts, decode
+from depass_lightning.studies.language.study import Language, split_layers
 from depass_lightning.tasks import Example, Task, Texts, load
+from depass_lightning.utils.bootstrap import Interval
 from tests.models import build, prompt
 
 TEXTS = ["The capital of France is", "By profession, Mary Larsen is a", "Most families in Peru speak"]

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from depass_lightning.errors import DePassError
-from depass_lightning.experiments import (
+from depass_lightning.studies import (
     Cloud,
     Curve,
     Experiment,
@@ -20,8 +20,8 @@ from depass_lightning.experiments import (
     terminal_table,
     write_experiment,
 )
-from depass_lightning.experiments.figure import curves_figure, points_figure
-from depass_lightning.faithfulness.bootstrap import Interval
+from depass_lightning.studies.study_figures import curves_figure, points_figure
+from depass_lightning.utils.bootstrap import Interval
 
 CURVES = {
     "DePass": Curve.of([0, 2.5], [Interval(0.5, 0.4, 0.6), Interval(0.25, 0.125, 0.5)]),

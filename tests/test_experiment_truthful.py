@@ -8,17 +8,17 @@ import torch
 
 from depass_lightning import DePass, Tokens, tasks
 from depass_lightning.errors import DePassError
-from depass_lightning.experiments import read_experiment
-from depass_lightning.experiments.truthful import (
+from depass_lightning.linear_probes import Fit, Probe, hidden_states, spread
+from depass_lightning.studies import read_experiment
+from depass_lightning.studies.truthfulness.answers import DEPASS, METHODS, NONE, PROBE, RANDOM, Answers
+from depass_lightning.studies.truthfulness.questions import Question, Reply, ask
+from depass_lightning.studies.truthfulness.study import (
     Truthful,
     blamed_by_depass,
     flagged_by_probe,
     misled_prompts,
 )
-from depass_lightning.experiments.truthful_answers import DEPASS, METHODS, NONE, PROBE, RANDOM, Answers
-from depass_lightning.experiments.truthful_asking import Question, Reply, ask
-from depass_lightning.faithfulness.bootstrap import Interval, bootstrap
-from depass_lightning.probes import Fit, Probe, hidden_states, spread
+from depass_lightning.utils.bootstrap import Interval, bootstrap
 from tests.models import build, prompt
 
 FIT = Fit(1.0, 0.5, 10, 10, 5, True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from depass_lightning import DePass
-from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import (
     area,
@@ -16,6 +15,7 @@ from depass_lightning.faithfulness import (
     summarise,
     text_components,
 )
+from depass_lightning.results.attribution import Attribution
 from tests.models import build, prompt
 
 BOS, KEY, ANSWER = 1, 5, 7

@@ -15,8 +15,8 @@ import torch
 
 from depass_lightning import Attribution, DePassError
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.commands.film import read_losses, write_films
-from depass_lightning.reports.film import Frame, write_film
+from depass_lightning.commands.timeline import read_losses, write_films
+from depass_lightning.reports.timeline_page import Frame, write_film
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     attribution_to_row,

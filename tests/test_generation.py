@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from depass_lightning import DePass, DePassError, Heads, Token, Tokens
+from depass_lightning.attribution.generate import Generation
 from depass_lightning.engine.record import record
-from depass_lightning.generation import Generation
 from depass_lightning.prompts import continued, prompts_of_texts
 from depass_lightning.reports.matrix import score_matrix
 from tests.models import ONE_OF_EACH, VOCABULARY, build, prompt
@@ -88,7 +88,7 @@ def test_the_finished_text_is_recorded_once(monkeypatch, rule: Any) -> None:
         lengths.append(input_ids.shape)
         return record(decoder, input_ids, *arguments, **keywords)
 
-    monkeypatch.setattr("depass_lightning.passes.record", counted)
+    monkeypatch.setattr("depass_lightning.attribution.forward.record", counted)
     depass.attribute_generation(input_ids=prompt(7)[None], max_new_tokens=9, rule=rule, **NEVER)
     assert lengths == [(1, 7 + 9 - 1)]
 

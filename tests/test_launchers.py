@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from depass_lightning.commands.launch import CheckLaunch, check_launch
+from depass_lightning.commands.launchers import CheckLaunch, check_launch
 from depass_lightning.errors import DePassError
 from depass_lightning.storage import read_rows
 

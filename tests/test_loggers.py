@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.callbacks.loggers import wandb_logger
+from depass_lightning.monitoring.wandb_logger import wandb_logger
 from depass_lightning.storage import read_attributions
 from tests.training import PROMPTS, OwnModule, fit, trainer
 
@@ -229,7 +229,7 @@ def assert_versions_of_one_artifact(run: Path) -> None:
 
 SCRIPT = """
 import time, wandb
-from depass_lightning.callbacks.loggers import wandb_logger
+from depass_lightning.monitoring.wandb_logger import wandb_logger
 
 began = time.monotonic()
 logger = wandb_logger(save_dir="logs", init_timeout=2)

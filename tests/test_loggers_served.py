@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.callbacks.depass import SHARDED
-from depass_lightning.callbacks.loggers import wandb_logger
-from depass_lightning.callbacks.publish import is_named
+from depass_lightning.monitoring.publish import is_named
+from depass_lightning.monitoring.wandb_logger import wandb_logger
 from tests.test_loggers import STEPS, _finished, assert_files, history_rows, records, train  # noqa: F401
 from tests.training import PROMPTS, OwnModule, fit, language_model, loader, tokenizer, trainer
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from depass_lightning import Contrast, DePass, DePassError, Heads, Neurons, tasks
-from depass_lightning.attribution import Attribution
-from depass_lightning.baselines import make_method
 from depass_lightning.faithfulness import MaskingCurves, answered_right, masking_curves
-from depass_lightning.modules.attribution import AttributionModule, Masking, Removal
-from depass_lightning.modules.prompts import PromptBatch
+from depass_lightning.methods import make_method
+from depass_lightning.modules.attribution_module import AttributionModule, Masking, Removal
+from depass_lightning.modules.prompt_datamodule import PromptBatch
+from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import ATTRIBUTION_SCHEMA
 from depass_lightning.tasks import Example
 from tests import zoo

@@ -16,13 +16,13 @@ from depass_lightning.faithfulness import (
     CurveMean,
     PromptMean,
     area,
-    bootstrap,
     masking_metrics,
     number_metrics,
     removal_metrics,
     summarise,
 )
 from depass_lightning.storage import ATTRIBUTION_SCHEMA
+from depass_lightning.utils.bootstrap import bootstrap
 
 PERCENTS = [0.0, 50.0, 100.0]
 HAND: list[dict[str, Any]] = [

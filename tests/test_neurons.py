@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from depass_lightning import Attribution, Contrast, DePass, DePassError, Direction, Neurons, ProbeLogit, Token
-from depass_lightning.engine import bulk, memory
-from depass_lightning.engine.groups import BehindAttention, RankOne
+from depass_lightning.engine import memory
+from depass_lightning.engine.component_groups import BehindAttention, RankOne
 from depass_lightning.engine.memory import Budget, Storage
+from depass_lightning.engine.variants import top_neurons
 from depass_lightning.errors import DePassWarning
 from tests import twin
 from tests.models import build, distance, padded, prompt
@@ -288,7 +289,9 @@ def test_neurons_that_are_zero_take_no_share(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(found.scores[1:45:3], torch.zeros(15))
     assert distance(found.scores[1:45], exact.scores[1:45]) < 3e-3
     # Without asking who lives, their number would be wrong, and with it every share.
-    monkeypatch.setattr(bulk, "_reached", lambda _attention, alive, bulk: bulk[:, None].expand_as(alive))
+    monkeypatch.setattr(
+        top_neurons, "_reached", lambda _attention, alive, bulk: bulk[:, None].expand_as(alive)
+    )
     (wrong,) = depass.attribute(**arguments, source=Neurons(0, top=1))
     assert distance(wrong.scores[1:45], exact.scores[1:45]) > 0.05
     handle.remove()

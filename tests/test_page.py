@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from depass_lightning.attribution.generate import Generation
 from depass_lightning.errors import DePassError
-from depass_lightning.generation import Generation
 from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.page import page_html, write_matrix_page, write_page
 from tests.attributions import CURVES, NASTY, Elements, attribution_of, heads, ioi, nasty, neurons

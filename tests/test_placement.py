@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from depass_lightning import Contrast, DePass, DePassError, Heads, Neurons, Tokens
 from depass_lightning.engine import record
 from depass_lightning.engine.frozen import AttentionCall
-from depass_lightning.models import linear
+from depass_lightning.models import affine
 from tests.models import prompt
 from tests.zoo import blocks_of, build
 
@@ -87,13 +87,13 @@ def test_offloaded_models_give_the_same_scores(name: str, how: str, tmp_path: Pa
 def test_one_layer_at_a_time_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = build("llama")
     disk_offload(model, str(tmp_path), CPU)
-    read, everything, fetched = linear._read, on_meta(model), []
+    read, everything, fetched = affine._read, on_meta(model), []
 
-    def watched(module: nn.Module, dtype: torch.dtype) -> linear.Linear | None:
+    def watched(module: nn.Module, dtype: torch.dtype) -> affine.Linear | None:
         fetched.append(len(everything - on_meta(model)))
         return read(module, dtype)
 
-    monkeypatch.setattr(linear, "_read", watched)
+    monkeypatch.setattr(affine, "_read", watched)
     explained(model, {})
     assert len(fetched) > 7 * 3
     assert set(fetched) == {1}
@@ -108,7 +108,7 @@ def test_an_exception_leaves_the_weights_away(monkeypatch: pytest.MonkeyPatch, t
         raise RuntimeError("the disk is gone, say")
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "_read", fail)
+        patch.setattr(affine, "_read", fail)
         with pytest.raises(RuntimeError, match="the disk is gone"):
             depass.attribute(input_ids=ids, target=TARGET)
     assert on_meta(model) == away
@@ -164,7 +164,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor of what is frozen, beside the model's own arguments."""
     if isinstance(value, AttentionCall):
         return tensors_of(value.post_norm)
-    if isinstance(value, linear.Part):
+    if isinstance(value, affine.Part):
         read = value.linear(torch.float32)
         return [own for own in (read.weight, read.bias) if own is not None]
     if isinstance(value, Tensor):

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from depass_lightning import DePass, Tokens
 from depass_lightning.errors import DePassError
-from depass_lightning.probes import Probe, fit_probes, hidden_states, train_probe, train_probes
+from depass_lightning.linear_probes import Probe, fit_probes, hidden_states, train_probe, train_probes
 from depass_lightning.tasks import load_texts
 from depass_lightning.tasks.texts import Texts
 from tests.models import build, padded, prompt, real_states

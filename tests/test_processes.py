@@ -11,8 +11,8 @@ import torch
 from torch import distributed, multiprocessing
 
 from depass_lightning import DePassError
-from depass_lightning.batches import in_batches
-from depass_lightning.processes import from_all, from_first, place, sharing
+from depass_lightning.utils.batching import in_batches
+from depass_lightning.utils.distributed import from_all, from_first, place, sharing
 
 
 def on_processes(folder: Path, world: int, work: Callable[[int], Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from depass_lightning import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.promotes import notes_on, promoted_tokens
+from depass_lightning.logit_lens import notes_on, promoted_tokens
 from depass_lightning.sources import Heads, Neurons, Subspace, load_subspace
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TorchAoConfig
 
 from depass_lightning import Contrast, DePass, Heads, Neurons, Tokens
-from depass_lightning.models import linear
+from depass_lightning.models import affine
 from tests.models import distance, prompt
 from tests.zoo import build
 
@@ -52,7 +52,7 @@ def dequantised(model: PreTrainedModel, name: str = "llama-biases") -> PreTraine
     """The same weights in plain tensors."""
     plain = build(name, dtype=model.dtype, **SHAPE)
     for own, other in zip(plain.modules(), model.modules(), strict=True):
-        if isinstance(own, nn.Linear) and isinstance(other, nn.Linear) and linear.is_quantised(other):
+        if isinstance(own, nn.Linear) and isinstance(other, nn.Linear) and affine.is_quantised(other):
             own.weight.data = other.weight.dequantize().to(own.weight.dtype)
     return plain
 
@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_same_weights_in_plain_tensors(kind: str, way: s
     assert distance(groups[:, :-1], expected) < 2e-5
     assert float(groups[:, -1].abs().max()) < 1e-4 * float(groups.abs().max())
     assert own.completeness < 1e-5
-    assert linear.is_quantised(model.model.layers[0].mlp.down_proj)
+    assert affine.is_quantised(model.model.layers[0].mlp.down_proj)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "dynamic"])
@@ -103,7 +103,7 @@ def test_other_families(name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_asking_a_layer_gives_what_its_weights_say(kind: str) -> None:
     layer = quantised(KINDS[kind]).model.layers[0].mlp.down_proj
-    said, asked = linear.linear_of(layer, torch.float32), linear._asked(layer, torch.float32)
+    said, asked = affine.linear_of(layer, torch.float32), affine._asked(layer, torch.float32)
     assert distance(asked.weight, said.weight) < 1e-6
     assert said.bias is not None
     assert asked.bias is not None
@@ -126,20 +126,20 @@ def test_weights_are_dequantised_a_block_at_a_time(way: str, monkeypatch: pytest
     depass = DePass(model)
     alive: dict[int, int] = {}
     most = 0
-    read = linear._read
+    read = affine._read
 
-    def counted(module: nn.Module, dtype: torch.dtype) -> linear.Linear | None:
+    def counted(module: nn.Module, dtype: torch.dtype) -> affine.Linear | None:
         nonlocal most
         found = read(module, dtype)
-        if found is not None and linear.is_quantised(module):
+        if found is not None and affine.is_quantised(module):
             alive[id(found.weight)] = found.weight.numel()
             weakref.finalize(found.weight, alive.pop, id(found.weight))
             most = max(most, sum(alive.values()))
         return found
 
-    monkeypatch.setattr(linear, "_read", counted)
+    monkeypatch.setattr(affine, "_read", counted)
     depass.attribute(input_ids=prompt(9)[None], target=TARGET, **WAYS[way])
-    sizes = [linear.features(own) for own in model.model.layers[0].modules() if isinstance(own, nn.Linear)]
+    sizes = [affine.features(own) for own in model.model.layers[0].modules() if isinstance(own, nn.Linear)]
     block = sum(inputs * outputs for inputs, outputs in sizes)
     # While a block is read, the one before it may still be there; all four never are.
     assert 0 < most <= 2 * block

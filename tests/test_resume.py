@@ -20,8 +20,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from depass_lightning import tasks
 from depass_lightning.callbacks import ProcessWatch
-from depass_lightning.callbacks.watch import end_with_parent
-from depass_lightning.commands.runs import UNFINISHED
+from depass_lightning.callbacks.process_monitor import end_with_parent
+from depass_lightning.commands.resume import UNFINISHED
 from depass_lightning.depass import DePass
 from depass_lightning.storage import Journal, read_rows
 from tests.test_analyze import good, jsonl, run
@@ -349,7 +349,7 @@ def test_two_commands_do_not_share_a_folder(undisturbed, tmp_path):
 
 
 def test_prompts_that_are_done_leave_the_other_batches_as_they_were():
-    from depass_lightning.modules.prompts import PromptData, plan_batches
+    from depass_lightning.modules.prompt_datamodule import PromptData, plan_batches
 
     lengths = [3, 9, 4, 9, 1, 7, 3]
     assert plan_batches(lengths, 2, {1, 3, 0}) == [[5, 2], [6], [4]]
@@ -361,7 +361,7 @@ def test_prompts_that_are_done_leave_the_other_batches_as_they_were():
 
 def test_many_shards_become_few(tmp_path):
     """A shard a batch, packed as they grow in number: nothing is lost, nothing is there twice."""
-    from depass_lightning.storage.journal import PACKED
+    from depass_lightning.storage.run_store import PACKED
 
     journal = Journal(tmp_path)
     for index in range(2 * PACKED + 3):

@@ -15,9 +15,9 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from depass_lightning.callbacks import AttributionWriter
-from depass_lightning.commands import runs
+from depass_lightning.commands import resume as runs
 from depass_lightning.commands.analyze import main
-from depass_lightning.commands.runs import UNFINISHED, Resume, claim
+from depass_lightning.commands.resume import UNFINISHED, Resume, claim
 from depass_lightning.errors import DePassError
 from depass_lightning.storage import Journal
 from tests.conftest import ROOT

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from depass_lightning import Attribution, DePass, DePassError, Token
-from depass_lightning.baselines import make_method
 from depass_lightning.errors import DePassWarning
 from depass_lightning.faithfulness import removal_curves
-from depass_lightning.faithfulness.masking import Asked, answers_given
-from depass_lightning.probes import hidden_states
+from depass_lightning.faithfulness.component_masking import Asked, answers_given
+from depass_lightning.linear_probes import hidden_states
+from depass_lightning.methods import make_method
 from tests.models import padded, prompt
 from tests.test_engine_untouched import must_stay_untouched
 from tests.zoo import build as from_zoo

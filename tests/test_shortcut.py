@@ -10,7 +10,7 @@ from omegaconf import open_dict
 
 from depass_lightning import DePassError
 from depass_lightning.commands.train import train
-from depass_lightning.tasks import shortcut
+from depass_lightning.tasks.synthetic import shortcut
 
 # Three epochs at twice the experiment's learning rate: the same story in half the steps.
 QUICK = [

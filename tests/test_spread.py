@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from depass_lightning import Contrast, DePass, DePassError, Heads, Spans, Tokens
-from depass_lightning.engine.spread import Spread
+from depass_lightning.engine.parallel import Spread
 from tests.models import prompt
 from tests.zoo import build as build_family
 

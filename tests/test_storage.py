@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from depass_lightning.attribution import Attribution
-from depass_lightning.callbacks.publish import publish
 from depass_lightning.commands.compare import labelled
 from depass_lightning.errors import DePassError
-from depass_lightning.files import safe_path
+from depass_lightning.monitoring.publish import publish
+from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     Journal,
@@ -25,6 +24,7 @@ from depass_lightning.storage import (
     weights_fingerprint,
     write_shard,
 )
+from depass_lightning.utils.atomic_files import safe_path
 
 SCHEMA = pa.schema([("index", pa.int64()), ("word", pa.string())])
 

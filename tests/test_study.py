@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from depass_lightning.experiments import read_experiment
-from depass_lightning.processes import from_all, place
+from depass_lightning.studies import read_experiment
+from depass_lightning.utils.distributed import from_all, place
 from tests.test_analyze import ROOT, run
 
 HANDFUL = {
@@ -55,7 +55,7 @@ def test_the_command_finds_the_same_on_two_processes(name: str, tmp_path: Path, 
             file.write(f"{place()}\n")
         return from_all(work)
 
-    monkeypatch.setattr("depass_lightning.batches.from_all", telling)
+    monkeypatch.setattr("depass_lightning.utils.batching.from_all", telling)
     for folder, extra in zip(folders, ((), TWO), strict=True):
         assert run(folder, f"experiment={name}", *HANDFUL[name], *extra) == 0
         printed = capfd.readouterr().out

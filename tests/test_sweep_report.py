@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from depass_lightning import DePass, DePassError
-from depass_lightning.commands import report as reports
-from depass_lightning.commands.film import write_films
+from depass_lightning.commands import sweep_report
+from depass_lightning.commands.timeline import write_films
 from depass_lightning.reports.sweep import Map, varying, write_sweep_page
 from depass_lightning.storage import read_attributions, read_rows
 from tests.attributions import NASTY, Elements, nasty
@@ -70,7 +70,7 @@ def page_of(folder: Path) -> str:
 
 def reported(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Report on a sweep, and return the table's rows and the page's data."""
-    reports.report(folder, NOTHING)
+    sweep_report.report(folder, NOTHING)
     return pq.ParquetFile(folder / "sweep.parquet").read().to_pylist(), data_of(page_of(folder))
 
 
@@ -143,7 +143,7 @@ def test_runs_without_results_are_told_with_the_reason(
     (copied / "13/config.yaml").write_text("task_name: train\n")
     (copied / "14").mkdir()
     (copied / "14/config.yaml").write_text("task: [unclosed\n")
-    assert reports.report(copied, Console(width=200)) == 1
+    assert sweep_report.report(copied, Console(width=200)) == 1
     said = capsys.readouterr().out
     rows, data = reported(copied)
     states = {row["run"]: (row["status"], row["reason"]) for row in rows if row["status"] != "done"}
@@ -221,16 +221,16 @@ def test_models_that_one_run_compared_are_runs(tmp_path: Path, checkpoint: Path)
 def test_only_some_prompts_are_shown_those_first_that_most_runs_have(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports, "SHOWN", 6)
-    monkeypatch.setattr(reports, "AT_ONCE", 2)
+    monkeypatch.setattr(sweep_report, "SHOWN", 6)
+    monkeypatch.setattr(sweep_report, "AT_ONCE", 2)
     rows, data = reported(sweep)
     assert [len(own["of"]) for own in data["maps"]] == [4, 4, 4, 2, 2, 2]
     # the run with five prompts first: two of them it has alone
-    held = Counter(own.prompt for own in reports.read_maps(rows[::-1]))
+    held = Counter(own.prompt for own in sweep_report.read_maps(rows[::-1]))
     assert list(held.values()) == [4, 4, 4, 2, 2, 2]
     assert [name.split("-")[0] for name in held] == 3 * ["ioi"] + 3 * ["known"]
-    monkeypatch.setattr(reports, "MAPS", 9)
-    assert list(Counter(own.prompt for own in reports.read_maps(rows)).values()) == [4, 4]
+    monkeypatch.setattr(sweep_report, "MAPS", 9)
+    assert list(Counter(own.prompt for own in sweep_report.read_maps(rows)).values()) == [4, 4]
 
 
 def test_ids_that_two_tasks_share_are_two_prompts(copied: Path) -> None:
@@ -259,12 +259,12 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
 
 def test_what_cannot_be_reported_on(tmp_path: Path) -> None:
     with pytest.raises(DePassError, match="no folder"):
-        reports.report(tmp_path / "gone", NOTHING)
-    for write in (lambda: reports.report(" ", NOTHING), lambda: write_films("")):
+        sweep_report.report(tmp_path / "gone", NOTHING)
+    for write in (lambda: sweep_report.report(" ", NOTHING), lambda: write_films("")):
         with pytest.raises(DePassError, match="names no folder"):
             write()
     with pytest.raises(DePassError, match="holds no runs"):
-        reports.report(tmp_path, NOTHING)
+        sweep_report.report(tmp_path, NOTHING)
     with pytest.raises(DePassError, match="at least one run"):
         write_sweep_page(tmp_path / "sweep.html", [], [], title="")
     assert list(tmp_path.iterdir()) == []
@@ -273,9 +273,9 @@ def test_what_cannot_be_reported_on(tmp_path: Path) -> None:
 
 def test_a_name_says_what_differs_from_the_defaults() -> None:
     tokens = {"_target_": "depass_lightning.sources.Tokens", "layer": 0, "exclude_first": True}
-    assert reports.labelled(tokens) == "tokens"
-    assert reports.labelled(tokens | {"layer": 3}) == "tokens layer=3"
-    assert reports.labelled({"_target_": "gone.Source", "layer": 3, "path": None}) == "source layer=3"
+    assert sweep_report.labelled(tokens) == "tokens"
+    assert sweep_report.labelled(tokens | {"layer": 3}) == "tokens layer=3"
+    assert sweep_report.labelled({"_target_": "gone.Source", "layer": 3, "path": None}) == "source layer=3"
 
 
 def test_the_command_reports(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +286,7 @@ def test_the_command_reports(copied: Path, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
 def test_a_browser_draws_tables_and_maps(copied: Path) -> None:
-    reports.report(copied, NOTHING)
+    sweep_report.report(copied, NOTHING)
     page = drawn(copied, "sweep.html")
     table = page.split('id="matrix-body"', 1)[1].split("</table>", 1)[0]
     assert re.findall(r'<th scope="col">(\w+)</th>', table) == ["ioi", "known"]
@@ -301,5 +301,5 @@ def test_what_a_results_folder_names_is_not_imported(tmp_path: Path, monkeypatch
     ran = tmp_path / "ran"
     (tmp_path / "foreign_source.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert reports.labelled({"_target_": "foreign_source.Source", "layer": 3}) == "source layer=3"
+    assert sweep_report.labelled({"_target_": "foreign_source.Source", "layer": 3}) == "source layer=3"
     assert not ran.exists()

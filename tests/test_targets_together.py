@@ -106,7 +106,7 @@ def test_the_prompt_is_recorded_once(monkeypatch, rule: Any, tiny: DePass) -> No
         passes.append(arguments)
         return record(*arguments, **keywords)
 
-    monkeypatch.setattr("depass_lightning.passes.record", counted)
+    monkeypatch.setattr("depass_lightning.attribution.forward.record", counted)
     tiny.attribute(TEXT, TARGETS, rule=rule)
     assert len(passes) == 1
 

@@ -10,8 +10,9 @@ import pytest
 
 from depass_lightning import Contrast, Token
 from depass_lightning.errors import DePassError
-from depass_lightning.tasks import corpus, facts, ioi, load, load_texts, vocabulary
-from depass_lightning.tasks.passage import answered, from_examples, read_passages
+from depass_lightning.tasks import ioi, load, load_texts
+from depass_lightning.tasks.synthetic import corpus, facts, vocabulary
+from depass_lightning.tasks.synthetic.passages import answered, from_examples, read_passages
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not beside the checkout")

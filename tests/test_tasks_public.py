@@ -10,7 +10,7 @@ import pytest
 from depass_lightning import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks import NAMES, Task, load, load_texts
-from depass_lightning.tasks.facts import FACTS
+from depass_lightning.tasks.synthetic.facts import FACTS
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not beside the checkout")

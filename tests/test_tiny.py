@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from depass_lightning.models.load import TINY, load_model
-from depass_lightning.modules.tiny import build_tokenizer, untrained
-from depass_lightning.tasks import corpus, load
-from depass_lightning.tasks.vocabulary import NAMES
+from depass_lightning.modules.bundled_model import build_tokenizer, untrained
+from depass_lightning.tasks import load
+from depass_lightning.tasks.synthetic import corpus
+from depass_lightning.tasks.synthetic.vocabulary import NAMES
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from torch.utils.data import SequentialSampler
 from depass_lightning import DePass, DePassError
 from depass_lightning.commands.train import train
 from depass_lightning.models.load import load_model
-from depass_lightning.modules.finetune import FineTune
-from depass_lightning.modules.text import LengthBatches, TextDataModule, file_data
-from depass_lightning.modules.tiny import build_tokenizer
-from depass_lightning.tasks.passage import Passage, answered
+from depass_lightning.modules.bundled_model import build_tokenizer
+from depass_lightning.modules.finetune_module import FineTune
+from depass_lightning.modules.text_datamodule import LengthBatches, TextDataModule, file_data
+from depass_lightning.tasks.synthetic.passages import Passage, answered
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = [

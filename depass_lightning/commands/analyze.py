@@ -7,8 +7,9 @@ from omegaconf import DictConfig
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from depass_lightning.commands.attribute import Done, attribute_task
-from depass_lightning.commands.common import (
+from depass_lightning.commands.attribute_task import Done, attribute_task
+from depass_lightning.commands.compare import compare, load_entry
+from depass_lightning.commands.console import (
     command,
     console,
     expect_hub,
@@ -18,14 +19,13 @@ from depass_lightning.commands.common import (
     shell,
     tell,
 )
-from depass_lightning.commands.compare import compare, load_entry
-from depass_lightning.commands.film import write_films
-from depass_lightning.commands.launch import check_launch
-from depass_lightning.commands.report import report
-from depass_lightning.commands.results import print_results
-from depass_lightning.commands.runs import claim
+from depass_lightning.commands.launchers import check_launch
+from depass_lightning.commands.outputs import print_results
+from depass_lightning.commands.resume import claim
 from depass_lightning.commands.schema import AnalyzeSettings, check_config
 from depass_lightning.commands.study import run_study
+from depass_lightning.commands.sweep_report import report
+from depass_lightning.commands.timeline import write_films
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 

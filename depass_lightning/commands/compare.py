@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depass_lightning.commands.results import example_of
+from depass_lightning.commands.outputs import example_of
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.files import safe_name
 from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from depass_lightning.models.folder import fault_of_file
-from depass_lightning.reports.film import Frame, write_film
+from depass_lightning.reports.timeline_page import Frame, write_film
 from depass_lightning.storage import attribution_from_row, write_json
+from depass_lightning.utils.atomic_files import safe_name
 
 ADAPTER = "adapter_config.json"
 SHOWN = ("correct", "evidence_first", "patch_top_area", "recover_top_area", "cosine", "spearman")

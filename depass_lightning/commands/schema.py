@@ -27,12 +27,12 @@ from pydantic import (
 )
 
 from depass_lightning import tasks
-from depass_lightning.baselines import METHODS, Baseline
+from depass_lightning.attribution.options import BiasMode, Path
 from depass_lightning.engine.rules import RuleName, rule_named
 from depass_lightning.errors import DePassError
+from depass_lightning.methods import METHODS, Baseline
 from depass_lightning.models.load import dtype_of
-from depass_lightning.modules.attribution import TARGETS
-from depass_lightning.options import BiasMode, Path
+from depass_lightning.modules.attribution_module import TARGETS
 
 MOST = 10_000_000  # prompts, rows, steps: a number beyond is a slip of the finger
 HYDRAS = ("_target_", "_convert_", "_partial_", "_recursive_", "_args_")

@@ -15,10 +15,10 @@ from rich.text import Text
 from torch.utils.data import DataLoader, TensorDataset
 
 from depass_lightning.callbacks import ProcessWatch
-from depass_lightning.commands.common import instantiate_each, predict
+from depass_lightning.commands.console import instantiate_each, predict
 from depass_lightning.depass import DePass
-from depass_lightning.experiments.results import read_experiment, terminal_table, write_experiment
-from depass_lightning.modules.study import StudyModule
+from depass_lightning.modules.study_module import StudyModule
+from depass_lightning.studies.study_files import read_experiment, terminal_table, write_experiment
 
 
 def run_study(

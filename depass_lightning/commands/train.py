@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.commands.common import (
+from depass_lightning.commands.console import (
     command,
     console,
     expect_hub,
@@ -25,11 +25,11 @@ from depass_lightning.commands.common import (
     open_run,
     shell,
 )
-from depass_lightning.commands.film import write_films
 from depass_lightning.commands.schema import TrainSettings, check_config
+from depass_lightning.commands.timeline import write_films
 from depass_lightning.errors import DePassError
+from depass_lightning.models.export import export_model
 from depass_lightning.models.load import dtype_of, load_model
-from depass_lightning.modules.export import export_model
 
 CURVES = ("value", "probability", "on_target")
 

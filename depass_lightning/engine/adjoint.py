@@ -1,4 +1,4 @@
-"""All scores of a linear rule from one backward pass (the transpose of `engine/carry.py`).
+"""All scores of a linear rule from one backward pass (the transpose of `engine/state.py`).
 
 A rule that is linear in the components makes the whole frozen pass linear, so a target's score of any
 component is the component times the target's derivative there. From the last block to the first:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, FrozenNorm, NormProbe
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import Part, bias_of, features, has_bias
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.linear import Part, bias_of, features, has_bias
 
 
 def through_scores(

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import Linear, Part, device_of
 from depass_lightning.models.block import Block
-from depass_lightning.models.linear import Linear, Part, device_of
 
 
 @dataclass(frozen=True)

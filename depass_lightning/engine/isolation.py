@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from depass_lightning.models.affine import device_of
 from depass_lightning.models.decoder import unwrapped
-from depass_lightning.models.linear import device_of
 from depass_lightning.models.rotary import Frequencies
 
 POLL = 0.0005  # seconds

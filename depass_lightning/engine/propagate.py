@@ -1,7 +1,7 @@
 """Carry components through frozen blocks, one after another (Hong et al., section 3).
 
 1. Components begin at a block's entry, between its attention and its MLP, or behind its MLP.
-2. Each block carries them through its attention and its MLP (`engine/carry.py`).
+2. Each block carries them through its attention and its MLP (`engine/state.py`).
 3. Behind the last block only the target's positions are needed, so only these go through it.
 """
 
@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from depass_lightning.engine.carry import Carry
+from depass_lightning.engine.component_groups import BehindAttention, Group, RankOne, Table
 from depass_lightning.engine.frozen import FrozenBlock
-from depass_lightning.engine.groups import BehindAttention, Group, RankOne, Table
 from depass_lightning.engine.isolation import exact
+from depass_lightning.engine.mlp import share_neurons
+from depass_lightning.engine.parallel import SpreadRule
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import Rule
-from depass_lightning.engine.share import share_neurons
-from depass_lightning.engine.spread import SpreadRule
+from depass_lightning.engine.state import Carry
 
 Place = Literal["middle", "after"]
 

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from depass_lightning.engine.capture import BlockProbes, Capture, freeze
+from depass_lightning.engine.freeze import BlockProbes, Capture, freeze
 from depass_lightning.engine.frozen import AttentionCall, FrozenBlock, FrozenNorm, NormProbe
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import Part
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.linear import Part
 
 
 @dataclass

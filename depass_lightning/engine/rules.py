@@ -200,7 +200,7 @@ class LinearPaths:
 
     @property
     def forward(self) -> bool:
-        """Whether components can be carried forward by it too, as `engine/carry.py` does."""
+        """Whether components can be carried forward by it too, as `engine/state.py` does."""
         return not (self.up or self.control)
 
     def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:

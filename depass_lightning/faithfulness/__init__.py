@@ -1,10 +1,16 @@
 """How well scores say what the model needs: parts taken away, and answers that are known."""
 
-from depass_lightning.faithfulness.bootstrap import Interval, bootstrap
+from depass_lightning.faithfulness.accuracy import answered_right
+from depass_lightning.faithfulness.component_masking import MASKED, MaskingCurves, masking_curves
 from depass_lightning.faithfulness.evidence import Evidence, evidence_found
-from depass_lightning.faithfulness.masking import MASKED, MaskingCurves, masking_curves
 from depass_lightning.faithfulness.metrics import CurveMean, CurvesMean, PromptMean, PromptsMean
-from depass_lightning.faithfulness.removal import (
+from depass_lightning.faithfulness.summary import (
+    masking_metrics,
+    number_metrics,
+    removal_metrics,
+    summarise,
+)
+from depass_lightning.faithfulness.token_removal import (
     PERCENTS,
     RATIONALES,
     RemovalCurves,
@@ -13,13 +19,7 @@ from depass_lightning.faithfulness.removal import (
     removal_curves,
     text_components,
 )
-from depass_lightning.faithfulness.right import answered_right
-from depass_lightning.faithfulness.summary import (
-    masking_metrics,
-    number_metrics,
-    removal_metrics,
-    summarise,
-)
+from depass_lightning.utils.bootstrap import Interval, bootstrap
 
 __all__ = [
     "MASKED",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from depass_lightning.attribution import Attribution
-from depass_lightning.faithfulness.removal import text_components
+from depass_lightning.faithfulness.token_removal import text_components
+from depass_lightning.results.attribution import Attribution
 
 
 @dataclass(frozen=True)

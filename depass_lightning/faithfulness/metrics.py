@@ -14,8 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from depass_lightning.faithfulness.bootstrap import bootstrap
-from depass_lightning.faithfulness.removal import area, check_percents
+from depass_lightning.faithfulness.token_removal import area, check_percents
+from depass_lightning.utils.bootstrap import bootstrap
 
 Rows = Iterable[Mapping[str, Any]]
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.linear import Part, base_of, features, has_bias, is_quantised, parameter_of
+from depass_lightning.models.affine import Part, base_of, features, has_bias, is_quantised, parameter_of
 from depass_lightning.models.spec import AttentionSpec, FamilySpec, MLPSpec, configured, submodule
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import Linear, features, has_bias, is_quantised, linear_of, rows_of
 from depass_lightning.models.block import bind
-from depass_lightning.models.linear import Linear, features, has_bias, is_quantised, linear_of, rows_of
 from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.spec import FamilySpec, configured, submodule
 

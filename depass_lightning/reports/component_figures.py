@@ -4,7 +4,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from depass_lightning.attribution import Attribution
 from depass_lightning.reports.components import asked_for, grid_of, made, placed, remainders_of
 from depass_lightning.reports.figures import (
     MARGIN,
@@ -17,6 +16,7 @@ from depass_lightning.reports.figures import (
 )
 from depass_lightning.reports.numbers import model_name, signed, visible
 from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, ink, shade
+from depass_lightning.results.attribution import Attribution
 
 LISTED = 16  # bars
 NUMBERED = 36  # points; from this width on a cell says its score

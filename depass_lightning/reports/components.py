@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from depass_lightning.attribution import Attribution
+from depass_lightning.results.attribution import Attribution
 
 LAYERED = re.compile(r"layer (\d+) (.+)", re.DOTALL)
 # What is left of a state beside the heads, modules or neurons that were asked for.

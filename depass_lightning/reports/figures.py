@@ -16,12 +16,12 @@ from matplotlib.font_manager import FontProperties, fontManager, get_font
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.textpath import text_to_path
 
-from depass_lightning.attribution import Attribution
-from depass_lightning.files import write_whole
 from depass_lightning.reports.components import made
 from depass_lightning.reports.numbers import model_name, percent, signed, visible
 from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, ink, shade
-from depass_lightning.reports.pieces import Piece, full_score, pieces_of, strengths
+from depass_lightning.reports.prompt_segments import Piece, full_score, pieces_of, strengths
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.utils.atomic_files import write_whole
 
 # The first of these that is installed writes the text; the others stand in where it lacks a letter.
 FAMILIES = (

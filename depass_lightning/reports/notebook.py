@@ -2,10 +2,10 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from depass_lightning.attribution import Attribution
 from depass_lightning.reports.components import asked_for, complete, made
 from depass_lightning.reports.numbers import percent, plain, signed, visible
-from depass_lightning.reports.pieces import pieces_of, strengths, unread_words
+from depass_lightning.reports.prompt_segments import pieces_of, strengths, unread_words
+from depass_lightning.results.attribution import Attribution
 
 # A notebook does not tell its ground. Half transparent tones of middle lightness leave its letters readable.
 POSITIVE, NEGATIVE = "46,107,255", "235,104,30"
@@ -21,7 +21,7 @@ def attribution_html(attribution: Attribution, top: int = 8) -> str:
         top: how many components are listed.
     """
     environment = Environment(
-        loader=PackageLoader("depass_lightning", "reports"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("notebook.html.j2").render(
         target=visible(attribution.target),

@@ -20,11 +20,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from depass_lightning.attribution import Attribution
-from depass_lightning.attributions import Attributions
+from depass_lightning.attribution.generate import Generation
 from depass_lightning.errors import DePassError
-from depass_lightning.files import write_whole
-from depass_lightning.generation import Generation
 from depass_lightning.reports.components import (
     Grid,
     complete,
@@ -38,7 +35,10 @@ from depass_lightning.reports.components import (
 from depass_lightning.reports.matrices import matrices_of, shared_rows
 from depass_lightning.reports.numbers import bare, curves_of, model_name, summary_cards, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
-from depass_lightning.reports.pieces import unread_words
+from depass_lightning.reports.prompt_segments import unread_words
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.attributions import Attributions
+from depass_lightning.utils.atomic_files import write_whole
 
 SCRIPTS = (
     "page_base.js",
@@ -177,7 +177,7 @@ def page_html(
     }
     script = joined(SCRIPTS)
     environment = Environment(
-        loader=PackageLoader("depass_lightning", "reports"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("page.html.j2").render(
         title=visible(title),
@@ -377,4 +377,4 @@ def joined(scripts: Iterable[str]) -> str:
 
 def asset(name: str) -> str:
     """Return the text of a file beside this one."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")

@@ -16,13 +16,13 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from depass_lightning.attribution import Attribution
 from depass_lightning.errors import DePassError
-from depass_lightning.files import write_whole
 from depass_lightning.reports.components import Grid
 from depass_lightning.reports.numbers import visible
 from depass_lightning.reports.page import asset, embedded, grid_data, joined, prompt_data
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.utils.atomic_files import write_whole
 
 SCRIPTS = (
     "page_base.js",
@@ -102,7 +102,7 @@ def write_sweep_page(
     }
     script = joined(SCRIPTS)
     environment = Environment(
-        loader=PackageLoader("depass_lightning", "reports"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("sweep.html.j2").render(
         title=visible(title),

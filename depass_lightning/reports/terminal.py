@@ -10,11 +10,11 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from depass_lightning.attribution import Attribution
 from depass_lightning.reports.components import Grid, asked_for, complete, grid_of, made, remainders_of
 from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
-from depass_lightning.reports.pieces import pieces_of, strengths, unread_words
+from depass_lightning.reports.prompt_segments import pieces_of, strengths, unread_words
+from depass_lightning.results.attribution import Attribution
 
 # A terminal does not tell its ground. Weak scores colour the letters alone, in a tone between light and dark;
 # strong ones bring a ground of their own, with white letters on it.

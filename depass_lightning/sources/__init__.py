@@ -2,8 +2,8 @@
 
 from depass_lightning.sources.base import Described, Pass, Source, resolve_layer
 from depass_lightning.sources.directions import load_subspace
-from depass_lightning.sources.modules import Heads, Module, Neurons
-from depass_lightning.sources.states import Components, Subspace
+from depass_lightning.sources.sublayers import Heads, Module, Neurons
+from depass_lightning.sources.subspaces import Components, Subspace
 from depass_lightning.sources.tokens import Spans, Tokens
 
 __all__ = [

@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
-from depass_lightning.engine.carry import Carry
+from depass_lightning.engine.component_groups import Group, Table
 from depass_lightning.engine.frozen import FrozenBlock
-from depass_lightning.engine.groups import Group, Table
 from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.parallel import Spread
 from depass_lightning.engine.propagate import Place, Split
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.spread import Spread
+from depass_lightning.engine.state import Carry
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt

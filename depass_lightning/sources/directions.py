@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from depass_lightning.errors import DePassError
-from depass_lightning.sources.states import Subspace, directions_of
+from depass_lightning.sources.subspaces import Subspace, directions_of
 
 
 def load_subspace(path: str | os.PathLike[str], layer: int) -> Subspace:

@@ -9,17 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
-from depass_lightning.engine.carry import Carry
+from depass_lightning.engine.component_groups import Group
 from depass_lightning.engine.frozen import FrozenBlock
-from depass_lightning.engine.groups import Group
-from depass_lightning.engine.layout import token_layout
+from depass_lightning.engine.packing import token_layout
 from depass_lightning.engine.propagate import Place, Split
 from depass_lightning.engine.record import Recording
+from depass_lightning.engine.state import Carry
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.sources.base import Described, Pass, Source, resolve_layer
-from depass_lightning.spans import Unit, segment
+from depass_lightning.sources.segments import Unit, segment
 
 
 def summed(

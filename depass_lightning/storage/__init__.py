@@ -1,8 +1,14 @@
 """Results on disk: shards that are whole or absent, merged by index, read back as attributions."""
 
+from depass_lightning.storage.attribution_rows import (
+    ATTRIBUTION_SCHEMA,
+    attribution_from_row,
+    attribution_to_row,
+    read_attributions,
+)
 from depass_lightning.storage.checksums import check_file, checked_file
+from depass_lightning.storage.component_states import read_states, write_states
 from depass_lightning.storage.fingerprint import weights_fingerprint
-from depass_lightning.storage.journal import Journal
 from depass_lightning.storage.json_files import read_json_lines, write_json, write_json_lines
 from depass_lightning.storage.manifest import (
     Manifest,
@@ -11,12 +17,7 @@ from depass_lightning.storage.manifest import (
     read_manifest,
     task_fingerprint,
 )
-from depass_lightning.storage.rows import (
-    ATTRIBUTION_SCHEMA,
-    attribution_from_row,
-    attribution_to_row,
-    read_attributions,
-)
+from depass_lightning.storage.run_store import Journal
 from depass_lightning.storage.shards import (
     UNREADABLE,
     RowFile,
@@ -25,7 +26,6 @@ from depass_lightning.storage.shards import (
     read_rows,
     write_shard,
 )
-from depass_lightning.storage.states import read_states, write_states
 
 __all__ = [
     "ATTRIBUTION_SCHEMA",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from depass_lightning.errors import DePassError
-from depass_lightning.files import file_hash, whole_file, write_whole
+from depass_lightning.utils.atomic_files import file_hash, whole_file, write_whole
 
 SUMS = "SHA256SUMS"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.files import write_whole
+from depass_lightning.utils.atomic_files import write_whole
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from depass_lightning.errors import DePassError
-from depass_lightning.files import whole_file
+from depass_lightning.utils.atomic_files import whole_file
 
 INDEX = "index"
 GROUP = 2048  # rows that a merged file keeps together

@@ -15,9 +15,9 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.facts import FACTS
-from depass_lightning.tasks.misled import false_answers, misled
-from depass_lightning.tasks.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.synthetic.facts import FACTS
+from depass_lightning.tasks.synthetic.misleading import false_answers, misled
 
 SPLITS = ("train", "test", "misleading")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import load_rows, name_field, text_field
-from depass_lightning.tasks.vocabulary import NAMES, OBJECTS, PLACES
+from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.synthetic.vocabulary import NAMES, OBJECTS, PLACES
 
 OPENINGS = (
     "{A} and {B} went to the {place}.",

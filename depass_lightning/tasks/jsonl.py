@@ -10,7 +10,7 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
 
 
 def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:

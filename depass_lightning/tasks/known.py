@@ -11,8 +11,8 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.facts import FACTS, NEW_FACTS
-from depass_lightning.tasks.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.synthetic.facts import FACTS, NEW_FACTS
 
 SPLITS = ("train", "test", "new-train", "new-test")
 

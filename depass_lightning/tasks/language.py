@@ -8,7 +8,7 @@ from pathlib import Path
 
 from depass_lightning.tasks import known
 from depass_lightning.tasks.example import Example, Task
-from depass_lightning.tasks.rows import load_rows
+from depass_lightning.tasks.loading.rows import load_rows
 from depass_lightning.tasks.texts import labelled
 
 QUESTION = "\nThis text is written in"

@@ -15,7 +15,7 @@ from typing import Any
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks import ioi
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
 
 DEFAULT_SIZE = 100
 IDLE = ("The weather was good.", "There was a book on the table.", "The library was open all day.")

@@ -12,8 +12,8 @@ from typing import Any
 
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.example import Example, Task
-from depass_lightning.tasks.facts import FACTS
-from depass_lightning.tasks.rows import check_text, name_field, read_rows, text_field
+from depass_lightning.tasks.loading.rows import check_text, name_field, read_rows, text_field
+from depass_lightning.tasks.synthetic.facts import FACTS
 
 ENGLISH = "original"  # what the release calls it
 

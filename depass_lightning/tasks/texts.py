@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from depass_lightning.errors import DePassError, reason_of
-from depass_lightning.tasks.facts import FACTS, PARAPHRASES
-from depass_lightning.tasks.rows import read_rows, text_field
+from depass_lightning.tasks.loading.rows import read_rows, text_field
+from depass_lightning.tasks.synthetic.facts import FACTS, PARAPHRASES
 
 # What the labels of the public rows mean, by their number.
 LABELS = {

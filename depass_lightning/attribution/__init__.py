@@ -1,0 +1,1 @@
+"""One call of `DePass`, in reading order: settings, forward, scoring, attribute."""

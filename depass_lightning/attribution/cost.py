@@ -1,0 +1,230 @@
+"""What an attribution will take, before it is run: seconds and bytes.
+
+1. Count the rows (a component at a position) that the prompt and the source have in each block.
+2. Record the prompt's beginning, and carry as many rows, or some thousand, through one block by the rule:
+   seconds a row, and seconds a token of the plain pass.
+3. Multiply; a row's products grow with the prompt only by what attention mixes.
+
+Bytes are counted, not measured: what is recorded, the rows, the working memory, and the weights of one block
+where they must be held in another precision.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from depass_lightning.attribution.settings import Settings
+from depass_lightning.engine.adjoint import at_readout, pull_back
+from depass_lightning.engine.component_groups import Table
+from depass_lightning.engine.isolation import alone
+from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.mlp import share_neurons
+from depass_lightning.engine.record import Recording, record, recorded_bytes
+from depass_lightning.engine.rules import LinearPaths
+from depass_lightning.engine.state import Carry
+from depass_lightning.models.affine import features
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources import Neurons, Source
+from depass_lightning.sources.tokens import Positional
+
+SHORT = 64  # tokens of the prompt that is tried
+ROWS = 4096  # that are carried through one block
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an attribution will take.
+
+    Attributes:
+        seconds: of time on this machine as busy as it is now, loading and writing left out.
+        recording: bytes of what is recorded of the largest batch.
+        components: bytes of the components that are carried at once; 0 where scores are taken back.
+        working: bytes of working memory beside them.
+    """
+
+    seconds: float
+    recording: int
+    components: int
+    working: int
+
+    @property
+    def bytes(self) -> int:
+        """All of it, which is what comes on top of the model's own weights."""
+        return self.recording + self.components + self.working
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        taken = f"{self.seconds:.1f} s" if minutes < 2 else f"{minutes:.0f} min"
+        if minutes > 120:
+            taken = f"{minutes / 60:.1f} h"
+        return f"about {taken} and {self.bytes / 2**30:.2g} GiB beside the model"
+
+
+def estimate(decoder: Decoder, batches: Sequence[Sequence[Prompt]], settings: Settings) -> Estimate:
+    """Estimate what attributing batches of prompts takes.
+
+    Args:
+        decoder: the model.
+        batches: the prompts, as they would go through the model.
+        settings: how the pass is made.
+    """
+    longest = max((prompt for batch in batches for prompt in batch), key=lambda prompt: len(prompt.ids))
+    sources = [own for source in settings.sources for own in source.apart(len(decoder.blocks))]
+    rows = [
+        [carried_rows(source, prompt, decoder, settings) for prompt in batch for source in sources]
+        for batch in batches
+    ]
+    most = max((max(own, default=0) for batch in rows for own in batch), default=0)
+    rates = _tried(decoder, longest.ids[:SHORT], settings, min(most, ROWS))
+    seconds = 0.0
+    for batch, own in zip(batches, rows, strict=True):
+        length = max(len(prompt.ids) for prompt in batch)
+        twice = recorded_bytes(decoder, len(batch), length) > settings.budget.recording
+        seconds += rates.plain * (2 if twice else 1) * len(batch) * length
+        if settings.adjoint:
+            seconds += rates.back * len(batch) * length * (2 if settings.path == "control" else 1)
+        else:
+            seconds += rates.row * _growth(decoder, length, rates.length) * sum(map(sum, own))
+    return _with_bytes(seconds, decoder, batches, settings)
+
+
+def carried_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: Settings) -> list[int]:
+    """How many rows of a source's components go through each block but the last, where only the target does.
+
+    Args:
+        source: what the state is split into.
+        prompt: the prompt.
+        decoder: the model.
+        settings: how the pass is made.
+    """
+    layers, length, extra = len(decoder.blocks), len(prompt.ids), int(settings.bias)
+    if isinstance(source, Positional):
+        owners = source.owners(prompt)
+        rows = sum(length - owners.index(own) for own in set(owners)) + extra * length
+        return [rows if layer >= source.layers(layers)[0] else 0 for layer in range(layers - 1)]
+    members, behind = len(source.describe(prompt, decoder).names[0]) + extra, source.behind_mlp
+    if isinstance(source, Neurons):
+        if source.layers(layers)[0] >= layers - 2:
+            return []  # next to the target none are carried
+        if source.top is not None:  # once with these, and once with twice as many
+            members = 3 * source.top + 2 * (1 + extra)
+    return [
+        members * length * sum(own + behind <= layer for own in source.layers(layers))
+        for layer in range(layers - 1)
+    ]
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds: of the plain pass a token, of a row through a block, of the way back a token."""
+
+    plain: float
+    row: float
+    back: float
+    length: int
+
+
+def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _Rates:
+    """Run the pieces on a short prompt, with about so many rows."""
+    tokens = torch.tensor([ids], device=decoder.device)
+    lengths = torch.tensor([len(ids)], device=decoder.device)
+
+    def recorded() -> Recording:
+        return record(decoder, tokens, lengths, lengths[:, None] - 1)
+
+    recording = recorded()
+    plain = _fastest(recorded, decoder) / len(ids)
+    if settings.adjoint:
+        assert isinstance(settings.rule, LinearPaths)
+        rule, zeros = settings.rule, torch.zeros(1, device=decoder.device, dtype=decoder.dtype)
+        vector = torch.ones(1, decoder.hidden_size, device=decoder.device, dtype=decoder.dtype)
+
+        def back() -> None:
+            derivative = at_readout(recording, lengths - 1, vector, zeros, normed=True)
+            for _ in pull_back(recording, rule, derivative, layer=recording.layers, first=0):
+                pass
+
+        with alone(decoder.model):
+            return _Rates(plain, 0.0, _fastest(back, decoder) / len(ids), len(ids))
+    if rows == 0:
+        return _Rates(plain, 0.0, 0.0, len(ids))
+    block = recording.block(len(decoder.blocks) // 2)  # neither the first nor the last
+    count = max(1, rows // len(ids))
+    components = block.state[:, None].expand(-1, count, -1, -1) / count
+    positions = torch.arange(len(ids), device=decoder.device)[None]
+    real = torch.ones_like(positions, dtype=torch.bool)
+
+    def through() -> None:
+        carry = Carry.begin(Table(components), real, positions, bias=None, budget=settings.budget)
+        carry.attend(block.attention)
+        share_neurons(carry, block.mlp, settings.rule)
+
+    with alone(decoder.model):
+        return _Rates(plain, _fastest(through, decoder) / (count * len(ids)), 0.0, len(ids))
+
+
+def _fastest(work: Callable[[], object], decoder: Decoder) -> float:
+    """Seconds that something takes."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        if decoder.device.type == "cuda":
+            torch.cuda.synchronize(decoder.device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _products(decoder: Decoder, length: int) -> float:
+    """Multiplications of one row in one block, where a prompt has so many tokens."""
+    block = decoder.blocks[0]
+    (values, hidden), (_, mixed) = block.attention.value.shape, block.attention.output.shape
+    return hidden * (values + mixed + 2 * block.mlp.width) + mixed * length / 2
+
+
+def _growth(decoder: Decoder, length: int, tried: int) -> float:
+    return _products(decoder, length) / _products(decoder, tried)
+
+
+def _with_bytes(
+    seconds: float, decoder: Decoder, batches: Sequence[Sequence[Prompt]], settings: Settings
+) -> Estimate:
+    """Add the bytes of the largest batch."""
+    size, hidden = decoder.dtype.itemsize, decoder.hidden_size
+    recordings, components, most = [], [0], 0
+    for batch in batches:
+        length = max(len(prompt.ids) for prompt in batch)
+        recordings.append(_recorded(decoder, len(batch), length, settings.budget))
+        most = max(most, len(batch) * length)
+        for source in () if settings.adjoint else settings.sources:
+            for own in source.apart(len(decoder.blocks)):
+                each = [carried_rows(own, prompt, decoder, settings) for prompt in batch]
+                components.append(sum(max(rows, default=0) for rows in each) * hidden * size)
+    block = decoder.blocks[0]
+    weights = (
+        sum(
+            outputs * inputs
+            for outputs, inputs in (block.attention.value.shape, block.attention.output.shape)
+        )
+        + 3 * hidden * block.mlp.width
+    )
+    copies = weights * size if decoder.rounds else 0
+    vocabulary = features(decoder.unembedding)[1] * size
+    parallel = 2 if block.parallel else 1
+    # What a step holds, once more for what it is made from.
+    rows = max(most, max(components) // (hidden * size))
+    step = min(settings.budget.working, rows * (2 * hidden + 2 * block.mlp.width) * size)
+    working = 2 * step + copies + 2 * vocabulary
+    return Estimate(seconds, max(recordings), parallel * max(components), working)
+
+
+def _recorded(decoder: Decoder, batch: int, length: int, budget: Budget) -> int:
+    whole = recorded_bytes(decoder, batch, length)
+    if whole <= budget.recording:
+        return whole
+    states = len(decoder.blocks) * batch * length * decoder.hidden_size * decoder.model_dtype.itemsize
+    return states + whole // len(decoder.blocks)

@@ -1,0 +1,173 @@
+"""What a model bases each token that it generates on, from one recorded pass over the finished text.
+
+1. The model generates by its own `generate`.
+2. One plain pass over the finished text is recorded: what stands behind a token cannot reach it, so every
+   generated token sees there what it saw when it was generated.
+3. Components are carried through that pass once, and read at every place from which a token was generated,
+   each place with its own token's row of the unembedding.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from depass_lightning.attribution.attribute import attribute_targets
+from depass_lightning.attribution.settings import Settings
+from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.errors import DePassError, DePassWarning
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt, continuation, continued
+from depass_lightning.results.attributions import Attributions
+from depass_lightning.sources import Tokens
+from depass_lightning.targets import Token
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation(Attributions):
+    """The scores of every generated token over all tokens of the finished text, the targets being in it.
+
+    A token's scores are zero at itself and behind.
+
+    Attributes:
+        attributions: one a generated token, in order, each over the whole finished text.
+        decoded: the generated tokens decoded together; None where no tokenizer is there to do it, as for
+            attributions that were read from a file.
+    """
+
+    decoded: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Generation({self.continuation!r}, {len(self)} tokens over {len(self.tokens)})"
+
+    @property
+    def generated(self) -> list[str]:
+        """The text of each generated token; an end-of-text token belongs to them."""
+        return self.tokens[-len(self) :]
+
+    @property
+    def continuation(self) -> str:
+        """The generated tokens as one text, decoded together: a character may be spread over several."""
+        return "".join(self.generated) if self.decoded is None else self.decoded
+
+    def _title(self) -> str:
+        said = self.continuation
+        return f"What the model bases {said if len(said) < 60 else said[:58] + '…'!r} on"
+
+
+def generate(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: list[Prompt],
+    settings: Settings,
+    arguments: Mapping[str, Any],
+) -> Generation:
+    """Generate behind a prompt, and attribute every token of it.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer; None shows ids.
+        prompts: one prompt.
+        settings: how the pass is made, for one source.
+        arguments: of the model's own `generate`, `max_new_tokens` among them.
+
+    Raises:
+        DePassError: there are several prompts, the source is not `Tokens`, the text would be longer than the
+            model's context, `generate` refuses an argument, or the model's values are not finite.
+    """
+    if len(prompts) != 1:
+        raise DePassError(f"there are {len(prompts)} prompts; generate behind one at a time")
+    (source,), (prompt,) = settings.sources, prompts
+    if not isinstance(source, Tokens):
+        raise DePassError(f"source is {type(source).__name__}; what is generated is attributed to Tokens()")
+    new = arguments["max_new_tokens"]
+    if not isinstance(new, int) or new < 1:
+        raise DePassError(f"max_new_tokens is {new!r}; it must be a whole number of at least 1")
+    count, limit = len(prompt.ids), decoder.max_positions
+    if limit is not None and count + new > limit:
+        raise DePassError(
+            f"{prompt.name} has {count} tokens, and {new} new ones are more than the model's context of "
+            f"{limit} takes; shorten it, or take fewer by max_new_tokens"
+        )
+    ids = _generated(decoder, tokenizer, prompt, arguments)
+    _warn_of_borders(decoder, count, len(ids))
+    text = continued(prompt, ids, tokenizer)
+    # The token behind a position is that position's target.
+    targets = [Token(token, position=count - 1 + index) for index, token in enumerate(ids)]
+    (found,) = attribute_targets(decoder, tokenizer, text, targets, settings)
+    said = None if tokenizer is None else continuation(text.ids, count, tokenizer)
+    return Generation(list(found), said)
+
+
+def _warn_of_borders(decoder: Decoder, count: int, new: int) -> None:
+    """Warn where a text grew past a length at which the model changes its rotary frequencies."""
+    last = count + new - 1
+    if decoder.regime(count) == decoder.regime(last):
+        return
+    border = next(
+        length for length in range(count, last) if decoder.regime(length + 1) != decoder.regime(length)
+    )
+    warnings.warn(
+        f"past {border} tokens the model changes the frequencies of its positions, and this text grew from "
+        f"{count} to {last}: what was generated before is explained as the model reads it in the "
+        "finished text, where its values may be others; attribute shorter texts to see it as it was "
+        "generated",
+        DePassWarning,
+        stacklevel=3,
+    )
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends what is generated at a string. transformers' criterion cannot read word-level vocabularies.
+
+    Args:
+        strings: any of them ends the text.
+        start: the first generated position.
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, strings: Sequence[str], start: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.strings, self.start, self.tokenizer = strings, start, tokenizer
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        texts = [continuation(row, self.start, self.tokenizer) for row in input_ids.tolist()]
+        ended = [any(own in text for own in self.strings) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _generated(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    arguments: Mapping[str, Any],
+) -> list[int]:
+    """The ids that the model itself adds, greedily unless it is asked for something else."""
+    chosen = dict(arguments)
+    configured = chosen.get("generation_config") or getattr(decoder.model, "generation_config", None)
+    stops = chosen.pop("stop_strings", None) or getattr(configured, "stop_strings", None)
+    if stops:
+        if tokenizer is None:
+            raise DePassError(
+                f"stop_strings={stops!r} is text, but there is no tokenizer; pass one to DePass"
+            )
+        stop = _StopStrings([stops] if isinstance(stops, str) else stops, len(prompt.ids), tokenizer)
+        criteria = StoppingCriteriaList([*chosen.get("stopping_criteria", []), stop])
+        chosen |= {"stop_strings": None, "stopping_criteria": criteria}
+    if "generation_config" not in chosen:
+        chosen.setdefault("do_sample", False)
+    ids = torch.tensor([prompt.ids], device=decoder.device)
+    with undisturbed(decoder.model):
+        try:
+            output: Any = decoder.model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids, attention_mask=torch.ones_like(ids), **chosen
+            )
+        except (TypeError, ValueError) as error:
+            raise DePassError(f"the model's generate refuses these arguments: {error}") from error
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    if len(sequences) != 1:
+        raise DePassError(f"generate gave {len(sequences)} texts; ask for one: num_return_sequences=1")
+    return sequences[0, len(prompt.ids) :].tolist()

@@ -1,0 +1,172 @@
+"""How a pass is made: what a call's arguments come to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.distributed import ProcessGroup
+
+from depass_lightning.attribution.options import as_sources, check_choices
+from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.parallel import Spread, SpreadRule
+from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule, goes_back, rule_named
+from depass_lightning.engine.variants.paper_code import release_rule
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources import Neurons, Pass, Source
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a pass is made: the same for every prompt of a call.
+
+    Args:
+        sources: what the state is split into, each by itself.
+        rule: how neurons are shared.
+        rule_name: what the rule is called.
+        bias: whether constants have a component of their own.
+        rounding: whether the model's own rounding has one.
+        bias_mode: what becomes of constants: component, drop, or none where the model has none.
+        compat: `release` for the published code's behaviour, else None.
+        adjoint: take scores back from the target instead of carrying components to it.
+        path: content, or control for what comes on top where attention's probabilities are not held fixed.
+        budget: the engine's memory.
+        spread: the processes that the components are spread over, if they are.
+
+    Raises:
+        DePassError: a source approximates what this pass has exact, or does not have.
+    """
+
+    sources: tuple[Source, ...]
+    rule: Rule
+    rule_name: str
+    bias: bool
+    rounding: bool
+    bias_mode: str
+    compat: str | None
+    adjoint: bool
+    path: str
+    budget: Budget
+    spread: Spread | None = None
+
+    def __post_init__(self) -> None:
+        softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
+        tops = [source.top for source in self.sources if isinstance(source, Neurons)]
+        if not softmax and any(top is not None for top in tops):
+            raise DePassError(
+                "Neurons(top=) approximates rule='softmax' with every constant carried (bias='component', no "
+                "compat); leave top out"
+            )
+
+    @property
+    def extras(self) -> list[str]:
+        """The components that stand behind a source's own in each group."""
+        return ["bias"] * self.bias + ["rounding"] * self.rounding
+
+    @property
+    def complete(self) -> bool:
+        """Whether scores sum to the value, where no constant is left out."""
+        return self.path == "content" and self.compat is None and self.rule_name != "dual"
+
+    def begin(self, prompts: list[Prompt]) -> Pass:
+        """What sources must know of a batch's pass."""
+        return Pass(
+            prompts,
+            bias=self.bias,
+            competing=not isinstance(self.rule, LinearPaths),
+            release=self.compat == "release",
+            budget=self.budget,
+            spread=self.spread,
+        )
+
+    @property
+    def way(self) -> Rule | SpreadRule:
+        """How components are carried: by the rule, in one process or in several."""
+        if self.spread is None or not isinstance(self.rule, CompetingRule):
+            return self.rule
+        return SpreadRule(self.rule, self.spread)
+
+
+def settings_of(
+    decoder: Decoder,
+    source: Source | Sequence[Source] | None,
+    *,
+    rule: str = "softmax",
+    temperature: float = 0.1,
+    bias: str = "component",
+    compat: str | None = None,
+    engine: str = "auto",
+    path: str = "content",
+    memory_budget: int | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Settings:
+    """Check a call's arguments and say what they come to.
+
+    Args:
+        decoder: the model.
+        source: as for `DePass.attribute`, and so are the others.
+        memory_budget: as for `DePass`.
+        process_group: as for `DePass`; a backward pass carries no components, and needs none.
+
+    Raises:
+        DePassError: a setting is unknown, or two of them do not go together.
+    """
+    chosen = rule_named(rule, temperature)
+    check_choices(bias=bias, compat=compat, engine=engine, path=path)
+    adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
+    if isinstance(chosen, LinearPaths) and chosen.up and not decoder.gated:
+        raise DePassError(
+            f"rule='{rule}' is for gated MLPs, which not all of this model's are; take rule='taylor'"
+        )
+    sources = as_sources(source)
+    for own in sources:
+        own.layers(len(decoder.blocks))
+    if compat == "release":
+        bias = "drop"
+        chosen = release_rule(chosen, remainder=sources[0].positional)
+    if not decoder.has_biases:
+        bias = "none"
+    spread = None if adjoint or process_group is None else Spread(process_group)
+    if spread is not None:
+        check_spread(decoder, sources, compat)
+    return Settings(
+        sources=sources,
+        rule=chosen,
+        rule_name=rule,
+        bias=bias == "component",
+        # What is off with a rule or a way that does not add up cannot be told from rounding.
+        rounding=decoder.rounds and compat is None and rule != "dual" and path == "content",
+        bias_mode=bias,
+        compat=compat,
+        adjoint=adjoint,
+        path=path,
+        budget=Budget.default(decoder.device, memory_budget),
+        spread=spread,
+    )
+
+
+def check_spread(decoder: Decoder, sources: Sequence[Source], compat: str | None) -> None:
+    """Refuse what cannot be spread over processes.
+
+    Args:
+        decoder: the model.
+        sources: what its states are split into.
+        compat: as for `DePass.attribute`.
+
+    Raises:
+        DePassError: a source's components are no places in the text, or the published code's behaviour is
+            asked for, or the model has a mixture of experts.
+    """
+    for source in sources:
+        if not source.positional:
+            raise DePassError(
+                f"the components of {source.kind!r} are not spread over processes; take Tokens() or Spans(), "
+                "or give each process prompts of its own"
+            )
+    if compat is not None:
+        raise DePassError(f"compat={compat!r} runs in one process only; leave process_group out")
+    if any(block.mlp.experts is not None for block in decoder.blocks):
+        raise DePassError(
+            "the components of a model with a mixture of experts are not spread over processes; give each "
+            "process prompts of its own"
+        )

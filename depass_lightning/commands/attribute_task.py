@@ -1,0 +1,330 @@
+"""A task's prompts attributed with one model: what `analyze.py` runs, and each part of a comparison is."""
+
+import functools
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from depass_lightning import __version__, tasks
+from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch, SpreadComponents
+from depass_lightning.commands.console import first_process, instantiate_each, loggers_of, predict, tell
+from depass_lightning.commands.outputs import Results, write_results
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.logit_lens import notes_on
+from depass_lightning.methods import DePassMethod, Method, make_method
+from depass_lightning.modules.attribution_module import AttributionModule, Masking, Removal
+from depass_lightning.modules.prompt_datamodule import PromptData
+from depass_lightning.monitoring.publish import is_named
+from depass_lightning.prompts import beginning_of, encode
+from depass_lightning.sources import Source
+from depass_lightning.storage import (
+    Journal,
+    Manifest,
+    keep_manifest,
+    task_fingerprint,
+    weights_fingerprint,
+)
+from depass_lightning.tasks import Task
+
+log = logging.getLogger(__name__)
+
+WORTH_TELLING = 10.0  # seconds
+TRIALS = 8  # prompts that a wrong setting is tried on before the run ends
+SHOWN = 5  # damaged files that are named
+# What of the configuration decides the numbers; the rest says how and where they are computed and shown.
+DECISIVE = (
+    "model",
+    "task",
+    "source",
+    "method",
+    "rule",
+    "target",
+    "compute_dtype",
+    "bias",
+    "path",
+    "compat",
+    "seed",
+    "faithfulness",
+    "states",
+)
+TOLD = ("parameters", "context", "licence", "gated")  # what a model's entry says for the reader
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task that was attributed.
+
+    Attributes:
+        results: what was written.
+        skipped: the prompts that could not be attributed, and why.
+        listed: the file that lists them.
+        prompts: how many there were, those included.
+    """
+
+    results: Results
+    skipped: list[dict[str, Any]]
+    listed: Path
+    prompts: int
+
+
+def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass]) -> Done | None:
+    """Attribute the prompts of the configured task, and write and log what came of it.
+
+    Args:
+        config: the configuration.
+        folder: where to write.
+        load: loads the model, once everything else is known to be right.
+
+    Returns:
+        What was done; None on a process that does not write it.
+    """
+    with loggers_of(config) as loggers:
+        return _attribute(config, folder, load, loggers)
+
+
+def _attribute(
+    config: DictConfig, folder: Path, load: Callable[[], DePass], loggers: list[Logger]
+) -> Done | None:
+    started = time.perf_counter()
+    source = instantiate(config.source, _convert_="all")
+    task = tasks.load(**config.task)
+    depass = load()
+    fingerprint = weights_fingerprint(depass.model)
+    manifest = manifest_of(config, fingerprint, task)
+    resumed = first_process() and keep_manifest(manifest, folder / "attributions")
+    generates = config.target.kind == "generation"
+    if generates and config.faithfulness is not None:
+        tell("what is generated is explained token by token; faithfulness and right answers are not measured")
+    rows = config.target.get("max_new_tokens", 1)
+    together = spreads_components(config)
+    writer = AttributionWriter(
+        folder,
+        resume=resumed,
+        expected=len(task),
+        rows=rows,
+        skipped=task.skipped,
+        together=together,
+    )
+    kept = tell_kept(writer, len(task)) if resumed else 0
+    trainer = trainer_of(config, writer, loggers)
+    module = attribution_module(config, source, depass, task, fingerprint)
+    data = PromptData(
+        task,
+        config.batch_size,
+        length=token_counter(depass),
+        done=lambda: writer.done,
+        together=together,
+    )
+    if not generates and kept < len(task) and isinstance(module.method, DePassMethod):
+        tell_estimate(config, depass, task, module, trainer)
+    predict(trainer, module, data, lambda: _kept(writer.journal))
+    if not trainer.is_global_zero:
+        return None
+    skipped = writer.journal.skipped()
+    results = write_results(
+        folder,
+        writer.journal.path,
+        about={
+            "skipped": len(skipped),
+            **({"attributed_before": kept} if kept else {}),
+            "seconds": time.perf_counter() - started,
+            **describe(config, depass, trainer, fingerprint),
+        },
+        title=f"What {config.model.name} bases its answers on",
+        subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
+        prompts=config.report.prompts,
+        figures=config.report.figures,
+        notes=functools.partial(notes_on, depass, source),
+        generated=generates,
+    )
+    log_results(loggers, results)
+    return Done(results, skipped, writer.journal.skipped_path, len(task) + len(task.skipped))
+
+
+def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logger]) -> Trainer:
+    """Make the trainer that the configuration names, with what an analysis needs."""
+    # Objects are handed to a partial function: Hydra would copy them into the configuration.
+    return instantiate(config.trainer, _partial_=True)(
+        callbacks=[
+            writer,
+            AttributionProgress(log_every=config.log_every),
+            ProcessWatch(),
+            *([SpreadComponents()] if writer.together else []),
+            *instantiate_each(config.get("callbacks")),
+        ],
+        logger=loggers or False,
+    )
+
+
+def _kept(journal: Journal) -> str:
+    """Say what an analysis that was interrupted has come to."""
+    done = journal.counted()
+    return f"{done:,} prompts are kept in {journal.folder}" if done else ""
+
+
+def spreads_components(config: DictConfig) -> bool:
+    """Whether processes share each prompt's components, and not the prompts.
+
+    Raises:
+        DePassError: `spread` is neither, or what is asked for cannot be spread.
+    """
+    if config.spread not in ("prompts", "components"):
+        raise DePassError(f"spread={config.spread!r} is unknown; choose 'prompts' or 'components'")
+    together = config.spread == "components"
+    if together and config.target.kind == "generation":
+        raise DePassError("spread=components explains no generated tokens; leave out one of the two")
+    return together
+
+
+def tell_kept(writer: AttributionWriter, prompts: int) -> int:
+    """Say how many prompts an earlier run has attributed, and return the number."""
+    damaged = writer.tidy()
+    for path in damaged[:SHOWN]:
+        tell(f"{path} is damaged or missing; its prompts are attributed again", "yellow")
+    if len(damaged) > SHOWN:
+        tell(f"and {len(damaged) - SHOWN:,} more files", "yellow")
+    kept = len(writer.done or ())
+    if kept:
+        tell(f"{kept:,} of {prompts:,} prompts have been attributed before", "yellow")
+    return kept
+
+
+def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
+    """Return what decides the run's numbers."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    settings: dict[str, Any] = {name: plain[name] for name in DECISIVE}
+    settings["model"] = {key: own for key, own in settings["model"].items() if key not in TOLD}
+    return Manifest(
+        settings=settings,
+        weights=fingerprint,
+        task=task_fingerprint(task),
+        prompts=len(task),
+        versions=versions(),
+    )
+
+
+def token_counter(depass: DePass) -> Callable[[str], int]:
+    """Return a function that counts a prompt's tokens; of one far beyond the context, its beginning's."""
+    tokenizer = depass.tokenizer
+    assert tokenizer is not None
+    limit = depass.decoder.max_positions
+    return lambda prompt: len(encode(beginning_of(prompt, limit), tokenizer).ids)
+
+
+def attribution_module(
+    config: DictConfig, source: Source, depass: DePass, task: Task, fingerprint: str
+) -> AttributionModule:
+    """Make the module that attributes as the configuration says."""
+    measured = None if config.faithfulness is None else instantiate(config.faithfulness, _convert_="all")
+    return AttributionModule(
+        depass,
+        method=method_of(config, source, depass),
+        target=config.target.kind,
+        removal=measured if isinstance(measured, Removal) else None,
+        masking=measured if isinstance(measured, Masking) else None,
+        run={"model": config.model.name, "fingerprint": fingerprint},
+        trial=trials([example.prompt for example in task]),
+        states=config.states,
+        new_tokens=config.target.get("max_new_tokens", 1),
+    )
+
+
+def trials(prompts: Sequence[str]) -> list[str]:
+    """Return the shortest of the prompts, and some others of all lengths, should that be a bad one."""
+    ordered = sorted(set(prompts), key=len)
+    return [ordered[i] for i in sorted({i * len(ordered) // TRIALS for i in range(TRIALS)})]
+
+
+def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
+    """Return what attributes: DePass as the rule and the other keys say, or another method."""
+    options: Any = OmegaConf.to_container(config.method, resolve=True)
+    name = options.pop("name")
+    if name == DePassMethod.name:
+        rule: Any = OmegaConf.to_container(config.rule)
+        options |= {"rule": rule.pop("name"), **rule}
+        options |= {key: config[key] for key in ("bias", "compat", "path")}
+    return make_method(name, depass, source, **options)
+
+
+def tell_estimate(
+    config: DictConfig, depass: DePass, task: Task, module: AttributionModule, trainer: Trainer
+) -> None:
+    """Say how long the scores will take, and how much memory, where that is worth knowing before."""
+    if not first_process():
+        return
+    fitting = [example.prompt for example in task if example.prompt.strip()]
+    limit, count = depass.decoder.max_positions, token_counter(depass)
+    fitting = [prompt for prompt in fitting if limit is None or count(prompt) <= limit]
+    if not fitting:
+        return
+    module.to(trainer.strategy.root_device)  # where the trainer will move it too
+    try:
+        cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
+    except Exception:  # a bad prompt costs itself alone, when its turn comes
+        log.debug("there is no estimate", exc_info=True)
+        return
+    if cost.seconds > WORTH_TELLING:
+        tell(f"the scores of {len(fitting):,} prompts: {cost}")
+
+
+def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: str) -> dict[str, Any]:
+    """Return what a summary says of the run: everything that its numbers depend on."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {
+        "model": {
+            **plain["model"],
+            "fingerprint": fingerprint,
+            "parameters": sum(parameter.numel() for parameter in depass.model.parameters()),
+        },
+        **{name: plain[name] for name in ("task", "source", "method", "rule", "target")},
+        "settings": {
+            "compute_dtype": str(depass.decoder.dtype).removeprefix("torch."),
+            **{name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},
+        },
+        "hardware": {"device": trainer.strategy.root_device.type, "processes": trainer.world_size},
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    packages = ("torch", "transformers", "lightning", "datasets")
+    return {
+        "depass_lightning": __version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def log_results(loggers: list[Logger], results: Results) -> None:
+    """Hand the run's numbers to every logger, and its page and table to Weights & Biases."""
+    numbers = {
+        key: entry["value"] if isinstance(entry, Mapping) else entry
+        for key, entry in results.summary.items()
+        if isinstance(entry, int | float) or (isinstance(entry, Mapping) and "value" in entry)
+    }
+    for logger in loggers:
+        logger.log_metrics({f"analysis/{name}": float(value) for name, value in numbers.items()})
+        if is_named(logger, "WandbLogger") and results.page is not None:
+            import wandb  # takes a second, which only those who use it should wait
+
+            columns = ("id", "text", "target", "value", "prediction", "correct", "completeness")
+            table = wandb.Table(columns=[*columns], data=[[row[c] for c in columns] for row in results.rows])
+            page = wandb.Html(results.page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)
+            served: Any = logger  # of either package's class
+            served.experiment.log({"analysis/report": page, "analysis/attributions": table})
+        logger.save()
+        logger.finalize("success")

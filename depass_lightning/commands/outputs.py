@@ -1,0 +1,224 @@
+"""What an analysis leaves behind: a summary, a page, figures, and what it says in the terminal."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from depass_lightning.attribution.generate import Generation
+from depass_lightning.faithfulness import summarise
+from depass_lightning.reports.component_figures import attribution_figure
+from depass_lightning.reports.components import asked_for, complete, mean_of, strongest_of
+from depass_lightning.reports.figures import curves_figure, save_figure
+from depass_lightning.reports.matrix import score_matrix
+from depass_lightning.reports.numbers import curves_of
+from depass_lightning.reports.page import write_page
+from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.storage import RowFile, attribution_from_row, checked_file, write_json
+
+NOTED = 300  # components, those that lead most often, whose notes the page has
+
+
+@dataclass(frozen=True)
+class Results:
+    """An analysis that is done.
+
+    Attributes:
+        folder: the run's folder.
+        rows: a row a prompt, or a generated token of one, in the task's order.
+        summary: what `summary.json` holds.
+        page: the report; None where nothing could be attributed.
+        generated: each row is a generated token.
+    """
+
+    folder: Path
+    rows: RowFile
+    summary: Mapping[str, Any]
+    page: Path | None
+    generated: bool = False
+
+
+def write_results(
+    folder: Path,
+    table: Path,
+    *,
+    about: Mapping[str, Any],
+    title: str,
+    subtitle: str = "",
+    prompts: int = 200,
+    figures: int = 4,
+    notes: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+    generated: bool = False,
+) -> Results:
+    """Write the summary, the page and the figures of a run.
+
+    Args:
+        folder: the run's folder.
+        table: the Parquet file of its rows.
+        about: what else the summary says: model, settings, versions, time.
+        title: the page's title.
+        subtitle: the line below it.
+        prompts: how many prompts the page shows at most, the first ones.
+        figures: how many prompts are drawn as pictures.
+        notes: says what is known of components, given their names, such as what a neuron promotes.
+        generated: each row is a generated token, and those of a prompt follow one another.
+    """
+    rows = RowFile(table)
+    mean = mean_of(attribution_from_row(row) for row in rows)
+    counts = _lengths(RowFile(table, ["id"])) if generated else [1] * len(rows)
+    summary = {**_summary(rows, counts), **_rounding(rows), **_mean_scores(mean), **about}
+    with checked_file(folder / "summary.json") as draft:
+        write_json(draft, summary)
+    page = folder / "report.html"
+    if not len(rows):
+        page.unlink(missing_ok=True)  # an earlier run's
+        return Results(folder, rows, summary, None)
+    first = rows.first(sum(counts[:prompts]))
+    shown = [attribution_from_row(row) for row in first]
+    if not generated:
+        _draw(folder / "figures", summary, first, shown[:figures], mean)
+    if len(counts) > prompts:
+        subtitle = f"{subtitle}; the first {prompts:,} of {len(counts):,} prompts".lstrip("; ")
+    examples = [example_of(row) for row in first]
+    if generated:
+        examples = [known | _in_matrix(row) for known, row in zip(examples, first, strict=True)]
+    write_page(
+        page,
+        shown,
+        title=title,
+        subtitle=subtitle,
+        summary=_shown(summary),
+        examples=examples,
+        mean=mean,
+        notes=None if notes is None or mean is None else notes(_leading([mean, *shown])),
+    )
+    return Results(folder, rows, summary, page, generated)
+
+
+def print_results(results: Results, console: Console, prompts: int = 6) -> None:
+    """Show a run in the terminal: one prompt in colours, a table of some, and the run's numbers.
+
+    Args:
+        results: the run.
+        console: where to print.
+        prompts: how many prompts the table has at most.
+    """
+    most = prompts
+    if results.generated and len(results.rows):
+        most = _lengths(RowFile(results.rows.path, ["id"]))[0]
+    shown = [attribution_from_row(row) for row in results.rows.first(most)]
+    if shown and results.generated:
+        generation = Generation(shown)
+        console.print(f"\n{generation.text}\n", markup=False, highlight=False)
+        console.print(score_matrix(generation, console.width))
+    elif shown:
+        console.print()
+        console.print(attribution_text(shown[0], top=5))
+        console.print()
+        console.print(attributions_table(shown))
+    console.print(summary_table(_shown(results.summary)))
+    console.print()
+    if results.page is not None:
+        _print_path(console, "page", results.page)
+    _print_path(console, "folder", results.folder)
+
+
+def _lengths(rows: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Return how many tokens were generated behind each prompt."""
+    return [sum(1 for _ in own) for _, own in groupby(rows, key=lambda row: row["id"].rpartition("/")[0])]
+
+
+def _in_matrix(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a generated token stands on the page: in its prompt's matrix, under its own text."""
+    return {"matrix": row["id"].rpartition("/")[0], "row": row["tokens"][row["position"] + 1]}
+
+
+def _summary(rows: RowFile, counts: Sequence[int]) -> dict[str, Any]:
+    """Return the run's numbers, less a distance from the value where scores are only a part of it."""
+    summary = summarise(rows)
+    if len(counts) < len(rows):
+        counted = {"prompts": len(counts), "generated_tokens": len(rows)}
+        summary = {**counted, **summary, **counted}  # in this order
+    if len(rows) and not complete(attribution_from_row(rows.first(1)[0])):
+        summary = {key: value for key, value in summary.items() if not key.startswith("completeness")}
+    return summary
+
+
+def _rounding(rows: RowFile) -> dict[str, Any]:
+    """Return how large what the model itself rounds off is, where it computes in less than is carried."""
+    shares = []
+    for row in RowFile(rows.path, ["value", "names", "positions", "scores"]):
+        largest = max(abs(row["value"]), *map(abs, row["scores"]))
+        named = zip(row["names"], row["positions"], row["scores"], strict=True)
+        own = [abs(score) for name, place, score in named if place is None and name.endswith("rounding")]
+        if own and largest:
+            shares.append(max(own) / largest)
+    if not shares:
+        return {}
+    return {"rounding": {"value": max(shares), "note": "of the value or the largest score, worst prompt"}}
+
+
+def _mean_scores(mean: Attribution | None) -> dict[str, Any]:
+    """Return what the summary says of components that are the same in all prompts, the strongest of many."""
+    if mean is None:
+        return {}
+    listed = strongest_of(mean)
+    return {"mean_scores": dict(zip(listed.names, listed.scores.tolist(), strict=True))}
+
+
+def _leading(attributions: Sequence[Attribution]) -> list[str]:
+    """Return the names of the components that are among the strongest of many prompts."""
+    found = Counter(name for each in attributions for name, _ in asked_for(each).top(12, absolute=True))
+    return [name for name, _ in found.most_common(NOTED)]
+
+
+def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary without the number of skipped prompts, where there are none."""
+    return {key: value for key, value in summary.items() if key != "skipped" or value}
+
+
+def _print_path(console: Console, name: str, path: Path) -> None:
+    """Print a path in one piece, so that it can be copied; terminals that can, open it on a click."""
+    link = f"bold link file://{path.resolve()}"
+    console.print(Text.assemble(f"{name:9}", (str(path), link)), soft_wrap=True)
+
+
+def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of a prompt, as the page takes it."""
+    roles: dict[str, list[tuple[int, int]]] = {}
+    for role in row["roles"] or ():
+        roles.setdefault(role["name"], []).append((role["start"], role["end"]))
+    evidence = [tuple(span) for span in row["evidence"] or ()]
+    named = [name for name, spans in roles.items() if set(spans) <= set(evidence)]
+    return {
+        "id": row["id"],
+        "answer": row["answer"],
+        "roles": roles,
+        "evidence": named or evidence,
+        "evidence_first": row["evidence_first"],
+        "correct": row["correct"],
+    }
+
+
+def _draw(
+    folder: Path,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    attributions: Sequence[Attribution],
+    mean: Attribution | None,
+) -> None:
+    """Draw the curves or the mean, and some prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if curves := curves_of(summary):
+        save_figure(curves_figure(curves), folder / "curves.svg")
+    if mean is not None:
+        title = f"Mean over {summary['prompts']:,} prompts"
+        save_figure(attribution_figure(mean, title=title), folder / "mean.svg")
+    for row, attribution in zip(rows, attributions, strict=False):
+        save_figure(attribution_figure(attribution), folder / f"prompt-{row['index']}.svg")

@@ -1,0 +1,349 @@
+"""`python analyze.py report=<folder>`: all runs of a sweep in one table and on one page."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from depass_lightning import sources
+from depass_lightning.commands.console import folder_of, told
+from depass_lightning.commands.outputs import example_of
+from depass_lightning.errors import DePassError
+from depass_lightning.reports.numbers import percent, plain
+from depass_lightning.reports.sweep import AXES, Map, varying, write_sweep_page
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.storage import (
+    UNREADABLE,
+    Journal,
+    attribution_from_row,
+    check_file,
+    open_shard,
+    write_shard,
+)
+from depass_lightning.utils.atomic_files import read_limited
+
+SHOWN = 40  # prompts on the page, at most
+MAPS = 1200  # of these prompts in all runs together, at most
+AT_ONCE = 64  # rows in memory
+CONFIG_BYTES = 2**18
+SUMMARY_BYTES = 2**26
+
+TEXT, NUMBER, COUNT = pa.string(), pa.float64(), pa.int64()
+COLUMNS = {
+    "prompts": ("prompts", lambda value: f"{value:,}"),
+    "correct": ("right", percent),
+    "evidence_first": ("right token first", percent),
+    "patch_top_area": ("patch top", plain),
+    "recover_top_area": ("recover top", plain),
+    "completeness_max": ("off by", plain),
+    "seconds": ("s", plain),
+}  # of the table in the terminal: their heads, and how their numbers are written
+SWEEP_SCHEMA = pa.schema(
+    [
+        *((name, TEXT) for name in ("run", "status", "reason", "model", "checkpoint", "dtype", "task")),
+        *((name, TEXT) for name in ("source", "rule", "target", "method")),
+        *((name, COUNT) for name in ("seed", "prompts", "skipped")),
+        *((name, NUMBER) for name in ("correct", "completeness_max", "completeness_mean")),
+        *((name, NUMBER) for name in ("evidence_first", "evidence_first_chance")),
+        *((name, NUMBER) for name in ("patch_top_area", "patch_top_area_chance")),
+        *((name, NUMBER) for name in ("recover_top_area", "recover_top_area_chance")),
+        *((name, NUMBER) for name in ("seconds", "seconds_per_prompt")),
+        *((name, COUNT) for name in ("parameters", "processes")),
+        *((name, TEXT) for name in ("device", "fingerprint", "folder")),
+    ]
+)
+"""The columns of `sweep.parquet`, a row a run.
+
+`status` is done, unfinished or broken, and `reason` says why a run is one of the last two. What is held
+against a number, such as random orders, has the number's name and `_chance`.
+"""
+
+
+def report(folder: str | Path, console: Console) -> int:
+    """Collect the runs below a folder into `sweep.parquet` and `sweep.html`, and print them.
+
+    Args:
+        folder: a sweep's folder, or any that holds runs' folders.
+        console: where to print.
+
+    Returns:
+        The exit code: 1 where a run is unfinished or broken.
+
+    Raises:
+        DePassError: there is no such folder, or no run in it.
+    """
+    folder = folder_of(folder, "report")
+    rows = [row for run in find_runs(folder) for row in _rows(run, folder)]
+    maps = _maps(rows)
+    done = [row for row in rows if row["status"] == "done"]
+    table = write_shard(folder / "sweep.parquet", rows, SWEEP_SCHEMA)
+    page = folder / "sweep.html"
+    write_sweep_page(page, rows, maps, title=f"Sweep: {folder.name}")
+    console.print(sweep_table(rows))
+    for row in rows:
+        if row["status"] != "done":
+            console.print(Text(f"{row['status']:11}{row['run']}: {row['reason']}", "red"), soft_wrap=True)
+    console.print(Text(f"page     {page}\ntable    {table}"), soft_wrap=True)
+    return int(len(done) < len(rows))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Return the folders of all runs at or below a folder, in the order of their names.
+
+    Raises:
+        DePassError: there are none.
+    """
+    found = {path.parent for path in folder.rglob("config.yaml")}
+    # What Hydra keeps is all that a run has which failed before it began.
+    runs = {own.parent if own.name == ".hydra" else own for own in found}
+    runs = {own for own in runs if not any(part.startswith(".") for part in own.relative_to(folder).parts)}
+    if not runs:
+        raise DePassError(
+            f"{folder} holds no runs; give a sweep's folder, report=logs/analyze/multiruns/<time>"
+        )
+    return sorted(runs, key=lambda own: [(len(part), part) for part in own.relative_to(folder).parts])
+
+
+def _rows(run: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return a run's rows, or one that says what is wrong: no run may end the others' report."""
+    try:
+        rows = read_runs(run, folder)
+        pa.Table.from_pylist(rows, schema=SWEEP_SCHEMA)
+    except Exception as error:
+        row = _row(run, folder, {}) | _state("broken", f"its files cannot be read: {told(error)}")
+        return [{key: _plain(value) for key, value in row.items()}]
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """Return a value whose text can be encoded: a folder's name may be any bytes."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
+def _maps(rows: list[dict[str, Any]]) -> list[Map]:
+    """Read the maps of the runs that are done; a run whose rows cannot be read is broken from then on."""
+    while True:
+        try:
+            return read_maps([row for row in rows if row["status"] == "done"])
+        except BrokenRunError as error:
+            row = next(row for row in rows if row["run"] == error.run)
+            row |= _state("broken", f"its results cannot be read: {error}")
+
+
+class BrokenRunError(DePassError):
+    """A run's rows cannot be read."""
+
+    def __init__(self, run: str, error: Exception) -> None:
+        super().__init__(told(error))
+        self.run = run
+
+
+@contextmanager
+def _reading(row: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise BrokenRunError(row["run"], error) from error
+
+
+def read_config(path: Path) -> Any:
+    """Read a configuration as plain containers.
+
+    Raises:
+        DePassError: it is no file, too large, or has aliases, which grow without bound and no run writes.
+    """
+    content = read_limited(path, CONFIG_BYTES)
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+        raise DePassError(f"{path} has aliases (*name); write out what they stand for")
+    return OmegaConf.to_container(OmegaConf.create(content.decode()))
+
+
+def read_runs(run: Path, folder: Path) -> list[dict[str, Any]]:
+    """Read what a run's folder says: one row of `SWEEP_SCHEMA`, or several where it compares models.
+
+    Args:
+        run: the run's folder.
+        folder: the sweep's.
+    """
+    kept = run / "config.yaml"
+    try:
+        config = read_config(kept if kept.exists() else run / ".hydra/config.yaml")
+    except Exception as error:  # of YAML, of OmegaConf, of the disk, or of what is nested too deep
+        return [_row(run, folder, {}) | _state("broken", f"its configuration cannot be read: {told(error)}")]
+    if isinstance(config, dict) and config.get("compare"):
+        names = sorted(path.parent for path in run.glob("*/summary.json"))
+        return [_read(own, folder, config) for own in names] or [_read(run, folder, config)]
+    if not isinstance(config, dict) or "task" not in config or "source" not in config:
+        return [_row(run, folder, {}) | _state("broken", "this is no analysis")]
+    return [_read(run, folder, config)]
+
+
+def _read(run: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    asked = _row(run, folder, config)
+    if not (run / "summary.json").exists():
+        return asked | _state(*_progress(run))
+    try:
+        check_file(run / "summary.json")
+        summary = json.loads(read_limited(run / "summary.json", SUMMARY_BYTES))
+        # What a summary says was asked is what was: of compared models each has a name of its own.
+        row = _row(run, folder, {**config, **summary}) | _numbers(summary)
+        pq.read_schema(_rows_of(run))
+        if damaged := Journal(run).damaged():
+            raise DePassError(
+                f"{damaged[0]} is damaged or missing"
+                + (f", and {len(damaged) - 1:,} more files" if len(damaged) > 1 else "")
+                + "; the same command attributes its prompts again"
+            )
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:  # pyarrow's are among
+        return asked | _state("broken", f"its results cannot be read: {told(error)}")
+    return row | _state("done", None)
+
+
+def _row(run: Path, folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was asked of a run."""
+    model, task = known.get("model") or {}, known.get("task") or {}
+    name, revision = str(model.get("name", "")), model.get("revision")
+    method = known.get("method")
+    return {
+        "run": run.relative_to(folder).as_posix(),
+        "model": f"{name}@{revision}" if revision else name,
+        "checkpoint": known.get("checkpoint"),
+        "dtype": model.get("dtype"),
+        "task": str(task.get("name", "")) + (f" {Path(task['path']).name}" if task.get("path") else ""),
+        "source": labelled(known.get("source") or {}),
+        "rule": (known.get("rule") or {}).get("name"),
+        "target": (known.get("target") or {}).get("kind"),
+        "method": str(method.get("name")) if isinstance(method, Mapping) else method,
+        "seed": known.get("seed", (known.get("settings") or {}).get("seed")),
+        "parameters": None,
+        "fingerprint": model.get("fingerprint"),
+        "folder": str(run.resolve()),
+    }
+
+
+def labelled(spec: Mapping[str, Any]) -> str:
+    """Name what is instantiated of a configuration: its class, and what differs from the class's defaults."""
+    target = str(spec.get("_target_", ""))
+    name = target.rpartition(".")[2].lower()
+    # Compared as text: what a results folder names is not imported.
+    known = {f"{sources.__name__}.{public}": getattr(sources, public) for public in sources.__all__}
+    kind = known.get(target)
+    declared = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    fields = {field.name: field.default for field in declared}
+    settings = {key: value for key, value in spec.items() if not key.startswith("_")}
+    changed = {
+        key: value for key, value in settings.items() if value is not None and value != fields.get(key)
+    }
+    return " ".join([name, *(f"{key}={value}" for key, value in changed.items())])
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary's numbers by the names of their columns."""
+    found: dict[str, Any] = {"processes": (summary.get("hardware") or {}).get("processes")}
+    found |= {
+        "device": (summary.get("hardware") or {}).get("device"),
+        "parameters": summary.get("model", {}).get("parameters"),
+    }
+    for name in SWEEP_SCHEMA.names:
+        entry = summary.get(name)
+        if isinstance(entry, Mapping) and "value" in entry:
+            found |= {name: entry["value"], f"{name}_chance": entry.get("chance")}
+        elif isinstance(entry, int | float):
+            found[name] = entry
+    prompts = found.get("prompts") or 0
+    if prompts and "seconds" in found:
+        found["seconds_per_prompt"] = found["seconds"] / prompts
+    return found
+
+
+def _state(status: str, reason: str | None) -> dict[str, Any]:
+    return {"status": status, "reason": reason}
+
+
+def _progress(run: Path) -> tuple[str, str]:
+    """Say how far a run came that has no summary."""
+    if not (run / "config.yaml").exists():
+        return "broken", "it failed before it began; the log in its folder may say why"
+    done = 0
+    for shard in run.glob("attributions/**/*.parquet"):
+        try:
+            done += pq.read_metadata(shard).num_rows
+        except UNREADABLE:
+            continue
+    return "unfinished", f"{done:,} rows are done; it is at work, or the same command goes on with it"
+
+
+def _rows_of(run: Path) -> Path:
+    return run / "attributions" / "attributions.parquet"
+
+
+def read_maps(rows: Sequence[Mapping[str, Any]]) -> list[Map]:
+    """Read some prompts' attributions of every run, those first that most runs have.
+
+    Args:
+        rows: the runs that are done.
+
+    Raises:
+        BrokenRunError: one of them cannot be read.
+    """
+    held: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        with _reading(row):
+            for batch in _batches(row, ["id"]):
+                held.update((row["task"], own["id"]) for own in batch)
+    # The sort is stable: among those that as many runs have, the first ones stay in front.
+    chosen = sorted(held, key=lambda own: -held[own])[:SHOWN]
+    while len(chosen) > 1 and sum(held[own] for own in chosen) > MAPS:
+        chosen.pop()
+    ids = Counter(id for _, id in chosen)
+    names = {own: own[1] if ids[own[1]] == 1 else " ".join(own) for own in chosen}
+    found: list[Map] = []
+    for row in rows:
+        wanted = {id for task, id in chosen if task == row["task"]}
+        with _reading(row):
+            for batch in _batches(row, None) if wanted else ():
+                for own in batch:
+                    if own["id"] in wanted:
+                        attribution: Attribution = attribution_from_row(own)
+                        name = names[row["task"], own["id"]]
+                        found.append(Map(row["run"], name, attribution, example_of(own)))
+    order = {name: place for place, name in enumerate(names.values())}
+    return sorted(found, key=lambda own: order[own.prompt])
+
+
+def _batches(row: Mapping[str, Any], columns: list[str] | None) -> Any:
+    """Read a run's rows, few of them in memory at a time."""
+    with open_shard(_rows_of(Path(row["folder"]))) as file:
+        for batch in file.iter_batches(batch_size=AT_ONCE, columns=columns):
+            yield batch.to_pylist()
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a line a run: what it was asked, as far as runs differ in it, and what came of it."""
+    axes = ["model", "task", *(name for name in varying(rows) if name not in ("model", "task"))]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ["run", *axes]:
+        table.add_column(AXES.get(name, name), overflow="fold")
+    columns: list[list[str]] = []
+    for name, (label, write) in COLUMNS.items():
+        if any(row.get(name) is not None for row in rows):
+            cells = ["" if row.get(name) is None else write(row[name]) for row in rows]
+            # A narrow terminal breaks the head and the names, and no number.
+            table.add_column(label, justify="right", min_width=max(map(len, [*cells, *label.split()])))
+            columns.append(cells)
+    for place, row in enumerate(rows):
+        asked = (Text("" if row.get(name) is None else str(row[name])) for name in axes)
+        said = (cells[place] for cells in columns)
+        table.add_row(Text(row["run"]), *asked, *said, style="" if row["status"] == "done" else "dim")
+    return table

@@ -1,0 +1,375 @@
+"""What the hooks of one block see in a plain pass, and what is frozen from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from depass_lightning.engine.frozen import (
+    AttentionCall,
+    Expert,
+    FrozenAttention,
+    FrozenBlock,
+    FrozenMLP,
+    FrozenNorm,
+    NormProbe,
+)
+from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import Linear
+from depass_lightning.models.block import Block, DenseParts, ExpertsParts
+
+
+@dataclass
+class Capture:
+    """What the hooks of one block have seen; without `everything` only what entered and left it.
+
+    Args:
+        everything: keep all that a block is frozen from.
+    """
+
+    everything: bool
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    probabilities: Tensor | None = None
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def entered(self) -> Float[Tensor, "batch position hidden"]:
+        """The state that entered the block."""
+        return self.arguments[0] if self.arguments else self.keywords["hidden_states"]
+
+    @property
+    def left(self) -> Float[Tensor, "batch position hidden"]:
+        """The state that left the block."""
+        return self.seen["left"]
+
+    def hooks(self, block: Block) -> list[RemovableHandle]:
+        """Hang this capture on a block.
+
+        Args:
+            block: the block.
+        """
+        handles = [
+            block.module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            block.module.register_forward_hook(self._leave),
+        ]
+        if block.attention.in_mask is not None:
+            hook = _left_out(block.attention.in_mask)
+            handles.append(block.attention.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if not self.everything:
+            return handles
+        attention, mlp = block.attention, block.mlp
+        norms = {
+            "attention": attention.norm,
+            "latent": attention.latent and attention.latent[1],
+            "behind attention": attention.post_norm,
+            "mlp": mlp.norm,
+            "behind mlp": mlp.post_norm,
+        }
+        handles += [
+            norm.register_forward_hook(self._norm(name)) for name, norm in norms.items() if norm is not None
+        ]
+        handles += [
+            attention.module.register_forward_pre_hook(self._call, with_kwargs=True),
+            attention.module.register_forward_hook(self._attention),
+        ]
+        if mlp.dense is not None:
+            handles += self._dense(mlp.dense, "")
+        if mlp.experts is not None:
+            handles.append(mlp.experts.module.register_forward_pre_hook(self._experts))
+            if mlp.experts.shared is not None:
+                handles += self._dense(mlp.experts.shared, "shared ")
+            if mlp.experts.shared_gate is not None:
+                handles.append(mlp.experts.shared_gate.register_forward_hook(self._output("shared scale")))
+        return handles
+
+    def _dense(self, parts: DenseParts, name: str) -> list[RemovableHandle]:
+        return [
+            parts.gate.module.register_forward_hook(self._output(f"{name}gate")),
+            parts.down.module.register_forward_pre_hook(self._input(f"{name}down")),
+        ]
+
+    def _enter(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.arguments, self.keywords = arguments, keywords
+
+    def _leave(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        self.seen["left"] = output[0] if isinstance(output, tuple) else output
+
+    def _norm(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self.norms[name] = (arguments[0], output)
+
+        return hook
+
+    def _call(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.attention_call = arguments, keywords
+
+    def _attention(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        self.probabilities = output[1]
+
+    def _output(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self.seen[name], self.seen[f"{name} input"] = output, arguments[0]
+
+        return hook
+
+    def _input(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.seen[name] = arguments[0]
+
+        return hook
+
+    def _experts(self, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.seen["experts"] = arguments
+
+
+def _left_out(name: str) -> Callable[..., Any]:
+    """Pass zeros as a keyword argument that is in the attention mask already, and would count twice."""
+
+    def hook(_module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
+        given = keywords.get(name)
+        return arguments, keywords | ({} if given is None else {name: torch.zeros_like(given)})
+
+    return hook
+
+
+@dataclass(frozen=True)
+class BlockProbes:
+    """What one block's norms do besides scaling; None where a norm is not there."""
+
+    attention: NormProbe | None
+    latent: NormProbe | None
+    behind_attention: NormProbe | None
+    mlp: NormProbe | None
+    behind_mlp: NormProbe | None
+
+    @classmethod
+    def of(cls, block: Block, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "BlockProbes":
+        """Probe all norms of a block.
+
+        Args:
+            block: the block.
+            hidden: the size of the residual stream.
+            expects: the precision of the norms' input.
+            dtype: the precision of the result.
+        """
+
+        def probe(norm: nn.Module | None, size: int = hidden) -> NormProbe | None:
+            return None if norm is None else NormProbe.of(norm, size, expects, dtype)
+
+        attention, mlp = block.attention, block.mlp
+        return cls(
+            attention=probe(attention.norm),
+            latent=None if attention.latent is None else probe(attention.latent[1], attention.value.shape[1]),
+            behind_attention=probe(attention.post_norm),
+            mlp=probe(mlp.norm),
+            behind_mlp=probe(mlp.post_norm),
+        )
+
+
+def freeze(
+    block: Block, capture: Capture, state: Float[Tensor, "batch position hidden"], probes: BlockProbes
+) -> FrozenBlock:
+    """Freeze one block.
+
+    Args:
+        block: the block.
+        capture: everything that its hooks have seen.
+        state: the state that entered it, in the precision of the result.
+        probes: what its norms do.
+
+    Raises:
+        DePassError: the block's attention gives no probabilities, or a norm is of an unknown kind.
+    """
+    freezer = _Freezer(block, capture, state, probes)
+    leaving = capture.left.to(state.dtype)
+    return FrozenBlock(block.index, state, leaving, freezer.attention(), freezer.mlp(), block.parallel)
+
+
+@dataclass(frozen=True)
+class _Freezer:
+    """Makes one block's frozen sublayers."""
+
+    block: Block
+    capture: Capture
+    state: Tensor
+    probes: BlockProbes
+
+    def attention(self) -> FrozenAttention:
+        """Its attention."""
+        parts, capture, dtype = self.block.attention, self.capture, self.state.dtype
+        if capture.probabilities is None:
+            raise DePassError(
+                f"block {self.block.index}: attention returned no probabilities under eager attention"
+            )
+        norm = self._norm("attention", self.probes.attention)
+        value = parts.value.linear(dtype)
+        if parts.latent is not None:
+            # Values are `W norm(V x)`: the norm's scale fixed, one map, whose scale joins the outer norm's.
+            inner = parts.latent[0].linear(dtype)
+            scaled = self._norm("latent", self.probes.latent)
+            weight = (value.weight * scaled.probe.weight) @ inner.weight
+            value, norm = Linear(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
+        post = self._post("behind attention", self.probes.behind_attention)
+        output, added = self._projected(parts.output.linear(dtype), post)
+        probabilities = capture.probabilities.to(dtype)
+        if post is not None:
+            probabilities = probabilities * post.scale[:, None, :, None]
+        return FrozenAttention(
+            norm=norm,
+            probabilities=probabilities,
+            value=value,
+            output=output,
+            added=added,
+            call=AttentionCall(self.block, *capture.attention_call, post),
+        )
+
+    def mlp(self) -> FrozenMLP:
+        """Its MLP."""
+        parts, dtype = self.block.mlp, self.state.dtype
+        norm = self._norm("mlp", self.probes.mlp)
+        post = self._post("behind mlp", self.probes.behind_mlp)
+        if parts.dense is not None:
+            gates, neurons = self._recorded(parts.dense, "")
+            gate, down = parts.dense.gate.linear(dtype), parts.dense.down.linear(dtype)
+            beside, normed = parts.dense.up, self.capture.seen["gate input"]
+            added = routed = None
+        else:
+            assert parts.experts is not None
+            experts = _Experts(parts.experts, self.capture, dtype, self.state.shape[:2])
+            gates, neurons, gate, down, added = experts.frozen()
+            routed = experts.routed()
+            beside, normed = None, self.capture.seen["experts"][0]
+            if parts.experts.shared is not None:
+                own = gates.shape[2]
+                gates, neurons, gate, down = self._with_shared(parts.experts, gates, neurons, gate, down)
+                everywhere = torch.ones_like(gates[..., 0], dtype=torch.bool)
+                routed = (*routed, Expert(slice(own, gates.shape[2]), everywhere))
+        down, constant = self._projected(down, post, added)
+        if post is not None:
+            neurons = neurons * post.scale[..., None]
+        return FrozenMLP(
+            norm=norm,
+            gate=gate,
+            beside=beside,
+            down=down,
+            added=constant,
+            pre_activations=gates,
+            neurons=neurons,
+            normed=normed.view(self.state.shape),
+            experts=routed,
+        )
+
+    def _norm(self, name: str, probe: NormProbe | None) -> FrozenNorm:
+        """What a sublayer reads the residual stream through."""
+        if probe is None:
+            return FrozenNorm.nothing(self.state)
+        states, normed = (seen.view(*self.state.shape[:2], -1) for seen in self.capture.norms[name])
+        return FrozenNorm.fit(probe, states, normed, f"block {self.block.index}: the norm of '{name}'")
+
+    def _post(self, name: str, probe: NormProbe | None) -> FrozenNorm | None:
+        return None if probe is None else self._norm(name, probe)
+
+    def _projected(
+        self, linear: Linear, post: FrozenNorm | None, added: Tensor | None = None
+    ) -> tuple[Linear, Tensor | None]:
+        """A sublayer's last map with the norm behind it and the block's scale, and what it adds besides."""
+        weight, scale = linear.weight, self.block.scale
+        if linear.bias is not None:
+            added = linear.bias.expand(self.state.shape) + (0 if added is None else added)
+        if post is not None:
+            weight = post.probe.direction(weight.T).T
+            if added is not None:
+                added = post.probe.direction(added) * post.scale[..., None]
+            if post.probe.bias is not None:
+                added = post.probe.bias.expand(self.state.shape) + (0 if added is None else added)
+        if scale != 1:
+            weight, added = weight * scale, None if added is None else added * scale
+        return Linear(weight, None), added
+
+    def _recorded(self, parts: DenseParts, name: str) -> tuple[Tensor, Tensor]:
+        """A dense MLP's pre-activations and neurons."""
+        seen, shape = self.capture.seen, self.state.shape[:2]
+        gates = parts.gate.of(seen[f"{name}gate"]).reshape(*shape, -1)
+        return gates.to(self.state.dtype), seen[f"{name}down"].reshape(*shape, -1).to(self.state.dtype)
+
+    def _with_shared(
+        self, parts: ExpertsParts, gates: Tensor, neurons: Tensor, gate: Linear, down: Linear
+    ) -> tuple[Tensor, Tensor, Linear, Linear]:
+        """Put the shared expert's neurons behind those of the experts."""
+        assert parts.shared is not None
+        dtype = self.state.dtype
+        own_gates, own_neurons = self._recorded(parts.shared, "shared ")
+        if parts.shared_gate is not None:
+            scale = self.capture.seen["shared scale"].to(dtype).sigmoid()
+            own_neurons = own_neurons * scale.view(*self.state.shape[:2], 1)
+        own_gate, own_down = parts.shared.gate.linear(dtype), parts.shared.down.linear(dtype)
+        bias = None
+        if gate.bias is not None or own_gate.bias is not None:
+            bias = torch.cat([_bias(gate), _bias(own_gate)])
+        return (
+            torch.cat([gates, own_gates], 2),
+            torch.cat([neurons, own_neurons], 2),
+            Linear(torch.cat([gate.weight, own_gate.weight]), bias),
+            Linear(torch.cat([down.weight, own_down.weight], 1), own_down.bias),
+        )
+
+
+def _bias(linear: Linear) -> Tensor:
+    return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Makes one dense layer of a mixture of experts, with its routing held fixed."""
+
+    parts: ExpertsParts
+    capture: Capture
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def routed(self) -> tuple[Expert, ...]:
+        """Which neurons are each expert's, and which positions were routed to it."""
+        width, active = self.parts.width, self._weights() != 0
+        return tuple(
+            Expert(slice(expert * width, (expert + 1) * width), own.view(self.shape))
+            for expert, own in enumerate(active.T)
+        )
+
+    def _weights(self) -> Float[Tensor, "at expert"]:
+        """How much each expert counts at each position, flattened."""
+        states, indices, weights = self.capture.seen["experts"]
+        count = states.numel() // states.shape[-1]
+        routed = torch.zeros(count, self.parts.count, device=states.device, dtype=self.dtype)
+        return routed.scatter_add_(1, indices.view(count, -1), weights.view(count, -1).to(self.dtype))
+
+    def frozen(self) -> tuple[Tensor, Tensor, Linear, Linear, Tensor | None]:
+        """Pre-activations, neurons, the gate map, the down map, and what experts' biases add."""
+        states, indices, _ = self.capture.seen["experts"]
+        states = states.reshape(-1, states.shape[-1]).to(self.dtype)
+        count, width, routed = self.parts.count, self.parts.width, self._weights()
+        gate_up, bias, down, down_bias = self.parts.weights(self.dtype)
+        gate_rows = self.parts.gate_rows
+        gates, neurons = states.new_zeros(2, len(states), count, width)
+        for expert in indices.unique().tolist():
+            here = (indices.view(len(states), -1) == expert).any(1)
+            both = torch.nn.functional.linear(
+                states[here], gate_up[expert], None if bias is None else bias[expert]
+            )
+            gates[here, expert] = both[:, gate_rows]
+            neurons[here, expert] = self.parts.activated(both) * routed[here, expert, None]
+        return (
+            gates.view(*self.shape, -1),
+            neurons.view(*self.shape, -1),
+            Linear(
+                gate_up[:, gate_rows].flatten(0, 1), None if bias is None else bias[:, gate_rows].flatten()
+            ),
+            Linear(down.transpose(0, 1).flatten(1), None),
+            None if down_bias is None else (routed @ down_bias).view(*self.shape, -1),
+        )

@@ -1,0 +1,317 @@
+"""What happens to components in a frozen MLP: they share every neuron's value (Hong et al., section 3).
+
+1. Norm the components and take their gates, all components of a position together.
+2. Share every neuron's true value by the rule.
+3. Project the shares down into the rows, in place, a chunk of positions at a time.
+
+Of a mixture of experts each works only on the positions that were routed to it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from depass_lightning.engine.frozen import Expert, FrozenMLP
+from depass_lightning.engine.packing import Chunk, Run
+from depass_lightning.engine.parallel import SpreadRule
+from depass_lightning.engine.rules import CompetingRule, Rule, Summary, Taylor
+from depass_lightning.engine.state import Carry
+
+
+def share_neurons(carry: Carry, mlp: FrozenMLP, rule: Rule | SpreadRule) -> None:
+    """Add each component's share of an MLP's output to it.
+
+    Args:
+        carry: the components, changed in place.
+        mlp: the MLP.
+        rule: how neurons are shared.
+    """
+    sharing = Sharing.of(carry, mlp)
+    if isinstance(rule, SpreadRule):
+        sharing.among_processes(rule)
+        carry.beside = None
+        return
+    slopes = None
+    if isinstance(rule, Taylor):
+        slopes = rule.slopes(carry.at_positions(mlp.pre_activations), sharing.neurons)
+    limit = sharing.limit
+    for chunk in carry.layout.chunks(limit):
+        count = len(chunk.row_at)
+        if mlp.experts is not None:
+            sharing.among_experts(rule, chunk, slopes)
+        elif slopes is not None:
+            for part in _parts(count, limit):
+                gates = sharing.gates(chunk, part)
+                sharing.add_down(chunk, part, gates.mul_(slopes[chunk.row_at[part]]))
+        elif isinstance(rule, CompetingRule):
+            if count > limit and len(chunk.at) == 1:  # one position alone is too large
+                sharing.in_parts(rule, chunk)
+            else:
+                sharing.whole(rule, chunk)
+    carry.beside = None
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A frozen MLP, what of it stands at a carry's positions, flattened, and the components that share it."""
+
+    carry: Carry
+    mlp: FrozenMLP
+    scale: Float[Tensor, "at"]
+    neurons: Float[Tensor, "at neuron"]
+    constant: Float[Tensor, "neuron"] | None
+    added: Float[Tensor, "at hidden"] | None
+
+    @classmethod
+    def of(cls, carry: Carry, mlp: FrozenMLP) -> "Sharing":
+        """Bring an MLP and components together.
+
+        Args:
+            carry: the components.
+            mlp: the MLP.
+        """
+        return cls(
+            carry,
+            mlp,
+            carry.at_positions(mlp.norm.scale),
+            carry.at_positions(mlp.neurons),
+            mlp.norm.constant_through(mlp.gate),
+            None if mlp.added is None else carry.at_positions(mlp.added),
+        )
+
+    @property
+    def limit(self) -> int:
+        """How many rows may go through the MLP at once."""
+        hidden, neurons = self.mlp.down.weight.shape
+        if self.mlp.experts is not None:
+            neurons = max(own.neurons.stop - own.neurons.start for own in self.mlp.experts)
+        return self.carry.budget.rows(2 * hidden + 2 * neurons, self.carry.rows.dtype)
+
+    def gates(self, chunk: Chunk, part: slice) -> Tensor:
+        """The components' parts of the pre-activation, for some of a chunk's rows."""
+        rows = self._read(chunk)[part]
+        gates = self.mlp.norm(rows, self.scale[chunk.row_at[part]]) @ self.mlp.gate.weight.T
+        if self.constant is not None:
+            gates[_within(chunk.bias, part)] += self.constant
+        return gates
+
+    def add_down(self, chunk: Chunk, part: slice, shared: Tensor) -> None:
+        """Project shared neurons down into the rows."""
+        rows = self.carry.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
+        rows.addmm_(shared, self.mlp.down.weight.T)
+        self._add_constants(chunk, part, rows)
+        self.carry.settle()
+
+    def whole(self, rule: CompetingRule, chunk: Chunk) -> None:
+        """Share the neurons of a chunk whose segments each fit."""
+        everything = slice(0, len(chunk.row_at))
+        gates = self.gates(chunk, everything)
+        present = torch.cat([living(gates[run.rows]) for run in chunk.runs])
+        everybody = bool(present.all())
+        neurons = self.neurons[chunk.at]
+        for run in chunk.runs:
+            table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
+            live = present[run.rows].view(*table.shape[:2], 1)
+            prepared, live = rule.prepare(table, live, self._at_origin(chunk.at[run.segments]))
+            shares = rule.shares(prepared, live, everybody=everybody)
+            torch.mul(shares, neurons[run.segments, None], out=table)
+            if rule.complete and not everybody:
+                self._fall_back(chunk, live.any(1)[:, 0], run.segments)
+        self.add_down(chunk, everything, gates)
+
+    def in_parts(self, rule: CompetingRule, chunk: Chunk) -> None:
+        """Share one position's neurons among more components than fit at once: twice over them, in parts."""
+        count, limit = len(chunk.row_at), self.limit
+        neurons = self.neurons[chunk.at]
+        # Gates that fit by themselves are kept for the second time.
+        keep = count <= self.carry.budget.rows(neurons.shape[1], neurons.dtype)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def table(part: slice) -> tuple[Tensor, Tensor]:
+            if part.start in kept:
+                return kept.pop(part.start)
+            gates = self.gates(chunk, part)
+            at_origin = self._at_origin(chunk.at) & (part.start == 0)
+            return rule.prepare(gates[None], living(gates)[None], at_origin)
+
+        summary, anybody = None, torch.zeros_like(chunk.at, dtype=torch.bool)
+        for part in _parts(count, limit):
+            gates, present = table(part)
+            own = rule.summarise(gates, present, part.start)
+            summary = own if summary is None else rule.merge(summary, own)
+            anybody |= present.any()
+            if keep:
+                kept[part.start] = gates, present
+            self.carry.settle()
+        assert summary is not None
+        # The first time is over before any row changes.
+        for part in _parts(count, limit):
+            gates, present = table(part)
+            self.add_down(chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
+        if rule.complete:
+            self._fall_back(chunk, anybody, slice(None))
+
+    def among_processes(self, rule: SpreadRule) -> None:
+        """Share the neurons among components that are spread over processes: twice over this one's.
+
+        Args:
+            rule: the rule and the processes.
+        """
+        competing, layout = rule.rule, self.carry.layout
+        places, width = self.neurons.shape
+        offset = rule.spread.rank * (layout.components + 1)  # no two processes number theirs alike
+        none = self.neurons.new_zeros(1, 1, width)
+        empty = competing.summarise(none, torch.zeros_like(none[..., :1], dtype=torch.bool))
+        summary = tuple(part.repeat(places, 1, 1) for part in empty)
+        anybody = torch.zeros(places, device=none.device)
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # Gates that fit by themselves are kept for the second time.
+        keep = layout.rows * width * none.itemsize <= self.carry.budget.components // 4
+        for chunk, rows, at in self._pieces():
+            gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
+            present = living(gates.flatten(0, 1)).view(len(at), -1, 1)
+            own = competing.summarise(gates, present, offset + rows.start)
+            merged = competing.merge(tuple(part[at] for part in summary), own)
+            for part, new in zip(summary, merged, strict=True):
+                part[at] = new
+            anybody[at] += present.any(1)[:, 0]
+            if keep:
+                kept[chunk.rows.start, rows.start] = gates, present
+        summary = rule.spread.merged(competing, summary)
+        anybody = rule.spread.summed(anybody)
+        self._write_shares(competing, summary, offset, kept)
+        self._orphans(anybody)
+
+    def _write_shares(
+        self,
+        rule: CompetingRule,
+        summary: Summary,
+        offset: int,
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]],
+    ) -> None:
+        """Give this process's components their shares, once what normalises them is known."""
+        for chunk, rows, at in self._pieces():
+            if (chunk.rows.start, rows.start) in kept:
+                gates, present = kept.pop((chunk.rows.start, rows.start))
+            else:
+                gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
+                present = living(gates.flatten(0, 1)).view(len(at), -1, 1)
+            shares = rule.share(gates, present, tuple(part[at] for part in summary), offset + rows.start)
+            self.add_down(chunk, rows, (shares * self.neurons[at][:, None]).flatten(0, 1))
+
+    def _pieces(self) -> Iterator[tuple[Chunk, slice, Tensor]]:
+        """This carry's rows in pieces that fit: the chunk, the rows in it, and the places they stand at."""
+        limit = self.limit
+        for chunk in self.carry.layout.chunks(limit):
+            if len(chunk.row_at) > limit and len(chunk.at) == 1:
+                yield from ((chunk, part, chunk.at) for part in _parts(len(chunk.row_at), limit))
+            else:
+                yield from ((chunk, run.rows, chunk.at[run.segments]) for run in chunk.runs)
+
+    def _orphans(self, anybody: Tensor) -> None:
+        """Give a place's whole output to one component where none competes for it, if that lives here."""
+        layout = self.carry.layout
+        rows = layout.index[:, :, layout.fallback].flatten().to(anybody.device)
+        here = (anybody == 0) & (rows < layout.rows)
+        if bool(here.any()):
+            output = self.neurons[here] @ self.mlp.down.weight.T
+            self.carry.rows.index_add_(0, rows[here], output)
+
+    def among_experts(self, rule: Rule, chunk: Chunk, slopes: Float[Tensor, "at neuron"] | None) -> None:
+        """Share the neurons of a mixture of experts, of each only where it was routed to.
+
+        Args:
+            rule: how neurons are shared.
+            chunk: the chunk.
+            slopes: of a linear rule.
+        """
+        rows = self.carry.rows[chunk.rows]
+        added = torch.zeros_like(rows)
+        for expert in self.mlp.experts or ():
+            active = self.carry.at_positions(expert.active)
+            for run in chunk.runs:
+                segments = active[chunk.at[run.segments]].nonzero()[:, 0]
+                if len(segments):
+                    self._expert(rule, chunk, run, expert, segments, slopes, added)
+        # Every expert reads what the rows were before any of them wrote.
+        rows += added
+        self._add_constants(chunk, slice(0, len(chunk.row_at)), rows)
+        self.carry.settle()
+
+    def _expert(
+        self,
+        rule: Rule,
+        chunk: Chunk,
+        run: Run,
+        expert: Expert,
+        segments: Int[Tensor, "segment"],
+        slopes: Float[Tensor, "at neuron"] | None,
+        added: Float[Tensor, "row hidden"],
+    ) -> None:
+        """Share one expert's neurons at some segments of a run."""
+        members = (run.rows.stop - run.rows.start) // (run.segments.stop - run.segments.start)
+        every = torch.arange(members, device=segments.device)
+        rows = (run.rows.start + segments[:, None] * members + every).flatten()
+        gate, down = self.mlp.gate.weight[expert.neurons], self.mlp.down.weight[:, expert.neurons]
+        gates = self.mlp.norm(self._read(chunk)[rows], self.scale[chunk.row_at[rows]]) @ gate.T
+        if self.constant is not None:
+            gates[torch.isin(rows, chunk.bias)] += self.constant[expert.neurons]
+        at = chunk.at[run.segments][segments]
+        table = gates.unflatten(0, (len(segments), members))
+        if slopes is not None:
+            shared = table * slopes[at][:, None, expert.neurons]
+        else:
+            assert isinstance(rule, CompetingRule)
+            present = living(gates).view(len(segments), members, 1)
+            prepared, live = rule.prepare(table, present, self._at_origin(at))
+            shared = rule.shares(prepared, live) * self.neurons[at][:, None, expert.neurons]
+            if rule.complete:
+                self._fall_back(chunk, live.any(1)[:, 0], run.segments, segments, expert.neurons)
+        added.index_add_(0, rows, shared.flatten(0, 1) @ down.T)
+
+    def _read(self, chunk: Chunk) -> Float[Tensor, "row hidden"]:
+        """A chunk's rows as the MLP reads them."""
+        source = self.carry.rows if self.carry.beside is None else self.carry.beside
+        return source[chunk.rows]
+
+    def _add_constants(self, chunk: Chunk, part: slice, rows: Float[Tensor, "row hidden"]) -> None:
+        """Add what biases behind the neurons add to the bias component."""
+        if self.added is not None:
+            bias = _within(chunk.bias, part)
+            rows[bias] += self.added[chunk.row_at[part][bias]]
+
+    def _at_origin(self, at: Tensor) -> Bool[Tensor, "segment"]:
+        """Which segments are a prompt's first position."""
+        return self.carry.positions.flatten()[at] == 0
+
+    def _fall_back(
+        self,
+        chunk: Chunk,
+        anybody: Bool[Tensor, "segment"],
+        run: slice,
+        segments: Tensor | slice = slice(None),
+        neurons: slice = slice(None),
+    ) -> None:
+        """Give a position's whole output of some neurons to one component where none competes for it."""
+        if not bool(anybody.all()):
+            rows, at = chunk.fallback[run][segments][~anybody], chunk.at[run][segments][~anybody]
+            output = self.neurons[at][:, neurons] @ self.mlp.down.weight[:, neurons].T
+            self.carry.rows.index_add_(0, rows, output)
+
+
+def living(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
+    """Which components are not exactly zero (and, for the bias component, have no gate bias)."""
+    return gates.abs().amax(1, keepdim=True) != 0
+
+
+def _within(rows: Tensor, part: slice) -> Tensor:
+    """Those of the row numbers that lie in a part, counted from its start."""
+    return rows[(rows >= part.start) & (rows < part.stop)] - part.start
+
+
+def _parts(count: int, limit: int) -> list[slice]:
+    """So many rows, in parts of at most so many."""
+    return [slice(first, min(first + limit, count)) for first in range(0, count, limit)]

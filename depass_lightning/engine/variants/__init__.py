@@ -1,0 +1,1 @@
+"""Variants of the engine; not needed to understand the method."""

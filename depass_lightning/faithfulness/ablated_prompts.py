@@ -1,0 +1,92 @@
+"""Prompts with tokens taken away, run together: what is the answer's probability now, and its logit?"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.models.decoder import unwrapped
+from depass_lightning.models.rotary import regime
+from depass_lightning.utils.batching import in_batches
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A prompt without some of its tokens, and the answer that is asked for behind it.
+
+    Args:
+        ids: the tokens that are there.
+        seen: which of them keep their embedding; that of the others is set to zero.
+        answer: the token whose probability is read.
+    """
+
+    ids: Sequence[int]
+    seen: Sequence[bool]
+    answer: int
+
+
+def answers_of(
+    model: nn.Module, prompts: Sequence[Shortened], batch_size: int, progress: bool = False
+) -> list[tuple[float, float]]:
+    """Return the probability and the logit of each prompt's answer, running prompts of like length together.
+
+    Args:
+        model: the causal LM.
+        prompts: what to run.
+        batch_size: how many go through the model at once.
+        progress: show a progress bar.
+
+    Raises:
+        DePassError: the batch size is less than one.
+    """
+
+    inner = unwrapped(model)
+
+    def work(batch: list[int]) -> list[tuple[float, float]]:
+        logits = _next_token(inner, [prompts[i] for i in batch])
+        wanted = torch.tensor([prompts[i].answer for i in batch], device=logits.device)[:, None]
+        probabilities = logits.softmax(-1).gather(1, wanted)[:, 0].tolist()
+        return list(zip(probabilities, logits.gather(1, wanted)[:, 0].tolist(), strict=True))
+
+    # Whole prompts need no hook: they go by themselves.
+    config = inner.config.get_text_config() if isinstance(inner, PreTrainedModel) else None
+    kinds = [((all(own.seen), regime(config, len(own.ids))), len(own.ids)) for own in prompts]
+    with undisturbed(model, eager=False):
+        return in_batches(kinds, batch_size, work, progress, "asking")
+
+
+def _next_token(model: nn.Module, prompts: Sequence[Shortened]) -> Float[Tensor, "batch vocabulary"]:
+    """Return the logits of the token after each prompt.
+
+    Padded on the left, so that only the last position's logits are ever computed; causality and the mask
+    keep the padding from mattering.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(prompt.ids) for prompt in prompts)
+    padding = [longest - len(prompt.ids) for prompt in prompts]
+    rows = list(zip(padding, prompts, strict=True))
+    ids = torch.tensor([[0] * p + list(prompt.ids) for p, prompt in rows], device=device)
+    mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=device)
+    seen = torch.tensor([[True] * p + list(prompt.seen) for p, prompt in rows], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with ExitStack() as stack:
+        if not bool(seen.all()):
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            stack.callback(embedding.register_forward_hook(_zeroing(seen)).remove)
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+        ).logits
+    return logits[:, -1].float()
+
+
+def _zeroing(seen: Tensor) -> Any:
+    def zero(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
+        return torch.where(seen.to(output.device)[..., None], output, output.new_zeros(()))
+
+    return zero

@@ -1,0 +1,281 @@
+"""Patch top and recover top: does the answer leave with the tokens that score high, and come back with
+them?
+
+Source: Hong et al., "DePass" (arXiv 2510.18462), section on token-level attribution. For a prompt and its
+    answer:
+
+1. Rank the components that stand for text by score, the highest first. Special tokens (a leading "<s>") are
+   no
+   candidates: they stay.
+2. *Patch top*: remove the first K% of them; *recover top*: keep only the first K%.
+3. Encode what is left again, as a prompt of its own, and read the answer's probability after its last
+   token. Or leave every token in its place and set the embeddings of those that are removed to zero: the
+   prompt keeps its length and its positions, but the model has never seen such embeddings.
+
+Both are also done in random orders, which every method has to beat: patch top by falling sooner, recover
+top by rising sooner.
+
+Comprehensiveness and sufficiency say the same in a number each, over a few small K (DeYoung et al., "ERASER",
+ACL 2020, arXiv 1911.03429, section 4.2, equations 1 to 4).
+"""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness.ablated_prompts import Shortened, answers_of
+from depass_lightning.results.attribution import Attribution
+
+PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+RATIONALES = (1, 5, 10, 20, 50)  # ERASER's
+
+Curve = list[float]
+
+
+@dataclass(frozen=True)
+class RemovalCurves:
+    """The answer's probability with K% of a prompt's tokens removed, or only K% kept.
+
+    Attributes:
+        percents: each K, from 0 to 100.
+        patch_top: with the K% highest scores removed.
+        recover_top: with only the K% highest scores kept.
+        patch_random: with a random K% removed, the mean over the random orders.
+        recover_random: with only a random K% kept, the mean over the same orders.
+        patch_top_logit: the answer's logit, where `patch_top` has its probability; and so the others.
+        recover_top_logit: of `recover_top`.
+        patch_random_logit: of `patch_random`.
+        recover_random_logit: of `recover_random`.
+        zero_patch_top: as `patch_top`, with embeddings set to zero instead; None where not measured, and so
+            the others.
+        zero_recover_top: as `recover_top`.
+        zero_patch_random: as `patch_random`.
+        zero_recover_random: as `recover_random`.
+        zero_patch_top_logit: of `zero_patch_top`, and so the others.
+        zero_recover_top_logit: of `zero_recover_top`.
+        zero_patch_random_logit: of `zero_patch_random`.
+        zero_recover_random_logit: of `zero_recover_random`.
+        comprehensiveness: how much probability the removal of the highest scores takes, the mean over the
+            rationales' sizes; None where not measured, and so the others.
+        sufficiency: how much is missing where only the highest scores are kept, the mean over the same.
+        comprehensiveness_random: in random orders.
+        sufficiency_random: in random orders.
+    """
+
+    percents: list[float]
+    patch_top: Curve
+    recover_top: Curve
+    patch_random: Curve
+    recover_random: Curve
+    patch_top_logit: Curve
+    recover_top_logit: Curve
+    patch_random_logit: Curve
+    recover_random_logit: Curve
+    zero_patch_top: Curve | None = None
+    zero_recover_top: Curve | None = None
+    zero_patch_random: Curve | None = None
+    zero_recover_random: Curve | None = None
+    zero_patch_top_logit: Curve | None = None
+    zero_recover_top_logit: Curve | None = None
+    zero_patch_random_logit: Curve | None = None
+    zero_recover_random_logit: Curve | None = None
+    comprehensiveness: float | None = None
+    sufficiency: float | None = None
+    comprehensiveness_random: float | None = None
+    sufficiency_random: float | None = None
+
+
+def area(percents: Sequence[float], curve: Sequence[float]) -> float:
+    """Return the area under a curve over K from 0 to 1 (trapezoids), as a mean height: between 0 and 1."""
+    if len(percents) < 2 or len(percents) != len(curve):
+        raise DePassError(
+            f"an area needs two points or more, a value each; got {len(percents)} and {len(curve)}"
+        )
+    steps = zip(percents[:-1], percents[1:], curve[:-1], curve[1:], strict=True)
+    return sum((right - left) * (a + b) / 2 for left, right, a, b in steps) / (percents[-1] - percents[0])
+
+
+def check_percents(percents: Sequence[float]) -> None:
+    """Refuse anything but percentages in rising order.
+
+    Raises:
+        DePassError: there are none, one is out of range, or they do not rise.
+    """
+    rising = all(low < high for low, high in itertools.pairwise(percents))
+    if not (percents and rising and percents[0] >= 0 and percents[-1] <= 100):
+        raise DePassError(f"percents must rise from 0 at least to 100 at most; got {list(percents)}")
+
+
+def text_components(attribution: Attribution) -> list[int]:
+    """Return the indices of the components that stand for text up to the target's position.
+
+    Not among them: a bias, and special tokens, which the tokenizer adds and which have no characters of the
+    text. Where the tokenizer gave no offsets, every component that stands for tokens counts.
+    """
+    offsets = attribution.offsets
+    found = []
+    for i, span in enumerate(attribution.positions):
+        if span is None or span[1] > attribution.position + 1:
+            continue
+        if offsets is None or any(end > start for start, end in offsets[slice(*span)]):
+            found.append(i)
+    return found
+
+
+def removal_curves(
+    model: nn.Module,
+    attributions: Sequence[Attribution],
+    answers: Sequence[int],
+    *,
+    percents: Sequence[float] = PERCENTS,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    zeroed: bool = False,
+    rationales: Sequence[float] = (),
+    progress: bool = False,
+) -> list[RemovalCurves]:
+    """Measure patch top and recover top, and the same in random order, for every attribution.
+
+    Args:
+        model: the causal LM that was attributed.
+        attributions: what is judged; each brings its prompt's token ids.
+        answers: the token id whose probability is followed, one a prompt.
+        percents: the K to measure at.
+        draws: how many random orders a prompt; with none their curves are empty.
+        seed: of the random orders, which depend on it and on the prompt alone: not on its place, batch or
+            process.
+        batch_size: how many shortened prompts go through the model together.
+        zeroed: measure it with embeddings set to zero, too; that is as many prompts again.
+        rationales: the K of comprehensiveness and sufficiency, such as `RATIONALES`, each of one token at
+            least; none leaves the two out.
+        progress: show a progress bar.
+
+    Raises:
+        DePassError: the K are not percentages that rise, or there is not one answer a prompt.
+    """
+    check_percents(percents)
+    if rationales:
+        check_percents(rationales)
+    if len(answers) != len(attributions):
+        raise DePassError(f"{len(attributions)} attributions need as many answers; got {len(answers)}")
+    plans = [
+        _Plan(attribution, percents, rationales, draws=draws, seed=seed, zeroed=zeroed)
+        for attribution in attributions
+    ]
+    asked = [own for plan, answer in zip(plans, answers, strict=True) for own in plan.prompts(answer)]
+    found = iter(answers_of(model, asked, batch_size, progress))
+    return [plan.read(list(itertools.islice(found, plan.count))) for plan in plans]
+
+
+class _Plan:
+    """The shortened prompts of one prompt, each once, and where each curve's points are among them.
+
+    Args:
+        attribution: the scores.
+        percents: the K of the curves.
+        rationales: those of comprehensiveness and sufficiency.
+        draws: how many random orders.
+        seed: of these.
+        zeroed: ask with embeddings set to zero, too.
+    """
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        percents: Sequence[float],
+        rationales: Sequence[float],
+        *,
+        draws: int,
+        seed: int,
+        zeroed: bool,
+    ) -> None:
+        self.attribution = attribution
+        self.percents = [float(percent) for percent in percents]
+        self.zeroed = zeroed
+        self.candidates = text_components(attribution)
+        self.kept: dict[tuple[int, ...], int] = {}
+        ranked = sorted(self.candidates, key=lambda i: -attribution.scores[i].item())
+        generator = random.Random(f"{seed} {attribution.token_ids}")
+        size = len(self.candidates)
+        shuffled = [generator.sample(self.candidates, size) for _ in range(draws)]
+        # What a random order keeps last is as random: the same shortened prompts serve both curves.
+        self.orders = {
+            "patch_top": ([ranked], False),
+            "recover_top": ([ranked], True),
+            "patch_random": (shuffled, False),
+            "recover_random": ([order[::-1] for order in shuffled], True),
+        }
+        counts = [round(size * percent / 100) for percent in percents]
+        few = [min(max(round(size * percent / 100), 1), size) for percent in rationales]
+        self.curves = {name: self._numbers(counts, *order) for name, order in self.orders.items()}
+        self.few = {name: self._numbers(few, *order) for name, order in self.orders.items()}
+        self.whole = self._number(tuple(range(attribution.position + 1))) if rationales else 0
+
+    @property
+    def count(self) -> int:
+        """The number of shortened prompts."""
+        return len(self.kept) * (1 + self.zeroed)
+
+    def prompts(self, answer: int) -> list[Shortened]:
+        """Return the shortened prompts, then, where asked for, those with embeddings set to zero."""
+        ids = self.attribution.token_ids[: self.attribution.position + 1]
+        asked = [Shortened([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
+        if self.zeroed:
+            sets = [set(kept) for kept in self.kept]
+            asked += [Shortened(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
+        return asked
+
+    def read(self, found: list[tuple[float, float]]) -> RemovalCurves:
+        """Make curves of the answers' probabilities and logits."""
+        values: dict[str, Any] = self._rationales([own for own, _ in found[: len(self.kept)]])
+        for prefix, start in (("", 0), ("zero_", len(self.kept)))[: 1 + self.zeroed]:
+            for suffix, part in (("", 0), ("_logit", 1)):
+                own = [pair[part] for pair in found[start : start + len(self.kept)]]
+                for name, orders in self.curves.items():
+                    values[f"{prefix}{name}{suffix}"] = _means(orders, own)
+        return RemovalCurves(percents=self.percents, **values)
+
+    def _rationales(self, probabilities: list[float]) -> dict[str, float]:
+        """Return what removing or keeping a few tokens costs, in probability."""
+        means = {name: _means(orders, probabilities) for name, orders in self.few.items()}
+        whole = probabilities[self.whole]
+        names = {
+            "patch_top": "comprehensiveness",
+            "recover_top": "sufficiency",
+            "patch_random": "comprehensiveness_random",
+            "recover_random": "sufficiency_random",
+        }
+        return {own: whole - fmean(means[name]) for name, own in names.items() if means[name]}
+
+    def _numbers(self, counts: list[int], orders: list[list[int]], keep: bool) -> list[list[int]]:
+        """Return, for each order, the shortened prompt at each count."""
+        return [
+            [self._number(self._left(order[:count] if keep else order[count:])) for count in counts]
+            for order in orders
+        ]
+
+    def _number(self, kept: tuple[int, ...]) -> int:
+        return self.kept.setdefault(kept, len(self.kept))
+
+    def _left(self, left: list[int]) -> tuple[int, ...]:
+        """Return the positions that stay: all but those of the candidates that are not left.
+
+        A model needs one token to read: where nothing would stay, the last token does, whatever the order.
+        """
+        gone: set[int] = set()
+        for i in set(self.candidates) - set(left):
+            gone.update(range(*(self.attribution.positions[i] or (0, 0))))
+        last = self.attribution.position
+        return tuple(i for i in range(last + 1) if i not in gone) or (last,)
+
+
+def _means(orders: list[list[int]], values: list[float]) -> Curve:
+    """Return each point's mean over the orders."""
+    return [fmean(values[i] for i in at) for at in zip(*orders, strict=True)]

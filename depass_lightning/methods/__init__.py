@@ -1,0 +1,87 @@
+"""What DePass is compared with: other methods, with the same face and the same batches."""
+
+import inspect
+from typing import Any
+
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.methods.attention_weights import AttentionRollout, LastLayerAttention, MeanAttention
+from depass_lightning.methods.base import Baseline, Method
+from depass_lightning.methods.depass_rules import DePassMethod, Dual, Taylor
+from depass_lightning.methods.gradients import GradientNorm, InputGradient
+from depass_lightning.methods.integrated import IntegratedGradients
+from depass_lightning.methods.occlusion import Occlusion
+from depass_lightning.methods.patching import AttributionPatching
+from depass_lightning.methods.random_scores import Random
+from depass_lightning.methods.shap import GradientShap
+from depass_lightning.methods.sizes import Activation, Norm
+from depass_lightning.sources import Source
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        DePassMethod,
+        Taylor,
+        Dual,
+        InputGradient,
+        GradientNorm,
+        IntegratedGradients,
+        GradientShap,
+        MeanAttention,
+        LastLayerAttention,
+        AttentionRollout,
+        Occlusion,
+        AttributionPatching,
+        Norm,
+        Activation,
+        Random,
+    )
+}
+"""Every method by its name."""
+
+
+def make_method(name: str, depass: DePass, source: Source | None = None, **options: Any) -> Method:
+    """Return a method by its name.
+
+    Args:
+        name: one of `METHODS`.
+        depass: the model, with its tokenizer.
+        source: the components that are scored; by default the method's own.
+        options: what else the method takes, such as `steps` for integrated_gradients; for DePass's own rules
+            what `DePass.attribute` takes.
+
+    Raises:
+        DePassError: there is no such method or option, or the method does not score such components.
+    """
+    if name not in METHODS:
+        raise DePassError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    if issubclass(method, Baseline):
+        known = [own for own in inspect.signature(method).parameters if own not in ("depass", "source")]
+        for option in options:
+            if option not in known:
+                raise DePassError(f"{name} has no option {option!r}; it takes {', '.join(known) or 'none'}")
+    return method(depass, source, **options)
+
+
+__all__ = [
+    "METHODS",
+    "Activation",
+    "AttentionRollout",
+    "AttributionPatching",
+    "Baseline",
+    "DePassMethod",
+    "Dual",
+    "GradientNorm",
+    "GradientShap",
+    "InputGradient",
+    "IntegratedGradients",
+    "LastLayerAttention",
+    "MeanAttention",
+    "Method",
+    "Norm",
+    "Occlusion",
+    "Random",
+    "Taylor",
+    "make_method",
+]

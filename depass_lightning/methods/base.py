@@ -1,0 +1,218 @@
+"""What every method has in common: the face, the batches, and how scores become an `Attribution`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, overload
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from depass_lightning.attribution.attribute import check_target
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.methods.model_runs import Answer, Batch, as_depass_runs
+from depass_lightning.prompts import IdsLike, Prompt, prompts_of, read_length
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.sources import Source, Tokens
+from depass_lightning.targets import Contrast, TargetLike, Token, as_targets
+from depass_lightning.utils.batching import in_batches
+
+
+class Method(ABC):
+    """A way to score a prompt's components.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: the components that are scored; by default `Tokens()`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, depass: DePass, source: Source | None = None) -> None:
+        self.depass = depass
+        self.source: Source = Tokens() if source is None else source
+
+    @overload
+    def attribute(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        prompt: str,
+        target: TargetLike = None,
+        *,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> Attribution: ...
+
+    @overload
+    def attribute(
+        self,
+        prompt: Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] = None,
+        *,
+        batch_size: int = 16,
+        progress: bool = False,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
+    ) -> list[Attribution]: ...
+
+    def attribute(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] = None,
+        *,
+        batch_size: int = 16,
+        progress: bool = False,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
+    ) -> Any:
+        """Score the components of one prompt, or of several.
+
+        Args:
+            prompt: one prompt, or several.
+            target: a token, a contrast, or None for the model's own next token; one for all prompts, or one
+                each.
+            batch_size: how many prompts go through the model at once.
+            progress: show a progress bar.
+            input_ids: token ids instead of prompts, padded on either side.
+            attention_mask: 1 at the real positions of `input_ids`.
+
+        Returns:
+            One `Attribution` for one prompt, a list in their order for several or for ids.
+
+        Raises:
+            DePassError: as for `DePass.attribute`.
+        """
+        given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._attribute(prompt, target, batch_size=batch_size, progress=progress, **given)
+
+    @abstractmethod
+    def _attribute(
+        self,
+        prompt: str | Sequence[str] | None,
+        target: TargetLike | Sequence[TargetLike],
+        *,
+        batch_size: int,
+        progress: bool,
+        **given: Tensor | None,
+    ) -> Any:
+        """Do what `attribute` promises.
+
+        Args:
+            prompt: as for `attribute`, and so are the others.
+            given: `input_ids` and `attention_mask`.
+        """
+
+
+class Baseline(Method):
+    """A method that DePass is compared with: its scores need not sum to the target's value.
+
+    The model is left exactly as it was found. Components are named as DePass names them; what it has
+    besides, the rest of the state and the bias, a baseline has no score for.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: the components that are scored; by default the first of `sources`, without arguments.
+
+    Raises:
+        DePassError: the method does not score such components, or not at the layer that they are at.
+    """
+
+    sources: ClassVar[tuple[type[Source], ...]]
+
+    def __init__(self, depass: DePass, source: Source | None = None) -> None:
+        super().__init__(depass, self.sources[0]() if source is None else source)
+        kind = type(self.source).__name__
+        if type(self.source) not in self.sources:
+            known = ", ".join(f"{own.__name__}()" for own in self.sources)
+            raise DePassError(f"{self.name} does not score {kind}; it scores {known}")
+        if self.source.positional and self.source.layers(len(depass.decoder.blocks)) != [0]:
+            raise DePassError(f"{self.name} scores the tokens of the input; leave {kind}(layer=) at 0")
+
+    @abstractmethod
+    def score(self, batch: Batch) -> Float[Tensor, "batch group component"]:
+        """Score the components of a batch.
+
+        Args:
+            batch: the prompts and their targets.
+
+        Returns:
+            As many components as the prompt with the most of them has up to its target's position. What
+            stands behind that position cannot have contributed: it is zero, or left out at the end.
+        """
+
+    def _attribute(
+        self,
+        prompt: str | Sequence[str] | None,
+        target: TargetLike | Sequence[TargetLike],
+        *,
+        batch_size: int,
+        progress: bool,
+        **given: Tensor | None,
+    ) -> Any:
+        decoder, tokenizer = self.depass.decoder, self.depass.tokenizer
+        prompts = prompts_of(decoder, tokenizer, prompt, given["input_ids"], given["attention_mask"])
+        lists, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
+        if several:
+            raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
+        targets: list[Token | Contrast] = []
+        for entry, (aim,) in zip(prompts, lists, strict=True):
+            if not isinstance(aim, (Token, Contrast)):
+                raise DePassError(
+                    f"{self.name} explains a token or a contrast of two, not {type(aim).__name__}"
+                )
+            # What the model gives out is behind every layer.
+            check_target(decoder, tokenizer, entry, aim, 0)
+            self.source.describe(entry, decoder)
+            targets.append(aim)
+        lengths = [
+            read_length(decoder, own, own.resolve_position(aim.position))
+            for own, aim in zip(prompts, targets, strict=True)
+        ]
+        kinds = [(decoder.regime(length), length) for length in lengths]
+
+        def explain(numbers: list[int]) -> list[Attribution]:
+            chosen = [prompts[i] for i in numbers]
+            with as_depass_runs(decoder):
+                batch = Batch(decoder, tokenizer, chosen, [targets[i] for i in numbers])
+                scores = self.score(batch)
+                answers = batch.answers
+            return [self._attribution(*own) for own in zip(chosen, answers, scores.detach(), strict=True)]
+
+        results = in_batches(kinds, batch_size, explain, progress)
+        return results[0] if isinstance(prompt, str) else results
+
+    def _attribution(
+        self, prompt: Prompt, answer: Answer, scores: Float[Tensor, "group component"]
+    ) -> Attribution:
+        """Name one prompt's scores."""
+        described = self.source.describe(prompt, self.depass.decoder)
+        # In front of heads and neurons stands the rest of the state.
+        first = 0 if self.source.positional else 1
+        names = [name for group in described.names for name in group[first:]]
+        if self.source.positional:  # some stand behind the target's position; another prompt may have more
+            scores = nn.functional.pad(scores, (0, len(names) - scores.shape[1]))
+        return Attribution(
+            scores=scores.flatten(),
+            names=names,
+            value=answer.value,
+            target=answer.name,
+            text=prompt.text,
+            tokens=prompt.tokens,
+            token_ids=prompt.ids,
+            offsets=prompt.offsets,
+            positions=described.positions[first:] * len(scores),
+            source=self.source.kind,
+            rule=self.name,
+            layer=self.source.layers(len(self.depass.decoder.blocks))[0],
+            position=answer.position,
+            prediction=answer.prediction,
+            probability=answer.probability,
+            rank=answer.rank,
+            groups=len(scores),
+            # Who finds `method` here knows that scores need not sum to the value.
+            metadata={
+                "model": self.depass.decoder.name,
+                "target_ids": answer.ids,
+                "method": self.name,
+            }
+            | prompt.notes(),
+        )

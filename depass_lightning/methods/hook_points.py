@@ -1,0 +1,114 @@
+"""Where heads and neurons can be read and masked in a running model: in front of the map behind them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import Part
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.sources import Heads, Neurons
+
+
+@dataclass(frozen=True)
+class Site:
+    """The heads or neurons of one block.
+
+    Args:
+        layer: the block's index.
+        behind: the map that takes them to the residual stream: the output projection, or the down
+            projection.
+        count: how many there are.
+    """
+
+    layer: int
+    behind: Part
+    count: int
+
+    def apart(self, given: Tensor, batch: int) -> Float[Tensor, "batch position component size"]:
+        """Return the map's input head by head, or neuron by neuron.
+
+        Args:
+            given: the input; some models put all positions in one row.
+            batch: the number of prompts.
+        """
+        return given.view(batch, -1, self.count, given.shape[-1] // self.count)
+
+
+def sites_of(decoder: Decoder, source: Heads | Neurons) -> list[Site]:
+    """Return where a source's components are, a site a block.
+
+    Args:
+        decoder: the model.
+        source: the heads or neurons.
+
+    Raises:
+        DePassError: the neurons are those of a mixture of experts, which runs no map of its own for each.
+    """
+    found = []
+    for layer in source.layers(len(decoder.blocks)):
+        block = decoder.blocks[layer]
+        if isinstance(source, Heads):
+            found.append(Site(layer, block.attention.output, block.attention.heads))
+            continue
+        if block.mlp.dense is None:
+            raise DePassError(
+                f"block {layer} is a mixture of experts, whose neurons no module gives out to be read or "
+                "masked; take heads, or the neurons of a dense block by layer"
+            )
+        found.append(Site(layer, block.mlp.dense.down, block.mlp.width))
+    return found
+
+
+@contextmanager
+def reading(sites: list[Site]) -> Iterator[dict[int, Tensor]]:
+    """Keep what heads or neurons are in the passes inside, the last pass's, by layer.
+
+    Args:
+        sites: where to read.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def keeper(layer: int) -> Any:
+        def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[layer] = arguments[0]
+
+        return keep
+
+    with ExitStack() as stack:
+        for site in sites:
+            handle = site.behind.module.register_forward_pre_hook(keeper(site.layer))
+            stack.callback(handle.remove)
+        yield seen
+
+
+@contextmanager
+def masking(sites: list[Site], kept: Mapping[int, Tensor]) -> Iterator[None]:
+    """Set heads or neurons to zero in the passes inside, each prompt's own.
+
+    That is what zeroing their slice of the map behind them does, without touching a weight: they are zero at
+    every position.
+
+    Args:
+        sites: where they are.
+        kept: by layer `[batch, component]`, false where one is masked.
+    """
+
+    def masker(site: Site) -> Any:
+        def mask(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            given, own = arguments[0], kept[site.layer]
+            apart = site.apart(given, len(own))
+            masked = torch.where(own.to(given.device)[:, None, :, None], apart, apart.new_zeros(()))
+            return (masked.view(given.shape), *arguments[1:])
+
+        return mask
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.behind.module.register_forward_pre_hook(masker(site)).remove)
+        yield

@@ -1,0 +1,76 @@
+"""Integrated gradients: the gradient's mean on the way from no embeddings to the prompt's, times the way.
+
+Source: Sundararajan et al., "Axiomatic Attribution for Deep Networks" (ICML 2017, arXiv 1703.01365),
+equation 1. The integral is captum's, by Gauss-Legendre quadrature.
+"""
+
+from typing import ClassVar
+
+import torch
+from captum.attr import IntegratedGradients as Captum
+from torch import Tensor
+
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.methods.gradients import embeddings_of
+from depass_lightning.methods.model_runs import Batch, embeddings_replaced, run
+from depass_lightning.methods.token_method import TokenBaseline
+from depass_lightning.sources import Source
+
+
+def values_from_embeddings(
+    embeddings: Tensor, batch: Batch, ids: Tensor, positions: Tensor, wanted: Tensor, signs: Tensor
+) -> Tensor:
+    """Run the model on embeddings, as captum calls it: every row brings its own target.
+
+    Args:
+        embeddings: `[row, position, hidden]`.
+        batch: what the rows were made of.
+        ids: `[row, position]` the tokens whose embeddings they are.
+        positions: `[row]` where targets are read.
+        wanted: `[row, 2]` the targets' tokens.
+        signs: `[row, 2]` how these count.
+    """
+    with embeddings_replaced(batch.decoder, embeddings):
+        _, uncapped = run(batch.decoder, ids, positions)
+    return batch.read(uncapped, wanted, signs)
+
+
+class IntegratedGradients(TokenBaseline):
+    """Integrated gradients from embeddings of zero.
+
+    Its scores sum to the target's value less what that is at embeddings of zero, as far as the steps are
+    fine enough.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`.
+        steps: how many points of the way gradients are taken at.
+        rows: how many of them go through the model at once, all prompts together.
+
+    Raises:
+        DePassError: a number is less than one.
+    """
+
+    name: ClassVar[str] = "integrated_gradients"
+
+    def __init__(
+        self, depass: DePass, source: Source | None = None, *, steps: int = 32, rows: int = 32
+    ) -> None:
+        super().__init__(depass, source)
+        if min(steps, rows) < 1:
+            raise DePassError(f"{self.name}: steps and rows must be at least 1; got {steps} and {rows}")
+        self.steps = steps
+        self.rows = rows
+
+    def score(self, batch: Batch) -> Tensor:
+        wanted, signs = batch.wanted()
+        with torch.enable_grad():
+            scores = Captum(values_from_embeddings).attribute(
+                embeddings_of(batch),
+                additional_forward_args=(batch, batch.ids, batch.positions, wanted, signs),
+                n_steps=self.steps,
+                internal_batch_size=max(self.rows, len(batch.ids)),
+            )
+        assert isinstance(scores, Tensor)
+        return self.summed(batch, scores.detach().to(batch.decoder.dtype).sum(-1))

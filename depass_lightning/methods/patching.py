@@ -1,0 +1,81 @@
+"""Attribution patching (AtP) of heads and neurons: gradient x activation, all of them from one backward pass.
+
+Source: Nanda, "Attribution Patching" (2023); Kramár et al., "AtP*" (2024, arXiv 2403.00745), equation 3, with
+zero in the place of a corrupted prompt's activations.
+
+A head is taken where it is a head: its values, mixed by attention, in front of the output projection, so that
+its score is its own. The comparison that was published with DePass took the output projection's result
+instead and cut that into as many pieces as there are heads; each piece holds some dimensions of the residual
+stream, which all heads write to, so that what it calls a head is a mixture of them.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from depass_lightning.depass import DePass
+from depass_lightning.methods.base import Baseline
+from depass_lightning.methods.gradients import embeddings_of
+from depass_lightning.methods.hook_points import reading, sites_of
+from depass_lightning.methods.model_runs import Batch, embeddings_replaced
+from depass_lightning.sources import Heads, Neurons, Source
+
+
+class ComponentBaseline(Baseline):
+    """A method that scores heads or neurons by what they are in one pass.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Heads()` or `Neurons()`, of one layer or of all.
+
+    Raises:
+        DePassError: it is something else, or the neurons are those of a mixture of experts.
+    """
+
+    sources: ClassVar[tuple[type[Source], ...]] = (Heads, Neurons)
+
+    def __init__(self, depass: DePass, source: Source | None = None) -> None:
+        super().__init__(depass, source)
+        assert isinstance(self.source, (Heads, Neurons))
+        self.sites = sites_of(depass.decoder, self.source)
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        """Return the scores of the neurons that were asked for.
+
+        Args:
+            scores: `[batch, group, component]` of all.
+        """
+        indices = self.source.indices if isinstance(self.source, Neurons) else None
+        return scores if indices is None else scores[..., list(indices)]
+
+
+class AttributionPatching(ComponentBaseline):
+    """Gradient x activation of each head or neuron, summed over positions.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Heads()` or `Neurons()`, of one layer or of all.
+
+    Raises:
+        DePassError: it is something else, or the neurons are those of a mixture of experts.
+    """
+
+    name: ClassVar[str] = "atp"
+
+    def score(self, batch: Batch) -> Tensor:
+        embeddings = embeddings_of(batch)  # a leaf: the model's parameters may be frozen
+        with (
+            torch.enable_grad(),
+            embeddings_replaced(batch.decoder, embeddings),
+            reading(self.sites) as seen,
+        ):
+            value = batch.values().sum()
+            activations = [seen[site.layer] for site in self.sites]
+            gradients = torch.autograd.grad(value, activations)
+        found = []
+        for site, activation, gradient in zip(self.sites, activations, gradients, strict=True):
+            dtype, device = batch.decoder.dtype, batch.ids.device
+            both = activation.detach().to(device, dtype) * gradient.to(device, dtype)
+            found.append(site.apart(both, len(batch.ids)).sum((1, 3)))
+        return self.chosen(torch.stack(found, 1))

@@ -1,0 +1,65 @@
+"""Random scores, which every method has to beat."""
+
+import zlib
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from depass_lightning.depass import DePass
+from depass_lightning.methods.base import Baseline
+from depass_lightning.methods.hook_points import sites_of
+from depass_lightning.methods.model_runs import Batch
+from depass_lightning.sources import Heads, Neurons, Source, Spans, Tokens
+from depass_lightning.sources.tokens import Positional
+
+
+def seed_of(ids: Sequence[int], seed: int) -> int:
+    """Return a seed below 2 to the power of 32 that depends on a prompt and on another seed alone.
+
+    Args:
+        ids: the prompt's tokens.
+        seed: the other seed.
+    """
+    return zlib.crc32(f"{seed} {list(ids)}".encode())
+
+
+class Random(Baseline):
+    """Scores between 0 and 1, drawn anew for every prompt: its place and its batch do not matter.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()`, `Spans(...)`, `Heads()` or `Neurons()`.
+        seed: of the draws.
+    """
+
+    name: ClassVar[str] = "random"
+    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans, Heads, Neurons)
+
+    def __init__(self, depass: DePass, source: Source | None = None, *, seed: int = 0) -> None:
+        super().__init__(depass, source)
+        self.seed = seed
+
+    def score(self, batch: Batch) -> Tensor:
+        layers, components = self._components(batch)
+        scores = torch.zeros(len(batch.rows), layers, 1 + max(map(max, components)))
+        for row, own, ids in zip(scores, components, batch.rows, strict=True):
+            generator = torch.Generator().manual_seed(seed_of(ids, self.seed))
+            row[:, own] = torch.rand(layers, len(own), generator=generator)
+        return scores
+
+    def _components(self, batch: Batch) -> tuple[int, list[list[int]]]:
+        """Return how many layers are scored, and which components of each prompt."""
+        source, decoder = self.source, batch.decoder
+        if isinstance(source, Positional):
+            both = zip(batch.prompts, batch.rows, strict=True)
+            return 1, [sorted(set(source.owners(prompt)[: len(ids)])) for prompt, ids in both]
+        if isinstance(source, Heads):
+            layers, count = len(source.layers(len(decoder.blocks))), decoder.heads
+        else:
+            assert isinstance(source, Neurons)
+            sites = sites_of(decoder, source)
+            layers = len(sites)
+            count = sites[0].count if source.indices is None else len(source.indices)
+        return layers, [list(range(count))] * len(batch.rows)

@@ -1,0 +1,47 @@
+"""What the methods share that score tokens of the input, or spans of them."""
+
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from depass_lightning.methods.base import Baseline
+from depass_lightning.methods.model_runs import Batch
+from depass_lightning.sources import Source, Spans, Tokens
+from depass_lightning.sources.tokens import Positional, summed
+
+
+class TokenBaseline(Baseline):
+    """A method that scores what is put into the model: a span as the sum of its tokens, or as it says itself.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`.
+
+    Raises:
+        DePassError: it is something else, or at another layer than 0.
+    """
+
+    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans)
+
+    def owners(self, batch: Batch) -> Int[Tensor, "batch position"]:
+        """Return which component each position belongs to, the first one being 1; padding belongs to 0.
+
+        Args:
+            batch: the prompts.
+        """
+        assert isinstance(self.source, Positional)
+        lengths = [len(ids) for ids in batch.rows]
+        owners = self.source.owner_table(batch.prompts, lengths, batch.ids.shape[1], first=1)
+        return owners.to(batch.ids.device)
+
+    def summed(
+        self, batch: Batch, each: Float[Tensor, "batch position"]
+    ) -> Float[Tensor, "batch group component"]:
+        """Return the sum of each component's tokens, as `score` does.
+
+        Args:
+            batch: the prompts.
+            each: a number a token; what is padded may be anything.
+        """
+        return summed(each, self.owners(batch))[:, None, 1:]

@@ -1,0 +1,1 @@
+"""What `DePassCallback` does, without Lightning's hooks."""

@@ -1,0 +1,150 @@
+"""What the probes measured at each step, and how far their scores have drifted.
+
+1. Every probe is measured on its own (`measure`).
+2. Its scores are compared with those of the first and of the previous run (`History.compare`).
+3. The set's scalars are the means over its probes, and the worst completeness (`summarise`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from depass_lightning.faithfulness import RemovalCurves, area, text_components
+from depass_lightning.monitoring.probe_sets import Probe
+from depass_lightning.results.attribution import Attribution, Comparison
+
+SCALARS = (
+    "value",
+    "probability",
+    "rank",
+    "completeness",
+    "on_target",
+    "entropy",
+    "similarity_first",
+    "similarity_previous",
+    "spearman_first",
+    "spearman_previous",
+    "faithfulness",
+)
+
+
+def measure(probe: Probe, attribution: Attribution, curves: RemovalCurves | None = None) -> dict[str, float]:
+    """Return the scalars of one probe that need no history; what cannot be known of it is left out.
+
+    Args:
+        probe: what was asked.
+        attribution: what came of it.
+        curves: what removing tokens does to the answer, if that was measured.
+    """
+    found = {
+        "value": attribution.value,
+        "completeness": attribution.completeness,
+        "entropy": entropy(attribution.scores),
+    }
+    if attribution.probability is not None:
+        found["probability"] = attribution.probability
+    if attribution.rank is not None:
+        found["rank"] = float(attribution.rank)
+    if probe.evidence and attribution.offsets is not None and text_components(attribution):
+        found["on_target"] = attribution.share(probe.evidence)
+    if curves is not None:
+        found["faithfulness"] = area(curves.percents, curves.patch_random) - area(
+            curves.percents, curves.patch_top
+        )
+    return found
+
+
+def entropy(scores: Float[Tensor, " component"]) -> float:
+    """Return the entropy, in nats, of how the scores' absolute values are spread over the components.
+
+    0 where one component has everything; the logarithm of their number where all have the same.
+    """
+    size = scores.double().abs()
+    shares = size / size.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.special.entr(shares).sum().item()
+
+
+def summarise(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Return the mean of every named scalar over the probes that have it, of `completeness` the worst.
+
+    A scalar that no probe has is not-a-number, so that whatever watches it finds it.
+    """
+    summary = {}
+    for name in names:
+        values = [row[name] for row in rows if name in row] or [math.nan]
+        summary[name] = max(values) if name == "completeness" else math.fsum(values) / len(values)
+    return summary
+
+
+def similarities(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
+    """Return the scalars of a probe's drift: cosine similarity and rank correlation to each run."""
+    cosines = {f"similarity_{name}": comparison.cosine for name, comparison in comparisons.items()}
+    return cosines | {f"spearman_{name}": comparison.spearman for name, comparison in comparisons.items()}
+
+
+class History:
+    """The runs of one probe set so far: its curves, and the scores of its first and its previous run."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.curves: dict[str, list[float]] = {}
+        self._first: dict[str, dict[str, Any]] = {}
+        self._previous: dict[str, dict[str, Any]] = {}
+
+    def compare(self, probe: Probe, attribution: Attribution) -> dict[str, Comparison]:
+        """Compare a probe's scores with those of its first and of its previous run: `first`, `previous`.
+
+        In its first run with itself. A probe whose components are no longer the same has none.
+        """
+        found = {}
+        for name, run in (("first", self._first), ("previous", self._previous)):
+            before = run.get(probe.id)
+            if before is None:
+                found[name] = attribution.compare(attribution)
+            elif before["names"] == attribution.names:
+                found[name] = replace(attribution, scores=before["scores"]).compare(attribution)
+        return found
+
+    def add(self, step: int, metrics: Mapping[str, float], scored: Mapping[str, Attribution]) -> None:
+        """Append one run.
+
+        Args:
+            step: the optimiser step.
+            metrics: the set's scalars.
+            scored: the attribution of every probe that succeeded, by its id.
+        """
+        for name in dict.fromkeys((*self.curves, *metrics)):
+            curve = self.curves.setdefault(name, [math.nan] * len(self.steps))
+            curve.append(metrics.get(name, math.nan))
+        self.steps.append(step)
+        scores = {id: {"names": list(a.names), "scores": a.scores.clone()} for id, a in scored.items()}
+        self._previous.update(scores)
+        self._first = scores | self._first
+
+    def as_json(self) -> dict[str, Any]:
+        """Return steps and curves as JSON has them: null where a value is not a number."""
+        curves = {
+            name: [value if math.isfinite(value) else None for value in curve]
+            for name, curve in self.curves.items()
+        }
+        return {"steps": self.steps, "curves": curves}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain containers and tensors."""
+        curves = {name: list(curve) for name, curve in self.curves.items()}
+        runs = {"first": dict(self._first), "previous": dict(self._previous)}
+        return {"steps": list(self.steps), "curves": curves, **runs}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "History":
+        """Rebuild what `state_dict` returned."""
+        history = cls()
+        history.steps = list(state["steps"])
+        history.curves = {name: list(curve) for name, curve in state["curves"].items()}
+        history._first, history._previous = dict(state["first"]), dict(state["previous"])
+        return history

@@ -1,0 +1,128 @@
+"""What the callback asks: sets of held-out prompts, each with its target."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch.utils.data import DataLoader
+
+from depass_lightning import tasks
+from depass_lightning.errors import DePassError
+from depass_lightning.monitoring.dataloader_prompts import prompts_in
+from depass_lightning.targets import Contrast, TargetLike, Token
+from depass_lightning.tasks import Example, Task
+
+ProbeSource = str | Path | Task | DataLoader | Sequence[Example | tuple[str, TargetLike]]
+TargetKind = Literal["contrast", "token", "own"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One held-out prompt, and what is asked about it.
+
+    Attributes:
+        id: its name, the same in every run: similarities follow it.
+        prompt: the text; "" where only ids were given.
+        target: what is explained; None for the model's own next token.
+        evidence: the character ranges [start, end) of the prompt that hold the right tokens; empty where
+            they are not known.
+        ids: the prompt's token ids, instead of its text; None where there is text.
+        judged: whether the target is known to be the right answer, as a task's is.
+    """
+
+    id: str
+    prompt: str
+    target: TargetLike
+    evidence: tuple[tuple[int, int], ...] = ()
+    ids: tuple[int, ...] | None = None
+    judged: bool = False
+
+
+def check_target_kind(kind: str) -> None:
+    """Refuse what cannot be explained at every probe of a training.
+
+    Raises:
+        DePassError: there is no such kind of target, or it is another command's.
+    """
+    if kind not in get_args(TargetKind):
+        known = ", ".join(map(repr, get_args(TargetKind)))
+        raise DePassError(f"target={kind!r} is nothing that probes can explain; choose one of {known}")
+
+
+def name_sets(probes: ProbeSource | Mapping[str, ProbeSource]) -> dict[str, ProbeSource]:
+    """Give every probe set its name: a mapping's key, a task's name, a file's stem; else "probes"."""
+    if isinstance(probes, Mapping):
+        if not probes:
+            raise DePassError("probes is an empty mapping; give at least one set, such as {'ioi': 'ioi'}")
+        return dict(probes)
+    if isinstance(probes, Task):
+        return {probes.name: probes}
+    if isinstance(probes, str | Path):
+        return {Path(probes).stem if _is_file(probes) else str(probes): probes}
+    return {"probes": probes}
+
+
+def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "contrast") -> list[Probe]:
+    """Load the first `size` probes of a set.
+
+    Args:
+        name: the set's name, for errors.
+        probes: the name of a task, a task, a file of JSON lines, a list of examples and of pairs of a prompt
+            and its target, or a DataLoader as `batches.prompts_in` reads it.
+        size: how many to take at most.
+        target: what is explained: "contrast", the target as it was given, against its foil where it has one;
+            "token", without the foil; "own", whatever the model itself finds most likely.
+
+    Raises:
+        DePassError: for something that is none of these, an empty set, or two probes of one name.
+    """
+    loaded = [
+        replace(probe, target=_aimed(probe.target, target), judged=probe.judged and target != "own")
+        for probe in _read(name, probes, size)
+    ]
+    if not loaded:
+        raise DePassError(f"the probe set {name!r} is empty; give it at least one prompt")
+    ids = [probe.id for probe in loaded]
+    if twice := next((id for id in ids if ids.count(id) > 1), None):
+        raise DePassError(f"two probes of {name!r} are both named {twice!r}; give each an id of its own")
+    return loaded
+
+
+def _read(name: str, probes: ProbeSource, size: int) -> list[Probe]:
+    if isinstance(probes, DataLoader):
+        found = prompts_in(name, probes, size)
+        return [
+            Probe(f"{name}-{i}", "", answer, ids=ids, judged=True) for i, (ids, answer) in enumerate(found)
+        ]
+    if isinstance(probes, str | Path):
+        # a task generates as many as are asked for; a file may hold fewer
+        probes = tasks.load("jsonl", path=probes) if _is_file(probes) else tasks.load(str(probes), size=size)
+    if not isinstance(probes, Task | Sequence):
+        raise DePassError(
+            f"the probes of {name!r} are a {type(probes).__name__}; give a task or its name, a file, "
+            "a DataLoader, or a list of (prompt, target)"
+        )
+    return [_probe(name, i, probes[i]) for i in range(min(size, len(probes)))]
+
+
+def _probe(set_name: str, index: int, item: Any) -> Probe:
+    """Turn one entry of a set into a probe."""
+    if isinstance(item, Example):
+        return Probe(item.id, item.prompt, item.target(), tuple(item.evidence_ranges()), judged=True)
+    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str):
+        return Probe(f"{set_name}-{index}", item[0], item[1])
+    raise DePassError(f"probe {index} of {set_name!r} is {item!r}; give (prompt, target), or an Example")
+
+
+def _aimed(target: TargetLike, kind: TargetKind) -> TargetLike:
+    """Return what is explained of a probe whose target is given."""
+    if kind == "own":
+        return Token(None)
+    if kind == "token" and isinstance(target, Contrast):
+        return Token(target.token, target.position, target.first)
+    return target
+
+
+def _is_file(probes: str | Path) -> bool:
+    return isinstance(probes, Path) or Path(probes).suffix in {".json", ".jsonl"}

@@ -1,0 +1,391 @@
+"""What a decomposed pass found out about one prompt: a score for every component, with names."""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from depass_lightning.errors import DePassError
+from depass_lightning.utils.atomic_files import write_whole
+from depass_lightning.utils.words import word_tokens, word_tokens_by_space
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "depass-attribution-2"  # 1 counted ranks from 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one attribution differs from another over the same components.
+
+    Attributes:
+        cosine: cosine similarity of the two score vectors (0 where one of them is zero throughout).
+        spearman: their rank correlation, ties averaged (0 where one of them is constant).
+        gained: name, score before and score after of every component whose score rose, the largest first.
+        lost: the same for every component whose score fell, the largest first.
+    """
+
+    cosine: float
+    spearman: float
+    gained: list[tuple[str, float, float]]
+    lost: list[tuple[str, float, float]]
+
+
+@dataclass(eq=False)
+class Attribution:
+    """The scores of one prompt's components for one target: they sum to the model's own value of it.
+
+    Attributes:
+        scores: each component's part of the value, in logits; float32, on the CPU.
+        names: each component's name; a token's is its text (" Mary"), the last may be "bias".
+        value: the model's own value of the target: a logit, or a difference of two.
+        target: the target in words: "' Mary'" or "' Mary' − ' John'".
+        text: the prompt, or "" where only token ids were given.
+        tokens: the text of the token at each position; together they read like the prompt.
+        token_ids: the id at each position.
+        offsets: the character span in `text` of each position ((0, 0) for special tokens), if known.
+        positions: the token range [start, end) that each component stands for; None for a bias and the like.
+        source: what the state was split into: "tokens".
+        rule: how neurons were shared out: "softmax".
+        layer: the layer at which the state was split.
+        position: the position at which the target was read, an index into `tokens`.
+        prediction: the text of the model's own most likely next token there.
+        probability: the model's probability of the target's token, if the target is one.
+        rank: the rank of that token among all, from 1 for the most likely.
+        groups: into how many groups of equal size the components fall, one behind the other: each layer's
+            heads are a split of their own, and each group's scores sum to the value.
+        metadata: anything else worth keeping, as JSON can hold it.
+    """
+
+    scores: Float[Tensor, " component"]
+    names: list[str]
+    value: float
+    target: str
+    text: str
+    tokens: list[str]
+    token_ids: list[int]
+    offsets: list[tuple[int, int]] | None
+    positions: list[tuple[int, int] | None]
+    source: str
+    rule: str
+    layer: int
+    position: int
+    prediction: str
+    probability: float | None = None
+    rank: int | None = None
+    groups: int = 1
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scores = torch.as_tensor(self.scores).detach().to("cpu", torch.float32)
+        if self.scores.ndim != 1:
+            raise DePassError(f"scores is one number a component, not a tensor of {tuple(self.scores.shape)}")
+        for unit, count, of in (
+            ("component", len(self.scores), ("names", "positions")),
+            ("token", len(self.tokens), ("token_ids", "offsets")),
+        ):
+            for name in of:
+                entries = getattr(self, name)
+                if entries is not None and len(entries) != count:
+                    raise DePassError(f"{name} has {len(entries)} entries, but one a {unit} makes {count}")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        top = ", ".join(f"{name!r} {score:+.3g}" for name, score in self.top(3, absolute=True))
+        return (
+            f"Attribution(target={self.target}, value={self.value:.4g}, {len(self)} components of "
+            f"{self.source!r} at layer {self.layer}, rule={self.rule!r}, top: {top or 'none'}, "
+            f"completeness={self.completeness:.1e})"
+        )
+
+    @property
+    def completeness(self) -> float:
+        """How far the scores' sum is from `value`, relative to the larger of |value| and the top |score|.
+
+        Of several groups, the worst one's.
+        """
+        if not len(self.scores):
+            return 0.0 if self.value == 0 else 1.0
+        scores = self.grid().double()
+        scale = scores.abs().amax(1).clamp_min(abs(self.value))
+        errors = (scores.sum(1) - self.value).abs() / scale.where(scale > 0, 1.0)
+        return errors.max().item()
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether the target's token is the model's own most likely one; None where its rank is not known."""
+        return None if self.rank is None else self.rank == 1
+
+    def grid(self) -> Float[Tensor, "group component"]:
+        """Return the scores group by group: of all layers' heads a row a layer; each sums to the value."""
+        return self.scores.view(self.groups, -1)
+
+    def top(self, k: int, absolute: bool = False) -> list[tuple[str, float]]:
+        """Return the names and scores of the `k` components with the largest scores, the largest first.
+
+        Args:
+            k: how many at most.
+            absolute: rank by size whatever the sign.
+        """
+        ranked = self.scores.abs() if absolute else self.scores
+        order = torch.sort(ranked, descending=True, stable=True).indices[: max(k, 0)].tolist()
+        return [(self.names[i], self.scores[i].item()) for i in order]
+
+    def words(self) -> "Attribution":
+        """Return the same attribution with the pieces of each word summed into one component.
+
+        Punctuation marks and special tokens stay components of their own, and so does everything that
+        stands for no position, such as the bias. Where the offsets or the text are not known, a word begins
+        at a token that begins with a space.
+        """
+        if self.offsets is not None and self.text:
+            word_of = word_tokens(self.text, self.offsets)
+        else:
+            word_of = word_tokens_by_space(self.tokens)
+        groups: list[list[int]] = []
+        reached = -1  # the last word that the group before reaches
+        for i, span in enumerate(self.positions):
+            joins = span is not None and bool(groups) and word_of[span[0]] <= reached
+            groups[-1].append(i) if joins else groups.append([i])
+            reached = -1 if span is None else word_of[span[1] - 1]
+        scores = [self.scores[group].double().sum().item() for group in groups]
+        positions = [self._merged(group) for group in groups]
+        named = zip(groups, positions, strict=True)
+        names = [self.names[group[0]] if len(group) == 1 else self.text_of(span) for group, span in named]
+        return replace(self, scores=torch.tensor(scores), names=names, positions=positions)
+
+    def _merged(self, group: list[int]) -> tuple[int, int] | None:
+        """Return the token range of neighbouring components together."""
+        first, last = self.positions[group[0]], self.positions[group[-1]]
+        return None if first is None or last is None else (first[0], last[1])
+
+    def text_of(self, positions: tuple[int, int] | None) -> str:
+        """Return the text of a token range [start, end), from the prompt where its place there is known.
+
+        A character that is spread over several tokens can be read in the prompt alone.
+        """
+        start, end = positions or (0, 0)
+        joined = "".join(self.tokens[start:end])
+        if end - start < 2 or not self.text or self.offsets is None:
+            return joined
+        found = self.text[self.offsets[start][0] : self.offsets[end - 1][1]]
+        return " " + found if joined.startswith(" ") and not found.startswith(" ") else found
+
+    def without(self, names: str | Iterable[str]) -> "Attribution":
+        """Return the attribution less every component of the given names.
+
+        The value stays the model's own, so `completeness` shows how much was left out.
+
+        Raises:
+            DePassError: if no component has one of the names, or groups would be left of unequal size.
+        """
+        dropped = {names} if isinstance(names, str) else set(names)
+        if unknown := sorted(dropped - set(self.names)):
+            raise DePassError(f"no component is named {unknown[0]!r}; the names are {_listing(self.names)}")
+        kept = [i for i, name in enumerate(self.names) if name not in dropped]
+        size = len(self) // self.groups
+        if len({sum(i // size == group for i in kept) for group in range(self.groups)}) > 1:
+            raise DePassError("each group has to lose as many components: name those of every layer")
+        return replace(
+            self,
+            scores=self.scores[kept],
+            names=[self.names[i] for i in kept],
+            positions=[self.positions[i] for i in kept],
+        )
+
+    def compare(self, other: "Attribution") -> Comparison:
+        """Compare the scores (before) with another attribution's (after), component by component.
+
+        Raises:
+            DePassError: if the two are not over the same components.
+        """
+        if self.names != other.names:
+            raise DePassError(
+                "only attributions over the same components can be compared, but "
+                + _first_difference(self.names, other.names)
+            )
+        before, after = self.scores.double(), other.scores.double()
+        changes = sorted(
+            zip(self.names, before.tolist(), after.tolist(), strict=True), key=lambda row: row[1] - row[2]
+        )
+        return Comparison(
+            cosine=_cosine(before, after),
+            spearman=_cosine(_centred_ranks(before), _centred_ranks(after)),
+            gained=[row for row in changes if row[2] > row[1]],
+            lost=[row for row in reversed(changes) if row[2] < row[1]],
+        )
+
+    def share(self, ranges: Sequence[tuple[int, int]]) -> float:
+        """Return the part of all positive score that lies on some characters of the text.
+
+        It lies on the components whose text overlaps them.
+
+        Args:
+            ranges: the character ranges [start, end) of `text`. White space around a component's text does
+                not count as part of it.
+
+        Returns:
+            A number from 0 to 1; 0 where no score is positive.
+
+        Raises:
+            DePassError: if the tokens' places in the text are not known, or a range lies outside of it.
+        """
+        on = self.overlapping(ranges)
+        positive = self.scores.double().clamp(min=0)
+        total = positive.sum().item()
+        return positive[on].sum().item() / total if total else 0.0
+
+    def overlapping(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the indices of the components whose text overlaps the given character ranges of the prompt.
+
+        Raises:
+            DePassError: if the tokens' places in the text are not known, or a range lies outside of it.
+        """
+        if self.offsets is None or not self.text:
+            raise DePassError(
+                "the tokens' places in the text are not known; give the prompt as text, with a fast tokenizer"
+            )
+        for start, end in ranges:
+            if not 0 <= start < end <= len(self.text):
+                raise DePassError(f"({start}, {end}) is no range of characters of a text of {len(self.text)}")
+        return [
+            i
+            for i, (low, high) in enumerate(self._characters())
+            if any(low < end and start < high for start, end in ranges)
+        ]
+
+    def _characters(self) -> list[tuple[int, int]]:
+        """Return the characters that each component stands for, white space around them left out."""
+        offsets, spans = self.offsets or [], []
+        for position in self.positions:
+            covered = [(s, e) for s, e in offsets[slice(*position)] if e > s] if position else []
+            low = min((s for s, _ in covered), default=0)
+            high = max((e for _, e in covered), default=0)
+            piece = self.text[low:high]
+            low += len(piece) - len(piece.lstrip())
+            spans.append((low, max(low, low + len(piece.strip()))))
+        return spans
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the attribution to one safetensors file: the scores as a tensor, the rest in its header.
+
+        Raises:
+            DePassError: if `metadata` holds something that JSON cannot.
+        """
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "scores"}
+        try:
+            header = json.dumps(record)
+        except (TypeError, ValueError) as error:
+            raise DePassError(f"metadata cannot be JSON: {error}; keep plain values in it") from error
+        content = save({"scores": self.scores.contiguous()}, {"format": FORMAT, "attribution": header})
+        write_whole(path, content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Attribution":
+        """Read an attribution that `save` wrote, every field as it was.
+
+        Raises:
+            DePassError: if the file is no saved attribution.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as opened:
+                header = opened.metadata() or {}
+                known = header.get("format") == FORMAT
+                scores = opened.get_tensor("scores") if known else None
+        except SafetensorError as error:
+            raise DePassError(f"{os.fspath(path)} is no safetensors file: {error}") from error
+        if scores is None:
+            raise DePassError(f"{os.fspath(path)} holds no attribution that Attribution.save wrote")
+        record = json.loads(header["attribution"])
+        record["positions"] = [None if span is None else tuple(span) for span in record["positions"]]
+        if record["offsets"] is not None:
+            record["offsets"] = [tuple(span) for span in record["offsets"]]
+        return cls(scores=scores, **record)
+
+    # The pictures are imported where they are drawn: reports build on this module, and matplotlib, rich and
+    # jinja2 take longer to import than an attribution takes to compute.
+
+    def show(self) -> None:
+        """Show the attribution where one is: as a panel in a notebook, in colours in a terminal."""
+        if _in_notebook():
+            # A kernel brings IPython; the library does not ask for it.
+            shown = importlib.import_module("IPython.display")
+            shown.display(shown.HTML(self._repr_html_()))
+            return
+        from rich.console import Console
+
+        from depass_lightning.reports.terminal import attribution_text
+
+        Console().print(attribution_text(self))
+
+    def _repr_html_(self) -> str:
+        from depass_lightning.reports.notebook import attribution_html
+
+        return attribution_html(self)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that shows the attribution: one file, which needs no network."""
+        from depass_lightning.reports.page import write_page
+
+        write_page(path, [self], title=f"What the model bases {self.target} on")
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """Draw the tokens coloured by score, a map of layers and heads, or bars; write it to `path` if given.
+
+        Args:
+            path: the picture's file; its ending (.png, .svg, .pdf) chooses the format.
+        """
+        from depass_lightning.reports.component_figures import attribution_figure
+        from depass_lightning.reports.figures import save_figure
+
+        figure = attribution_figure(self)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
+
+
+def _listing(names: Sequence[str], most: int = 20) -> str:
+    """Return the distinct names as they would be typed, a long list cut."""
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(map(repr, distinct[:most])) + (", ..." if len(distinct) > most else "")
+
+
+def _first_difference(one: Sequence[str], other: Sequence[str]) -> str:
+    """Say where two lists of names part."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return f"component {i} is {a!r} in one and {b!r} in the other"
+    return f"one has {len(one)} and the other {len(other)}"
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    """Return the cosine of the angle between two vectors, 0 where one of them has no direction."""
+    norms = (one.norm() * other.norm()).item()
+    return (one @ other).item() / norms if norms else 0.0
+
+
+def _centred_ranks(scores: Float[Tensor, " component"]) -> Float[Tensor, " component"]:
+    """Return each score's rank less the mean rank, equal scores sharing the mean of theirs."""
+    _, group, counts = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks = (last - (counts - 1) / 2)[group]
+    return ranks - ranks.mean()
+
+
+def _in_notebook() -> bool:
+    """Say whether the code runs in a notebook's kernel, without importing IPython where nobody has."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and getattr(shell, "kernel", None) is not None

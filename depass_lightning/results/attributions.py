@@ -1,0 +1,112 @@
+"""Several targets of one prompt, explained together: the same components, a score for each target."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from depass_lightning.errors import DePassError
+from depass_lightning.results.attribution import Attribution
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attributions(Sequence[Attribution]):
+    """The scores of one prompt's components for several targets: a sequence of an `Attribution` a target.
+
+    Attributes:
+        attributions: one a target, in the targets' order, all over the same components.
+
+    Raises:
+        DePassError: there are none, or their components differ.
+    """
+
+    attributions: list[Attribution]
+
+    def __post_init__(self) -> None:
+        if not self.attributions:
+            raise DePassError("there is no attribution of any target; give at least one")
+        first, *others = self.attributions
+        if any(other.names != first.names for other in others):
+            raise DePassError(
+                "the targets' attributions are not over the same components; keep them in a list"
+            )
+
+    @overload
+    def __getitem__(self, index: int) -> Attribution: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Attribution]: ...
+
+    def __getitem__(self, index: int | slice) -> Attribution | list[Attribution]:
+        return self.attributions[index]
+
+    def __len__(self) -> int:
+        return len(self.attributions)
+
+    def __repr__(self) -> str:
+        return f"Attributions(targets={self.targets}, {len(self.names)} components of {self[0].source!r})"
+
+    @property
+    def scores(self) -> Float[Tensor, "target component"]:
+        """Each component's part of each target's value."""
+        return torch.stack([own.scores for own in self])
+
+    @property
+    def values(self) -> Float[Tensor, "target"]:
+        """The model's own value of each target."""
+        return torch.tensor([own.value for own in self])
+
+    @property
+    def names(self) -> list[str]:
+        """The components' names, as in `Attribution`; the last may be "bias"."""
+        return self[0].names
+
+    @property
+    def targets(self) -> list[str]:
+        """Each target in words."""
+        return [own.target for own in self]
+
+    @property
+    def completeness(self) -> Float[Tensor, "target"]:
+        """How far each target's scores are from summing to its value, as in `Attribution`."""
+        return torch.tensor([own.completeness for own in self])
+
+    @property
+    def text(self) -> str:
+        """The prompt, or "" where only ids were given."""
+        return self[0].text
+
+    @property
+    def tokens(self) -> list[str]:
+        """The text of the token at each position."""
+        return self[0].tokens
+
+    def words(self) -> "Attributions":
+        """Return the same with the pieces of each word summed into one component, as `Attribution.words`."""
+        return Attributions([own.words() for own in self])
+
+    # The pictures are imported where they are drawn, as in `Attribution`.
+
+    def show(self) -> None:
+        """Show the scores as a matrix in a terminal: a row a component, a column a target."""
+        from rich.console import Console
+
+        from depass_lightning.reports.matrix import score_matrix
+
+        console = Console()
+        console.print(score_matrix(self, console.width))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with all scores as a matrix, a row a target: one file, which needs no network."""
+        from depass_lightning.reports.page import write_matrix_page
+
+        write_matrix_page(path, self, title=self._title())
+
+    def _title(self) -> str:
+        few = self.targets[:3]
+        more = f" and {len(self) - 3} more" if len(self) > 3 else ""
+        return f"What the model bases {', '.join(few)}{more} on"

@@ -1,0 +1,119 @@
+"""A prompt's tokens grouped into words, sentences, paragraphs, chat turns or given ranges."""
+
+import re
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Literal, get_args
+
+from depass_lightning.errors import DePassError
+from depass_lightning.prompts import Prompt
+from depass_lightning.utils.words import word_tokens
+
+Unit = Literal["word", "sentence", "paragraph", "turn"]
+
+_ENDS = {
+    # A sentence ends behind its closing marks; Chinese, Japanese and Hindi have marks of their own.
+    "sentence": re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？।]+|\n+"),
+    "paragraph": re.compile(r"\n\s*\n"),
+}
+
+# Where a chat template begins a turn.
+_OPENS = re.compile(
+    r"<[|｜](?:im_start|im_user|im_system|im_assistant"  # ChatML, and Kimi's
+    r"|start_header_id|header_start"  # Llama 3, Llama 4
+    r"|start_of_role|START_OF_TURN_TOKEN|start"  # Granite, Command R, harmony of gpt-oss
+    # Phi, Zephyr, GLM, DeepSeek, Apertus
+    r"|(?:system|user|assistant|tool|developer|observation)(?:_start)?)[|｜]>"
+    r"|<start_of_turn>|<\|turn>"  # Gemma, Gemma 4
+    r"|\[\|(?:system|user|assistant|tool)\|\]"  # EXAONE
+    r"|(?:<s>\s*)?\[INST\]"  # Llama 2, Mistral
+    r"|(?:<s>\s*)?\[(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]",  # Mistral
+    re.IGNORECASE,
+)
+# Where one ends and the next speaker begins without a marker.
+_CLOSES = re.compile(r"\[/INST\]|<</SYS>>|\[/(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]")
+
+
+def segment(
+    prompt: Prompt, by: Unit | Sequence[tuple[int, int]], unit: Literal["character", "token"]
+) -> list[list[int]]:
+    """Group positions; the first stands alone, and what given ranges leave out comes last.
+
+    Args:
+        prompt: the prompt.
+        by: what makes a group: a kind of text, or ranges.
+        unit: what given ranges count.
+
+    Raises:
+        DePassError: the kind is unknown, the text or the tokens' offsets are not known, turns are asked for
+            and the prompt has no marker of one, or ranges overlap, are empty or out of range.
+    """
+    groups = _by_text(prompt, by) if isinstance(by, str) else _by_ranges(prompt, by, unit)
+    alone = [[position for position in group if position > 0] for group in groups]
+    covered = {position for group in alone for position in group}
+    rest = [position for position in range(1, len(prompt.ids)) if position not in covered]
+    return [[0], *(group for group in [*alone, rest] if group)]
+
+
+def _by_text(prompt: Prompt, by: str) -> list[list[int]]:
+    if by not in get_args(Unit):
+        raise DePassError(f"Spans({by!r}): choose one of {', '.join(get_args(Unit))}, or give ranges")
+    if prompt.offsets is None or not prompt.text:
+        raise DePassError(
+            f"Spans({by!r}): {prompt.name} has no text to find its tokens in; give ranges of tokens"
+        )
+    if by == "word":
+        numbers = word_tokens(prompt.text, prompt.offsets)
+        return [[i for i, own in enumerate(numbers) if own == number] for number in sorted(set(numbers))]
+    borders = _turns(prompt) if by == "turn" else [match.end() for match in _ENDS[by].finditer(prompt.text)]
+    groups: list[list[int]] = [[] for _ in range(len(borders) + 1)]
+    for position, (start, end) in enumerate(prompt.offsets):
+        # A token belongs where its own first visible character stands.
+        own = prompt.text[start:end]
+        at = start + len(own) - len(own.lstrip()) if own.strip() else start
+        groups[sum(at >= border for border in borders)].append(position)
+    return [group for group in groups if group]
+
+
+def _turns(prompt: Prompt) -> list[int]:
+    """The characters at which turns begin."""
+    text = prompt.text
+    begins = {match.start() for match in _OPENS.finditer(text)}
+    begins |= {match.end() for match in _CLOSES.finditer(text)} if begins else set()
+    if not begins:
+        raise DePassError(
+            f"Spans('turn'): {prompt.name} has no turn marker of a known chat template (ChatML, Llama, "
+            "Mistral, Gemma, Phi, harmony, Granite, DeepSeek, Command R, EXAONE, ...); apply the model's "
+            "chat template, or give ranges"
+        )
+    ordered = sorted(begins)
+    # White space alone, as after a last [/INST], is no turn.
+    return [own for own, end in zip(ordered, [*ordered[1:], len(text)], strict=True) if text[own:end].strip()]
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(end, Integral) for end in value)
+
+
+def _by_ranges(
+    prompt: Prompt, ranges: Sequence[tuple[int, int]], unit: Literal["character", "token"]
+) -> list[list[int]]:
+    if not isinstance(ranges, Sequence) or not all(map(_is_range, ranges)):
+        raise DePassError(f"Spans: by is {ranges!r:.80}; give a kind of text, or ranges [(start, end), ...]")
+    groups = []
+    taken: dict[int, tuple[int, int]] = {}
+    for start, end in ranges:
+        if unit == "token":
+            inside = list(range(start, end)) if 0 <= start < end <= len(prompt.ids) else []
+        elif prompt.offsets is None:
+            raise DePassError(f"Spans: {prompt.name} has no text; give ranges of tokens by unit='token'")
+        else:
+            inside = [i for i, (first, last) in enumerate(prompt.offsets) if first < end and last > start]
+        if not inside:
+            raise DePassError(f"Spans: the range {(start, end)} covers no token of {prompt.name}")
+        for position in inside:
+            if position in taken:
+                raise DePassError(f"Spans: the ranges {taken[position]} and {(start, end)} share a token")
+            taken[position] = (start, end)
+        groups.append(inside)
+    return groups

@@ -1,0 +1,201 @@
+"""What a block's attention and MLP add to the residual stream: heads, modules, neurons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from depass_lightning.engine.adjoint import BlockDerivatives
+from depass_lightning.engine.component_groups import RankOne, Table
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.propagate import Place
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources.base import (
+    Begun,
+    Described,
+    GroupSource,
+    Pass,
+    is_whole,
+    resolve_layer,
+    with_constants,
+)
+
+
+@dataclass(frozen=True)
+class _Blockwise(GroupSource):
+    """A source with one group of components in one block, or in each."""
+
+    layer: int | None = None
+
+    def layers(self, count: int) -> list[int]:
+        if self.layer is None:
+            return list(range(count))
+        return [resolve_layer(self.layer, count, type(self).__name__)]
+
+    def _named(self, decoder: Decoder, names: Sequence[str]) -> Described:
+        """Name each layer's group; where there are several, by the layer too."""
+        layers = self.layers(len(decoder.blocks))
+        if len(layers) == 1:
+            return Described([list(names)], [None] * len(names))
+        return Described(
+            [[f"layer {layer} {name}" for name in names] for layer in layers], [None] * len(names)
+        )
+
+
+@dataclass(frozen=True)
+class Heads(_Blockwise):
+    """The state before a block's attention, and what each of its heads adds.
+
+    Args:
+        layer: the block; None takes every block in one sweep, each a group whose components compete only
+            among themselves, as if it had been run alone.
+    """
+
+    kind: ClassVar[str] = "heads"
+
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
+        if place != "middle":
+            return None
+        attention = block.attention
+        values, constants = attention.head_values(block.state)
+        heads = attention.head_outputs(values)
+        total = attention.added
+        if constants is not None:
+            mixed = constants.flatten(2) @ attention.output.weight.T
+            total = mixed if total is None else mixed + total
+        return Table(torch.cat([block.state[:, None], heads], 1)), total
+
+    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
+        """Without ever building a head's state: its score is its values times the derivative by them."""
+        block, middle = derivatives.block, derivatives.middle
+        values, constants = block.attention.head_values(block.state)
+        scores = (values * derivatives.heads).sum((1, 3))
+        through = middle.states if derivatives.beside is None else middle.states + derivatives.beside
+        state = (block.state * through).sum((1, 2))
+        total = middle.constants
+        if constants is not None:
+            total = total + (constants * derivatives.heads).sum((1, 2, 3))
+        if block.attention.added is not None:
+            total = total + (block.attention.added * middle.states).sum((1, 2))
+        return with_constants(torch.cat([state[:, None], scores], 1), total, settings)
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        return self._named(decoder, ["state", *(f"head {index}" for index in range(decoder.heads))])
+
+
+@dataclass(frozen=True)
+class Module(_Blockwise):
+    """What a block's attention or MLP adds, with its biases, and the rest of the state there.
+
+    Args:
+        module: `attention` or `mlp`.
+        layer: the block; None takes every block in one sweep.
+    """
+
+    layer: int | None = None
+    module: Literal["attention", "mlp"] = "attention"
+    kind: ClassVar[str] = "modules"
+
+    def __init__(self, module: Literal["attention", "mlp"], layer: int | None = None) -> None:
+        if module not in ("attention", "mlp"):
+            raise DePassError(f"Module({module!r}): choose 'attention' or 'mlp'")
+        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "layer", layer)
+
+    @property
+    def behind_mlp(self) -> bool:
+        return self.module == "mlp"
+
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
+        if place != ("after" if self.behind_mlp else "middle"):
+            return None
+        if self.module == "attention":
+            return Table(torch.stack([block.state, block.attention_output], 1)), None
+        return Table(torch.stack([block.leaving - block.mlp_output, block.mlp_output], 1)), None
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        return self._named(decoder, ["state", self.module])
+
+
+@dataclass(frozen=True)
+class Neurons(_Blockwise):
+    """What each neuron of a block's MLP adds, and the rest of the state behind the MLP.
+
+    Many components are carried, so a competing rule takes each block's group by itself, however many are
+    asked for. What it holds then is neurons x tokens x hidden x 4 bytes in float32 (for 11008 neurons, 100
+    tokens and 4096 hidden 18 GB), in a temporary file where that is more than half of the free memory; see
+    `engine/memory.py`. Neurons of the last block before the target, and of the one before it, need nothing
+    of that size.
+
+    Args:
+        layer: the block; None takes every block, each a group of its own.
+        indices: the neurons that are components; by default all.
+        top: under the softmax rule, an approximation that is many times faster: the largest neurons of each
+            block are carried exactly, the others to first order (`engine/variants/top_neurons.py`). It is
+            made with `top` and with twice as many; the scores are the latter's, and
+            `metadata["approximation"]` says how far the two are apart (over several blocks the worst). The
+            last two blocks before the target are exact. Scores always sum to the target's value, so
+            completeness says nothing about the error.
+
+    Raises:
+        DePassError: `top` is not a positive number.
+    """
+
+    indices: Sequence[int] | None = None
+    top: int | None = None
+    kind: ClassVar[str] = "neurons"
+
+    def __post_init__(self) -> None:
+        if self.top is not None and not (is_whole(self.top) and self.top >= 1):
+            raise DePassError(
+                f"Neurons: top is {self.top!r}; carry a whole number of them exactly, at least one, or "
+                "leave it out for all"
+            )
+
+    @property
+    def behind_mlp(self) -> bool:
+        return True
+
+    def apart(self, count: int) -> "Sequence[Neurons]":
+        return [replace(self, layer=layer) for layer in self.layers(count)]
+
+    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
+        if place != "after":
+            return None
+        chosen = slice(None) if self.indices is None else list(self.indices)
+        values = block.mlp.neurons[:, :, chosen]
+        weights = block.mlp.down.weight[:, chosen]
+        rest = block.leaving - values @ weights.T
+        if settings.release:  # the published code's base has lost the MLP's output
+            rest = rest - block.mlp_output
+        return RankOne(rest[:, None], values, weights.T[None]), None
+
+    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
+        """Without ever building a neuron's state: its score is its value times the derivative by it."""
+        mlp, after = derivatives.block.mlp, derivatives.after
+        scores = (mlp.neurons * derivatives.neurons).sum(1)
+        total = (derivatives.block.leaving * after.states).sum((1, 2))
+        if self.indices is not None:
+            scores = scores[:, list(self.indices)]
+        rest = total - scores.sum(1)
+        return with_constants(torch.cat([rest[:, None], scores], 1), after.constants, settings)
+
+    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+        widths = {decoder.blocks[layer].mlp.width for layer in self.layers(len(decoder.blocks))}
+        width = min(widths)
+        if self.indices is None and len(widths) > 1:
+            raise DePassError(
+                f"Neurons: the blocks' MLPs have {', '.join(map(str, sorted(widths)))} neurons; take one "
+                "block at a time by layer, or some neurons by indices"
+            )
+        indices = range(width) if self.indices is None else self.indices
+        outside = [index for index in indices if not 0 <= index < width]
+        if outside:
+            raise DePassError(
+                f"Neurons: there is no neuron {outside[0]}; the MLP has {width}, 0 to {width - 1}"
+            )
+        return self._named(decoder, ["state", *(f"neuron {index}" for index in indices)])

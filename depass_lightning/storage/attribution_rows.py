@@ -1,0 +1,104 @@
+"""One attribution as one row of a table, and back."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.storage.shards import read_rows
+
+RANGES = pa.list_(pa.list_(pa.int32()))
+ROLES = pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))
+CURVE = pa.list_(pa.float64())
+REMOVAL = ("patch_top", "recover_top", "patch_random", "recover_random")
+MASKING = ("mask_top", "mask_bottom", "mask_random")
+
+ATTRIBUTION_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("id", pa.string()),
+        # the attribution
+        ("text", pa.string()),
+        ("tokens", pa.list_(pa.string())),
+        ("token_ids", pa.list_(pa.int64())),
+        ("offsets", RANGES),
+        ("target", pa.string()),
+        ("value", pa.float64()),
+        ("scores", pa.list_(pa.float32())),
+        ("names", pa.list_(pa.string())),
+        ("positions", RANGES),
+        ("groups", pa.int32()),
+        ("source", pa.string()),
+        ("rule", pa.string()),
+        ("layer", pa.int32()),
+        ("position", pa.int32()),
+        ("prediction", pa.string()),
+        ("probability", pa.float64()),
+        ("rank", pa.int32()),
+        ("completeness", pa.float64()),
+        ("metadata", pa.string()),
+        # what is known of the prompt, and measured on it
+        ("answer", pa.string()),
+        ("foil", pa.string()),
+        ("correct", pa.bool_()),
+        ("roles", ROLES),
+        ("evidence", RANGES),
+        ("evidence_first", pa.bool_()),
+        ("evidence_chance", pa.float64()),
+        ("evidence_auroc", pa.float64()),
+        # tokens removed, or their embeddings zeroed
+        ("percents", CURVE),
+        *((name, CURVE) for name in REMOVAL),
+        *((f"{name}_logit", CURVE) for name in REMOVAL),
+        *((f"zero_{name}", CURVE) for name in REMOVAL),
+        *((f"zero_{name}_logit", CURVE) for name in REMOVAL),
+        ("comprehensiveness", pa.float64()),
+        ("sufficiency", pa.float64()),
+        ("comprehensiveness_random", pa.float64()),
+        ("sufficiency_random", pa.float64()),
+        # heads or neurons masked
+        ("masked_percents", CURVE),
+        *((name, CURVE) for name in MASKING),
+        *((f"{name}_probability", CURVE) for name in MASKING),
+        # the run
+        ("model", pa.string()),
+        ("fingerprint", pa.string()),
+        ("states", pa.string()),
+    ]
+)
+"""The columns of a run's attributions; ranges are pairs of first and one past last, in characters or
+tokens; `states` is the SHA-256 of the file of the prompt's states."""
+
+
+def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
+    """Return the attribution's fields, and its completeness error, as values of `ATTRIBUTION_SCHEMA`."""
+    row = {field.name: getattr(attribution, field.name) for field in dataclasses.fields(attribution)}
+    row["scores"] = attribution.scores.tolist()
+    row["completeness"] = attribution.completeness
+    row["metadata"] = json.dumps(attribution.metadata, ensure_ascii=False)
+    return row
+
+
+def attribution_from_row(row: Mapping[str, Any]) -> Attribution:
+    """Return the attribution that `attribution_to_row` made a row of."""
+    fields = {field.name: row[field.name] for field in dataclasses.fields(Attribution)}
+    fields["scores"] = torch.tensor(row["scores"], dtype=torch.float32)
+    fields["metadata"] = json.loads(row["metadata"])
+    for name in ("offsets", "positions"):
+        pairs = row[name]
+        fields[name] = None if pairs is None else [None if pair is None else tuple(pair) for pair in pairs]
+    return Attribution(**fields)
+
+
+def read_attributions(path: str | Path) -> list[Attribution]:
+    """Read the attributions of a run, in the order of its prompts.
+
+    Args:
+        path: a run's `attributions` folder, or a Parquet file in it.
+    """
+    return [attribution_from_row(row) for row in read_rows(path)]

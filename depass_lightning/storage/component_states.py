@@ -1,0 +1,57 @@
+"""Components' states on disk: one safetensors file a prompt, whole or absent."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from depass_lightning.attribution.forward import Decomposition
+from depass_lightning.errors import DePassError
+from depass_lightning.utils.atomic_files import write_whole
+
+HEADER = "decomposition"
+
+
+def write_states(folder: str | Path, states: Mapping[int, Decomposition]) -> dict[int, str]:
+    """Write every prompt's components at a layer, as `<index>.safetensors`.
+
+    Args:
+        folder: where to write; it is made where it is missing.
+        states: by the prompts' indices.
+
+    Returns:
+        The SHA-256 of each file, by the prompts' indices.
+    """
+    hashes = {}
+    for index, state in states.items():
+        # One entry: safetensors writes several in an order that changes from run to run.
+        header = {HEADER: json.dumps({"layer": state.layer, "names": state.names}, ensure_ascii=False)}
+        content = save({"states": state.states.detach().cpu().contiguous()}, header)
+        write_whole(state_path(folder, index), content)
+        hashes[index] = hashlib.sha256(content).hexdigest()
+    return hashes
+
+
+def state_path(folder: str | Path, index: int) -> Path:
+    """Return the file of a prompt's states."""
+    return Path(folder) / f"{index}.safetensors"
+
+
+def read_states(path: str | Path) -> Decomposition:
+    """Read one prompt's components.
+
+    Args:
+        path: a file that `write_states` wrote.
+
+    Raises:
+        DePassError: there is no such file, or it is another one.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads(file.metadata()[HEADER])
+            return Decomposition(file.get_tensor("states"), header["names"], header["layer"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DePassError(f"{path} holds no components' states ({error})") from error

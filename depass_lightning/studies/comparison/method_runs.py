@@ -1,0 +1,273 @@
+"""The paper's comparison of methods: whose scores the answer depends on, of tokens, of heads and of neurons.
+
+1. Every method scores the same prompts; how long that takes is its cost (`run_method`).
+2. Of tokens, the highest and the lowest are removed (patch top, recover top); of heads and neurons they are
+   masked. So each method comes to rows of numbers, one a prompt, the prompts in the same order.
+3. A table and curves are made of the rows, with intervals over prompts. DePass is held against each other
+   method on the same prompts: the interval is that of the difference, prompt by prompt (`compare_rows`).
+
+Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, heads and neurons.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness import (
+    MASKED,
+    PERCENTS,
+    RATIONALES,
+    CurveMean,
+    Interval,
+    area,
+    evidence_found,
+    masking_curves,
+    removal_curves,
+)
+from depass_lightning.methods import Method
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.studies.study_result import Cell, Curve, Panel
+from depass_lightning.tasks import Example
+from depass_lightning.utils.bootstrap import bootstrap
+
+AGAINST = "depass"  # what the other methods are held against
+
+TOKEN_METHODS = (
+    *("depass", "taylor", "dual", "input_gradient", "gradient_norm", "integrated_gradients"),
+    *("gradient_shap", "mean_attention", "last_layer_attention", "attention_rollout", "occlusion", "random"),
+)
+HEAD_METHODS = ("depass", "taylor", "dual", "atp", "norm", "random")
+NEURON_METHODS = ("depass", "taylor", "dual", "atp", "activation", "norm", "random")
+
+PANELS: dict[str, tuple[str, str, str]] = {
+    "patch_top": ("patch top", "tokens removed (%)", "probability of the answer"),
+    "recover_top": ("recover top", "tokens kept (%)", "probability of the answer"),
+    "patch_top_logit": ("patch top, logit", "tokens removed (%)", "logit of the answer"),
+    "recover_top_logit": ("recover top, logit", "tokens kept (%)", "logit of the answer"),
+    "zero_patch_top": ("patch top, zeroed", "embeddings zeroed (%)", "probability of the answer"),
+    "zero_recover_top": ("recover top, zeroed", "embeddings kept (%)", "probability of the answer"),
+    "mask_top": ("mask top", "masked (%)", "answers right"),
+    "mask_bottom": ("mask bottom", "masked (%)", "answers right"),
+    "mask_top_probability": ("mask top, probability", "masked (%)", "probability of the answer"),
+    "mask_bottom_probability": ("mask bottom, probability", "masked (%)", "probability of the answer"),
+}
+"""Each curve's column, and how it is drawn."""
+
+NUMBERS = ("comprehensiveness", "sufficiency", "evidence_first", "evidence_auroc")
+AT = {"mask_top": (1.0, 5.0), "mask_bottom": (5.0, 20.0)}  # the K whose values the table has
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """What one method came to.
+
+    Attributes:
+        rows: one a prompt, with columns of `depass_lightning.storage.ATTRIBUTION_SCHEMA`.
+        seconds: how long the scores took, all prompts together.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    seconds: float
+
+
+def run_method(
+    method: Method,
+    examples: Sequence[Example],
+    *,
+    percents: Sequence[float] | None = None,
+    zeroed: bool = True,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> MethodRun:
+    """Score prompts by a method, and measure what its scores are worth.
+
+    Args:
+        method: scores tokens, heads or neurons.
+        examples: prompts that the model answers right; see `answered_right`.
+        percents: the K to measure at; by default those of `removal_curves` or `masking_curves`.
+        zeroed: of tokens, measure with embeddings set to zero too.
+        batch_size: how many prompts are scored at once.
+        progress: show progress bars.
+
+    Raises:
+        DePassError: as for the method, or for what measures it.
+    """
+    started = time.perf_counter()
+    prompts, targets = [own.prompt for own in examples], [own.target() for own in examples]
+    found = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
+    seconds = time.perf_counter() - started
+    rows = _measured(method.depass, examples, found, percents, zeroed, batch_size, progress)
+    return MethodRun(rows, seconds)
+
+
+def _measured(
+    depass: DePass,
+    examples: Sequence[Example],
+    found: Sequence[Attribution],
+    percents: Sequence[float] | None,
+    zeroed: bool,
+    batch_size: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Return a row a prompt: what removing its tokens, or masking heads or neurons, does to the answer."""
+    rows = 4 * batch_size  # plain passes, which hold less than scores do
+    if found[0].source in ("heads", "neurons"):
+        curves: Sequence[Any] = masking_curves(
+            depass,
+            found,
+            [own.answer for own in examples],
+            percents=percents or MASKED,
+            draws=0,  # "random" is a method of its own
+            batch_size=rows,
+            progress=progress,
+        )
+    else:
+        curves = removal_curves(
+            depass.model,
+            found,
+            [own.metadata["target_ids"][0] for own in found],
+            percents=percents or PERCENTS,
+            draws=0,
+            batch_size=rows,
+            zeroed=zeroed,
+            rationales=RATIONALES,
+            progress=progress,
+        )
+    measured = []
+    for example, attribution, curve in zip(examples, found, curves, strict=True):
+        evidence = evidence_found(attribution, example.evidence_ranges())
+        measured.append(
+            {
+                "id": example.id,
+                "correct": attribution.correct,
+                "completeness": attribution.completeness,
+                "evidence_first": evidence.first if evidence else None,
+                "evidence_auroc": evidence.auroc if evidence else None,
+                **{name: own for name, own in asdict(curve).items() if own is not None and own != []},
+            }
+        )
+    return measured
+
+
+def compare_rows(
+    runs: Mapping[str, MethodRun], *, against: str = AGAINST, draws: int = 1000
+) -> tuple[list[Panel], list[dict[str, Cell]]]:
+    """Make the curves and the table of a comparison.
+
+    Args:
+        runs: each method's rows, of the same prompts in the same order.
+        against: the method that the others are held against; a column `..._difference` has what it has more
+            than each of them.
+        draws: how many times prompts are drawn for an interval.
+
+    Returns:
+        A panel for each curve that the rows have, and a row of the table for each method.
+
+    Raises:
+        DePassError: rows are missing, or are of other prompts in one method than in another.
+    """
+    _check(runs, against)
+    panels = []
+    for column, (name, across, upward) in PANELS.items():
+        curves = {method: _curve(column, run.rows, draws) for method, run in runs.items()}
+        drawn = {method: curve for method, curve in curves.items() if curve is not None}
+        if drawn:
+            panels.append(Panel(name, across, upward, drawn))
+    numbers = {method: [_numbers(row) for row in run.rows] for method, run in runs.items()}
+    columns = list(dict.fromkeys(name for each in numbers.values() for row in each for name in row))
+    table = []
+    for method, run in runs.items():
+        row: dict[str, Cell] = {"method": method}
+        for column in columns:
+            row[column] = _interval(numbers[method], column, draws)
+            if method != against:
+                row[f"{column}_difference"] = _difference(numbers[against], numbers[method], column, draws)
+        row["seconds_per_prompt"] = run.seconds / len(run.rows)
+        table.append(row)
+    return panels, table
+
+
+def _check(runs: Mapping[str, MethodRun], against: str) -> None:
+    """Refuse rows that cannot be held against each other."""
+    if against not in runs:
+        raise DePassError(f"there are no rows of {against!r}; there are those of {', '.join(runs) or 'none'}")
+    ids = [row.get("id") for row in runs[against].rows]
+    if not ids:
+        raise DePassError(f"{against} has no rows")
+    for method, run in runs.items():
+        if [row.get("id") for row in run.rows] != ids:
+            raise DePassError(f"{method} has rows of other prompts than {against}, or in another order")
+
+
+def _curve(column: str, rows: Sequence[Mapping[str, Any]], draws: int) -> Curve | None:
+    """Return a curve's mean over prompts with its intervals."""
+    percents = rows[0].get("masked_percents" if column.startswith("mask") else "percents")
+    if percents is None:
+        return None
+    metric = CurveMean(column, percents, points=True, draws=draws, sync_on_compute=False)
+    metric.update(rows)
+    found = metric.compute()
+    if found is None:
+        return None
+    points = found.points
+    lows, highs = [own.low for own in points], [own.high for own in points]
+    return Curve(found.percents, [own.value for own in points], lows, highs)
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return a prompt's numbers: areas, values at some K, and single numbers."""
+    found: dict[str, float] = {}
+    for column in PANELS:
+        curve = row.get(column)
+        if curve is None:
+            continue
+        percents = row["masked_percents" if column.startswith("mask") else "percents"]
+        for percent in AT.get(column, ()):
+            if percent in percents:
+                found[f"{column}_{percent:g}%"] = curve[list(percents).index(percent)]
+        if len(percents) > 1:
+            found[f"{column}_area"] = area(percents, curve)
+    return found | {name: float(row[name]) for name in NUMBERS if row.get(name) is not None}
+
+
+def _interval(rows: Sequence[Mapping[str, float]], column: str, draws: int) -> Interval | None:
+    values = [row[column] for row in rows if column in row]
+    return bootstrap(values, draws=draws) if values else None
+
+
+def _difference(
+    ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]], column: str, draws: int
+) -> Interval | None:
+    """Return what one method has more than another, over the prompts where both have it."""
+    pairs = zip(ours, theirs, strict=True)
+    values = [own[column] - other[column] for own, other in pairs if column in own and column in other]
+    return bootstrap(values, draws=draws) if values else None
+
+
+def notes_on(table: Sequence[Mapping[str, Cell]]) -> list[str]:
+    """Say how the table is read, and where another method is clearly ahead of DePass.
+
+    Args:
+        table: as `compare_rows` gives it.
+    """
+    notes = [
+        "Intervals hold 95% of the means over prompts drawn anew. A difference is DePass less the method, "
+        "prompt by prompt.",
+        "Patch top, mask top and sufficiency are better lower; everything else is better higher.",
+    ]
+    ahead: dict[str, list[str]] = {}
+    for row in table:
+        for column, cell in row.items():
+            if not column.endswith("_difference") or not isinstance(cell, Interval):
+                continue
+            measure = column.removesuffix("_difference")
+            lower = any(part in measure for part in ("patch_top", "mask_top", "sufficiency"))
+            if cell.low > 0 if lower else cell.high < 0:
+                ahead.setdefault(measure, []).append(str(row["method"]))
+    notes += [f"Ahead of DePass in {name}: {', '.join(own)}." for name, own in ahead.items()]
+    if not ahead:
+        notes.append("No method is ahead of DePass by more than its interval.")
+    return notes

@@ -1,0 +1,262 @@
+"""The experiments on tokens, heads and neurons: which method finds what the answer rests on?
+
+1. Take the task's prompts that the model answers right.
+2. Score them by every method, and measure the scores (`comparison.py`).
+3. Write down curves, table and page, and every prompt's numbers.
+
+Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, heads and neurons.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from depass_lightning import tasks
+from depass_lightning.attribution.attribute import check_target
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness import answered_right, check_percents
+from depass_lightning.methods import Method, make_method
+from depass_lightning.prompts import prompts_of
+from depass_lightning.sources import Heads, Neurons, Source, Tokens
+from depass_lightning.storage import (
+    ATTRIBUTION_SCHEMA,
+    UNREADABLE,
+    Manifest,
+    check_file,
+    checked_file,
+    keep_manifest,
+    read_rows,
+    task_fingerprint,
+    weights_fingerprint,
+    write_shard,
+)
+from depass_lightning.studies.comparison.method_runs import (
+    AGAINST,
+    HEAD_METHODS,
+    NEURON_METHODS,
+    TOKEN_METHODS,
+    MethodRun,
+    compare_rows,
+    notes_on,
+    run_method,
+)
+from depass_lightning.studies.study_files import write_experiment
+from depass_lightning.studies.study_result import Experiment, data_name
+from depass_lightning.tasks import Example
+from depass_lightning.utils.distributed import from_first
+
+log = logging.getLogger(__name__)
+
+Components = Literal["tokens", "heads", "neurons"]
+
+LISTED: dict[str, tuple[str, ...]] = {
+    "tokens": TOKEN_METHODS,
+    "heads": HEAD_METHODS,
+    "neurons": NEURON_METHODS,
+}
+
+
+# What may differ between rows of one comparison: which prompts there are is told by their fingerprint.
+FREE = ("task", "path", "size", "pool", "methods", "batch_size")
+SECONDS = "seconds"
+
+
+@dataclass(frozen=True)
+class Methods:
+    """A comparison of methods on one task.
+
+    Args:
+        components: what is scored: tokens, heads or neurons.
+        task: the task's name.
+        path: its file; None for the embedded model's own.
+        size: how many prompts at most, the first that the model answers right.
+        pool: how many prompts are asked to find them; None asks all of the task.
+        methods: the methods; None for all that score such components and suit the model.
+        options: further options of some methods, by name: `{"integrated_gradients": {"steps": 64}}`.
+        percents: the percentages to measure at; None for 0 to 100 of tokens, 0 to 50 of heads and neurons.
+        zeroed: of tokens, measure with embeddings set to zero too, which takes as many passes again.
+        layer: of heads and neurons, the block; None for all blocks.
+        top: of neurons, how many of a block are carried exactly by `depass`, which is many times faster over
+            all blocks; None carries all.
+        batch_size: how many prompts are scored at once.
+        seed: of a task that is generated.
+
+    Raises:
+        DePassError: the components are something else, there is no prompt to take, or the percentages do not
+            rise.
+    """
+
+    components: Components = "tokens"
+    task: str = "ioi"
+    path: str | None = None
+    size: int = 100
+    pool: int | None = None
+    methods: Sequence[str] | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    percents: Sequence[float] | None = None
+    zeroed: bool = True
+    layer: int | None = None
+    top: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.components not in LISTED:
+            raise DePassError(f"components must be {', '.join(LISTED)}; got {self.components!r}")
+        if self.size < 1:
+            raise DePassError(f"size is {self.size}; compare on one prompt at least")
+        if self.percents is not None:
+            check_percents(self.percents)
+
+    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
+        """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
+
+        A method whose rows are there, of the same comparison, is not run again. Inside
+        `utils.distributed.sharing` the processes share out the prompts, and the first one writes.
+
+        Args:
+            depass: the model, with its tokenizer.
+            folder: where to write.
+            progress: show a progress bar for each method.
+
+        Raises:
+            DePassError: a setting or the file is wrong, the model answers no prompt right, or the folder
+                holds rows of another comparison.
+        """
+        started = time.perf_counter()
+        methods = self._methods(depass)
+        task = tasks.load(self.task, size=self.pool, seed=self.seed, path=self.path)
+        examples, right = self._right(depass, list(task), progress)
+        runs: dict[str, MethodRun] = {}
+        rows = Path(folder) / "rows"
+        manifest = self._manifest(depass, examples)
+        resumed = from_first(lambda: keep_manifest(manifest, rows))
+        for name, method in methods.items():
+            path = rows / f"{name}.parquet"
+            if resumed and (kept := _kept(path)):
+                runs[name] = kept
+                continue
+            runs[name] = run_method(
+                method,
+                examples,
+                percents=self.percents,
+                zeroed=self.zeroed,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+            _keep(path, runs[name])
+        panels, table = compare_rows(runs)
+        experiment = Experiment(
+            name=f"paper_{self.components}",
+            title=f"Which {self.components} does the answer rest on?",
+            model=depass.decoder.name,
+            data=f"{task.name}, {data_name(self.path) or 'the embedded model’s own'}",
+            prompts=len(examples),
+            seconds=time.perf_counter() - started,
+            settings=asdict(self) | {"methods": list(methods), "asked": len(task), "answered_right": right},
+            panels=panels,
+            table=table,
+            notes=[*self._notes(len(task), right, len(examples)), *notes_on(table)],
+        )
+        from_first(lambda: write_experiment(experiment, folder))
+        return experiment
+
+    def _right(self, depass: DePass, examples: list[Example], progress: bool) -> tuple[list[Example], int]:
+        """Return the prompts that are compared on, and how many more are answered right."""
+        # What is masked is judged by all tokens of the answer, what is removed by the first.
+        exact = self.components != "tokens"
+        right = answered_right(depass, examples, self.batch_size, exact=exact, progress=progress)
+        right = [i for i in right if _can_be_explained(depass, examples[i])]
+        if not right:
+            raise DePassError(f"the model answers none of {len(examples)} prompts of {self.task} right")
+        return [examples[i] for i in right[: self.size]], len(right)
+
+    def _methods(self, depass: DePass) -> dict[str, Method]:
+        """Make the methods, so that a wrong one is told before any of them is run."""
+        # The dual rule is for gated MLPs.
+        suited = [name for name in LISTED[self.components] if name != "dual" or depass.decoder.gated]
+        names = suited if self.methods is None else list(self.methods)
+        if AGAINST not in names:
+            raise DePassError(f"the methods are held against {AGAINST}; name it among {', '.join(names)}")
+        made = {
+            name: make_method(name, depass, self._source(name), **self.options.get(name, {}))
+            for name in (*names, *self.options)  # a misspelt name has options that nobody would miss
+        }
+        return {name: made[name] for name in names}
+
+    def _source(self, name: str) -> Source:
+        if self.components == "tokens":
+            return Tokens()
+        if self.components == "heads":
+            return Heads(self.layer)
+        return Neurons(self.layer, top=self.top if name == AGAINST else None)
+
+    def _manifest(self, depass: DePass, examples: list[Example]) -> Manifest:
+        """Return what every method's rows depend on."""
+        settings = {key: own for key, own in asdict(self).items() if key not in FREE}
+        weights, prompts = weights_fingerprint(depass.model), task_fingerprint(examples)
+        return Manifest(settings, weights, prompts, len(examples))
+
+    def _notes(self, asked: int, right: int, taken: int) -> list[str]:
+        judged = "its first token" if self.components == "tokens" else "all tokens of the answer"
+        removed = (
+            "Removed tokens are taken out of the prompt, which is encoded anew."
+            if self.components == "tokens"
+            else f"Masked {self.components} are zero at every position, by hooks; those of all layers are "
+            "ranked together."
+        )
+        return [
+            f"The model answers {right} of {asked} prompts right, judged by {judged} (not counted: prompts "
+            "whose answer and foil begin with the same token); compared on the first "
+            f"{taken} of these. What is explained is the answer against the task's foil, where it has one.",
+            removed,
+        ]
+
+
+def _keep(path: Path, run: MethodRun) -> None:
+    """Write a method's rows and the time that its scores took."""
+    columns = {"index"}.union(*run.rows)
+    schema = pa.schema([column for column in ATTRIBUTION_SCHEMA if column.name in columns])
+    rows = [{"index": i, **row} for i, row in enumerate(run.rows)]
+    schema = schema.with_metadata({SECONDS: str(run.seconds)})
+
+    def write() -> None:
+        with checked_file(path) as draft:
+            write_shard(draft, rows, schema)
+
+    from_first(write)
+
+
+def _kept(path: Path) -> MethodRun | None:
+    """Read what `_keep` wrote, where it did and the file is as it was."""
+
+    def read() -> MethodRun | None:
+        if not path.exists():
+            return None
+        try:
+            check_file(path)
+            metadata = pq.read_schema(path).metadata
+            return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
+        except (DePassError, *UNREADABLE) as error:
+            log.warning("%s; the method is run again", error)
+            return None
+
+    return from_first(read)
+
+
+def _can_be_explained(depass: DePass, example: Example) -> bool:
+    """Whether answer and foil begin with two tokens to this model, not with the same part of two names."""
+    (prompt,) = prompts_of(depass.decoder, depass.tokenizer, example.prompt, None, None)
+    try:
+        check_target(depass.decoder, depass.tokenizer, prompt, example.target(), 0)
+    except DePassError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Language and meaning in a model's states."""

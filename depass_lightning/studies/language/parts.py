@@ -1,0 +1,115 @@
+"""A state's part in a subspace and the rest, carried to the end: what they are there, and what they say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from depass_lightning.attribution.forward import carry_to, record_batch
+from depass_lightning.attribution.settings import settings_of
+from depass_lightning.depass import DePass
+from depass_lightning.engine.isolation import alone, exact
+from depass_lightning.engine.rules import RuleName
+from depass_lightning.prompts import Prompt
+from depass_lightning.sources import Subspace
+from depass_lightning.utils.batching import in_batches
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The parts of prompts' last states, behind the frozen final norm.
+
+    Attributes:
+        states: `[source, part, prompt, hidden]`: in a subspace, and the rest.
+        whole: `[prompt, hidden]`: what the model itself has there.
+        error: how far the parts, with the bias component, are from adding up to the model's logits: the
+            largest relative distance.
+    """
+
+    states: Float[Tensor, "source part prompt hidden"]
+    whole: Float[Tensor, "prompt hidden"]
+    error: float
+
+
+def carry_parts(
+    depass: DePass,
+    prompts: Sequence[Prompt],
+    sources: Sequence[Subspace],
+    *,
+    rule: RuleName = "softmax",
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Carried:
+    """Carry the two parts of each source to the end of every prompt; all sources share one recorded pass.
+
+    Args:
+        depass: the model.
+        prompts: the prompts.
+        sources: the subspaces, one a source.
+        rule: how neurons are shared.
+        batch_size: how many prompts go through the model at once.
+        progress: show a progress bar.
+    """
+    decoder = depass.decoder
+    settings = settings_of(decoder, list(sources), rule=rule, memory_budget=depass.memory_budget)
+    unembedded = decoder.unembedded()
+
+    def work(batch: list[int]) -> list[tuple[Tensor, float]]:
+        own, error = [prompts[i] for i in batch], 0.0
+        lengths = [len(prompt.ids) for prompt in own]
+        with alone(decoder.model):
+            recording = record_batch(decoder, own, [[length - 1] for length in lengths], lengths, settings)
+            last = torch.tensor(lengths, device=decoder.device)[:, None] - 1
+            kept = [recording.kept.index(int(place)) for place in last]
+            logits = recording.uncapped[range(len(own)), kept].to(recording.dtype)
+            parts = []
+            for source in sources:
+                carry = carry_to(recording, source, settings, settings.begin(own), recording.layers, last)
+                states = carry.read(recording.final_norm)[:, :, 0]
+                whole = states.sum(1)
+                given = whole @ unembedded.weight.T
+                if unembedded.bias is not None:
+                    given = given + unembedded.bias
+                error = max(error, float(((given - logits).norm(dim=1) / logits.norm(dim=1)).max()))
+                # A bias component stands before the two parts.
+                parts.append(torch.cat([states[:, -2:], whole[:, None]], 1))
+        return [(states, error) for states in torch.stack(parts, 1).cpu()]
+
+    found = in_batches(
+        [(decoder.regime(len(own.ids)), len(own.ids)) for own in prompts], batch_size, work, progress
+    )
+    stacked = torch.stack([states for states, _ in found], 2)
+    return Carried(stacked[:, :2], stacked[0, 2], max(error for _, error in found))
+
+
+def decode(
+    depass: DePass,
+    states: Float[Tensor, "prompt hidden"],
+    answers: Sequence[int],
+    *,
+    top: int,
+    batch_size: int = 64,
+) -> tuple[Int[Tensor, "prompt top"], list[int]]:
+    """Read what normed states say through the unembedding, without its bias.
+
+    Args:
+        depass: the model.
+        states: the states.
+        answers: a token id for each.
+        top: how many tokens.
+        batch_size: how many states at once.
+
+    Returns:
+        The tokens with the highest logits, and the rank of the answer, from 1 for the highest.
+    """
+    weight = depass.decoder.unembedded().weight
+    tokens, ranks = [], []
+    with exact(weight.device):
+        for start in range(0, len(states), batch_size):
+            logits = states[start : start + batch_size].to(weight) @ weight.T
+            own = torch.tensor(answers[start : start + batch_size], device=weight.device)
+            ranks += (1 + (logits > logits.gather(1, own[:, None])).sum(1)).tolist()
+            tokens.append(logits.topk(top).indices.cpu())
+    return torch.cat(tokens), ranks

@@ -1,0 +1,105 @@
+"""The page of an experiment: its figures, its table, and everything that the numbers depend on."""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from depass_lightning.reports.numbers import model_name, plain, visible
+from depass_lightning.reports.palette import DARK, LIGHT, css_variables
+from depass_lightning.studies.study_figures import curves_figure, points_figure
+from depass_lightning.studies.study_result import Experiment, written
+
+# The theme's name is kept under the key of the other pages.
+SCRIPT = """"use strict";
+(() => {
+  const root = document.documentElement, key = "depass-theme";
+  try { const kept = localStorage.getItem(key); if (kept) root.dataset.theme = kept; } catch {}
+  document.getElementById("theme").addEventListener("click", () => {
+    const now = root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+    root.dataset.theme = now === "dark" ? "light" : "dark";
+    try { localStorage.setItem(key, root.dataset.theme); } catch {}
+  });
+})();
+"""
+
+
+def experiment_html(experiment: Experiment) -> str:
+    """Return the page of an experiment; it needs nothing beside itself and asks no other machine.
+
+    Args:
+        experiment: what was found.
+    """
+    facts = {
+        "model": model_name(experiment.model),
+        "data": experiment.data,
+        "prompts": f"{experiment.prompts:,}",
+        "time": f"{plain(experiment.seconds)} s",
+    }
+    figures = []
+    if experiment.panels:
+        figures.append(_figure("Curves", curves_figure, experiment.panels))
+    if experiment.clouds:
+        figures.append(_figure("Points", points_figure, experiment.clouds))
+    columns = experiment.columns()
+    environment = Environment(
+        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("experiment.html.j2").render(
+        title=visible(experiment.title),
+        facts={name: visible(value) for name, value in facts.items()},
+        settings={
+            name.replace("_", " "): visible(_setting(own)) for name, own in experiment.settings.items()
+        },
+        columns=[
+            (
+                visible(name.replace("_", " ")),
+                all(not isinstance(row.get(name), str) for row in experiment.table),
+            )
+            for name in columns
+        ],
+        rows=[[written(row.get(name)) for name in columns] for row in experiment.table],
+        figures=figures,
+        notes=[visible(note) for note in experiment.notes],
+        intervals=any(
+            curve.low is not None for panel in experiment.panels for curve in panel.curves.values()
+        ),
+        command=experiment.command,
+        style=Markup(
+            resources.files("depass_lightning.reports").joinpath("assets/page.css").read_text("utf-8")
+        ),
+        light=css_variables(LIGHT),
+        dark=css_variables(DARK),
+        script=Markup(SCRIPT),
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+    )
+
+
+def _figure(name: str, draw: Any, drawn: Any) -> dict[str, str]:
+    """Return a picture for each ground, as addresses that hold them."""
+    return {
+        "name": name,
+        "light": _address(draw(drawn)),
+        "dark": _address(draw(drawn, dark=True)),
+        "alternative": "; ".join(own.name for own in drawn),
+    }
+
+
+def _address(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _setting(value: Any) -> str:
+    """Write a setting's value for a reader."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return plain(value) if isinstance(value, float) else str(value)

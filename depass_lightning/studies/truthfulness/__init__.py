@@ -1,0 +1,1 @@
+"""Truthfulness: misleading prompts and what makes a model follow them."""

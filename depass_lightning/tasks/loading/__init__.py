@@ -1,0 +1,1 @@
+"""Reading tasks' rows from files, folders and the hub."""

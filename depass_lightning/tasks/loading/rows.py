@@ -1,0 +1,165 @@
+"""Task files and public data sets: read row by row, so that a bad row costs only itself."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from depass_lightning.errors import DePassError, reason_of
+from depass_lightning.tasks.example import Example, Task
+from depass_lightning.tasks.loading.hub import HUB, hub_rows, saved_rows
+from depass_lightning.utils.atomic_files import read_limited
+
+Row = dict[str, Any]
+FILE_BYTES = 2**30
+TEXT = 10_000_000  # characters
+
+
+def load_rows(
+    name: str, path: str | Path, read: Callable[[Row, int], Example], size: int | None = None
+) -> Task:
+    """Read a file of rows into a task; rows that cannot be read are collected in `Task.skipped`.
+
+    Args:
+        name: the task's name.
+        path: as for `read_rows`.
+        read: makes an example of a row and its number, or raises `DePassError` saying what is wrong with it.
+        size: how many examples at most, from the top; None means all.
+    Raises:
+        DePassError: as for `read_rows`; or there is no row that can be used.
+    """
+    examples: dict[str, Example] = {}
+    skipped: list[Row] = []
+    for number, row, fault in read_rows(path):
+        if len(examples) == size:
+            break
+        try:
+            if fault:
+                raise DePassError(fault)
+            if not isinstance(row, dict):
+                raise DePassError(f"not an object with named fields: {row!r}")
+            example = read(row, number)
+            if example.id in examples:
+                raise DePassError(f"the id {example.id!r} is taken by an earlier row")
+            check_text("the row", json.dumps(dataclasses.asdict(example), ensure_ascii=False))
+            examples[example.id] = example
+        except Exception as error:  # whatever is wrong with a row costs that row
+            skipped.append({"row": number, "reason": reason_of(error), "path": str(path)})
+    if not examples:
+        first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
+        raise DePassError(f"{path} has no row that the task {name!r} can use{first}")
+    return Task(name, list(examples.values()), skipped)
+
+
+def text_field(row: Row, key: str) -> str:
+    """Return a field that must be there and be text with something in it."""
+    if key not in row:
+        raise DePassError(f"the field {key!r} is missing; the row has {', '.join(row) or 'no fields'}")
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise DePassError(f"the field {key!r} must be text that is not empty, not {value!r}")
+    return check_text(f"the field {key!r}", value)
+
+
+def name_field(row: Row, key: str, number: int) -> str:
+    """Return a row's name: a field, or the row's number where there is none, or null.
+
+    Args:
+        row: the row.
+        key: the field.
+        number: the row's number.
+    """
+    value = row.get(key)
+    return str(number if value is None else value)
+
+
+def check_text(what: str, text: str) -> str:
+    """Return a text as it is, if it can be stored and tokenised.
+
+    Args:
+        what: what it is called in an error.
+        text: the text.
+
+    Raises:
+        DePassError: it has half a surrogate pair, which JSON can spell and no tokenizer or file can take, or
+            it is very long: tokenizers end the process on such texts.
+    """
+    if len(text) > TEXT:
+        raise DePassError(f"{what} has {len(text):,} characters; give at most {TEXT:,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DePassError(f"{what} has half a character ({half}, a lone surrogate); remove it") from None
+    return text
+
+
+def read_text(path: Path, kind: str) -> str:
+    """Read a text file.
+
+    Args:
+        path: the file.
+        kind: what it should be, for errors.
+
+    Raises:
+        DePassError: there is no such file, it is no regular file, too large, or it is not in UTF-8.
+    """
+    try:
+        text = read_limited(path, FILE_BYTES).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    except FileNotFoundError:
+        raise DePassError(f"no file {path}; give the path of {kind} (path=)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DePassError(f"cannot read {path} ({error}); give {kind} in UTF-8") from error
+
+
+def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
+    """Return every row's number, value and fault: its line in JSON Lines, its place from 1 elsewhere.
+
+    Args:
+        path: a JSON file (a list of objects), a JSON Lines file (an object a line), a folder that
+            `Dataset.save_to_disk` wrote, or `hub:owner/name` for a public data set (`hub.py`).
+    Raises:
+        DePassError: there is no such file or data set, or the file is neither JSON nor JSON Lines.
+    """
+    if str(path).startswith(HUB):
+        return [(number, row, "") for number, row in enumerate(hub_rows(str(path)), start=1)]
+    path = Path(path)
+    if path.is_dir():
+        return [(number, row, "") for number, row in enumerate(saved_rows(path), start=1)]
+    text = read_text(path, "a JSON or JSON Lines file")
+    if text.lstrip().startswith("["):
+        return [(number, row, "") for number, row in enumerate(_json_list(text, path), start=1)]
+    lines = enumerate(text.split("\n"), start=1)
+    rows = [(number, *_json_line(line)) for number, line in lines if line.strip()]
+    if all(fault for _, _, fault in rows):
+        why = f"line {rows[0][0]}: {rows[0][2]}" if rows else "it is empty"
+        raise DePassError(f"{path} is neither a JSON list nor JSON Lines ({why}); write one object a line")
+    return rows
+
+
+def _json_list(text: str, path: Path) -> list[Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise DePassError(f"{path} is not valid JSON ({where}: {error.msg}); correct it there") from error
+    except (RecursionError, ValueError) as error:
+        raise DePassError(f"{path} cannot be read: {_beyond(error)}") from error
+
+
+def _json_line(line: str) -> tuple[Any, str]:
+    """Return a line's value and no fault, or no value and the fault."""
+    try:
+        return json.loads(line), ""
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON at column {error.colno}: {error.msg}"
+    except (RecursionError, ValueError) as error:
+        return None, _beyond(error)
+
+
+def _beyond(error: Exception) -> str:
+    """Say which of Python's limits a piece of JSON goes beyond."""
+    limit = "brackets within brackets, too many" if isinstance(error, RecursionError) else "a number too long"
+    return f"it has {limit} to be read"

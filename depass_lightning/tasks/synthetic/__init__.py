@@ -1,0 +1,1 @@
+"""Generated text: vocabularies, facts and the bundled model's corpus."""

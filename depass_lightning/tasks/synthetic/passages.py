@@ -1,0 +1,63 @@
+"""Text to train on: whole texts, or prompts with the answers that count."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from depass_lightning.errors import DePassError, reason_of
+from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.loading.rows import read_rows, read_text, text_field
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text, and the character ranges in it that are to be predicted; without any, all of it is."""
+
+    text: str
+    answers: tuple[Span, ...] = ()
+
+
+def from_examples(examples: Sequence[Example] | Task) -> list[Passage]:
+    """Return each prompt with its answer."""
+    return [answered(example.prompt, example.answer) for example in examples]
+
+
+def answered(prompt: str, answer: str) -> Passage:
+    """Return a prompt with its answer."""
+    text = prompt + answer
+    return Passage(text, ((len(prompt), len(text)),))
+
+
+def read_passages(path: str | Path) -> list[Passage]:
+    """Read text to train on from a file.
+
+    Args:
+        path: JSON Lines or a JSON list of rows `{prompt, target}` or `{text}`, or a plain text file (.txt,
+            .md) whose paragraphs, parted by empty lines, are the passages.
+    Raises:
+        DePassError: the file is missing or holds no such text, or one of its rows cannot be used (training on
+            a part of the data unasked would be worse than stopping).
+    """
+    path = Path(path)
+    if path.suffix in (".txt", ".md"):
+        blocks = read_text(path, "the text to train on").split("\n\n")
+        passages = [Passage(block.strip()) for block in blocks if block.strip()]
+    else:
+        passages = [_passage(path, *row) for row in read_rows(path)]
+    if not passages:
+        raise DePassError(f"{path} holds no text to train on")
+    return passages
+
+
+def _passage(path: Path, number: int, row: Any, fault: str) -> Passage:
+    try:
+        if fault or not isinstance(row, dict):
+            raise DePassError(fault or f"not an object with named fields: {row!r}")
+        if "text" in row:
+            return Passage(text_field(row, "text"))
+        return answered(text_field(row, "prompt"), text_field(row, "target"))
+    except Exception as error:  # whatever is wrong with a row
+        raise DePassError(
+            f"row {number} of {path}: {reason_of(error)}; rows hold {{prompt, target}} or {{text}}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Files, processes, words and intervals: what every package may use."""

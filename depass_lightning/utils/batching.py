@@ -1,0 +1,52 @@
+"""A call's prompts in batches."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from rich.progress import track
+
+from depass_lightning.errors import DePassError
+from depass_lightning.utils.distributed import from_all, place
+
+
+def in_batches(
+    kinds: list[tuple[Any, int]],
+    batch_size: int,
+    work: Callable[[list[int]], list[Any]],
+    progress: bool,
+    description: str = "attributing",
+) -> list[Any]:
+    """Work in batches of one kind and similar length, and put the results back in order.
+
+    Inside `depass_lightning.utils.distributed.sharing` the batches are shared out among the processes.
+
+    Args:
+        kinds: for each prompt what all of a batch must have in common, such as the layer and the rotary
+            frequencies, and its number of tokens.
+        batch_size: how many prompts a batch has at most.
+        work: gives the results of the prompts of the given numbers.
+        progress: show a progress bar.
+        description: what the bar says.
+
+    Raises:
+        DePassError: the batch size is less than one, or another process made a mistake.
+    """
+    if batch_size < 1:
+        raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
+    rank, world = place()
+    most = min(batch_size, math.ceil(len(kinds) / world))  # work for every process
+    batches: list[list[int]] = []
+    for index in sorted(range(len(kinds)), key=lambda index: kinds[index]):
+        if not batches or len(batches[-1]) == most or kinds[batches[-1][0]][0] != kinds[index][0]:
+            batches.append([])
+        batches[-1].append(index)
+
+    def own() -> dict[int, Any]:
+        results: dict[int, Any] = {}
+        for batch in track(batches[rank::world], description=description, disable=not progress):
+            results.update(zip(batch, work(batch), strict=True))
+        return results
+
+    results = {index: result for each in from_all(own) for index, result in each.items()}
+    return [results[index] for index in range(len(kinds))]

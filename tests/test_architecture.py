@@ -1,0 +1,83 @@
+"""The structure of the package: imports run one way, and a file's name says which one is meant."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "depass_lightning"
+FILES = sorted(
+    path
+    for folder in (PACKAGE, ROOT / "callbacks")
+    for path in folder.rglob("*.py")
+    if path.name != "__init__.py"
+)
+# Each may import its own group and those before.
+ORDER = (
+    {"errors", "utils"},
+    {"models"},
+    {"engine"},
+    {"prompts", "targets", "sources"},
+    {"results"},
+    {"attribution"},
+    {"depass"},
+    {"logit_lens", "tasks", "methods", "faithfulness", "linear_probes", "storage", "reports"},
+    {"studies", "modules", "monitoring"},
+    {"callbacks", "commands"},
+)
+# What runs the other way on purpose: results draw themselves when they are asked to.
+UPWARDS = {("results", "reports")}
+
+
+def rank(part: str) -> int:
+    (place,) = (place for place, group in enumerate(ORDER) if part in group)
+    return place
+
+
+def part_of(path: Path) -> str:
+    inside = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT)
+    return inside.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The parts of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
+            parts = node.module.split(".")[1:]
+            yield from parts[:1] or (name.name for name in node.names if name.name != "__version__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    part = part_of(path)
+    wrong = {other for other in imported(path) if rank(other) > rank(part)}
+    assert {(part, other) for other in wrong} <= UPWARDS
+
+
+def test_every_part_has_its_place() -> None:
+    assert set(map(part_of, FILES)) - {"callbacks"} == set().union(*ORDER) - {"callbacks"}
+
+
+def test_no_two_modules_share_a_name() -> None:
+    """But for what several packages are built on, each study's main file, and DePass with its callback."""
+    names = Counter(path.stem for path in FILES if path.stem not in ("base", "study", "depass"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_only_commands_know_hydra() -> None:
+    knowing = {
+        part_of(path)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else [own.name for own in node.names]
+        )
+        if name.split(".")[0] in ("hydra", "omegaconf")
+    }
+    assert knowing <= {"commands"}
