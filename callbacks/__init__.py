@@ -1,9 +1,15 @@
 """Lightning callbacks: attributions while a model trains, and what `Trainer.predict` attributes, on disk."""
 
-from depass_lightning.callbacks.component_parallel import SpreadComponents
+from depass_lightning.callbacks.component_parallel import ComponentParallelCallback
 from depass_lightning.callbacks.depass import DePassCallback
 from depass_lightning.callbacks.prediction_writer import AttributionWriter
 from depass_lightning.callbacks.process_monitor import ProcessWatch
 from depass_lightning.callbacks.progress_bar import AttributionProgress
 
-__all__ = ["AttributionProgress", "AttributionWriter", "DePassCallback", "ProcessWatch", "SpreadComponents"]
+__all__ = [
+    "AttributionProgress",
+    "AttributionWriter",
+    "ComponentParallelCallback",
+    "DePassCallback",
+    "ProcessWatch",
+]

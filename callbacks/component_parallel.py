@@ -7,7 +7,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution_module import AttributionModule
 
 
-class SpreadComponents(Callback):
+class ComponentParallelCallback(Callback):
     """Let all processes work on the same prompt, each on some of its components.
 
     For prompts that are too long for one process; `PromptData(together=True)` gives all processes the same

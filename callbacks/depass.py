@@ -9,7 +9,7 @@ One run of the probes:
 3. The scalars go where ModelCheckpoint and EarlyStopping look, and to the loggers; rank zero publishes the
    maps.
 
-Training does not notice: DePass leaves the model as it was, and `untouched` the rest.
+Training does not notice: DePass leaves the model as it was, and `isolated` the rest.
 """
 
 import logging
@@ -31,7 +31,7 @@ from depass_lightning.monitoring.config import Sources, check_settings, name_sou
 from depass_lightning.monitoring.discovery import ModelFinder, find_model, find_tokenizer
 from depass_lightning.monitoring.history import History
 from depass_lightning.monitoring.probe_sets import (
-    Probe,
+    ProbePrompt,
     ProbeSource,
     TargetKind,
     check_target_kind,
@@ -40,8 +40,8 @@ from depass_lightning.monitoring.probe_sets import (
 )
 from depass_lightning.monitoring.publish import is_named, publish
 from depass_lightning.monitoring.results import Result, result_of
-from depass_lightning.monitoring.runner import Failure, Outcome, Prober, gather, untouched
-from depass_lightning.monitoring.throttle import Pace
+from depass_lightning.monitoring.runner import Failure, Outcome, ProbeRunner, gather, isolated
+from depass_lightning.monitoring.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -127,10 +127,10 @@ class DePassCallback(Callback):
         self.on_error = on_error
         self.folder = folder
         self.history: dict[str, History] = {}
-        self.pace = Pace(max_overhead)
+        self.pace = Throttle(max_overhead)
         self._given = name_sets(probes)
-        self._sets: dict[str, list[Probe]] = {}
-        self._prober: Prober | None = None
+        self._sets: dict[str, list[ProbePrompt]] = {}
+        self._prober: ProbeRunner | None = None
         self._step: int | None = None
         self._skipped: int | None = None
         self._scalars: dict[str, float] = {}
@@ -169,7 +169,7 @@ class DePassCallback(Callback):
                 f"give it another name in one of them: probes={{'{both[0]}_2': ...}}"
             )
         if stage in ("fit", "validate") and not self._sets:
-            with untouched():
+            with isolated():
                 sets = {
                     name: load_set(name, given, self.size, self.target) for name, given in self._given.items()
                 }
@@ -245,12 +245,12 @@ class DePassCallback(Callback):
         if self._prober is None:
             model = find_model(pl_module, self.model)
             sources = list(self.sources.values())
-            with untouched(model.device):
+            with isolated(model.device):
                 text = any(probe.ids is None for probes in self._sets.values() for probe in probes)
                 tokenizer = find_tokenizer(trainer, pl_module, model, self.tokenizer, needed=text)
                 depass = DePass(model, tokenizer)
                 check_settings(depass, sources, self.settings)
-            self._prober = Prober(depass, model.device, sources, self.batch_size, self.settings)
+            self._prober = ProbeRunner(depass, model.device, sources, self.batch_size, self.settings)
 
     def _due(self, trainer: Trainer) -> bool:
         """Say, on all ranks alike, whether there is room for a run here; one answer a step."""
@@ -282,7 +282,7 @@ class DePassCallback(Callback):
         if self._prober is None or (fitting and step == self._step):
             return self._scalars, False
         began = self.pace.clock()
-        with untouched(self._prober.device):
+        with isolated(self._prober.device):
             shares = gather({name: self._share(trainer, probes) for name, probes in self._sets.items()})
             results = []
             for name in self._sets:
@@ -296,7 +296,7 @@ class DePassCallback(Callback):
             self._step, self._scalars = step, scalars
         return scalars, True
 
-    def _share(self, trainer: Trainer, probes: list[Probe]) -> dict[int, Outcome]:
+    def _share(self, trainer: Trainer, probes: list[ProbePrompt]) -> dict[int, Outcome]:
         """Attribute this rank's probes, and return the outcomes by the probes' indices."""
         assert self._prober is not None
         mine = range(trainer.global_rank, len(probes), trainer.world_size)

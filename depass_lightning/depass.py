@@ -252,10 +252,10 @@ class DePass:
         if bias == "component" and any(has_constant(aim) for aims in targets for aim in aims):
             settings = replace(settings, bias=True, bias_mode=bias)
         layers = len(self.decoder.blocks)
-        begins = max(own.layers(layers)[-1] for own in settings.sources)
+        last_source_layer = max(own.layers(layers)[-1] for own in settings.sources)
         for entry, aims in zip(prompts, targets, strict=True):
             for aim in aims:
-                check_target(self.decoder, self.tokenizer, entry, aim, begins)
+                check_target(self.decoder, self.tokenizer, entry, aim, last_source_layer)
             for own in settings.sources:
                 own.describe(entry, self.decoder)
 

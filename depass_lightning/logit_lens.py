@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.depass import DePass
-from depass_lightning.engine.frozen import NormProbe
+from depass_lightning.engine.frozen import NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import token_text
@@ -87,11 +87,11 @@ def notes_on(depass: DePass, source: Source, names: Sequence[str]) -> dict[str, 
     }
 
 
-def _probe(decoder: Decoder, norm: nn.Module | None) -> NormProbe:
+def _probe(decoder: Decoder, norm: nn.Module | None) -> NormParameters:
     """What a norm does besides scaling, or nothing where there is none."""
     if norm is None:
-        return NormProbe.nothing(decoder.hidden_size, decoder.device, decoder.dtype)
-    return NormProbe.of(norm, decoder.hidden_size, decoder.model_dtype, decoder.dtype)
+        return NormParameters.nothing(decoder.hidden_size, decoder.device, decoder.dtype)
+    return NormParameters.of(norm, decoder.hidden_size, decoder.model_dtype, decoder.dtype)
 
 
 def _words(depass: DePass, tokens: Sequence[int], count: int) -> list[str]:

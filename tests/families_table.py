@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from depass_lightning import Contrast, DePass
-from depass_lightning.engine.frozen import NormProbe
+from depass_lightning.engine.frozen import NormParameters
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.engine.validate import validate
 from depass_lightning.models.affine import has_bias
@@ -74,7 +74,7 @@ def _norms(decoder: Decoder) -> str:
     attention = decoder.blocks[0].attention
     norm = attention.norm or attention.post_norm
     assert norm is not None
-    probe = NormProbe.of(norm, decoder.hidden_size, torch.float32, torch.float32)
+    probe = NormParameters.of(norm, decoder.hidden_size, torch.float32, torch.float32)
     kind = "LayerNorm" if probe.centred else "RMSNorm"
     places = [word for word, own in (("before", attention.norm), ("behind", attention.post_norm)) if own]
     return f"{kind} {' and '.join(places)}"

@@ -125,8 +125,8 @@ def test_several_sources_are_read_from_one_backward_pass(monkeypatch: pytest.Mon
     rows, mask = ids()
     sources = [Tokens(), Heads(), Neurons(2)]
     calls = []
-    original = scores.pull_back
-    monkeypatch.setattr(scores, "pull_back", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = scores.backward
+    monkeypatch.setattr(scores, "backward", lambda *a, **k: calls.append(1) or original(*a, **k))
     together = depass.attribute(input_ids=rows, attention_mask=mask, target=5, source=sources, rule="taylor")
     assert len(calls) == 1
     for index, source in enumerate(sources):

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from depass_lightning import DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.monitoring.history import SCALARS, entropy
-from depass_lightning.monitoring.runner import untouched
+from depass_lightning.monitoring.runner import isolated
 from depass_lightning.storage import read_attributions, read_rows
 from depass_lightning.tasks import Example, Task
 from tests.training import PROMPTS, OwnModule, fit, trainer
@@ -379,7 +379,7 @@ def test_what_training_had_is_put_back() -> None:
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
 
     def fail_inside() -> None:
-        with untouched():
+        with isolated():
             assert not torch.is_inference_mode_enabled()
             assert not torch.is_grad_enabled()
             assert not torch.is_autocast_enabled("cpu")

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import distributed
 
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.monitoring.runner import Prober
-from depass_lightning.monitoring.throttle import Pace
+from depass_lightning.monitoring.runner import ProbeRunner
+from depass_lightning.monitoring.throttle import Throttle
 from tests.test_callback import history_of
 from tests.training import PROMPTS, OwnModule, fit, trainer
 
@@ -33,10 +33,12 @@ class Clock:
         return self.now
 
 
-def occasions(limit: float | None, cost: float, between: float, count: int) -> tuple[Pace, list[int], float]:
+def occasions(
+    limit: float | None, cost: float, between: float, count: int
+) -> tuple[Throttle, list[int], float]:
     """Offer a run every `between` seconds; return those that were used, and the largest share after one."""
     clock = Clock()
-    pace = Pace(limit, clock)
+    pace = Throttle(limit, clock)
     clock.now += cost
     pace.spend(cost)  # the first, which is never skipped
     used, worst = [], 0.0
@@ -80,7 +82,7 @@ def test_expensive_runs_stay_below_the_limit_and_are_spread(caplog: pytest.LogCa
 
 def test_it_comes_back_where_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    pace = Pace(0.1, clock)
+    pace = Throttle(0.1, clock)
 
     def offer(cost: float, between: float, count: int) -> int:
         used = 0
@@ -104,9 +106,9 @@ def test_it_comes_back_where_there_is_room(caplog: pytest.LogCaptureFixture) -> 
 @contextmanager
 def turned(monkeypatch: pytest.MonkeyPatch, *, cost: float, step: float) -> Iterator[tuple[Clock, Callback]]:
     """A clock that a probe set's attribution turns by `cost`, and a training step by `step`."""
-    clock, outcomes = Clock(), Prober.outcomes
+    clock, outcomes = Clock(), ProbeRunner.outcomes
 
-    def slow(self: Prober, *arguments: Any) -> Any:
+    def slow(self: ProbeRunner, *arguments: Any) -> Any:
         clock.now += cost
         return outcomes(self, *arguments)
 
@@ -117,7 +119,7 @@ def turned(monkeypatch: pytest.MonkeyPatch, *, cost: float, step: float) -> Iter
             # ranks are not equally fast: only the first one's clock may decide
             clock.now += step * (1 + 5 * trainer.global_rank)
 
-    monkeypatch.setattr(Prober, "outcomes", slow)
+    monkeypatch.setattr(ProbeRunner, "outcomes", slow)
     yield clock, Steps()
 
 
@@ -126,7 +128,7 @@ def test_training_skips_runs_and_says_so(
 ) -> None:
     with turned(monkeypatch, cost=1.0, step=1.0) as (clock, steps):
         callback = DePassCallback(list(PROMPTS), every_n_steps=1, max_overhead=0.25)
-        callback.pace = Pace(0.25, clock)
+        callback.pace = Throttle(0.25, clock)
         kept = ModelCheckpoint(
             tmp_path / "kept",
             monitor="depass/probes/value",
@@ -186,7 +188,7 @@ def test_a_checkpoint_without_a_run_carries_the_last_one(
 ) -> None:
     with turned(monkeypatch, cost=1.0, step=0.1) as (clock, steps):
         callback = DePassCallback(list(PROMPTS), max_overhead=0.01)
-        callback.pace = Pace(0.01, clock)
+        callback.pace = Throttle(0.01, clock)
         kept = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
         fit(trainer(tmp_path, [callback, steps, kept], enable_checkpointing=True), OwnModule())
     assert callback.history["probes"].steps == [0, 6]
@@ -199,7 +201,7 @@ def test_ranks_decide_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Their clocks differ by a factor of six: a rank that ran alone would wait for ever."""
     with turned(monkeypatch, cost=1.0, step=1.0) as (clock, steps):
         callback = DePassCallback(list(PROMPTS), every_n_steps=1, max_overhead=0.25)
-        callback.pace = Pace(0.25, clock)
+        callback.pace = Throttle(0.25, clock)
 
         class Write(Callback):
             def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -69,17 +69,17 @@ def test_settings_that_fit_no_probe_end_training_before_it_begins(
 def test_several_sources_share_one_backward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And as many as one source takes: a pass for each batch of each run."""
     passes, calls = [], []
-    pull_back, attribute = scoring.pull_back, DePass.attribute
+    backward, attribute = scoring.backward, DePass.attribute
 
     def counted(*arguments: Any, **options: Any) -> Any:
         passes.append(1)
-        return pull_back(*arguments, **options)
+        return backward(*arguments, **options)
 
     def called(self: DePass, *arguments: Any, **options: Any) -> Any:
         calls.append(len(options["source"]))
         return attribute(self, *arguments, **options)
 
-    monkeypatch.setattr(scoring, "pull_back", counted)
+    monkeypatch.setattr(scoring, "backward", counted)
     monkeypatch.setattr(DePass, "attribute", called)
     counts = []
     for source in ("tokens", ["tokens", "heads", "modules"]):

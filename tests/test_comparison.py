@@ -18,7 +18,7 @@ from depass_lightning.studies.comparison.method_runs import (
     MethodRun,
     compare_rows,
 )
-from depass_lightning.studies.comparison.study import Components, Methods
+from depass_lightning.studies.comparison.study import Components, MethodComparison
 from depass_lightning.utils.bootstrap import bootstrap
 
 
@@ -75,7 +75,7 @@ OPTIONS: dict[str, Any] = {"integrated_gradients": {"steps": 4}, "gradient_shap"
 
 
 def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
-    found = Methods(size=4, pool=5, options=OPTIONS, percents=(0, 20, 100)).run(depass, tmp_path)
+    found = MethodComparison(size=4, pool=5, options=OPTIONS, percents=(0, 20, 100)).run(depass, tmp_path)
     assert (found.name, found.prompts) == ("paper_tokens", 4)
     assert [row["method"] for row in found.table] == list(TOKEN_METHODS)
     by_name = {str(row["method"]): row for row in found.table}
@@ -103,7 +103,7 @@ def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
 def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Path) -> None:
     listed: dict[Components, tuple[str, ...]] = {"heads": HEAD_METHODS, "neurons": NEURON_METHODS}
     for components, methods in listed.items():
-        study = Methods(components, size=2, pool=3, percents=[0, 5, 20], top=4)
+        study = MethodComparison(components, size=2, pool=3, percents=[0, 5, 20], top=4)
         found = study.run(depass, tmp_path / components)
         assert [row["method"] for row in found.table] == list(methods)
         assert {panel.name for panel in found.panels} >= {"mask top", "mask bottom"}
@@ -115,17 +115,17 @@ def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Pat
 def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path, monkeypatch) -> None:
     """Their rows and their time are read; rows of another comparison are refused."""
     few: dict[str, Any] = {"size": 3, "pool": 3, "percents": [0, 50], "zeroed": False}
-    first = Methods(methods=["depass", "random"], **few).run(depass, tmp_path)
+    first = MethodComparison(methods=["depass", "random"], **few).run(depass, tmp_path)
     ran: list[str] = []
     run = module.run_method
     monkeypatch.setattr(
         module, "run_method", lambda own, *more, **also: ran.append(own.name) or run(own, *more, **also)
     )
-    second = Methods(methods=["depass", "random", "taylor"], **few).run(depass, tmp_path)
+    second = MethodComparison(methods=["depass", "random", "taylor"], **few).run(depass, tmp_path)
     assert ran == ["taylor"]
     for one, other in zip(first.table, second.table, strict=False):
         assert one == other
-    other = Methods(methods=["depass"], **{**few, "percents": [0, 100]})
+    other = MethodComparison(methods=["depass"], **{**few, "percents": [0, 100]})
     with pytest.raises(DePassError, match=r"percents.* was .* and is"):
         other.run(depass, tmp_path)
 
@@ -138,7 +138,9 @@ def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tm
         {"prompt": good.prompt, "target": good.answer},
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    study = Methods("heads", task="jsonl", path=str(file), methods=["depass", "random"], percents=[0, 50])
+    study = MethodComparison(
+        "heads", task="jsonl", path=str(file), methods=["depass", "random"], percents=[0, 50]
+    )
     found = study.run(depass, tmp_path)
     assert found.prompts == 1
     assert found.settings["answered_right"] == 1
@@ -150,11 +152,11 @@ def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tm
 
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(DePassError, match="components must be"):
-        Methods("layers")  # type: ignore[arg-type]
+        MethodComparison("layers")  # type: ignore[arg-type]
     with pytest.raises(DePassError, match="one prompt at least"):
-        Methods(size=0)
+        MethodComparison(size=0)
     with pytest.raises(DePassError, match="percents must rise"):
-        Methods(percents=[5, 1])
+        MethodComparison(percents=[5, 1])
 
 
 @pytest.mark.parametrize(
@@ -175,5 +177,5 @@ def test_mistakes_are_named_before_anything_is_run(
 ) -> None:
     monkeypatch.setattr(module, "answered_right", lambda *_, **__: pytest.fail("the model was run"))
     with pytest.raises(DePassError, match=message):
-        Methods(**settings).run(depass, tmp_path)
+        MethodComparison(**settings).run(depass, tmp_path)
     assert not list(tmp_path.iterdir())

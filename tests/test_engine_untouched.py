@@ -136,7 +136,7 @@ def _head_raises(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
 def _propagation_raises(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
     import depass_lightning.engine.rules as rules
 
-    patch.setattr(rules.Softmax, "shares", _raise)
+    patch.setattr(rules.SoftmaxRule, "shares", _raise)
 
 
 @pytest.mark.parametrize("breakage", [_mlp_raises, _head_raises, _propagation_raises])

@@ -15,7 +15,7 @@ from depass_lightning.attribution.cost import carried_rows
 from depass_lightning.attribution.settings import settings_of
 from depass_lightning.commands.attribute_task import tell_estimate
 from depass_lightning.engine import propagate
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.state import DecomposedState
 from depass_lightning.engine.variants import top_neurons
 from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.prompts import prompts_of_ids
@@ -43,20 +43,20 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
     (entry,) = prompts_of_ids(ids, None, None, None, 61)
     settings = settings_of(depass.decoder, source, rule="softmax", temperature=0.1, bias="component")
     expected = [
-        rows for own in source.apart(5) for rows in carried_rows(own, entry, depass.decoder, settings)
+        rows for own in source.per_layer(5) for rows in carried_rows(own, entry, depass.decoder, settings)
     ]
     found: list[int] = []
-    share, bulk_share = propagate.share_neurons, top_neurons.share_with_bulk
+    share, bulk_share = propagate.propagate_mlp, top_neurons.share_with_bulk
 
     def counted(work: Callable[..., Any]) -> Callable[..., Any]:
-        def count(carry: Carry, *given: Any) -> Any:
+        def count(carry: DecomposedState, *given: Any) -> Any:
             if carry.layout.positions == ids.shape[1]:  # not at the target alone
                 found.append(carry.layout.rows)
             return work(carry, *given)
 
         return count
 
-    monkeypatch.setattr(propagate, "share_neurons", counted(share))
+    monkeypatch.setattr(propagate, "propagate_mlp", counted(share))
     monkeypatch.setattr(top_neurons, "share_with_bulk", counted(bulk_share))
     depass.attribute(input_ids=ids, target=5, source=source)
     assert sum(found) == sum(expected) > 0

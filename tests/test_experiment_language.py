@@ -9,7 +9,7 @@ import torch
 
 from depass_lightning import DePass, Subspace
 from depass_lightning.errors import DePassError
-from depass_lightning.linear_probes import Probe
+from depass_lightning.linear_probes import LinearProbe
 from depass_lightning.prompts import prompts_of
 from depass_lightning.studies import read_experiment
 from depass_lightning.studies.language.measures import (
@@ -162,7 +162,7 @@ def test_it_parts_relations_from_subjects_on_the_embedded_model(tiny, tmp_path):
     assert sum(note.startswith("“") and "split at layer 1" in note for note in found.notes) == 2
     assert len(found.clouds) == 2
     assert len(found.clouds[0].x) == found.prompts == len(load("multilingual", size=30))
-    assert Probe.load(tmp_path / "probe.safetensors").layer == 1
+    assert LinearProbe.load(tmp_path / "probe.safetensors").layer == 1
     back = read_experiment(tmp_path)
     assert (back.table, back.notes, back.clouds) == (found.table, found.notes, found.clouds)
 

@@ -14,8 +14,8 @@ from depass_lightning.errors import DePassError
 from depass_lightning.studies import (
     Cloud,
     Curve,
-    Experiment,
     Panel,
+    StudyResult,
     read_experiment,
     terminal_table,
     write_experiment,
@@ -27,7 +27,7 @@ CURVES = {
     "DePass": Curve.of([0, 2.5], [Interval(0.5, 0.4, 0.6), Interval(0.25, 0.125, 0.5)]),
     "random": Curve([0, 2.5], [0.5, 0.5]),
 }
-EXPERIMENT = Experiment(
+EXPERIMENT = StudyResult(
     name="paper_test",
     title="Is <b> a title?",
     model="/models/somewhere/small",
@@ -47,7 +47,7 @@ EXPERIMENT = Experiment(
 
 
 def changed(**fields):
-    return Experiment(**{**vars(EXPERIMENT), **fields})
+    return StudyResult(**{**vars(EXPERIMENT), **fields})
 
 
 def test_every_file_holds_the_same_numbers(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from depass_lightning import DePass, Tokens, tasks
 from depass_lightning.errors import DePassError
-from depass_lightning.linear_probes import Fit, Probe, hidden_states, spread
+from depass_lightning.linear_probes import Fit, LinearProbe, hidden_states, spread
 from depass_lightning.studies import read_experiment
 from depass_lightning.studies.truthfulness.answers import DEPASS, METHODS, NONE, PROBE, RANDOM, Answers
 from depass_lightning.studies.truthfulness.questions import Question, Reply, ask
@@ -89,7 +89,7 @@ def test_asking_leaves_the_model_as_it_was_and_refuses_what_has_no_answer(random
 
 def made_probe(tiny, direction, layer=2):
     weight = direction.double()[None]
-    return Probe(weight / weight.norm(), torch.zeros(1).double(), ("false", "true"), layer, FIT)
+    return LinearProbe(weight / weight.norm(), torch.zeros(1).double(), ("false", "true"), layer, FIT)
 
 
 def test_a_prompts_misleading_tokens_are_found(tiny):
@@ -186,7 +186,7 @@ def test_it_runs_on_the_embedded_model_and_says_what_it_does_not_show(tiny, tmp_
     assert found.prompts == 12
     assert any("no better than chance" in note for note in found.notes)
     assert any("misleads the model nowhere" in note for note in found.notes)
-    probe = Probe.load(tmp_path / "one" / "probe.safetensors")
+    probe = LinearProbe.load(tmp_path / "one" / "probe.safetensors")
     assert probe.layer == found.settings["probe_layer"]
     by_layer = found.settings["validation_by_layer"]
     assert by_layer[probe.layer] == max(by_layer.values())

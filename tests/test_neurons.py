@@ -16,7 +16,7 @@ from torch import Tensor
 
 from depass_lightning import Attribution, Contrast, DePass, DePassError, Direction, Neurons, ProbeLogit, Token
 from depass_lightning.engine import memory
-from depass_lightning.engine.component_groups import BehindAttention, RankOne
+from depass_lightning.engine.component_groups import NeuronGroup, NeuronGroupAfterAttention
 from depass_lightning.engine.memory import Budget, Storage
 from depass_lightning.engine.variants import top_neurons
 from depass_lightning.errors import DePassWarning
@@ -148,8 +148,8 @@ def test_several_targets_at_once_are_each_by_itself() -> None:
 
 def test_a_broken_read_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """One position too early."""
-    right = RankOne.read
-    monkeypatch.setattr(RankOne, "read", lambda self, at, direction: right(self, at - 1, direction))
+    right = NeuronGroup.read
+    monkeypatch.setattr(NeuronGroup, "read", lambda self, at, direction: right(self, at - 1, direction))
     expected = twin.scores(trace("llama"), naive("llama", 3, "softmax")[LAYERS], 6, 5, 7)
     with pytest.warns(DePassWarning):
         assert distance(explained("llama", Neurons(-1)).scores, expected) > 0.1
@@ -157,13 +157,13 @@ def test_a_broken_read_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_broken_mixing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads in the wrong order keep all shapes."""
-    right = BehindAttention.states
+    right = NeuronGroupAfterAttention.states
 
-    def swapped(self: BehindAttention, components: slice, positions: Tensor) -> Tensor:
+    def swapped(self: NeuronGroupAfterAttention, components: slice, positions: Tensor) -> Tensor:
         attention = replace(self.attention, probabilities=self.attention.probabilities.flip(1))
         return right(replace(self, attention=attention), components, positions)
 
-    monkeypatch.setattr(BehindAttention, "states", swapped)
+    monkeypatch.setattr(NeuronGroupAfterAttention, "states", swapped)
     expected = twin.scores(trace("llama"), naive("llama", 2, "softmax")[LAYERS], 6, 5, 7)
     with pytest.warns(DePassWarning):
         assert distance(explained("llama", Neurons(-2)).scores, expected) > 0.01
@@ -231,7 +231,7 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_the_files_pages_are_given_back() -> None:
     storage = Storage.of(1000, torch.zeros(8), Budget(1, 1, 1))
     storage.rows.copy_(torch.arange(8000.0).view(1000, 8))
-    storage.settle()
+    storage.release_pages()
     assert torch.equal(storage.rows, torch.arange(8000.0).view(1000, 8))
 
 

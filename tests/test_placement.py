@@ -89,7 +89,7 @@ def test_one_layer_at_a_time_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
     disk_offload(model, str(tmp_path), CPU)
     read, everything, fetched = affine._read, on_meta(model), []
 
-    def watched(module: nn.Module, dtype: torch.dtype) -> affine.Linear | None:
+    def watched(module: nn.Module, dtype: torch.dtype) -> affine.AffineMap | None:
         fetched.append(len(everything - on_meta(model)))
         return read(module, dtype)
 
@@ -164,7 +164,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor of what is frozen, beside the model's own arguments."""
     if isinstance(value, AttentionCall):
         return tensors_of(value.post_norm)
-    if isinstance(value, affine.Part):
+    if isinstance(value, affine.Projection):
         read = value.linear(torch.float32)
         return [own for own in (read.weight, read.bias) if own is not None]
     if isinstance(value, Tensor):

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from depass_lightning import DePass, Tokens
 from depass_lightning.errors import DePassError
-from depass_lightning.linear_probes import Probe, fit_probes, hidden_states, train_probe, train_probes
+from depass_lightning.linear_probes import LinearProbe, fit_probes, hidden_states, train_probe, train_probes
 from depass_lightning.tasks import load_texts
 from depass_lightning.tasks.texts import Texts
 from tests.models import build, padded, prompt, real_states
@@ -168,15 +168,15 @@ def test_validation_is_on_texts_that_were_not_fitted():
 def test_a_probe_comes_back_from_its_file(tmp_path, languages):
     probe = languages.best
     path = probe.save(tmp_path / "deep" / "probe.safetensors")
-    found = Probe.load(path)
+    found = LinearProbe.load(path)
     assert torch.equal(found.weight, probe.weight)
     assert torch.equal(found.bias, probe.bias)
     assert (found.labels, found.layer, found.fit) == (probe.labels, probe.layer, probe.fit)
     with pytest.raises(DePassError, match="no file"):
-        Probe.load(tmp_path / "none.safetensors")
+        LinearProbe.load(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(DePassError, match="cannot be read"):
-        Probe.load(tmp_path / "bad.safetensors")
+        LinearProbe.load(tmp_path / "bad.safetensors")
 
 
 def test_mistakes_are_named(tiny, languages):

@@ -128,7 +128,7 @@ def test_weights_are_dequantised_a_block_at_a_time(way: str, monkeypatch: pytest
     most = 0
     read = affine._read
 
-    def counted(module: nn.Module, dtype: torch.dtype) -> affine.Linear | None:
+    def counted(module: nn.Module, dtype: torch.dtype) -> affine.AffineMap | None:
         nonlocal most
         found = read(module, dtype)
         if found is not None and affine.is_quantised(module):

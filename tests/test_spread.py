@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from depass_lightning import Contrast, DePass, DePassError, Heads, Spans, Tokens
-from depass_lightning.engine.parallel import Spread
+from depass_lightning.engine.parallel import ComponentParallel
 from tests.models import prompt
 from tests.zoo import build as build_family
 
@@ -93,9 +93,9 @@ def test_each_process_has_its_share_of_the_rows(monkeypatch):
     births, lengths = torch.arange(1000)[None], torch.tensor([1000])
     rows = []
     for rank in range(4):
-        monkeypatch.setattr(Spread, "rank", rank)
-        monkeypatch.setattr(Spread, "world", 4)
-        own = Spread(None).keep_own(births, lengths, 1000)  # type: ignore[arg-type]
+        monkeypatch.setattr(ComponentParallel, "rank", rank)
+        monkeypatch.setattr(ComponentParallel, "world", 4)
+        own = ComponentParallel(None).keep_own(births, lengths, 1000)  # type: ignore[arg-type]
         rows.append(int((1000 - own).sum()))
     assert sum(rows) == 1000 * 1001 / 2
     assert max(rows) < 1.01 * min(rows)

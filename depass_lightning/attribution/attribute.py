@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.forward import described, record_batch
-from depass_lightning.attribution.scoring import Reading, Scored, score_batch, score_targets
+from depass_lightning.attribution.scoring import Readout, Scored, score_batch, score_targets
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.record import Recording
@@ -212,7 +212,7 @@ def _read(
     prompts: list[Prompt],
     targets: list[Target],
     at: list[int],
-) -> tuple[Reading, list[_Answer]]:
+) -> tuple[Readout, list[_Answer]]:
     """How a batch's targets are read, and what the model itself has there."""
     vectors, constants, answers = [], [], []
     layer = reading_layer(targets[0], recording.layers)
@@ -242,7 +242,7 @@ def _read(
     values = torch.tensor(
         [answer.value for answer in answers], device=positions.device, dtype=recording.dtype
     )
-    return Reading(layer, positions, torch.stack(vectors), torch.stack(constants), values, normed), answers
+    return Readout(layer, positions, torch.stack(vectors), torch.stack(constants), values, normed), answers
 
 
 @dataclass(frozen=True)
@@ -262,12 +262,12 @@ class _Naming:
             answer: what the model itself says of the target.
             scored: the scores.
         """
-        extras, scores = len(self.settings.extras), scored.values
+        constant_names, scores = len(self.settings.constant_names), scored.values
         names, positions = described(source, prompt, self.decoder, self.settings)
-        members = len(names) // len(scores) - extras
+        members = len(names) // len(scores) - constant_names
         # What begins behind the target's position was cut off and stays at zero: it cannot have contributed.
         # What longer prompts of the batch have more is padding.
-        whole = scores.shape[1] - extras
+        whole = scores.shape[1] - constant_names
         own = scores[:, : min(whole, members)]
         full = scores.new_zeros(len(scores), members)
         full[:, : own.shape[1]] = own

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from depass_lightning.attribution.settings import Settings
-from depass_lightning.engine.adjoint import at_readout, pull_back
-from depass_lightning.engine.component_groups import Table
+from depass_lightning.engine.adjoint import at_readout, backward
+from depass_lightning.engine.component_groups import DenseGroup
 from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.mlp import share_neurons
+from depass_lightning.engine.mlp import propagate_mlp
 from depass_lightning.engine.record import Recording, record, recorded_bytes
 from depass_lightning.engine.rules import LinearPaths
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.state import DecomposedState
 from depass_lightning.models.affine import features
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
@@ -73,7 +73,7 @@ def estimate(decoder: Decoder, batches: Sequence[Sequence[Prompt]], settings: Se
         settings: how the pass is made.
     """
     longest = max((prompt for batch in batches for prompt in batch), key=lambda prompt: len(prompt.ids))
-    sources = [own for source in settings.sources for own in source.apart(len(decoder.blocks))]
+    sources = [own for source in settings.sources for own in source.per_layer(len(decoder.blocks))]
     rows = [
         [carried_rows(source, prompt, decoder, settings) for prompt in batch for source in sources]
         for batch in batches
@@ -145,7 +145,7 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
 
         def back() -> None:
             derivative = at_readout(recording, lengths - 1, vector, zeros, normed=True)
-            for _ in pull_back(recording, rule, derivative, layer=recording.layers, first=0):
+            for _ in backward(recording, rule, derivative, layer=recording.layers, first=0):
                 pass
 
         with alone(decoder.model):
@@ -159,9 +159,11 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
     real = torch.ones_like(positions, dtype=torch.bool)
 
     def through() -> None:
-        carry = Carry.begin(Table(components), real, positions, bias=None, budget=settings.budget)
-        carry.attend(block.attention)
-        share_neurons(carry, block.mlp, settings.rule)
+        carry = DecomposedState.begin(
+            DenseGroup(components), real, positions, bias=None, budget=settings.budget
+        )
+        carry.propagate_attention(block.attention)
+        propagate_mlp(carry, block.mlp, settings.rule)
 
     with alone(decoder.model):
         return _Rates(plain, _fastest(through, decoder) / (count * len(ids)), 0.0, len(ids))
@@ -201,7 +203,7 @@ def _with_bytes(
         recordings.append(_recorded(decoder, len(batch), length, settings.budget))
         most = max(most, len(batch) * length)
         for source in () if settings.adjoint else settings.sources:
-            for own in source.apart(len(decoder.blocks)):
+            for own in source.per_layer(len(decoder.blocks)):
                 each = [carried_rows(own, prompt, decoder, settings) for prompt in batch]
                 components.append(sum(max(rows, default=0) for rows in each) * hidden * size)
     block = decoder.blocks[0]

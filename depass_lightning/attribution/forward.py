@@ -15,12 +15,12 @@ from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.propagate import propagate
 from depass_lightning.engine.record import Recording, record, recorded_bytes
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.state import DecomposedState
 from depass_lightning.engine.variants.rounding import rounding_states
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, pad
-from depass_lightning.sources import Neurons, Pass, Source
+from depass_lightning.sources import Neurons, Source, SplitContext
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _record_whole(decoder: Decoder, prompts: list[Prompt], settings: Settings) -
 
 
 def _decompositions(
-    carry: Carry, recording: Recording, prompts: list[Prompt], settings: Settings, layer: int
+    carry: DecomposedState, recording: Recording, prompts: list[Prompt], settings: Settings, layer: int
 ) -> list[Decomposition]:
     states = carry.dense().unflatten(1, (carry.layout.groups, -1))
     decoder, results = recording.decoder, []
@@ -148,10 +148,10 @@ def carry_to(
     recording: Recording,
     source: Source,
     settings: Settings,
-    begin: Pass,
+    begin: SplitContext,
     stop: int,
     positions: Tensor | None = None,
-) -> Carry:
+) -> DecomposedState:
     """Carry a source's components to a layer.
 
     Args:
@@ -167,7 +167,7 @@ def carry_to(
     """
     carry = None
     split = source.split(recording, begin)
-    for _, reached in propagate(recording, split, settings.way, stop=stop, positions=positions):
+    for _, reached in propagate(recording, split, settings.effective_rule, stop=stop, positions=positions):
         carry = reached
     if carry is None or carry.layout.groups < len(source.layers(recording.layers)):
         raise DePassError(f"some components of {source.kind!r} begin behind layer {stop}; take a later layer")
@@ -189,7 +189,7 @@ def described(
     layers = source.layers(len(decoder.blocks))
     names, positions = [], []
     for layer, group in zip(layers, description.names, strict=True):
-        last = [f"layer {layer} {name}" if len(layers) > 1 else name for name in settings.extras]
+        last = [f"layer {layer} {name}" if len(layers) > 1 else name for name in settings.constant_names]
         names += [*group, *last]
         positions += [*description.positions, *([None] * len(last))]
     return names, positions

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from depass_lightning.attribution.forward import carry_to
 from depass_lightning.attribution.settings import Settings
-from depass_lightning.engine.adjoint import Derivative, at_readout, pull_back
-from depass_lightning.engine.component_groups import RankOne
+from depass_lightning.engine.adjoint import TargetGradient, at_readout, backward
+from depass_lightning.engine.component_groups import NeuronGroup
 from depass_lightning.engine.isolation import exact
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.rules import LinearPaths, Softmax
+from depass_lightning.engine.rules import LinearPaths, SoftmaxRule
 from depass_lightning.engine.variants.rounding import rounding_scores
-from depass_lightning.engine.variants.top_neurons import Bulk
+from depass_lightning.engine.variants.top_neurons import TopNeuronApproximation
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources import Neurons, Pass, Source
+from depass_lightning.sources import Neurons, Source, SplitContext
 
 
 @dataclass(frozen=True)
-class Reading:
+class Readout:
     """How the targets of a batch are read from the states where they stand.
 
     Args:
@@ -47,7 +47,7 @@ class Reading:
     values: Float[Tensor, "batch"]
     normed: bool
 
-    def derivative(self, recording: Recording) -> Derivative:
+    def derivative(self, recording: Recording) -> TargetGradient:
         """The targets' derivatives where they are read.
 
         Args:
@@ -81,7 +81,7 @@ class Scores:
 
 
 def score_batch(
-    recording: Recording, prompts: list[Prompt], settings: Settings, reading: Reading
+    recording: Recording, prompts: list[Prompt], settings: Settings, reading: Readout
 ) -> list[Scores]:
     """Score every source's components for a batch's targets.
 
@@ -105,7 +105,7 @@ def score_batch(
 
 
 def score_targets(
-    recording: Recording, prompt: Prompt, settings: Settings, readings: list[Reading]
+    recording: Recording, prompt: Prompt, settings: Settings, readings: list[Readout]
 ) -> list[Scores]:
     """Score every source's components for each target.
 
@@ -122,16 +122,16 @@ def score_targets(
     found = []
     for source in settings.sources:
         parts = []
-        for own in source.apart(recording.layers):
-            apart = [_uncarried(recording, own, settings, begin, reading) for reading in readings]
-            scores = [each for each in apart if each is not None]
+        for own in source.per_layer(recording.layers):
+            per_layer = [_uncarried(recording, own, settings, begin, reading) for reading in readings]
+            scores = [each for each in per_layer if each is not None]
             parts.append(_of_targets(scores or [_carried_to_all(recording, own, settings, begin, readings)]))
         found.append(_joined(parts))
     return _finished(recording, found, settings, readings)
 
 
 def _finished(
-    recording: Recording, scores: list[Scores], settings: Settings, readings: Sequence[Reading]
+    recording: Recording, scores: list[Scores], settings: Settings, readings: Sequence[Readout]
 ) -> list[Scores]:
     """Put the bias component, which is carried first, behind the others of its group, and rounding last.
 
@@ -160,7 +160,7 @@ def _finished(
 
 
 def _rounding(
-    recording: Recording, settings: Settings, reading: Reading, first: int
+    recording: Recording, settings: Settings, reading: Readout, first: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """What rounding from each block on adds to the targets, that of the logits themselves included."""
     derivative = reading.derivative(recording)
@@ -173,11 +173,11 @@ def _rounding(
 
 
 def _carried(
-    recording: Recording, source: Source, settings: Settings, begin: Pass, reading: Reading
+    recording: Recording, source: Source, settings: Settings, begin: SplitContext, reading: Readout
 ) -> Scores:
     """Scores by carrying components to the target."""
     parts = []
-    for own in source.apart(recording.layers):
+    for own in source.per_layer(recording.layers):
         scores = _uncarried(recording, own, settings, begin, reading)
         if scores is None:
             carry = carry_to(recording, own, settings, begin, reading.layer, reading.positions[:, None])
@@ -194,7 +194,7 @@ def _carried(
 
 
 def _carried_to_all(
-    recording: Recording, source: Source, settings: Settings, begin: Pass, readings: list[Reading]
+    recording: Recording, source: Source, settings: Settings, begin: SplitContext, readings: list[Readout]
 ) -> Scores:
     """Scores by carrying components to all targets, which are then read place by place to bound memory."""
     places, of_target = torch.cat([reading.positions for reading in readings]).unique(return_inverse=True)
@@ -221,7 +221,7 @@ def _carried_to_all(
 
 
 def _uncarried(
-    recording: Recording, source: Source, settings: Settings, begin: Pass, reading: Reading
+    recording: Recording, source: Source, settings: Settings, begin: SplitContext, reading: Readout
 ) -> Scores | None:
     """Scores, the bias component first, of neurons that need not all be carried to the target.
 
@@ -236,16 +236,16 @@ def _uncarried(
         return None
     split = source.split(recording, begin)
     group = None if near < 1 else split.inside(recording.block(layer), "after")
-    if not isinstance(group, RankOne):
+    if not isinstance(group, NeuronGroup):
         raise DePassError(f"neurons of block {layer} begin behind layer {reading.layer}; take a later layer")
     derivative = reading.derivative(recording)
     if near == 1:
         batch = torch.arange(len(reading.positions), device=reading.positions.device)
         values, notes = group.read(reading.positions, derivative.states[batch, reading.positions]), None
     else:
-        assert isinstance(settings.rule, Softmax)
+        assert isinstance(settings.rule, SoftmaxRule)
         assert source.top is not None
-        bulk = Bulk(
+        bulk = TopNeuronApproximation(
             recording, split, group, settings.rule, derivative, reading.positions, layer + 1, reading.layer
         )
         values, estimates = bulk.estimate(source.top)
@@ -275,14 +275,14 @@ def _joined(parts: list[Scores]) -> Scores:
 
 
 def _pulled_back(
-    recording: Recording, settings: Settings, rule: LinearPaths, begin: Pass, reading: Reading
+    recording: Recording, settings: Settings, rule: LinearPaths, begin: SplitContext, reading: Readout
 ) -> list[Tensor]:
     """Scores of all sources from one backward pass."""
     derivative = reading.derivative(recording)
     wanted = [source.layers(recording.layers) for source in settings.sources]
     scores: list[dict[int, Tensor]] = [{} for _ in settings.sources]
     first = min(layers[0] for layers in wanted)
-    for at in pull_back(recording, rule, derivative, layer=reading.layer, first=first):
+    for at in backward(recording, rule, derivative, layer=reading.layer, first=first):
         for source, layers, own in zip(settings.sources, wanted, scores, strict=True):
             if at.block.index in layers:
                 found = source.inside_scores(at, begin)

@@ -7,13 +7,13 @@ from torch.distributed import ProcessGroup
 
 from depass_lightning.attribution.options import as_sources, check_choices
 from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.parallel import Spread, SpreadRule
+from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
 from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule, goes_back, rule_named
-from depass_lightning.engine.variants.paper_code import release_rule
+from depass_lightning.engine.variants.paper_code import paper_code_rule
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources import Neurons, Pass, Source
+from depass_lightning.sources import Neurons, Source, SplitContext
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Settings:
     adjoint: bool
     path: str
     budget: Budget
-    spread: Spread | None = None
+    spread: ComponentParallel | None = None
 
     def __post_init__(self) -> None:
         softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
@@ -59,7 +59,7 @@ class Settings:
             )
 
     @property
-    def extras(self) -> list[str]:
+    def constant_names(self) -> list[str]:
         """The components that stand behind a source's own in each group."""
         return ["bias"] * self.bias + ["rounding"] * self.rounding
 
@@ -68,9 +68,9 @@ class Settings:
         """Whether scores sum to the value, where no constant is left out."""
         return self.path == "content" and self.compat is None and self.rule_name != "dual"
 
-    def begin(self, prompts: list[Prompt]) -> Pass:
+    def begin(self, prompts: list[Prompt]) -> SplitContext:
         """What sources must know of a batch's pass."""
-        return Pass(
+        return SplitContext(
             prompts,
             bias=self.bias,
             competing=not isinstance(self.rule, LinearPaths),
@@ -80,11 +80,11 @@ class Settings:
         )
 
     @property
-    def way(self) -> Rule | SpreadRule:
+    def effective_rule(self) -> Rule | ParallelRule:
         """How components are carried: by the rule, in one process or in several."""
         if self.spread is None or not isinstance(self.rule, CompetingRule):
             return self.rule
-        return SpreadRule(self.rule, self.spread)
+        return ParallelRule(self.rule, self.spread)
 
 
 def settings_of(
@@ -123,10 +123,10 @@ def settings_of(
         own.layers(len(decoder.blocks))
     if compat == "release":
         bias = "drop"
-        chosen = release_rule(chosen, remainder=sources[0].positional)
+        chosen = paper_code_rule(chosen, remainder=sources[0].positional)
     if not decoder.has_biases:
         bias = "none"
-    spread = None if adjoint or process_group is None else Spread(process_group)
+    spread = None if adjoint or process_group is None else ComponentParallel(process_group)
     if spread is not None:
         check_spread(decoder, sources, compat)
     return Settings(

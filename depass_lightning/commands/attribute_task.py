@@ -16,7 +16,12 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from depass_lightning import __version__, tasks
-from depass_lightning.callbacks import AttributionProgress, AttributionWriter, ProcessWatch, SpreadComponents
+from depass_lightning.callbacks import (
+    AttributionProgress,
+    AttributionWriter,
+    ComponentParallelCallback,
+    ProcessWatch,
+)
 from depass_lightning.commands.console import first_process, instantiate_each, loggers_of, predict, tell
 from depass_lightning.commands.outputs import Results, write_results
 from depass_lightning.depass import DePass
@@ -160,7 +165,7 @@ def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logg
             writer,
             AttributionProgress(log_every=config.log_every),
             ProcessWatch(),
-            *([SpreadComponents()] if writer.together else []),
+            *([ComponentParallelCallback()] if writer.together else []),
             *instantiate_each(config.get("callbacks")),
         ],
         logger=loggers or False,

@@ -23,11 +23,11 @@ from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenM
 from depass_lightning.engine.isolation import exact
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import LinearPaths
-from depass_lightning.models.decoder import Decoder, Linear
+from depass_lightning.models.decoder import AffineMap, Decoder
 
 
 @dataclass(frozen=True)
-class Derivative:
+class TargetGradient:
     """A target's derivative by the residual stream at one place.
 
     Args:
@@ -38,9 +38,9 @@ class Derivative:
     states: Float[Tensor, "batch position hidden"]
     constants: Float[Tensor, "batch"]
 
-    def plus(self, other: "Derivative") -> "Derivative":
+    def plus(self, other: "TargetGradient") -> "TargetGradient":
         """The sum of two, as along two ways to the target."""
-        return Derivative(self.states + other.states, self.constants + other.constants)
+        return TargetGradient(self.states + other.states, self.constants + other.constants)
 
     def of(self, components: Float[Tensor, "batch component position hidden"]) -> Tensor:
         """The scores `[batch, component]` of components that begin here."""
@@ -48,7 +48,7 @@ class Derivative:
 
 
 @dataclass(frozen=True)
-class BlockDerivatives:
+class BlockGradients:
     """A target's derivatives at one block.
 
     Args:
@@ -62,9 +62,9 @@ class BlockDerivatives:
     """
 
     block: FrozenBlock
-    entry: Derivative
-    middle: Derivative
-    after: Derivative
+    entry: TargetGradient
+    middle: TargetGradient
+    after: TargetGradient
     beside: Float[Tensor, "batch position hidden"] | None
     heads: Float[Tensor, "batch position head size"]
     neurons: Float[Tensor, "batch position neuron"]
@@ -77,7 +77,7 @@ def at_readout(
     constants: Float[Tensor, "batch"],
     *,
     normed: bool,
-) -> Derivative:
+) -> TargetGradient:
     """The derivative where a target is read, one position a prompt.
 
     Args:
@@ -95,12 +95,12 @@ def at_readout(
             constants = constants + vectors @ norm.probe.bias
         vectors = norm.transposed(vectors, norm.scale[batch, positions])
     states[batch, positions] = vectors
-    return Derivative(states, constants)
+    return TargetGradient(states, constants)
 
 
-def pull_back(
-    recording: Recording, rule: LinearPaths, derivative: Derivative, *, layer: int, first: int
-) -> Iterator[BlockDerivatives]:
+def backward(
+    recording: Recording, rule: LinearPaths, derivative: TargetGradient, *, layer: int, first: int
+) -> Iterator[BlockGradients]:
     """Carry a target's derivative back, block by block.
 
     Args:
@@ -121,16 +121,16 @@ def pull_back(
             middle = derivative.plus(read)
             beside = None
             if block.parallel:  # the MLP reads what enters the block
-                beside, middle = read.states, Derivative(derivative.states, middle.constants)
+                beside, middle = read.states, TargetGradient(derivative.states, middle.constants)
             heads = (middle.states @ block.attention.output.weight).unflatten(2, (block.attention.heads, -1))
             entry = middle.plus(_through_attention(recording.decoder, block.attention, rule, middle, heads))
             if beside is not None:
-                entry = Derivative(entry.states + beside, entry.constants)
-        yield BlockDerivatives(block, entry, middle, derivative, beside, heads, neurons)
+                entry = TargetGradient(entry.states + beside, entry.constants)
+        yield BlockGradients(block, entry, middle, derivative, beside, heads, neurons)
         derivative = entry
 
 
-def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: Derivative, neurons: Tensor) -> Derivative:
+def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: TargetGradient, neurons: Tensor) -> TargetGradient:
     """From behind the MLP to what it reads."""
     gates = neurons * rule.slopes(mlp.pre_activations, mlp.neurons)
     normed, constants = _through(mlp.gate, mlp.norm, gates if rule.gate == 1 else rule.gate * gates)
@@ -140,12 +140,12 @@ def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: Derivative, neurons: 
         ups = rule.up * neurons * rule.slopes(values, mlp.neurons)
         beside, added = _through(mlp.up, mlp.norm, ups)
         normed, constants = normed + beside, constants + added
-    return Derivative(_before_norm(mlp.norm, normed), constants + _of_constants(after, mlp.added))
+    return TargetGradient(_before_norm(mlp.norm, normed), constants + _of_constants(after, mlp.added))
 
 
 def _through_attention(
-    decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: Derivative, heads: Tensor
-) -> Derivative:
+    decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: TargetGradient, heads: Tensor
+) -> TargetGradient:
     """From behind attention to what it reads."""
     values = attention.probabilities.transpose(2, 3) @ heads.transpose(1, 2)
     values = values.unflatten(1, (attention.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
@@ -158,16 +158,16 @@ def _through_attention(
         if attention.norm.probe.bias is not None:
             constants = constants + beside.sum(1) @ attention.norm.probe.bias
     constants = constants + _of_constants(middle, attention.added)
-    return Derivative(_before_norm(attention.norm, normed), constants)
+    return TargetGradient(_before_norm(attention.norm, normed), constants)
 
 
-def _of_constants(derivative: Derivative, added: Tensor | None) -> Tensor | float:
+def _of_constants(derivative: TargetGradient, added: Tensor | None) -> Tensor | float:
     """What a sublayer's constants add to the target."""
     return 0.0 if added is None else (derivative.states * added).sum((1, 2))
 
 
 def _through(
-    linear: Linear, norm: FrozenNorm, derivative: Float[Tensor, "batch position out"]
+    linear: AffineMap, norm: FrozenNorm, derivative: Float[Tensor, "batch position out"]
 ) -> tuple[Float[Tensor, "batch position hidden"], Float[Tensor, "batch"]]:
     """From behind a linear map to the normed state, and what the map's and the norm's biases add."""
     added = norm.constant_through(linear)

@@ -21,7 +21,7 @@ States = Float[Tensor, "batch component position hidden"]
 Positions = Int[Tensor, "batch position"]
 
 
-class Group(ABC):
+class ComponentGroup(ABC):
     """Components that compete among themselves, where they begin."""
 
     @property
@@ -39,12 +39,12 @@ class Group(ABC):
         """Some components' states at some of the prompts' positions."""
 
     @abstractmethod
-    def after(self, first: Float[Tensor, "batch position hidden"]) -> "Group":
+    def after(self, first: Float[Tensor, "batch position hidden"]) -> "ComponentGroup":
         """The same group with one more component in front, whose state is given at all positions."""
 
 
 @dataclass(frozen=True)
-class Table(Group):
+class DenseGroup(ComponentGroup):
     """A group whose states are all there.
 
     Args:
@@ -64,12 +64,12 @@ class Table(Group):
     def states(self, components: slice, positions: Positions) -> States:
         return _at(self.table[:, components], positions)
 
-    def after(self, first: Tensor) -> "Table":
-        return Table(torch.cat([first[:, None], self.table], 1))
+    def after(self, first: Tensor) -> "DenseGroup":
+        return DenseGroup(torch.cat([first[:, None], self.table], 1))
 
 
 @dataclass(frozen=True)
-class RankOne(Group):
+class NeuronGroup(ComponentGroup):
     """The rest of a state, and neurons that each write one direction.
 
     Args:
@@ -96,13 +96,13 @@ class RankOne(Group):
         written = values.transpose(1, 2)[..., None] * self.columns[:, neurons, None]
         return torch.cat([_at(self.base[:, first], positions), written], 1)
 
-    def after(self, first: Tensor) -> "RankOne":
+    def after(self, first: Tensor) -> "NeuronGroup":
         return replace(self, base=torch.cat([first[:, None], self.base], 1))
 
-    def some(self, neurons: Int[Tensor, "batch chosen"]) -> "RankOne":
+    def some(self, neurons: Int[Tensor, "batch chosen"]) -> "NeuronGroup":
         """Keep some of each prompt's neurons, and leave the others out."""
         columns = self.columns.expand(len(neurons), -1, -1)
-        return RankOne(
+        return NeuronGroup(
             self.base,
             self.values.gather(2, neurons[:, None].expand(-1, self.values.shape[1], -1)),
             columns.gather(1, neurons[:, :, None].expand(-1, -1, columns.shape[2])),
@@ -132,7 +132,7 @@ class RankOne(Group):
 
 
 @dataclass(frozen=True)
-class BehindAttention(Group):
+class NeuronGroupAfterAttention(ComponentGroup):
     """A group of neurons behind the next block's attention, at a few positions.
 
     Args:
@@ -142,7 +142,7 @@ class BehindAttention(Group):
         targets: the positions.
     """
 
-    group: RankOne
+    group: NeuronGroup
     attention: FrozenAttention
     base: States
     targets: Positions
@@ -173,7 +173,7 @@ class BehindAttention(Group):
         own = _rows(values, positions)[..., None] * columns[:, None]
         return torch.cat([self.base[:, first], (own + added).transpose(1, 2)], 1)
 
-    def after(self, first: Tensor) -> Group:
+    def after(self, first: Tensor) -> ComponentGroup:
         raise NotImplementedError("the components in front are in the base already")
 
 

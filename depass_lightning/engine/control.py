@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, FrozenNorm, NormProbe
+from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, FrozenNorm, NormParameters
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Part, bias_of, features, has_bias
+from depass_lightning.models.affine import Projection, bias_of, features, has_bias
 from depass_lightning.models.decoder import Decoder
 
 
@@ -108,7 +108,7 @@ def _hooks(
     return hooks
 
 
-def _beside_values(value: Part) -> Tensor | None:
+def _beside_values(value: Projection) -> Tensor | None:
     """Which outputs of the value map's module are no values; None where all are."""
     if value.rows is None:
         return None
@@ -120,7 +120,7 @@ def _beside_values(value: Part) -> Tensor | None:
 def _frozen(norm: nn.Module, weight: Tensor, dtype: torch.dtype, name: str) -> Hook:
     """Replace a norm's output by the same from its scale held fixed."""
     with torch.no_grad():
-        probe = NormProbe.of(norm, len(weight), weight.dtype, dtype)
+        probe = NormParameters.of(norm, len(weight), weight.dtype, dtype)
 
     def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         states = arguments[0]

@@ -16,10 +16,10 @@ from depass_lightning.engine.frozen import (
     FrozenBlock,
     FrozenMLP,
     FrozenNorm,
-    NormProbe,
+    NormParameters,
 )
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Linear
+from depass_lightning.models.affine import AffineMap
 from depass_lightning.models.block import Block, DenseParts, ExpertsParts
 
 
@@ -140,17 +140,17 @@ def _left_out(name: str) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class BlockProbes:
+class BlockNorms:
     """What one block's norms do besides scaling; None where a norm is not there."""
 
-    attention: NormProbe | None
-    latent: NormProbe | None
-    behind_attention: NormProbe | None
-    mlp: NormProbe | None
-    behind_mlp: NormProbe | None
+    attention: NormParameters | None
+    latent: NormParameters | None
+    behind_attention: NormParameters | None
+    mlp: NormParameters | None
+    behind_mlp: NormParameters | None
 
     @classmethod
-    def of(cls, block: Block, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "BlockProbes":
+    def of(cls, block: Block, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "BlockNorms":
         """Probe all norms of a block.
 
         Args:
@@ -160,8 +160,8 @@ class BlockProbes:
             dtype: the precision of the result.
         """
 
-        def probe(norm: nn.Module | None, size: int = hidden) -> NormProbe | None:
-            return None if norm is None else NormProbe.of(norm, size, expects, dtype)
+        def probe(norm: nn.Module | None, size: int = hidden) -> NormParameters | None:
+            return None if norm is None else NormParameters.of(norm, size, expects, dtype)
 
         attention, mlp = block.attention, block.mlp
         return cls(
@@ -174,7 +174,7 @@ class BlockProbes:
 
 
 def freeze(
-    block: Block, capture: Capture, state: Float[Tensor, "batch position hidden"], probes: BlockProbes
+    block: Block, capture: Capture, state: Float[Tensor, "batch position hidden"], probes: BlockNorms
 ) -> FrozenBlock:
     """Freeze one block.
 
@@ -188,8 +188,8 @@ def freeze(
         DePassError: the block's attention gives no probabilities, or a norm is of an unknown kind.
     """
     freezer = _Freezer(block, capture, state, probes)
-    leaving = capture.left.to(state.dtype)
-    return FrozenBlock(block.index, state, leaving, freezer.attention(), freezer.mlp(), block.parallel)
+    resid_post = capture.left.to(state.dtype)
+    return FrozenBlock(block.index, state, resid_post, freezer.attention(), freezer.mlp(), block.parallel)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class _Freezer:
     block: Block
     capture: Capture
     state: Tensor
-    probes: BlockProbes
+    probes: BlockNorms
 
     def attention(self) -> FrozenAttention:
         """Its attention."""
@@ -215,7 +215,7 @@ class _Freezer:
             inner = parts.latent[0].linear(dtype)
             scaled = self._norm("latent", self.probes.latent)
             weight = (value.weight * scaled.probe.weight) @ inner.weight
-            value, norm = Linear(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
+            value, norm = AffineMap(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
         post = self._post("behind attention", self.probes.behind_attention)
         output, added = self._projected(parts.output.linear(dtype), post)
         probabilities = capture.probabilities.to(dtype)
@@ -266,19 +266,19 @@ class _Freezer:
             experts=routed,
         )
 
-    def _norm(self, name: str, probe: NormProbe | None) -> FrozenNorm:
+    def _norm(self, name: str, probe: NormParameters | None) -> FrozenNorm:
         """What a sublayer reads the residual stream through."""
         if probe is None:
             return FrozenNorm.nothing(self.state)
         states, normed = (seen.view(*self.state.shape[:2], -1) for seen in self.capture.norms[name])
         return FrozenNorm.fit(probe, states, normed, f"block {self.block.index}: the norm of '{name}'")
 
-    def _post(self, name: str, probe: NormProbe | None) -> FrozenNorm | None:
+    def _post(self, name: str, probe: NormParameters | None) -> FrozenNorm | None:
         return None if probe is None else self._norm(name, probe)
 
     def _projected(
-        self, linear: Linear, post: FrozenNorm | None, added: Tensor | None = None
-    ) -> tuple[Linear, Tensor | None]:
+        self, linear: AffineMap, post: FrozenNorm | None, added: Tensor | None = None
+    ) -> tuple[AffineMap, Tensor | None]:
         """A sublayer's last map with the norm behind it and the block's scale, and what it adds besides."""
         weight, scale = linear.weight, self.block.scale
         if linear.bias is not None:
@@ -291,7 +291,7 @@ class _Freezer:
                 added = post.probe.bias.expand(self.state.shape) + (0 if added is None else added)
         if scale != 1:
             weight, added = weight * scale, None if added is None else added * scale
-        return Linear(weight, None), added
+        return AffineMap(weight, None), added
 
     def _recorded(self, parts: DenseParts, name: str) -> tuple[Tensor, Tensor]:
         """A dense MLP's pre-activations and neurons."""
@@ -300,8 +300,8 @@ class _Freezer:
         return gates.to(self.state.dtype), seen[f"{name}down"].reshape(*shape, -1).to(self.state.dtype)
 
     def _with_shared(
-        self, parts: ExpertsParts, gates: Tensor, neurons: Tensor, gate: Linear, down: Linear
-    ) -> tuple[Tensor, Tensor, Linear, Linear]:
+        self, parts: ExpertsParts, gates: Tensor, neurons: Tensor, gate: AffineMap, down: AffineMap
+    ) -> tuple[Tensor, Tensor, AffineMap, AffineMap]:
         """Put the shared expert's neurons behind those of the experts."""
         assert parts.shared is not None
         dtype = self.state.dtype
@@ -316,12 +316,12 @@ class _Freezer:
         return (
             torch.cat([gates, own_gates], 2),
             torch.cat([neurons, own_neurons], 2),
-            Linear(torch.cat([gate.weight, own_gate.weight]), bias),
-            Linear(torch.cat([down.weight, own_down.weight], 1), own_down.bias),
+            AffineMap(torch.cat([gate.weight, own_gate.weight]), bias),
+            AffineMap(torch.cat([down.weight, own_down.weight], 1), own_down.bias),
         )
 
 
-def _bias(linear: Linear) -> Tensor:
+def _bias(linear: AffineMap) -> Tensor:
     return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
 
 
@@ -349,7 +349,7 @@ class _Experts:
         routed = torch.zeros(count, self.parts.count, device=states.device, dtype=self.dtype)
         return routed.scatter_add_(1, indices.view(count, -1), weights.view(count, -1).to(self.dtype))
 
-    def frozen(self) -> tuple[Tensor, Tensor, Linear, Linear, Tensor | None]:
+    def frozen(self) -> tuple[Tensor, Tensor, AffineMap, AffineMap, Tensor | None]:
         """Pre-activations, neurons, the gate map, the down map, and what experts' biases add."""
         states, indices, _ = self.capture.seen["experts"]
         states = states.reshape(-1, states.shape[-1]).to(self.dtype)
@@ -367,9 +367,9 @@ class _Experts:
         return (
             gates.view(*self.shape, -1),
             neurons.view(*self.shape, -1),
-            Linear(
+            AffineMap(
                 gate_up[:, gate_rows].flatten(0, 1), None if bias is None else bias[:, gate_rows].flatten()
             ),
-            Linear(down.transpose(0, 1).flatten(1), None),
+            AffineMap(down.transpose(0, 1).flatten(1), None),
             None if down_bias is None else (routed @ down_bias).view(*self.shape, -1),
         )

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Linear, Part, device_of
+from depass_lightning.models.affine import AffineMap, Projection, device_of
 from depass_lightning.models.block import Block
 
 
 @dataclass(frozen=True)
-class NormProbe:
+class NormParameters:
     """What a norm does besides scaling, learnt from the module itself by feeding it known vectors.
 
     So neither the name of its epsilon nor whether its weight is stored as `w` or `1 + w` matters.
@@ -29,7 +29,7 @@ class NormProbe:
     centred: bool
 
     @classmethod
-    def of(cls, norm: nn.Module, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "NormProbe":
+    def of(cls, norm: nn.Module, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "NormParameters":
         """Probe a norm.
 
         Args:
@@ -50,7 +50,7 @@ class NormProbe:
         return cls((at_signs - at_zero) / signs, bias, centred)
 
     @classmethod
-    def nothing(cls, hidden: int, device: torch.device, dtype: torch.dtype) -> "NormProbe":
+    def nothing(cls, hidden: int, device: torch.device, dtype: torch.dtype) -> "NormParameters":
         """What stands for a norm where a sublayer has none.
 
         Args:
@@ -74,11 +74,11 @@ class FrozenNorm:
     The mean is subtracted by layer norms only.
     """
 
-    probe: NormProbe
+    probe: NormParameters
     scale: Float[Tensor, "batch position"]
 
     @classmethod
-    def fit(cls, probe: NormProbe, states: Tensor, normed: Tensor, name: str) -> "FrozenNorm":
+    def fit(cls, probe: NormParameters, states: Tensor, normed: Tensor, name: str) -> "FrozenNorm":
         """Fit the scale that maps a norm's recorded input to its recorded output.
 
         Args:
@@ -111,7 +111,7 @@ class FrozenNorm:
         Args:
             states: what is read, in the precision of the result.
         """
-        probe = NormProbe.nothing(states.shape[-1], states.device, states.dtype)
+        probe = NormParameters.nothing(states.shape[-1], states.device, states.dtype)
         return cls(probe, states.new_ones(states.shape[:2]))
 
     def __call__(
@@ -136,7 +136,7 @@ class FrozenNorm:
             rows = rows - rows.mean(-1, keepdim=True)
         return rows.mul_(scale[:, None])
 
-    def constant_through(self, linear: Linear) -> Tensor | None:
+    def constant_through(self, linear: AffineMap) -> Tensor | None:
         """What a linear map behind this norm adds: its own bias, and the norm's through it."""
         if self.probe.bias is None:
             return linear.bias
@@ -191,8 +191,8 @@ class FrozenAttention:
 
     norm: FrozenNorm
     probabilities: Float[Tensor, "batch head query key"]
-    value: Linear
-    output: Linear
+    value: AffineMap
+    output: AffineMap
     added: Float[Tensor, "batch position hidden"] | None
     call: AttentionCall
 
@@ -279,9 +279,9 @@ class FrozenMLP:
     """
 
     norm: FrozenNorm
-    gate: Linear
-    beside: Part | None
-    down: Linear
+    gate: AffineMap
+    beside: Projection | None
+    down: AffineMap
     added: Float[Tensor, "batch position hidden"] | None
     pre_activations: Float[Tensor, "batch position neuron"]
     neurons: Float[Tensor, "batch position neuron"]
@@ -289,7 +289,7 @@ class FrozenMLP:
     experts: tuple[Expert, ...] | None = None
 
     @cached_property
-    def up(self) -> Linear | None:
+    def up(self) -> AffineMap | None:
         """The map beside the gate, read when it is asked for: most rules do not need it."""
         return None if self.beside is None else self.beside.linear(self.neurons.dtype)
 
@@ -309,7 +309,7 @@ class FrozenBlock:
 
     index: int
     state: Float[Tensor, "batch position hidden"]
-    leaving: Float[Tensor, "batch position hidden"]
+    resid_post: Float[Tensor, "batch position hidden"]
     attention: FrozenAttention
     mlp: FrozenMLP
     parallel: bool

@@ -128,7 +128,7 @@ class Storage:
             mapped = mmap.mmap(file.fileno(), size)
         return cls(torch.frombuffer(mapped, dtype=like.dtype).view(shape), mapped)
 
-    def settle(self) -> None:
+    def release_pages(self) -> None:
         """Give the file's pages back to the system, which writes them out when it needs to."""
         if self.file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.file.madvise(mmap.MADV_DONTNEED)

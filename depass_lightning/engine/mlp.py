@@ -16,12 +16,12 @@ from torch import Tensor
 
 from depass_lightning.engine.frozen import Expert, FrozenMLP
 from depass_lightning.engine.packing import Chunk, Run
-from depass_lightning.engine.parallel import SpreadRule
-from depass_lightning.engine.rules import CompetingRule, Rule, Summary, Taylor
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.parallel import ParallelRule
+from depass_lightning.engine.rules import CompetingRule, Rule, Summary, TaylorRule
+from depass_lightning.engine.state import DecomposedState
 
 
-def share_neurons(carry: Carry, mlp: FrozenMLP, rule: Rule | SpreadRule) -> None:
+def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelRule) -> None:
     """Add each component's share of an MLP's output to it.
 
     Args:
@@ -29,13 +29,13 @@ def share_neurons(carry: Carry, mlp: FrozenMLP, rule: Rule | SpreadRule) -> None
         mlp: the MLP.
         rule: how neurons are shared.
     """
-    sharing = Sharing.of(carry, mlp)
-    if isinstance(rule, SpreadRule):
+    sharing = MLPStep.of(carry, mlp)
+    if isinstance(rule, ParallelRule):
         sharing.among_processes(rule)
         carry.beside = None
         return
     slopes = None
-    if isinstance(rule, Taylor):
+    if isinstance(rule, TaylorRule):
         slopes = rule.slopes(carry.at_positions(mlp.pre_activations), sharing.neurons)
     limit = sharing.limit
     for chunk in carry.layout.chunks(limit):
@@ -55,10 +55,10 @@ def share_neurons(carry: Carry, mlp: FrozenMLP, rule: Rule | SpreadRule) -> None
 
 
 @dataclass(frozen=True)
-class Sharing:
+class MLPStep:
     """A frozen MLP, what of it stands at a carry's positions, flattened, and the components that share it."""
 
-    carry: Carry
+    carry: DecomposedState
     mlp: FrozenMLP
     scale: Float[Tensor, "at"]
     neurons: Float[Tensor, "at neuron"]
@@ -66,7 +66,7 @@ class Sharing:
     added: Float[Tensor, "at hidden"] | None
 
     @classmethod
-    def of(cls, carry: Carry, mlp: FrozenMLP) -> "Sharing":
+    def of(cls, carry: DecomposedState, mlp: FrozenMLP) -> "MLPStep":
         """Bring an MLP and components together.
 
         Args:
@@ -103,23 +103,23 @@ class Sharing:
         rows = self.carry.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
         rows.addmm_(shared, self.mlp.down.weight.T)
         self._add_constants(chunk, part, rows)
-        self.carry.settle()
+        self.carry.release_pages()
 
     def whole(self, rule: CompetingRule, chunk: Chunk) -> None:
         """Share the neurons of a chunk whose segments each fit."""
         everything = slice(0, len(chunk.row_at))
         gates = self.gates(chunk, everything)
-        present = torch.cat([living(gates[run.rows]) for run in chunk.runs])
-        everybody = bool(present.all())
+        present = torch.cat([nonzero(gates[run.rows]) for run in chunk.runs])
+        all_present = bool(present.all())
         neurons = self.neurons[chunk.at]
         for run in chunk.runs:
             table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
             live = present[run.rows].view(*table.shape[:2], 1)
             prepared, live = rule.prepare(table, live, self._at_origin(chunk.at[run.segments]))
-            shares = rule.shares(prepared, live, everybody=everybody)
+            shares = rule.shares(prepared, live, all_present=all_present)
             torch.mul(shares, neurons[run.segments, None], out=table)
-            if rule.complete and not everybody:
-                self._fall_back(chunk, live.any(1)[:, 0], run.segments)
+            if rule.complete and not all_present:
+                self._assign_unclaimed(chunk, live.any(1)[:, 0], run.segments)
         self.add_down(chunk, everything, gates)
 
     def in_parts(self, rule: CompetingRule, chunk: Chunk) -> None:
@@ -135,26 +135,26 @@ class Sharing:
                 return kept.pop(part.start)
             gates = self.gates(chunk, part)
             at_origin = self._at_origin(chunk.at) & (part.start == 0)
-            return rule.prepare(gates[None], living(gates)[None], at_origin)
+            return rule.prepare(gates[None], nonzero(gates)[None], at_origin)
 
-        summary, anybody = None, torch.zeros_like(chunk.at, dtype=torch.bool)
+        summary, any_present = None, torch.zeros_like(chunk.at, dtype=torch.bool)
         for part in _parts(count, limit):
             gates, present = table(part)
             own = rule.summarise(gates, present, part.start)
             summary = own if summary is None else rule.merge(summary, own)
-            anybody |= present.any()
+            any_present |= present.any()
             if keep:
                 kept[part.start] = gates, present
-            self.carry.settle()
+            self.carry.release_pages()
         assert summary is not None
         # The first time is over before any row changes.
         for part in _parts(count, limit):
             gates, present = table(part)
             self.add_down(chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
         if rule.complete:
-            self._fall_back(chunk, anybody, slice(None))
+            self._assign_unclaimed(chunk, any_present, slice(None))
 
-    def among_processes(self, rule: SpreadRule) -> None:
+    def among_processes(self, rule: ParallelRule) -> None:
         """Share the neurons among components that are spread over processes: twice over this one's.
 
         Args:
@@ -166,24 +166,24 @@ class Sharing:
         none = self.neurons.new_zeros(1, 1, width)
         empty = competing.summarise(none, torch.zeros_like(none[..., :1], dtype=torch.bool))
         summary = tuple(part.repeat(places, 1, 1) for part in empty)
-        anybody = torch.zeros(places, device=none.device)
+        any_present = torch.zeros(places, device=none.device)
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # Gates that fit by themselves are kept for the second time.
         keep = layout.rows * width * none.itemsize <= self.carry.budget.components // 4
         for chunk, rows, at in self._pieces():
             gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
-            present = living(gates.flatten(0, 1)).view(len(at), -1, 1)
+            present = nonzero(gates.flatten(0, 1)).view(len(at), -1, 1)
             own = competing.summarise(gates, present, offset + rows.start)
             merged = competing.merge(tuple(part[at] for part in summary), own)
             for part, new in zip(summary, merged, strict=True):
                 part[at] = new
-            anybody[at] += present.any(1)[:, 0]
+            any_present[at] += present.any(1)[:, 0]
             if keep:
                 kept[chunk.rows.start, rows.start] = gates, present
         summary = rule.spread.merged(competing, summary)
-        anybody = rule.spread.summed(anybody)
+        any_present = rule.spread.summed(any_present)
         self._write_shares(competing, summary, offset, kept)
-        self._orphans(anybody)
+        self._assign_unclaimed_everywhere(any_present)
 
     def _write_shares(
         self,
@@ -198,7 +198,7 @@ class Sharing:
                 gates, present = kept.pop((chunk.rows.start, rows.start))
             else:
                 gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
-                present = living(gates.flatten(0, 1)).view(len(at), -1, 1)
+                present = nonzero(gates.flatten(0, 1)).view(len(at), -1, 1)
             shares = rule.share(gates, present, tuple(part[at] for part in summary), offset + rows.start)
             self.add_down(chunk, rows, (shares * self.neurons[at][:, None]).flatten(0, 1))
 
@@ -211,11 +211,11 @@ class Sharing:
             else:
                 yield from ((chunk, run.rows, chunk.at[run.segments]) for run in chunk.runs)
 
-    def _orphans(self, anybody: Tensor) -> None:
+    def _assign_unclaimed_everywhere(self, any_present: Tensor) -> None:
         """Give a place's whole output to one component where none competes for it, if that lives here."""
         layout = self.carry.layout
-        rows = layout.index[:, :, layout.fallback].flatten().to(anybody.device)
-        here = (anybody == 0) & (rows < layout.rows)
+        rows = layout.index[:, :, layout.fallback].flatten().to(any_present.device)
+        here = (any_present == 0) & (rows < layout.rows)
         if bool(here.any()):
             output = self.neurons[here] @ self.mlp.down.weight.T
             self.carry.rows.index_add_(0, rows[here], output)
@@ -239,7 +239,7 @@ class Sharing:
         # Every expert reads what the rows were before any of them wrote.
         rows += added
         self._add_constants(chunk, slice(0, len(chunk.row_at)), rows)
-        self.carry.settle()
+        self.carry.release_pages()
 
     def _expert(
         self,
@@ -265,11 +265,11 @@ class Sharing:
             shared = table * slopes[at][:, None, expert.neurons]
         else:
             assert isinstance(rule, CompetingRule)
-            present = living(gates).view(len(segments), members, 1)
+            present = nonzero(gates).view(len(segments), members, 1)
             prepared, live = rule.prepare(table, present, self._at_origin(at))
             shared = rule.shares(prepared, live) * self.neurons[at][:, None, expert.neurons]
             if rule.complete:
-                self._fall_back(chunk, live.any(1)[:, 0], run.segments, segments, expert.neurons)
+                self._assign_unclaimed(chunk, live.any(1)[:, 0], run.segments, segments, expert.neurons)
         added.index_add_(0, rows, shared.flatten(0, 1) @ down.T)
 
     def _read(self, chunk: Chunk) -> Float[Tensor, "row hidden"]:
@@ -287,22 +287,22 @@ class Sharing:
         """Which segments are a prompt's first position."""
         return self.carry.positions.flatten()[at] == 0
 
-    def _fall_back(
+    def _assign_unclaimed(
         self,
         chunk: Chunk,
-        anybody: Bool[Tensor, "segment"],
+        any_present: Bool[Tensor, "segment"],
         run: slice,
         segments: Tensor | slice = slice(None),
         neurons: slice = slice(None),
     ) -> None:
         """Give a position's whole output of some neurons to one component where none competes for it."""
-        if not bool(anybody.all()):
-            rows, at = chunk.fallback[run][segments][~anybody], chunk.at[run][segments][~anybody]
+        if not bool(any_present.all()):
+            rows, at = chunk.fallback[run][segments][~any_present], chunk.at[run][segments][~any_present]
             output = self.neurons[at][:, neurons] @ self.mlp.down.weight[:, neurons].T
             self.carry.rows.index_add_(0, rows, output)
 
 
-def living(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
+def nonzero(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
     """Which components are not exactly zero (and, for the bias component, have no gate bias)."""
     return gates.abs().amax(1, keepdim=True) != 0
 

@@ -217,7 +217,7 @@ def _runs(counts: Int[Tensor, "part"], rows: int) -> Iterator[tuple[slice, slice
 
 
 def token_layout(
-    births: Int[Tensor, "batch component"],
+    start_positions: Int[Tensor, "batch component"],
     lengths: Int[Tensor, "batch"],
     positions: int,
     *,
@@ -237,9 +237,9 @@ def token_layout(
         exclude_first: that component takes no share of any neuron behind its own position.
         device: where the indices are needed.
     """
-    births, lengths = births.cpu(), lengths.cpu()
+    start_positions, lengths = start_positions.cpu(), lengths.cpu()
     position = torch.arange(positions)
-    alive = (position[None, :, None] >= births[:, None, :]) & (position[None, :] < lengths[:, None])[
+    alive = (position[None, :, None] >= start_positions[:, None, :]) & (position[None, :] < lengths[:, None])[
         :, :, None
     ]
     competes = alive.clone()

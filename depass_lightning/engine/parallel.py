@@ -12,11 +12,11 @@ import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor
 
-from depass_lightning.engine.rules import CompetingRule, Softmax, Summary
+from depass_lightning.engine.rules import CompetingRule, SoftmaxRule, Summary
 
 
 @dataclass(frozen=True)
-class Spread:
+class ComponentParallel:
     """A group of processes that share the components of each prompt, all of which make the same calls.
 
     Args:
@@ -36,7 +36,7 @@ class Spread:
         return dist.get_world_size(self.group)
 
     def keep_own(
-        self, births: Int[Tensor, "batch component"], lengths: Int[Tensor, "batch"], positions: int
+        self, start_positions: Int[Tensor, "batch component"], lengths: Int[Tensor, "batch"], positions: int
     ) -> Int[Tensor, "batch component"]:
         """Let all components but this process's be born behind the last position: they never live.
 
@@ -45,13 +45,13 @@ class Spread:
             lengths: real positions of each prompt.
             positions: the number of positions, padding included.
         """
-        rows = (lengths[:, None] - births).clamp_min(0).sum(0).cumsum(0)
+        rows = (lengths[:, None] - start_positions).clamp_min(0).sum(0).cumsum(0)
         # Early components live longest: what is shared out evenly is how many rows they have.
         bounds = rows[-1] * torch.tensor([self.rank, self.rank + 1]) / self.world
         first, behind = (int((rows <= bound).sum()) for bound in bounds)
-        own = torch.zeros(births.shape[1], dtype=torch.bool)
-        own[first : births.shape[1] if self.rank == self.world - 1 else behind] = True
-        return torch.where(own, births, positions)
+        own = torch.zeros(start_positions.shape[1], dtype=torch.bool)
+        own[first : start_positions.shape[1] if self.rank == self.world - 1 else behind] = True
+        return torch.where(own, start_positions, positions)
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of every process's values."""
@@ -66,7 +66,7 @@ class Spread:
             rule: the rule.
             summary: of this process's components.
         """
-        if isinstance(rule, Softmax):
+        if isinstance(rule, SoftmaxRule):
             own, sums = summary
             greatest = own.contiguous().clone()
             dist.all_reduce(greatest, dist.ReduceOp.MAX, group=self.group)
@@ -87,7 +87,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class SpreadRule:
+class ParallelRule:
     """A competing rule whose components are spread over processes.
 
     Args:
@@ -96,4 +96,4 @@ class SpreadRule:
     """
 
     rule: CompetingRule
-    spread: Spread
+    spread: ComponentParallel

@@ -12,19 +12,24 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from depass_lightning.engine.component_groups import BehindAttention, Group, RankOne, Table
+from depass_lightning.engine.component_groups import (
+    ComponentGroup,
+    DenseGroup,
+    NeuronGroup,
+    NeuronGroupAfterAttention,
+)
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.isolation import exact
-from depass_lightning.engine.mlp import share_neurons
-from depass_lightning.engine.parallel import SpreadRule
+from depass_lightning.engine.mlp import propagate_mlp
+from depass_lightning.engine.parallel import ParallelRule
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import Rule
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.state import DecomposedState
 
 Place = Literal["middle", "after"]
 
 
-class Split(Protocol):
+class Injection(Protocol):
     """Where components come from, and what they are there."""
 
     @property
@@ -32,27 +37,29 @@ class Split(Protocol):
         """The first block that is looked at."""
         ...
 
-    def at_entry(self, recording: Recording) -> Carry | None:
+    def at_entry(self, recording: Recording) -> DecomposedState | None:
         """The components that begin at the entry of block `first`, if any do."""
         ...
 
-    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place) -> ComponentGroup | None:
         """The group of components that begins inside a block, if one does."""
         ...
 
-    def begin(self, recording: Recording, group: Group, positions: Int[Tensor, "batch position"]) -> Carry:
+    def begin(
+        self, recording: Recording, group: ComponentGroup, positions: Int[Tensor, "batch position"]
+    ) -> DecomposedState:
         """A carry of the first such group."""
         ...
 
 
 def propagate(
     recording: Recording,
-    split: Split,
-    rule: Rule | SpreadRule,
+    split: Injection,
+    rule: Rule | ParallelRule,
     *,
     stop: int,
     positions: Int[Tensor, "batch target"] | None = None,
-) -> Iterator[tuple[int, Carry]]:
+) -> Iterator[tuple[int, DecomposedState]]:
     """Carry components from where they begin to a layer, block by block.
 
     Args:
@@ -74,7 +81,7 @@ def propagate(
             carry = carry.at(positions)
     if carry is not None:
         yield split.first, carry
-    waiting: RankOne | None = None
+    deferred: NeuronGroup | None = None
     for layer in range(split.first, stop):
         last = layer == stop - 1 and positions is not None
         wanted = positions if last and positions is not None else everywhere
@@ -82,35 +89,35 @@ def propagate(
             block = recording.block(layer)
             if carry is not None and block.parallel:
                 carry.beside = carry.rows.clone()
-            if waiting is not None:
-                carry, waiting = behind_attention(recording, split, waiting, block, wanted), None
+            if deferred is not None:
+                carry, deferred = after_attention(recording, split, deferred, block, wanted), None
             elif carry is not None and last:
-                carry = carry.attend_at(block.attention, wanted)
+                carry = carry.propagate_attention_at(block.attention, wanted)
             elif carry is not None:
-                carry.attend(block.attention)
+                carry.propagate_attention(block.attention)
             before, group = carry, split.inside(block, "middle")
             carry = _take_in(recording, split, group, carry, wanted)
             if carry is not None and group is not None and block.parallel:
                 carry.read_beside(before)
             if carry is not None:
-                share_neurons(carry, block.mlp, rule)
+                propagate_mlp(carry, block.mlp, rule)
             group = split.inside(block, "after")
             ahead = positions is not None and layer == stop - 2 and not block.parallel
-            if isinstance(group, RankOne) and carry is None and ahead:
-                waiting = group  # only the next attention's target needs it
+            if isinstance(group, NeuronGroup) and carry is None and ahead:
+                deferred = group  # only the next attention's target needs it
             else:
                 carry = _take_in(recording, split, group, carry, wanted)
         if carry is not None:
             yield layer + 1, carry
 
 
-def behind_attention(
+def after_attention(
     recording: Recording,
-    split: Split,
-    group: RankOne,
+    split: Injection,
+    group: NeuronGroup,
     block: FrozenBlock,
     positions: Int[Tensor, "batch target"],
-) -> Carry:
+) -> DecomposedState:
     """A group of neurons behind the next block's attention, only at the target, without carrying it there.
 
     Args:
@@ -122,17 +129,21 @@ def behind_attention(
     """
     length = recording.input_ids.shape[1]
     everywhere = torch.arange(length, device=positions.device).expand(len(positions), -1)
-    base = split.begin(recording, Table(group.base), everywhere).attend_at(block.attention, positions)
-    return split.begin(recording, BehindAttention(group, block.attention, base.dense(), positions), positions)
+    base = split.begin(recording, DenseGroup(group.base), everywhere).propagate_attention_at(
+        block.attention, positions
+    )
+    return split.begin(
+        recording, NeuronGroupAfterAttention(group, block.attention, base.dense(), positions), positions
+    )
 
 
 def _take_in(
     recording: Recording,
-    split: Split,
-    group: Group | None,
-    carry: Carry | None,
+    split: Injection,
+    group: ComponentGroup | None,
+    carry: DecomposedState | None,
     positions: Int[Tensor, "batch position"],
-) -> Carry | None:
+) -> DecomposedState | None:
     """Let the group that begins here, if one does, join those that are under way."""
     if group is None:
         return carry

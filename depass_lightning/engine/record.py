@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from depass_lightning.engine.freeze import BlockProbes, Capture, freeze
-from depass_lightning.engine.frozen import AttentionCall, FrozenBlock, FrozenNorm, NormProbe
+from depass_lightning.engine.freeze import BlockNorms, Capture, freeze
+from depass_lightning.engine.frozen import AttentionCall, FrozenBlock, FrozenNorm, NormParameters
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Part
+from depass_lightning.models.affine import Projection
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
 
@@ -51,7 +51,7 @@ class Recording:
     final_norm: FrozenNorm
     dtype: torch.dtype
     _captures: list[Capture]
-    _probes: list[BlockProbes]
+    _probes: list[BlockNorms]
 
     @property
     def layers(self) -> int:
@@ -102,7 +102,7 @@ def brought(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, AttentionCall):
         return replace(value, post_norm=brought(value.post_norm, device))
-    if isinstance(value, Part):
+    if isinstance(value, Projection):
         return replace(value, device=device)
     if isinstance(value, tuple):
         return tuple(brought(own, device) for own in value)
@@ -185,10 +185,10 @@ def record(
     )
 
 
-def _probe_norms(decoder: Decoder) -> tuple[list[BlockProbes], NormProbe | None]:
+def _probe_norms(decoder: Decoder) -> tuple[list[BlockNorms], NormParameters | None]:
     like = decoder.hidden_size, decoder.model_dtype, decoder.dtype
-    blocks = [BlockProbes.of(block, *like) for block in decoder.blocks]
-    return blocks, None if decoder.final_norm is None else NormProbe.of(decoder.final_norm, *like)
+    blocks = [BlockNorms.of(block, *like) for block in decoder.blocks]
+    return blocks, None if decoder.final_norm is None else NormParameters.of(decoder.final_norm, *like)
 
 
 def _check_finite(decoder: Decoder, captures: list[Capture], real: Tensor) -> None:

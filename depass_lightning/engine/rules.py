@@ -47,7 +47,7 @@ class CompetingRule(ABC):
         """
         return gates, present
 
-    def shares(self, gates: Gates, present: Present, *, everybody: bool = False) -> Gates:
+    def shares(self, gates: Gates, present: Present, *, all_present: bool = False) -> Gates:
         """Each component's share of each neuron, from all components at once.
 
         Args:
@@ -71,7 +71,7 @@ class CompetingRule(ABC):
 
 
 @dataclass(frozen=True)
-class Softmax(CompetingRule):
+class SoftmaxRule(CompetingRule):
     """Share by a softmax over the components' gates (Hong et al., eq. 8).
 
     Args:
@@ -81,10 +81,10 @@ class Softmax(CompetingRule):
     temperature: float = 0.1
     name: ClassVar[str] = "softmax"
 
-    def shares(self, gates: Gates, present: Present, *, everybody: bool = False) -> Gates:
+    def shares(self, gates: Gates, present: Present, *, all_present: bool = False) -> Gates:
         """All at once, in one pass; a segment without any component present gives zeros."""
         scaled = gates.div_(self.temperature)
-        if everybody:
+        if all_present:
             return scaled.softmax(1)
         return scaled.masked_fill_(~present, -math.inf).softmax(1).masked_fill_(~present, 0)
 
@@ -109,7 +109,7 @@ class Softmax(CompetingRule):
 
 
 @dataclass(frozen=True)
-class Max(CompetingRule):
+class MaxRule(CompetingRule):
     """The component with the greatest gate takes the whole neuron; the first of equals."""
 
     name: ClassVar[str] = "max"
@@ -129,7 +129,7 @@ class Max(CompetingRule):
 
 
 @dataclass(frozen=True)
-class Relu(CompetingRule):
+class ReluRule(CompetingRule):
     """Share in proportion to positive gates; where none is positive, the greatest takes all."""
 
     name: ClassVar[str] = "relu"
@@ -137,12 +137,12 @@ class Relu(CompetingRule):
     def summarise(
         self, gates: Gates, present: Present, offset: int = 0
     ) -> tuple[PerNeuron, PerNeuron, Tensor]:
-        """The sum of positive gates, and as for `Max`."""
+        """The sum of positive gates, and as for `MaxRule`."""
         positive = gates.clamp_min(0).masked_fill_(~present, 0).sum(1, keepdim=True)
-        return (positive, *Max().summarise(gates, present, offset))
+        return (positive, *MaxRule().summarise(gates, present, offset))
 
     def merge(self, first: Summary, second: Summary) -> Summary:
-        return (first[0] + second[0], *Max().merge(first[1:], second[1:]))
+        return (first[0] + second[0], *MaxRule().merge(first[1:], second[1:]))
 
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
         """`relu(g) / sum relu(g)`."""
@@ -153,7 +153,7 @@ class Relu(CompetingRule):
 
 
 @dataclass(frozen=True)
-class Linear(CompetingRule):
+class LinearRule(CompetingRule):
     """Share in proportion to the distance from the smallest gate; equally where all are equal."""
 
     name: ClassVar[str] = "linear"
@@ -210,7 +210,7 @@ class LinearPaths:
 
 
 @dataclass(frozen=True)
-class Taylor(LinearPaths):
+class TaylorRule(LinearPaths):
     """Each component keeps its part of the pre-activation times the neuron's frozen slope.
 
     Nothing competes. The share is `g / z` with `z` the true pre-activation, so that a component's part of
@@ -226,7 +226,7 @@ class Taylor(LinearPaths):
 
 
 @dataclass(frozen=True)
-class Dual(LinearPaths):
+class DualRule(LinearPaths):
     """Dual Path Attribution (Jantsch et al., arXiv 2603.19742): content and control paths, half each.
 
     With `x` a component behind the frozen norm and the true `z = W_gate x̂`, `u = W_up x̂`:
@@ -272,7 +272,8 @@ def rule_named(name: str, temperature: float = 0.1) -> Rule:
         bound = f"at least {LOWEST}" if 0 < temperature < LOWEST else "greater than zero, and finite"
         raise DePassError(f"temperature is {temperature}; it must be {bound} (rule='max' is its limit)")
     rules: dict[str, Rule] = {
-        rule.name: rule for rule in (Softmax(temperature), Max(), Relu(), Linear(), Taylor(), Dual())
+        rule.name: rule
+        for rule in (SoftmaxRule(temperature), MaxRule(), ReluRule(), LinearRule(), TaylorRule(), DualRule())
     }
     if name not in rules:
         raise DePassError(f"rule '{name}' is unknown; choose one of {', '.join(rules)}")
@@ -298,7 +299,7 @@ def goes_back(rule: Rule, *, engine: str, compat: str | None, path: str) -> bool
             "engine='adjoint' needs a rule that is linear in the components: rule='taylor' or 'dual', "
             "and no compat"
         )
-    if path == "control" and not (back and isinstance(rule, Taylor)):
+    if path == "control" and not (back and isinstance(rule, TaylorRule)):
         raise DePassError("path='control' needs rule='taylor', engine='auto' or 'adjoint', and no compat")
     if isinstance(rule, LinearPaths) and not (back or rule.forward):
         raise DePassError(

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from depass_lightning.engine.component_groups import Group
+from depass_lightning.engine.component_groups import ComponentGroup
 from depass_lightning.engine.frozen import FrozenAttention, FrozenNorm
 from depass_lightning.engine.memory import Budget, Storage
 from depass_lightning.engine.packing import ComponentBlock, Layout
 
 
 @dataclass
-class Carry:
+class DecomposedState:
     """The components of a batch somewhere on their way through the model.
 
     Args:
@@ -41,13 +41,13 @@ class Carry:
     @classmethod
     def begin(
         cls,
-        group: Group,
+        group: ComponentGroup,
         real: Bool[Tensor, "batch position"],
         positions: Int[Tensor, "batch position"],
         *,
         bias: int | None,
         budget: Budget,
-    ) -> "Carry":
+    ) -> "DecomposedState":
         """Begin with components that all live at every real position.
 
         Args:
@@ -65,7 +65,7 @@ class Carry:
         carry._fill(group, 0)
         return carry
 
-    def join(self, group: Group) -> "Carry":
+    def join(self, group: ComponentGroup) -> "DecomposedState":
         """Take in another group, whose components compete among themselves only.
 
         Args:
@@ -77,13 +77,13 @@ class Carry:
         competes = torch.cat([old.competes, real.expand_as(old.competes[:, :, :1])], 2)
         layout = Layout(alive, competes, old.bias, old.fallback, old.device)
         storage = Storage.of(layout.rows + 1, self.rows, self.budget)
-        carry = Carry(layout, storage.rows, self.positions, self.budget, storage)
+        carry = DecomposedState(layout, storage.rows, self.positions, self.budget, storage)
         for first in range(0, old.components, self._fill_step):
             some = slice(first, min(first + self._fill_step, old.components))
             to, of = (own.index[:, :, some].to(self.rows.device) for own in (layout, old))
             carry.rows[to] = self.rows[of]
-            carry.settle()
-            self.settle()
+            carry.release_pages()
+            self.release_pages()
         carry._fill(group, old.components)
         return carry
 
@@ -92,21 +92,21 @@ class Carry:
         """How many components are filled in at once."""
         return self.budget.rows(3 * self.positions.numel() * self.rows.shape[1], self.rows.dtype)
 
-    def _fill(self, group: Group, offset: int) -> None:
+    def _fill(self, group: ComponentGroup, offset: int) -> None:
         """Write a group's states into its rows, some components at a time."""
         for first in range(0, group.count, self._fill_step):
             some = slice(first, min(first + self._fill_step, group.count))
             index = self.layout.index[:, :, offset + some.start : offset + some.stop]
             self.rows[index.to(self.rows.device)] = group.states(some, self.positions).transpose(1, 2)
-            self.settle()
+            self.release_pages()
         self.rows[-1] = 0  # padding wrote here
 
-    def settle(self) -> None:
+    def release_pages(self) -> None:
         """Let go of what the rows hold of memory, where they are kept in a file."""
         if self.storage is not None:
-            self.storage.settle()
+            self.storage.release_pages()
 
-    def read_beside(self, before: "Carry | None") -> None:
+    def read_beside(self, before: "DecomposedState | None") -> None:
         """Let the MLP of a block read what entered it, where the last group has begun behind attention.
 
         Args:
@@ -133,7 +133,7 @@ class Carry:
 
     # Attention
 
-    def attend(self, attention: FrozenAttention) -> None:
+    def propagate_attention(self, attention: FrozenAttention) -> None:
         """Add each component's attention output to it, a block of components at a time."""
         hidden = self.rows.shape[1]
         value_width, output_width = attention.value.weight.shape[0], attention.output.weight.shape[1]
@@ -141,7 +141,7 @@ class Carry:
         scale = self.at_positions(attention.norm.scale)
         for block in self.layout.component_blocks(rows):
             self.rows.index_add_(0, block.rows, self._attention_of(attention, block, scale))
-            self.settle()
+            self.release_pages()
 
     def _attention_of(self, attention: FrozenAttention, block: ComponentBlock, scale: Tensor) -> Tensor:
         """One block's attention output, row by row."""
@@ -167,7 +167,9 @@ class Carry:
             result[block.bias] += self.at_positions(attention.added)[block.at[block.bias]]
         return result
 
-    def attend_at(self, attention: FrozenAttention, positions: Int[Tensor, "batch target"]) -> "Carry":
+    def propagate_attention_at(
+        self, attention: FrozenAttention, positions: Int[Tensor, "batch target"]
+    ) -> "DecomposedState":
         """Go through attention at a few positions only, and keep nothing but these.
 
         The normed states are mixed before values are taken, which for few queries is far cheaper.
@@ -186,13 +188,13 @@ class Carry:
             components = slice(first, first + step)
             states = self._mixed_states(attention, queries, self.layout.index[:, :, components])
             kept.rows[kept.layout.index[:, :, components].to(self.rows.device)] += states
-            self.settle()
+            self.release_pages()
         # Components that do not live at a target have all written into the last row.
         kept.rows[-1] = 0
         self._add_output_constants(attention, queries, kept)
         return kept
 
-    def at(self, positions: Int[Tensor, "batch target"]) -> "Carry":
+    def at(self, positions: Int[Tensor, "batch target"]) -> "DecomposedState":
         """The same components at a few positions only.
 
         Args:
@@ -215,7 +217,9 @@ class Carry:
             return own
 
         beside = None if self.beside is None else picked(self.beside)
-        return Carry(kept, picked(self.rows), self.positions.gather(1, positions), self.budget, beside=beside)
+        return DecomposedState(
+            kept, picked(self.rows), self.positions.gather(1, positions), self.budget, beside=beside
+        )
 
     def _mixed_states(self, attention: FrozenAttention, queries: Tensor, source: Tensor) -> Tensor:
         """The attention output `[batch, target, component, hidden]` of some components, without constants."""
@@ -235,7 +239,9 @@ class Carry:
         values = torch.einsum("btsgch,sgih->btcsgi", mixed, value.expand(-1, heads // shared, -1, -1))
         return torch.einsum("btcsgi,hsgi->btch", values, output)
 
-    def _add_output_constants(self, attention: FrozenAttention, queries: Tensor, carry: "Carry") -> None:
+    def _add_output_constants(
+        self, attention: FrozenAttention, queries: Tensor, carry: "DecomposedState"
+    ) -> None:
         """What value and output biases give to the bias component at the targets."""
         if self.layout.bias is None:
             return

@@ -136,7 +136,7 @@ def _check_block(
     _check_gate(frozen, block, activations, limit, name)
     # The model's own precision rounds what stands in the stream, which may be far more than a block adds.
     grain = torch.finfo(decoder.model_dtype).eps
-    stream = frozen.state.norm(dim=-1) + frozen.leaving.norm(dim=-1)
+    stream = frozen.state.norm(dim=-1) + frozen.resid_post.norm(dim=-1)
     error = float(((added - left).norm(dim=-1) / (left.norm(dim=-1) + stream * grain / limit)).max())
     if not error <= limit:
         # Which sublayer is it? Attention's own output stands at its module, where no norm is behind it.

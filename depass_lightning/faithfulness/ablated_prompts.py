@@ -17,7 +17,7 @@ from depass_lightning.utils.batching import in_batches
 
 
 @dataclass(frozen=True)
-class Shortened:
+class AblatedPrompt:
     """A prompt without some of its tokens, and the answer that is asked for behind it.
 
     Args:
@@ -32,7 +32,7 @@ class Shortened:
 
 
 def answers_of(
-    model: nn.Module, prompts: Sequence[Shortened], batch_size: int, progress: bool = False
+    model: nn.Module, prompts: Sequence[AblatedPrompt], batch_size: int, progress: bool = False
 ) -> list[tuple[float, float]]:
     """Return the probability and the logit of each prompt's answer, running prompts of like length together.
 
@@ -61,7 +61,7 @@ def answers_of(
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 
-def _next_token(model: nn.Module, prompts: Sequence[Shortened]) -> Float[Tensor, "batch vocabulary"]:
+def _next_token(model: nn.Module, prompts: Sequence[AblatedPrompt]) -> Float[Tensor, "batch vocabulary"]:
     """Return the logits of the token after each prompt.
 
     Padded on the left, so that only the last position's logits are ever computed; causality and the mask

@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness.ablated_prompts import Shortened, answers_of
+from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
 from depass_lightning.results.attribution import Attribution
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -223,13 +223,13 @@ class _Plan:
         """The number of shortened prompts."""
         return len(self.kept) * (1 + self.zeroed)
 
-    def prompts(self, answer: int) -> list[Shortened]:
+    def prompts(self, answer: int) -> list[AblatedPrompt]:
         """Return the shortened prompts, then, where asked for, those with embeddings set to zero."""
         ids = self.attribution.token_ids[: self.attribution.position + 1]
-        asked = [Shortened([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
+        asked = [AblatedPrompt([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
         if self.zeroed:
             sets = [set(kept) for kept in self.kept]
-            asked += [Shortened(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
+            asked += [AblatedPrompt(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
         return asked
 
     def read(self, found: list[tuple[float, float]]) -> RemovalCurves:

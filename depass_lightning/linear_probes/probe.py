@@ -55,7 +55,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Readout:
+class ProbeReadout:
     """One logit of a probe, in the form of a fitted scikit-learn probe with two classes."""
 
     coef_: Float[Tensor, "1 hidden"]
@@ -63,7 +63,7 @@ class Readout:
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class LinearProbe:
     """A logistic regression on the residual stream at one layer.
 
     Attributes:
@@ -107,10 +107,10 @@ class Probe:
         place = self.labels.index(label)
         if len(self.labels) == 2:
             sign = 1.0 if place else -1.0
-            readout = Readout(sign * self.weight, sign * self.bias)
+            readout = ProbeReadout(sign * self.weight, sign * self.bias)
         else:
             own = (self.weight[place] - self.weight.mean(0), self.bias[place] - self.bias.mean())
-            readout = Readout(own[0][None], own[1][None])
+            readout = ProbeReadout(own[0][None], own[1][None])
         return ProbeLogit(readout, self.layer, position)
 
     def logits(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows label"]:
@@ -131,7 +131,7 @@ class Probe:
         return write_whole(path, save({"weight": self.weight, "bias": self.bias}, metadata=metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Probe":
+    def load(cls, path: str | os.PathLike[str]) -> "LinearProbe":
         """Read a probe that `save` wrote.
 
         Raises:
@@ -162,7 +162,7 @@ def train_probe(
     iterations: int = 1000,
     standardise: bool = True,
     seed: int = 0,
-) -> Probe:
+) -> LinearProbe:
     """Fit a logistic regression on states, and judge it on others.
 
     Args:
@@ -199,7 +199,7 @@ def train_probe(
     bias = torch.from_numpy(model.intercept_) - weight @ mean
     names = tuple(str(label) for label in model.classes_)
     frequent = Counter(labels).most_common(1)[0][0]
-    probe = Probe(weight, bias, names, layer, Fit(0.0, 0.0, len(labels), len(held_out), 0, True))
+    probe = LinearProbe(weight, bias, names, layer, Fit(0.0, 0.0, len(labels), len(held_out), 0, True))
     right = sum(own == label for own, label in zip(probe.predict(held_out), held_out_labels, strict=True))
     fit = Fit(
         accuracy=right / len(held_out),
@@ -209,7 +209,7 @@ def train_probe(
         iterations=int(model.n_iter_.max()),
         converged=not any(issubclass(own.category, ConvergenceWarning) for own in told),
     )
-    return Probe(weight, bias, names, layer, fit)
+    return LinearProbe(weight, bias, names, layer, fit)
 
 
 def _check(states: Tensor, labels: Sequence[str], held_out: Tensor, held_out_labels: Sequence[str]) -> None:

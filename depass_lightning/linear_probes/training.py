@@ -9,7 +9,7 @@ from torch import Tensor
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.linear_probes.probe import Probe, train_probe
+from depass_lightning.linear_probes.probe import LinearProbe, train_probe
 from depass_lightning.linear_probes.states import hidden_states, layers_of
 from depass_lightning.tasks.texts import Texts
 
@@ -26,15 +26,15 @@ class Probes:
             on the others: what the best layer is chosen by.
     """
 
-    probes: list[Probe]
+    probes: list[LinearProbe]
     validation: list[float]
 
     @property
-    def best(self) -> Probe:
+    def best(self) -> LinearProbe:
         """The probe of the layer with the highest validation accuracy, the first of several such."""
         return self.probes[max(range(len(self.probes)), key=lambda i: self.validation[i])]
 
-    def at(self, layer: int) -> Probe:
+    def at(self, layer: int) -> LinearProbe:
         """Return a layer's probe.
 
         Raises:

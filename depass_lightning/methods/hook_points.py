@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Part
+from depass_lightning.models.affine import Projection
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.sources import Heads, Neurons
 
@@ -27,7 +27,7 @@ class Site:
     """
 
     layer: int
-    behind: Part
+    behind: Projection
     count: int
 
     def apart(self, given: Tensor, batch: int) -> Float[Tensor, "batch position component size"]:

@@ -22,22 +22,22 @@ AT_ONCE = 4096  # rows of the identity
 
 
 @dataclass(frozen=True)
-class Linear:
+class AffineMap:
     """An affine map of the model as plain tensors, `x -> x weight^T + bias`."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, "out"] | None
 
-    def to(self, device: torch.device) -> "Linear":
+    def to(self, device: torch.device) -> "AffineMap":
         """The same map on a device.
 
         Args:
             device: the device.
         """
-        return Linear(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+        return AffineMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
 
-def linear_of(module: nn.Module, dtype: torch.dtype) -> Linear:
+def linear_of(module: nn.Module, dtype: torch.dtype) -> AffineMap:
     """Read a module's affine map, dequantised and with its active adapters.
 
     Args:
@@ -209,7 +209,7 @@ def is_quantised(module: nn.Module) -> bool:
     )
 
 
-def _read(module: nn.Module, dtype: torch.dtype) -> Linear | None:
+def _read(module: nn.Module, dtype: torch.dtype) -> AffineMap | None:
     """Read a map from its tensors; None where these do not say what it computes."""
     if _is_plain_lora(module):
         return _with_adapters(module, dtype)
@@ -224,7 +224,7 @@ def _read(module: nn.Module, dtype: torch.dtype) -> Linear | None:
         matrix = weight.detach().dequantize()
     else:
         return None
-    return Linear(matrix.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None)
+    return AffineMap(matrix.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None)
 
 
 def _readable(module: nn.Module) -> bool:
@@ -259,11 +259,11 @@ def _trains_rows(module: Any) -> bool:
     return hasattr(module, "get_merged_weights") and _readable(module.base_layer)
 
 
-def _with_rows(module: Any, dtype: torch.dtype) -> Linear:
+def _with_rows(module: Any, dtype: torch.dtype) -> AffineMap:
     base = linear_of(module.base_layer, dtype)
     if module.merged or module.disable_adapters:
         return base
-    return Linear(module.get_merged_weights(module.active_adapters).detach().to(dtype), base.bias)
+    return AffineMap(module.get_merged_weights(module.active_adapters).detach().to(dtype), base.bias)
 
 
 def _is_plain_lora(module: Any) -> bool:
@@ -284,14 +284,14 @@ def _added(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def _with_adapters(module: Any, dtype: torch.dtype) -> Linear:
+def _with_adapters(module: Any, dtype: torch.dtype) -> AffineMap:
     base = linear_of(module.base_layer, dtype)
     weight = base.weight
     for name in _added(module):
         delta = module.get_delta_weight(name).detach().to(weight)
         # peft gives it in the base layer's own orientation.
         weight = weight + (delta.T if isinstance(module.base_layer, Conv1D) else delta)
-    return Linear(weight, _with_biases(module, base.bias, dtype))
+    return AffineMap(weight, _with_biases(module, base.bias, dtype))
 
 
 def _with_biases(module: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -304,7 +304,7 @@ def _with_biases(module: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor
     return bias
 
 
-def _asked(module: nn.Module, dtype: torch.dtype) -> Linear:
+def _asked(module: nn.Module, dtype: torch.dtype) -> AffineMap:
     """Read an affine map by feeding it the identity."""
     width, _ = features(module)
     like: dict[str, Any] = {"device": device_of(module), "dtype": _precision_of(module)}
@@ -322,7 +322,7 @@ def _asked(module: nn.Module, dtype: torch.dtype) -> Linear:
     finally:
         for part in training:
             part.training = True
-    return Linear(torch.cat(columns).T.contiguous(), constant if bool(constant.any()) else None)
+    return AffineMap(torch.cat(columns).T.contiguous(), constant if bool(constant.any()) else None)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -351,7 +351,7 @@ def _precision_of(module: nn.Module) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Part:
+class Projection:
     """A linear map inside the model: a module, or some of its outputs.
 
     Args:
@@ -374,7 +374,7 @@ class Part:
             outputs = len(self.rows)
         return outputs, inputs
 
-    def linear(self, dtype: torch.dtype) -> Linear:
+    def linear(self, dtype: torch.dtype) -> AffineMap:
         """Read the map.
 
         Args:
@@ -383,7 +383,7 @@ class Part:
         found = linear_of(self.module, dtype)
         if self.rows is not None:
             rows = self.rows if isinstance(self.rows, slice) else self.rows.to(found.weight.device)
-            found = Linear(found.weight[rows], None if found.bias is None else found.bias[rows])
+            found = AffineMap(found.weight[rows], None if found.bias is None else found.bias[rows])
         return found if self.device is None else found.to(self.device)
 
     def of(self, output: Float[Tensor, "*rows all"]) -> Float[Tensor, "*rows out"]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Part, base_of, features, has_bias, is_quantised, parameter_of
+from depass_lightning.models.affine import Projection, base_of, features, has_bias, is_quantised, parameter_of
 from depass_lightning.models.spec import AttentionSpec, FamilySpec, MLPSpec, configured, submodule
 
 
@@ -30,9 +30,9 @@ class AttentionParts:
     module: nn.Module
     norm: nn.Module | None
     post_norm: nn.Module | None
-    value: Part
-    latent: tuple[Part, nn.Module] | None
-    output: Part
+    value: Projection
+    latent: tuple[Projection, nn.Module] | None
+    output: Projection
     heads: int
     in_mask: str | None
 
@@ -41,9 +41,9 @@ class AttentionParts:
 class DenseParts:
     """The maps of an MLP; see `MLPSpec`."""
 
-    gate: Part
-    up: Part | None
-    down: Part
+    gate: Projection
+    up: Projection | None
+    down: Projection
 
 
 @dataclass(frozen=True)
@@ -264,19 +264,19 @@ def _optional(module: nn.Module, path: str | None, owner: str) -> nn.Module | No
 
 def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -> AttentionParts:
     inside = submodule(module, spec.module, owner)
-    output = Part(submodule(inside, spec.output, owner))
+    output = Projection(submodule(inside, spec.output, owner))
     size = output.shape[1] // heads
     value = submodule(inside, spec.value, owner)
     latent = None
     if spec.latent is not None:
         projection, norm = (submodule(inside, name, owner) for name in spec.latent)
-        latent = Part(projection, slice(0, features(value)[0])), norm
+        latent = Projection(projection, slice(0, features(value)[0])), norm
     rows = _value_rows(spec, features(value)[1], heads, size, owner)
     return AttentionParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
         post_norm=_optional(module, spec.post_norm, owner),
-        value=Part(value, rows),
+        value=Projection(value, rows),
         latent=latent,
         output=output,
         heads=heads,
@@ -320,9 +320,9 @@ def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
 
 def _dense(spec: MLPSpec, inside: nn.Module, owner: str) -> DenseParts:
     gate = submodule(inside, spec.gate, owner)
-    down = Part(submodule(inside, spec.down, owner))
+    down = Projection(submodule(inside, spec.down, owner))
     if spec.up == spec.gate:
         half = features(gate)[1] // 2
-        return DenseParts(Part(gate, slice(0, half)), Part(gate, slice(half, 2 * half)), down)
+        return DenseParts(Projection(gate, slice(0, half)), Projection(gate, slice(half, 2 * half)), down)
     up = _optional(inside, spec.up, owner)
-    return DenseParts(Part(gate), None if up is None else Part(up), down)
+    return DenseParts(Projection(gate), None if up is None else Projection(up), down)

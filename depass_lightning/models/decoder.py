@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Linear, features, has_bias, is_quantised, linear_of, rows_of
+from depass_lightning.models.affine import AffineMap, features, has_bias, is_quantised, linear_of, rows_of
 from depass_lightning.models.block import bind
 from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.spec import FamilySpec, configured, submodule
@@ -178,13 +178,13 @@ class Decoder:
         """Whether logits go through a soft cap last; scores then sum to the logit before it."""
         return getattr(self.config, "final_logit_softcapping", None) is not None
 
-    def unembedded(self) -> Linear:
+    def unembedded(self) -> AffineMap:
         """The map from the final norm's output to the logits before any soft cap."""
         linear = linear_of(self.unembedding, self.dtype).to(self.device)
         if self.logit_scale == 1:
             return linear
         bias = None if linear.bias is None else linear.bias * self.logit_scale
-        return Linear(linear.weight * self.logit_scale, bias)
+        return AffineMap(linear.weight * self.logit_scale, bias)
 
     def readout(
         self, tokens: Int[Tensor, "target"]

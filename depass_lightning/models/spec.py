@@ -14,7 +14,7 @@ from torch import nn
 
 from depass_lightning.errors import DePassError
 
-Layout = Literal["own", "concatenated", "interleaved"]
+ProjectionLayout = Literal["own", "concatenated", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AttentionSpec:
     norm: str | None = "input_layernorm"
     post_norm: str | None = None
     value: str = "v_proj"
-    layout: Layout = "own"
+    layout: ProjectionLayout = "own"
     latent: tuple[str, str] | None = None
     output: str = "o_proj"
     in_mask: str | None = None

@@ -6,14 +6,14 @@ from typing import Any, Protocol
 from lightning.pytorch import LightningModule
 
 from depass_lightning.depass import DePass
-from depass_lightning.studies.study_result import Experiment
+from depass_lightning.studies.study_result import StudyResult
 from depass_lightning.utils.distributed import sharing
 
 
 class Study(Protocol):
     """What `depass_lightning.studies` has one of for each of the paper's experiments."""
 
-    def run(self, depass: DePass, folder: str | Path, *, progress: bool = False) -> Experiment:
+    def run(self, depass: DePass, folder: str | Path, *, progress: bool = False) -> StudyResult:
         """Run the experiment and write it into a folder.
 
         Args:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.faithfulness import RemovalCurves, area, text_components
-from depass_lightning.monitoring.probe_sets import Probe
+from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution, Comparison
 
 SCALARS = (
@@ -33,7 +33,9 @@ SCALARS = (
 )
 
 
-def measure(probe: Probe, attribution: Attribution, curves: RemovalCurves | None = None) -> dict[str, float]:
+def measure(
+    probe: ProbePrompt, attribution: Attribution, curves: RemovalCurves | None = None
+) -> dict[str, float]:
     """Return the scalars of one probe that need no history; what cannot be known of it is left out.
 
     Args:
@@ -96,7 +98,7 @@ class History:
         self._first: dict[str, dict[str, Any]] = {}
         self._previous: dict[str, dict[str, Any]] = {}
 
-    def compare(self, probe: Probe, attribution: Attribution) -> dict[str, Comparison]:
+    def compare(self, probe: ProbePrompt, attribution: Attribution) -> dict[str, Comparison]:
         """Compare a probe's scores with those of its first and of its previous run: `first`, `previous`.
 
         In its first run with itself. A probe whose components are no longer the same has none.

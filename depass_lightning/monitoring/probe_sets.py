@@ -18,7 +18,7 @@ TargetKind = Literal["contrast", "token", "own"]
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbePrompt:
     """One held-out prompt, and what is asked about it.
 
     Attributes:
@@ -63,7 +63,7 @@ def name_sets(probes: ProbeSource | Mapping[str, ProbeSource]) -> dict[str, Prob
     return {"probes": probes}
 
 
-def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "contrast") -> list[Probe]:
+def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "contrast") -> list[ProbePrompt]:
     """Load the first `size` probes of a set.
 
     Args:
@@ -89,11 +89,12 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
     return loaded
 
 
-def _read(name: str, probes: ProbeSource, size: int) -> list[Probe]:
+def _read(name: str, probes: ProbeSource, size: int) -> list[ProbePrompt]:
     if isinstance(probes, DataLoader):
         found = prompts_in(name, probes, size)
         return [
-            Probe(f"{name}-{i}", "", answer, ids=ids, judged=True) for i, (ids, answer) in enumerate(found)
+            ProbePrompt(f"{name}-{i}", "", answer, ids=ids, judged=True)
+            for i, (ids, answer) in enumerate(found)
         ]
     if isinstance(probes, str | Path):
         # a task generates as many as are asked for; a file may hold fewer
@@ -106,12 +107,12 @@ def _read(name: str, probes: ProbeSource, size: int) -> list[Probe]:
     return [_probe(name, i, probes[i]) for i in range(min(size, len(probes)))]
 
 
-def _probe(set_name: str, index: int, item: Any) -> Probe:
+def _probe(set_name: str, index: int, item: Any) -> ProbePrompt:
     """Turn one entry of a set into a probe."""
     if isinstance(item, Example):
-        return Probe(item.id, item.prompt, item.target(), tuple(item.evidence_ranges()), judged=True)
+        return ProbePrompt(item.id, item.prompt, item.target(), tuple(item.evidence_ranges()), judged=True)
     if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str):
-        return Probe(f"{set_name}-{index}", item[0], item[1])
+        return ProbePrompt(f"{set_name}-{index}", item[0], item[1])
     raise DePassError(f"probe {index} of {set_name!r} is {item!r}; give (prompt, target), or an Example")
 
 

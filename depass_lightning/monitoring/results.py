@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from depass_lightning.faithfulness import RemovalCurves
 from depass_lightning.monitoring.history import SCALARS, History, measure, similarities, summarise
-from depass_lightning.monitoring.probe_sets import Probe
+from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.monitoring.runner import Finding, Outcome
 from depass_lightning.results.attribution import Attribution, Comparison
 
@@ -28,7 +28,7 @@ class Result:
 
     name: str
     step: int
-    probes: Sequence[Probe]
+    probes: Sequence[ProbePrompt]
     attributions: Sequence[Attribution]
     curves: Sequence[RemovalCurves | None]
     drifts: Sequence[Mapping[str, Comparison]]
@@ -45,7 +45,7 @@ class Result:
 def result_of(
     name: str,
     step: int,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbePrompt],
     outcomes: Mapping[int, Outcome],
     index: int,
     history: History,
@@ -74,7 +74,9 @@ def result_of(
     return Result(name, step, asked, attributions, curves, drifts, rows, metrics, history)
 
 
-def _scalars(probes: Sequence[Probe], rows: Sequence[Mapping[str, float]], history: History) -> list[str]:
+def _scalars(
+    probes: Sequence[ProbePrompt], rows: Sequence[Mapping[str, float]], history: History
+) -> list[str]:
     """Name the scalars that some probe has, or had; where none was ever measured, those that may come."""
     known = {name for row in rows for name in row} | set(history.curves)
     if not known:

@@ -15,7 +15,7 @@ from torch import distributed
 from depass_lightning.attribution.options import WayOptions
 from depass_lightning.depass import DePass
 from depass_lightning.faithfulness import RemovalCurves, removal_curves, text_components
-from depass_lightning.monitoring.probe_sets import Probe
+from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source
 
@@ -49,7 +49,7 @@ Outcome = Finding | Failure
 
 
 @dataclass
-class Prober:
+class ProbeRunner:
     """Attributes probes so that one that fails costs no other its result.
 
     Attributes:
@@ -66,7 +66,7 @@ class Prober:
     batch_size: int
     settings: WayOptions = field(default_factory=WayOptions)
 
-    def outcomes(self, probes: Sequence[Probe], removal: int = 0) -> list[Outcome]:
+    def outcomes(self, probes: Sequence[ProbePrompt], removal: int = 0) -> list[Outcome]:
         """Return what each probe came to, in order.
 
         Args:
@@ -79,7 +79,7 @@ class Prober:
             done += self._halving(batch, max(0, removal - len(done)))
         return done
 
-    def _halving(self, probes: Sequence[Probe], removal: int) -> list[Outcome]:
+    def _halving(self, probes: Sequence[ProbePrompt], removal: int) -> list[Outcome]:
         """Attribute a batch; where it fails, its halves, until the probe that is to blame stands alone."""
         try:
             return self._outcomes(probes, removal)
@@ -99,7 +99,7 @@ class Prober:
             probes[middle:], max(0, removal - middle)
         )
 
-    def _outcomes(self, probes: Sequence[Probe], removal: int) -> list[Outcome]:
+    def _outcomes(self, probes: Sequence[ProbePrompt], removal: int) -> list[Outcome]:
         found = self.depass.attribute(
             **_asked(probes),
             target=[probe.target for probe in probes],
@@ -145,7 +145,7 @@ def gather(share: Any) -> list[Any]:
 
 
 @contextmanager
-def untouched(device: torch.device | None = None) -> Iterator[None]:
+def isolated(device: torch.device | None = None) -> Iterator[None]:
     """Leave the random states as they are, and shut out the trainer's autocast and inference mode.
 
     Args:
@@ -167,7 +167,7 @@ def untouched(device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _asked(probes: Sequence[Probe]) -> dict[str, Any]:
+def _asked(probes: Sequence[ProbePrompt]) -> dict[str, Any]:
     """Return the probes as `DePass.attribute` takes prompts: as text, or as ids padded on the right."""
     rows = [probe.ids for probe in probes if probe.ids is not None]
     if not rows:

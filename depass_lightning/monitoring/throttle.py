@@ -13,7 +13,7 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 
-class Pace:
+class Throttle:
     """Measures the share of wall time that the callback takes, and says whether there is room for a run.
 
     Args:

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
-from depass_lightning.engine.component_groups import Group, Table
+from depass_lightning.engine.adjoint import BlockGradients, TargetGradient
+from depass_lightning.engine.component_groups import ComponentGroup, DenseGroup
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.memory import Budget
-from depass_lightning.engine.parallel import Spread
-from depass_lightning.engine.propagate import Place, Split
+from depass_lightning.engine.parallel import ComponentParallel
+from depass_lightning.engine.propagate import Injection, Place
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.state import DecomposedState
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
@@ -68,7 +68,7 @@ class Described:
 
 
 @dataclass(frozen=True)
-class Pass:
+class SplitContext:
     """What a source must know of the pass that it begins.
 
     Args:
@@ -85,7 +85,7 @@ class Pass:
     competing: bool
     release: bool
     budget: Budget
-    spread: Spread | None = None
+    spread: ComponentParallel | None = None
 
 
 class Source(ABC):
@@ -111,7 +111,7 @@ class Source(ABC):
             DePassError: the model has no such layer.
         """
 
-    def apart(self, count: int) -> "Sequence[Source]":
+    def per_layer(self, count: int) -> "Sequence[Source]":
         """The sources whose groups are carried to a target one after another; together they are this one.
 
         Args:
@@ -120,18 +120,18 @@ class Source(ABC):
         return [self]
 
     @abstractmethod
-    def split(self, recording: Recording, settings: Pass) -> Split:
+    def split(self, recording: Recording, settings: SplitContext) -> Injection:
         """Begin the components of a recorded batch."""
 
     @abstractmethod
     def entry_scores(
-        self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
+        self, recording: Recording, settings: SplitContext, layer: int, derivative: TargetGradient
     ) -> Float[Tensor, "batch component"] | None:
         """The scores of the components that begin at the entry of a block, the bias component's first."""
 
     @abstractmethod
     def inside_scores(
-        self, derivatives: BlockDerivatives, settings: Pass
+        self, derivatives: BlockGradients, settings: SplitContext
     ) -> Float[Tensor, "batch component"] | None:
         """The scores of the group that begins inside a block, the bias component's first, if one does."""
 
@@ -145,28 +145,28 @@ class Source(ABC):
 
 
 @dataclass
-class GroupSplit:
+class GroupInjection:
     """Groups of components that live at every position and begin inside blocks, or at the entry of the
     first."""
 
     source: "GroupSource"
     recording: Recording
-    settings: Pass
+    settings: SplitContext
 
     @property
     def first(self) -> int:
         return self.source.layers(self.recording.layers)[0]
 
-    def at_entry(self, recording: Recording) -> Carry | None:
+    def at_entry(self, recording: Recording) -> DecomposedState | None:
         components = self.source.entering(recording, self.first, self.settings)
         if components is None:
             return None
         device = components.device
         positions = torch.arange(components.shape[2], device=device).expand(len(components), -1)
-        group = self._with_bias(Table(components), torch.zeros_like(components[:, 0]))
+        group = self._with_bias(DenseGroup(components), torch.zeros_like(components[:, 0]))
         return self.begin(recording, group, positions)
 
-    def inside(self, block: FrozenBlock, place: Place) -> Group | None:
+    def inside(self, block: FrozenBlock, place: Place) -> ComponentGroup | None:
         if block.index not in self.source.layers(self.recording.layers):
             return None
         begun = self.source.inside(block, place, self.settings)
@@ -175,35 +175,37 @@ class GroupSplit:
         group, constants = begun
         return self._with_bias(group, torch.zeros_like(block.state) if constants is None else constants)
 
-    def begin(self, recording: Recording, group: Group, positions: Int[Tensor, "batch position"]) -> Carry:
+    def begin(
+        self, recording: Recording, group: ComponentGroup, positions: Int[Tensor, "batch position"]
+    ) -> DecomposedState:
         real = positions < recording.lengths[:, None]
         bias = 0 if self.settings.bias else None
-        return Carry.begin(group, real, positions, bias=bias, budget=self.settings.budget)
+        return DecomposedState.begin(group, real, positions, bias=bias, budget=self.settings.budget)
 
-    def _with_bias(self, group: Group, constants: Tensor) -> Group:
+    def _with_bias(self, group: ComponentGroup, constants: Tensor) -> ComponentGroup:
         """Put the bias component in front, with the constants that belong to no component from the start."""
         return group.after(constants) if self.settings.bias else group
 
 
-Begun = tuple[Group, Float[Tensor, "batch position hidden"] | None]
+Begun = tuple[ComponentGroup, Float[Tensor, "batch position hidden"] | None]
 
 
 class GroupSource(Source):
     """A source whose components live at every position."""
 
-    def split(self, recording: Recording, settings: Pass) -> Split:
-        return GroupSplit(self, recording, settings)
+    def split(self, recording: Recording, settings: SplitContext) -> Injection:
+        return GroupInjection(self, recording, settings)
 
     def entry_scores(
-        self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
+        self, recording: Recording, settings: SplitContext, layer: int, derivative: TargetGradient
     ) -> Tensor | None:
         components = self.entering(recording, layer, settings)
         if components is None:
             return None
         return with_constants(derivative.of(components), derivative.constants, settings)
 
-    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor | None:
-        places: tuple[tuple[Place, Derivative], ...] = (
+    def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor | None:
+        places: tuple[tuple[Place, TargetGradient], ...] = (
             ("middle", derivatives.middle),
             ("after", derivatives.after),
         )
@@ -223,17 +225,17 @@ class GroupSource(Source):
                 return with_constants(scores, total, settings)
         return None
 
-    def entering(self, recording: Recording, layer: int, settings: Pass) -> Tensor | None:
+    def entering(self, recording: Recording, layer: int, settings: SplitContext) -> Tensor | None:
         """The components `[batch, component, position, hidden]` at the entry of the first block, if there."""
         return None
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
         """The components that begin inside a block, and constants that belong to none of them."""
         return None
 
 
 def with_constants(
-    scores: Float[Tensor, "batch component"], constants: Float[Tensor, "batch"], settings: Pass
+    scores: Float[Tensor, "batch component"], constants: Float[Tensor, "batch"], settings: SplitContext
 ) -> Float[Tensor, "batch component"]:
     """Put the bias component's score in front, where there is one."""
     return torch.cat([constants[:, None], scores], 1) if settings.bias else scores

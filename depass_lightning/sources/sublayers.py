@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from depass_lightning.engine.adjoint import BlockDerivatives
-from depass_lightning.engine.component_groups import RankOne, Table
+from depass_lightning.engine.adjoint import BlockGradients
+from depass_lightning.engine.component_groups import DenseGroup, NeuronGroup
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
@@ -18,7 +18,7 @@ from depass_lightning.sources.base import (
     Begun,
     Described,
     GroupSource,
-    Pass,
+    SplitContext,
     is_whole,
     resolve_layer,
     with_constants,
@@ -57,7 +57,7 @@ class Heads(_Blockwise):
 
     kind: ClassVar[str] = "heads"
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
         if place != "middle":
             return None
         attention = block.attention
@@ -67,9 +67,9 @@ class Heads(_Blockwise):
         if constants is not None:
             mixed = constants.flatten(2) @ attention.output.weight.T
             total = mixed if total is None else mixed + total
-        return Table(torch.cat([block.state[:, None], heads], 1)), total
+        return DenseGroup(torch.cat([block.state[:, None], heads], 1)), total
 
-    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
+    def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
         """Without ever building a head's state: its score is its values times the derivative by them."""
         block, middle = derivatives.block, derivatives.middle
         values, constants = block.attention.head_values(block.state)
@@ -110,12 +110,12 @@ class Module(_Blockwise):
     def behind_mlp(self) -> bool:
         return self.module == "mlp"
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
         if place != ("after" if self.behind_mlp else "middle"):
             return None
         if self.module == "attention":
-            return Table(torch.stack([block.state, block.attention_output], 1)), None
-        return Table(torch.stack([block.leaving - block.mlp_output, block.mlp_output], 1)), None
+            return DenseGroup(torch.stack([block.state, block.attention_output], 1)), None
+        return DenseGroup(torch.stack([block.resid_post - block.mlp_output, block.mlp_output], 1)), None
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
         return self._named(decoder, ["state", self.module])
@@ -160,25 +160,25 @@ class Neurons(_Blockwise):
     def behind_mlp(self) -> bool:
         return True
 
-    def apart(self, count: int) -> "Sequence[Neurons]":
+    def per_layer(self, count: int) -> "Sequence[Neurons]":
         return [replace(self, layer=layer) for layer in self.layers(count)]
 
-    def inside(self, block: FrozenBlock, place: Place, settings: Pass) -> Begun | None:
+    def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
         if place != "after":
             return None
         chosen = slice(None) if self.indices is None else list(self.indices)
         values = block.mlp.neurons[:, :, chosen]
         weights = block.mlp.down.weight[:, chosen]
-        rest = block.leaving - values @ weights.T
+        rest = block.resid_post - values @ weights.T
         if settings.release:  # the published code's base has lost the MLP's output
             rest = rest - block.mlp_output
-        return RankOne(rest[:, None], values, weights.T[None]), None
+        return NeuronGroup(rest[:, None], values, weights.T[None]), None
 
-    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> Tensor:
+    def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
         """Without ever building a neuron's state: its score is its value times the derivative by it."""
         mlp, after = derivatives.block.mlp, derivatives.after
         scores = (mlp.neurons * derivatives.neurons).sum(1)
-        total = (derivatives.block.leaving * after.states).sum((1, 2))
+        total = (derivatives.block.resid_post * after.states).sum((1, 2))
         if self.indices is not None:
             scores = scores[:, list(self.indices)]
         rest = total - scores.sum(1)

@@ -12,7 +12,7 @@ from depass_lightning.engine.record import Recording
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, GroupSource, Pass, resolve_layer
+from depass_lightning.sources.base import Described, GroupSource, SplitContext, resolve_layer
 
 
 def directions_of(basis: Any) -> Float[Tensor, "direction hidden"]:
@@ -74,7 +74,7 @@ class Subspace(GroupSource):
         )
         return [directions_of(entry) for entry in (self.basis if several else [self.basis])]
 
-    def entering(self, recording: Recording, layer: int, settings: Pass) -> Tensor:
+    def entering(self, recording: Recording, layer: int, settings: SplitContext) -> Tensor:
         state = recording.state(layer)
         parts = []
         for rows in self.bases:
@@ -119,7 +119,7 @@ class Components(GroupSource):
     def layers(self, count: int) -> list[int]:
         return [resolve_layer(self.layer, count, "Components")]
 
-    def entering(self, recording: Recording, layer: int, settings: Pass) -> Tensor:
+    def entering(self, recording: Recording, layer: int, settings: SplitContext) -> Tensor:
         state = recording.state(layer)
         lengths = recording.lengths.tolist()
         split = state.new_zeros(len(state), self._of(settings.prompts[0]).shape[0], *state.shape[1:])

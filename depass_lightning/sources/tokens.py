@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from depass_lightning.engine.adjoint import BlockDerivatives, Derivative
-from depass_lightning.engine.component_groups import Group
+from depass_lightning.engine.adjoint import BlockGradients, TargetGradient
+from depass_lightning.engine.component_groups import ComponentGroup
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.packing import token_layout
-from depass_lightning.engine.propagate import Place, Split
+from depass_lightning.engine.propagate import Injection, Place
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.state import DecomposedState
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, Pass, Source, resolve_layer
+from depass_lightning.sources.base import Described, Source, SplitContext, resolve_layer
 from depass_lightning.sources.segments import Unit, segment
 
 
@@ -67,7 +67,7 @@ class Positional(Source):
         return table
 
     def entry_scores(
-        self, recording: Recording, settings: Pass, layer: int, derivative: Derivative
+        self, recording: Recording, settings: SplitContext, layer: int, derivative: TargetGradient
     ) -> Tensor:
         each = (recording.state(layer) * derivative.states).sum(-1)
         lengths, offset = recording.lengths.tolist(), int(settings.bias)
@@ -76,11 +76,11 @@ class Positional(Source):
             scores[:, 0] += derivative.constants
         return scores
 
-    def inside_scores(self, derivatives: BlockDerivatives, settings: Pass) -> None:
+    def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> None:
         return None
 
-    def split(self, recording: Recording, settings: Pass) -> Split:
-        return _PositionSplit(self, self.layers(recording.layers)[0], settings)
+    def split(self, recording: Recording, settings: SplitContext) -> Injection:
+        return _PositionInjection(self, self.layers(recording.layers)[0], settings)
 
 
 @dataclass(frozen=True)
@@ -141,23 +141,25 @@ class Spans(Positional):
 
 
 @dataclass(frozen=True)
-class _PositionSplit:
+class _PositionInjection:
     """Begins the components of positions at the entry of one block."""
 
     source: Positional
     first: int
-    settings: Pass
+    settings: SplitContext
 
-    def at_entry(self, recording: Recording) -> Carry:
+    def at_entry(self, recording: Recording) -> DecomposedState:
         state = recording.state(self.first)
         batch, positions, hidden = state.shape
         lengths, offset = recording.lengths.tolist(), int(self.settings.bias)
         owners = self.source.owner_table(self.settings.prompts, lengths, positions, first=offset)
-        births = self._births(owners, recording.lengths.cpu())
+        start_positions = self._start_positions(owners, recording.lengths.cpu())
         if self.settings.spread is not None:
-            births = self.settings.spread.keep_own(births, recording.lengths.cpu(), positions)
+            start_positions = self.settings.spread.keep_own(
+                start_positions, recording.lengths.cpu(), positions
+            )
         layout = token_layout(
-            births,
+            start_positions,
             recording.lengths,
             positions,
             bias=0 if self.settings.bias else None,
@@ -172,21 +174,21 @@ class _PositionSplit:
         rows[index.to(state.device)] = state
         rows[-1] = 0  # padding wrote here
         at = torch.arange(positions, device=state.device).expand(batch, -1)
-        return Carry(layout, rows, at, self.settings.budget)
+        return DecomposedState(layout, rows, at, self.settings.budget)
 
-    def _births(self, owners: Tensor, lengths: Tensor) -> Tensor:
+    def _start_positions(self, owners: Tensor, lengths: Tensor) -> Tensor:
         """The first position of each component; the bias component begins with the prompt."""
         batch, positions = owners.shape
-        births = torch.full((batch, int(owners.max()) + 1), positions)
+        start_positions = torch.full((batch, int(owners.max()) + 1), positions)
         position = torch.arange(positions).expand(batch, -1)
         position = torch.where(position < lengths[:, None], position, positions)
-        births.scatter_reduce_(1, owners, position, "amin")
+        start_positions.scatter_reduce_(1, owners, position, "amin")
         if self.settings.bias:
-            births[:, 0] = 0
-        return births
+            start_positions[:, 0] = 0
+        return start_positions
 
     def inside(self, block: FrozenBlock, place: Place) -> None:
         return None
 
-    def begin(self, recording: Recording, group: Group, positions: Tensor) -> Carry:
+    def begin(self, recording: Recording, group: ComponentGroup, positions: Tensor) -> DecomposedState:
         raise DePassError("positions begin at a block's entry only")

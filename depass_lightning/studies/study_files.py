@@ -1,6 +1,6 @@
 """One way to write down what an experiment found.
 
-An experiment ends in an `Experiment`: what was asked of which model with which data, how, and what came out
+An experiment ends in an `StudyResult`: what was asked of which model with which data, how, and what came out
 as curves, as clouds of points and as a table. `write_experiment` makes of it, in one folder,
 
 - `results.json`: all of it, which `read_experiment` reads back;
@@ -47,7 +47,7 @@ from depass_lightning.reports.figures import save_figure
 from depass_lightning.reports.numbers import model_name, plain, visible
 from depass_lightning.studies.study_figures import curves_figure, points_figure
 from depass_lightning.studies.study_page import experiment_html
-from depass_lightning.studies.study_result import Cell, Cloud, Curve, Experiment, Panel, check, written
+from depass_lightning.studies.study_result import Cell, Cloud, Curve, Panel, StudyResult, check, written
 from depass_lightning.utils.atomic_files import write_whole
 from depass_lightning.utils.bootstrap import Interval
 
@@ -62,7 +62,7 @@ POINTS = pa.schema(
 WIDE = 6  # columns: more of them, with intervals, are wider than a terminal
 
 
-def write_experiment(experiment: Experiment, folder: str | os.PathLike[str]) -> Path:
+def write_experiment(experiment: StudyResult, folder: str | os.PathLike[str]) -> Path:
     """Write an experiment's figures, files and page, each whole or not at all.
 
     Args:
@@ -90,7 +90,7 @@ def write_experiment(experiment: Experiment, folder: str | os.PathLike[str]) -> 
     return write_whole(folder / "report.html", experiment_html(experiment).encode("utf-8", errors="replace"))
 
 
-def read_experiment(folder: str | os.PathLike[str]) -> Experiment:
+def read_experiment(folder: str | os.PathLike[str]) -> StudyResult:
     """Read what `write_experiment` wrote.
 
     Args:
@@ -108,14 +108,14 @@ def read_experiment(folder: str | os.PathLike[str]) -> Experiment:
         ]
         table = [{name: _cell(value) for name, value in row.items()} for row in content.pop("table")]
         clouds = [Cloud(**own) for own in content.pop("clouds")]
-        return Experiment(**content, panels=panels, table=table, clouds=clouds)
+        return StudyResult(**content, panels=panels, table=table, clouds=clouds)
     except FileNotFoundError:
         raise DePassError(f"there is no {path}; give the folder of an experiment's results") from None
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise DePassError(f"{path} holds no experiment ({error})") from error
 
 
-def terminal_table(experiment: Experiment, width: int | None = None) -> Table:
+def terminal_table(experiment: StudyResult, width: int | None = None) -> Table:
     """Return the experiment's rows for a terminal, under its title; many columns without their intervals.
 
     Args:
@@ -167,7 +167,7 @@ def _fitting(cells: Mapping[str, Sequence[str]], width: int) -> list[str]:
     return [column for column in cells if column in shown]
 
 
-def _curve_rows(experiment: Experiment) -> list[dict[str, Any]]:
+def _curve_rows(experiment: StudyResult) -> list[dict[str, Any]]:
     return [
         {"panel": panel.name, "method": method, "x": x, "y": curve.y[i]}
         | {name: ends[i] for name, ends in (("low", curve.low), ("high", curve.high)) if ends is not None}
@@ -177,7 +177,7 @@ def _curve_rows(experiment: Experiment) -> list[dict[str, Any]]:
     ]
 
 
-def _point_rows(experiment: Experiment) -> list[dict[str, Any]]:
+def _point_rows(experiment: StudyResult) -> list[dict[str, Any]]:
     return [
         {"cloud": cloud.name, "group": group, "x": x, "y": y}
         for cloud in experiment.clouds

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from depass_lightning.reports.numbers import model_name, plain, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 from depass_lightning.studies.study_figures import curves_figure, points_figure
-from depass_lightning.studies.study_result import Experiment, written
+from depass_lightning.studies.study_result import StudyResult, written
 
 # The theme's name is kept under the key of the other pages.
 SCRIPT = """"use strict";
@@ -31,7 +31,7 @@ SCRIPT = """"use strict";
 """
 
 
-def experiment_html(experiment: Experiment) -> str:
+def experiment_html(experiment: StudyResult) -> str:
     """Return the page of an experiment; it needs nothing beside itself and asks no other machine.
 
     Args:

@@ -76,7 +76,7 @@ class Cloud:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class StudyResult:
     """What an experiment found, with everything that the numbers depend on.
 
     Args:
@@ -133,7 +133,7 @@ def written(cell: Cell) -> str:
     return plain(cell) if isinstance(cell, float) else visible(cell)
 
 
-def check(experiment: Experiment) -> None:
+def check(experiment: StudyResult) -> None:
     """Refuse what could not be drawn, and say where it is.
 
     Raises:

@@ -24,14 +24,14 @@ from torch import Tensor
 from depass_lightning.engine.rules import (
     CompetingRule,
     Gates,
-    Linear,
-    Max,
+    LinearRule,
+    MaxRule,
     Present,
-    Relu,
+    ReluRule,
     Rule,
-    Softmax,
+    SoftmaxRule,
     Summary,
-    Taylor,
+    TaylorRule,
 )
 
 
@@ -55,23 +55,23 @@ class _Quirks(CompetingRule):
             gates[:, -1] = torch.where((gates == 0).all(1), 1, last)
         return gates, gates != 0
 
-    def shares(self, gates: Gates, present: Present, *, everybody: bool = False) -> Gates:
+    def shares(self, gates: Gates, present: Present, *, all_present: bool = False) -> Gates:
         # Whole components may all be present while single gates are not.
         return super().shares(gates, present)
 
 
 @dataclass(frozen=True)
-class ReleaseSoftmax(_Quirks, Softmax):
+class PaperCodeSoftmaxRule(_Quirks, SoftmaxRule):
     """Softmax over the gates that are not exactly zero."""
 
 
 @dataclass(frozen=True)
-class ReleaseMax(_Quirks, Max):
+class PaperCodeMaxRule(_Quirks, MaxRule):
     """The greatest of the gates that are not exactly zero."""
 
 
 @dataclass(frozen=True)
-class ReleaseRelu(_Quirks, Relu):
+class PaperCodeReluRule(_Quirks, ReluRule):
     """`relu(g) / (sum relu(g) + 1e-6)`: nothing where no gate is positive."""
 
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
@@ -79,7 +79,7 @@ class ReleaseRelu(_Quirks, Relu):
 
 
 @dataclass(frozen=True)
-class ReleaseLinear(_Quirks, Linear):
+class PaperCodeLinearRule(_Quirks, LinearRule):
     """`(g - min) / (sum (g - min) + 1e-6)` where no component is absent; else 1 for one alone, and 0."""
 
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
@@ -91,14 +91,14 @@ class ReleaseLinear(_Quirks, Linear):
 
 
 @dataclass(frozen=True)
-class ReleaseTaylor(Taylor):
+class PaperCodeTaylorRule(TaylorRule):
     """`g / (z + 1e-8)`."""
 
     def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:
         return neurons / (factor + 1e-8)
 
 
-def release_rule(rule: Rule, *, remainder: bool) -> Rule:
+def paper_code_rule(rule: Rule, *, remainder: bool) -> Rule:
     """The published code's version of a rule.
 
     Args:
@@ -106,13 +106,13 @@ def release_rule(rule: Rule, *, remainder: bool) -> Rule:
         remainder: the components are positions, whose remainder is left out.
     """
     match rule:
-        case Softmax(temperature):
-            return ReleaseSoftmax(temperature=temperature, remainder=remainder)
-        case Max():
-            return ReleaseMax(remainder=remainder)
-        case Relu():
-            return ReleaseRelu(remainder=remainder)
-        case Linear():
-            return ReleaseLinear(remainder=remainder)
+        case SoftmaxRule(temperature):
+            return PaperCodeSoftmaxRule(temperature=temperature, remainder=remainder)
+        case MaxRule():
+            return PaperCodeMaxRule(remainder=remainder)
+        case ReluRule():
+            return PaperCodeReluRule(remainder=remainder)
+        case LinearRule():
+            return PaperCodeLinearRule(remainder=remainder)
         case _:
-            return ReleaseTaylor()
+            return PaperCodeTaylorRule()

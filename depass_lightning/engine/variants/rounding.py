@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from depass_lightning.engine.adjoint import Derivative, pull_back
+from depass_lightning.engine.adjoint import TargetGradient, backward
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule
@@ -32,7 +32,7 @@ class _AttentionOnly(LinearPaths):
 
 
 def rounding_scores(
-    recording: Recording, rule: Rule, derivative: Derivative, *, layer: int, first: int
+    recording: Recording, rule: Rule, derivative: TargetGradient, *, layer: int, first: int
 ) -> dict[int, tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]]:
     """What rounding from each block on adds to a target.
 
@@ -50,7 +50,7 @@ def rounding_scores(
     way = _AttentionOnly() if isinstance(rule, CompetingRule) else rule
     total = torch.zeros_like(derivative.constants)
     sums = {}
-    for at in pull_back(recording, way, derivative, layer=layer, first=first):
+    for at in backward(recording, way, derivative, layer=layer, first=first):
         behind, total = total, total + (at.after.states * _rounded(at.block, rule)).sum((1, 2))
         sums[at.block.index] = (total, behind)
     return sums
@@ -100,7 +100,7 @@ def summed_gates(
 
 def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hidden"]:
     """The recorded output of a block less what the frozen block gives for its input."""
-    left = block.leaving - block.state - block.attention_output
+    left = block.resid_post - block.state - block.attention_output
     if isinstance(rule, CompetingRule):
         return left - block.mlp_output
     # The neurons as the rule's slopes give them, which rounding has moved too.

@@ -30,19 +30,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from depass_lightning.engine.adjoint import Derivative, pull_back
-from depass_lightning.engine.component_groups import RankOne
+from depass_lightning.engine.adjoint import TargetGradient, backward
+from depass_lightning.engine.component_groups import NeuronGroup
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP
-from depass_lightning.engine.mlp import Sharing, living
-from depass_lightning.engine.propagate import Split
+from depass_lightning.engine.mlp import MLPStep, nonzero
+from depass_lightning.engine.propagate import Injection
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.rules import LinearPaths, Softmax
-from depass_lightning.engine.state import Carry
+from depass_lightning.engine.rules import LinearPaths, SoftmaxRule
+from depass_lightning.engine.state import DecomposedState
 from depass_lightning.engine.variants.rounding import summed_gates
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ApproximationError:
     """How far scores with `top` neurons carried exactly are from those with half as many, for one prompt.
 
     Args:
@@ -57,7 +57,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Bulk:
+class TopNeuronApproximation:
     """One group of neurons whose scores for a target are wanted.
 
     Args:
@@ -72,15 +72,15 @@ class Bulk:
     """
 
     recording: Recording
-    split: Split
-    group: RankOne
-    rule: Softmax
-    derivative: Derivative
+    split: Injection
+    group: NeuronGroup
+    rule: SoftmaxRule
+    derivative: TargetGradient
     positions: Int[Tensor, "batch"]
     layer: int
     stop: int
 
-    def estimate(self, top: int) -> tuple[Float[Tensor, "batch component"], list[Estimate]]:
+    def estimate(self, top: int) -> tuple[Float[Tensor, "batch component"], list[ApproximationError]]:
         """Scores with `2 * top` neurons carried exactly, and for each prompt how they differ from `top`.
 
         Args:
@@ -91,7 +91,7 @@ class Bulk:
         better = self.scores(doubled)
         once = better if top >= count else self.scores(top)
         estimates = [
-            Estimate(doubled, _relative_change(one, other), _spearman(one, other))
+            ApproximationError(doubled, _relative_change(one, other), _spearman(one, other))
             for one, other in zip(once[:, before:], better[:, before:], strict=True)
         ]
         return better, estimates
@@ -135,9 +135,9 @@ class Bulk:
             if block.parallel:
                 carry.beside = carry.rows.clone()
             if index == self.stop - 1:
-                carry = carry.attend_at(block.attention, self.positions[:, None])
+                carry = carry.propagate_attention_at(block.attention, self.positions[:, None])
             else:
-                carry.attend(block.attention)
+                carry.propagate_attention(block.attention)
             alive = _reached(block.attention, alive, bulk)
             slopes, constants = share_with_bulk(carry, block.mlp, self.rule, alive.sum(2), z)
             found.append(
@@ -151,7 +151,7 @@ class Bulk:
         rule = _FirstOrder(own.slopes for own in reversed(forward))
         scores = torch.zeros_like(self.group.values[:, 0])
         entry = self.derivative
-        for at in pull_back(self.recording, rule, self.derivative, layer=self.stop, first=self.layer):
+        for at in backward(self.recording, rule, self.derivative, layer=self.stop, first=self.layer):
             own = forward[at.block.index - self.layer]
             added = (at.neurons * own.constants).sum(2)
             scores += (added[:, None] @ own.alive.to(added))[:, 0]
@@ -188,9 +188,9 @@ class _FirstOrder(LinearPaths):
 
 
 def share_with_bulk(
-    carry: Carry,
+    carry: DecomposedState,
     mlp: FrozenMLP,
-    rule: Softmax,
+    rule: SoftmaxRule,
     count: Int[Tensor, "batch position"],
     gates_sum: Float[Tensor, "batch position neuron"],
 ) -> tuple[Float[Tensor, "at neuron"], Float[Tensor, "at neuron"]]:
@@ -206,7 +206,7 @@ def share_with_bulk(
     Returns:
         The slopes and constants of the bulk's shares, times the neurons' values, at the carry's positions.
     """
-    sharing = Sharing.of(carry, mlp)
+    sharing = MLPStep.of(carry, mlp)
     z, many = carry.at_positions(gates_sum), carry.at_positions(count)[:, None, None]
     slopes, constants = torch.zeros_like(z), torch.zeros_like(z)
     for chunk in carry.layout.chunks(sharing.limit):
@@ -214,7 +214,7 @@ def share_with_bulk(
         gates = sharing.gates(chunk, whole)
         for run in chunk.runs:
             table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
-            present = living(gates[run.rows]).view(*table.shape[:2], 1)
+            present = nonzero(gates[run.rows]).view(*table.shape[:2], 1)
             at = chunk.at[run.segments]
             bulk = (z[at] - table.sum(1))[:, None] / rule.temperature
             shares, slope, constant = _shares(table / rule.temperature, present, bulk, many[at])
@@ -265,7 +265,7 @@ def _reached(
 
 
 def _spread(
-    carry: Carry, values: Float[Tensor, "at neuron"], length: int
+    carry: DecomposedState, values: Float[Tensor, "at neuron"], length: int
 ) -> Float[Tensor, "batch position neuron"]:
     """Put what stands at a carry's positions where these are in the prompts; zero elsewhere."""
     spread = values.new_zeros(len(carry.positions), length, values.shape[1])

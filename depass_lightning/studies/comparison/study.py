@@ -49,7 +49,7 @@ from depass_lightning.studies.comparison.method_runs import (
     run_method,
 )
 from depass_lightning.studies.study_files import write_experiment
-from depass_lightning.studies.study_result import Experiment, data_name
+from depass_lightning.studies.study_result import StudyResult, data_name
 from depass_lightning.tasks import Example
 from depass_lightning.utils.distributed import from_first
 
@@ -70,7 +70,7 @@ SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
-class Methods:
+class MethodComparison:
     """A comparison of methods on one task.
 
     Args:
@@ -116,7 +116,7 @@ class Methods:
         if self.percents is not None:
             check_percents(self.percents)
 
-    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
+    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
 
         A method whose rows are there, of the same comparison, is not run again. Inside
@@ -154,7 +154,7 @@ class Methods:
             )
             _keep(path, runs[name])
         panels, table = compare_rows(runs)
-        experiment = Experiment(
+        experiment = StudyResult(
             name=f"paper_{self.components}",
             title=f"Which {self.components} does the answer rest on?",
             model=depass.decoder.name,

@@ -29,12 +29,12 @@ from depass_lightning import tasks
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
-from depass_lightning.linear_probes import Probe, Probes, fit_probes, hidden_states, train_probe
+from depass_lightning.linear_probes import LinearProbe, Probes, fit_probes, hidden_states, train_probe
 from depass_lightning.prompts import Prompt, prompts_of, token_text
 from depass_lightning.studies.language.measures import Measures, Words, measure, words_of
 from depass_lightning.studies.language.parts import Carried, carry_parts, decode
 from depass_lightning.studies.study_files import write_experiment
-from depass_lightning.studies.study_result import Cell, Cloud, Curve, Experiment, Panel, data_name
+from depass_lightning.studies.study_result import Cell, Cloud, Curve, Panel, StudyResult, data_name
 from depass_lightning.targets import token_id
 from depass_lightning.tasks import Task, Texts, load_texts
 from depass_lightning.utils.bootstrap import bootstrap
@@ -77,7 +77,7 @@ class Language:
     batch_size: int = 16
     seed: int = 0
 
-    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
+    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Run the experiment and write it into a folder, the best layer's probe included.
 
         Args:
@@ -101,7 +101,7 @@ class Language:
         words = words_of(depass, train, task, answers)
         found, tops = self._measure(depass, task, carried, answers, words, layers)
         best = layers.index(probes.best.layer)
-        experiment = Experiment(
+        experiment = StudyResult(
             name="paper_language",
             title="Can a state be split into language and meaning?",
             model=depass.decoder.name,
@@ -149,7 +149,7 @@ class Language:
 
     def _probes(
         self, depass: DePass, train: Texts, test: Texts, layers: list[int]
-    ) -> tuple[Probes, list[Probe]]:
+    ) -> tuple[Probes, list[LinearProbe]]:
         """Train the language probes, and one a layer on shuffled labels."""
         states, judged = (
             hidden_states(depass, own.texts, layers=layers, batch_size=self.batch_size)
@@ -211,7 +211,7 @@ class Language:
         return clouds
 
     def _notes(
-        self, task: Task, probe: Probe, found: Mapping[tuple[int, str], Measures], words: Words
+        self, task: Task, probe: LinearProbe, found: Mapping[tuple[int, str], Measures], words: Words
     ) -> list[str]:
         whole = found[0, WHOLE]
         notes = []

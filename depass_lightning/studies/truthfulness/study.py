@@ -22,11 +22,11 @@ from depass_lightning import tasks
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
-from depass_lightning.linear_probes import Probe, hidden_states, spread, train_probes
+from depass_lightning.linear_probes import LinearProbe, hidden_states, spread, train_probes
 from depass_lightning.prompts import Prompt, prompts_of
 from depass_lightning.sources import Tokens
 from depass_lightning.studies.study_files import write_experiment
-from depass_lightning.studies.study_result import Experiment, data_name
+from depass_lightning.studies.study_result import StudyResult, data_name
 from depass_lightning.studies.truthfulness.answers import DEPASS, NONE, PROBE, RANDOM, Answers
 from depass_lightning.studies.truthfulness.questions import MASKS, Mask, Question, Reply, ask
 from depass_lightning.targets import token_id
@@ -95,7 +95,7 @@ class Truthful:
     batch_size: int = 16
     seed: int = 0
 
-    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> Experiment:
+    def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Run the experiment and write it into a folder, the probe included (`probe.safetensors`).
 
         Args:
@@ -122,7 +122,7 @@ class Truthful:
             RANDOM: [_shuffled(prompts, f"{self.seed} {draw}") for draw in range(self.draws)],
         }
         results = self._ask(depass, prompts, orders)
-        experiment = Experiment(
+        experiment = StudyResult(
             name="paper_truthful",
             title="Does masking what the truthfulness probe is traced to undo misleading information?",
             model=depass.decoder.name,
@@ -235,7 +235,7 @@ class Truthful:
             notes.append(f"{len(skipped)} prompts were left out; the first: {skipped[0]}")
         return notes
 
-    def _notes(self, probe: Probe, results: "Answers") -> list[str]:
+    def _notes(self, probe: LinearProbe, results: "Answers") -> list[str]:
         """Say how the numbers were got."""
         fit = probe.fit
         right = (
@@ -314,7 +314,7 @@ def _places(prompt: Prompt, example: Example, role: str) -> list[int]:
 
 def blamed_by_depass(
     depass: DePass,
-    probe: Probe,
+    probe: LinearProbe,
     prompts: Sequence[Misled],
     rule: RuleName,
     batch_size: int,
@@ -350,7 +350,7 @@ def blamed_by_depass(
 
 
 def flagged_by_probe(
-    depass: DePass, probe: Probe, prompts: Sequence[Misled], batch_size: int
+    depass: DePass, probe: LinearProbe, prompts: Sequence[Misled], batch_size: int
 ) -> list[list[int]]:
     """Order each prompt's misleading tokens by the probe's own logit at them, the least true first."""
     states = hidden_states(
