@@ -188,6 +188,15 @@ def test_a_broken_file_is_named(trained: State, tmp_path: Path) -> None:
             read_weights(tmp_path / name)
 
 
+def test_an_offloaded_model_is_refused(trained: State, tmp_path: Path) -> None:
+    """Its weights would stay as they are."""
+    torch.save(trained, tmp_path / "last.ckpt")
+    model, _ = load_model("tiny")
+    model.model.layers[1].to("meta")
+    with pytest.raises(DePassError, match="offloaded"):
+        load_checkpoint(model, tmp_path / "last.ckpt")
+
+
 def test_what_names_a_checkpoint() -> None:
     assert all(map(is_checkpoint, ("a.ckpt", "b/c.pt#student", "weights.safetensors")))
     assert not any(map(is_checkpoint, ("org/model", "org/model@step1", "folder#1", "x.gguf")))

@@ -55,11 +55,16 @@ def load_checkpoint(model: nn.Module, entry: str | Path) -> None:
 
     Raises:
         DePassError: there is no such file, it cannot be read safely, it holds no such model or several, or
-            weights of other names or sizes.
+            weights of other names or sizes; or the model's own weights are offloaded.
     """
     path, part = _parted(str(entry))
-    state = read_weights(path)
     wanted = model.state_dict()
+    if any(value.is_meta for value in wanted.values()):  # what is loaded into these is lost without a word
+        raise DePassError(
+            f"{path} cannot be put into a model whose weights are offloaded or on the meta device; leave "
+            "device_map out"
+        )
+    state = read_weights(path)
     own = state if part is None else _of_part(path, state, part)
     prefix = _prefix(model, path, own)
     own = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
@@ -181,7 +186,7 @@ def _of_part(path: Path, state: Mapping[str, Tensor], part: str) -> dict[str, Te
 def _prefix(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> str:
     """What a model's names begin with in a checkpoint; empty where no weight is found."""
     wanted = model.state_dict()
-    # A weight inside the last block: a tied or left-out embedding is no proof of a model.
+    # A weight of a block: a tied or left-out embedding is no proof of a model.
     probe = list(wanted)[len(wanted) // 2]
     prefixes = [key[: -len(probe)] for key in state if key == probe or key.endswith(f".{probe}")]
     if len(prefixes) < 2:
