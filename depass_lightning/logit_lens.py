@@ -11,8 +11,8 @@ from depass_lightning.depass import DePass
 from depass_lightning.engine.frozen import NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import token_text
 from depass_lightning.sources import Neurons, Source, Subspace, resolve_layer
+from depass_lightning.utils.tokenization import token_text
 
 NEURON = re.compile(r"(?:layer (\d+) )?neuron (\d+)")
 AT_ONCE = 64  # directions, whose logits over the whole vocabulary are held together

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
-from depass_lightning.prompts import check_vocabulary, token_text
+from depass_lightning.utils.tokenization import check_vocabulary, token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,13 +22,14 @@ from depass_lightning.faithfulness import removal_curves, text_components
 from depass_lightning.faithfulness.accuracy import answered_right
 from depass_lightning.monitoring.probe_sets import load_set
 from depass_lightning.monitoring.publish import _cell
-from depass_lightning.prompts import Prompt, continuation, continued, encode, prompts_of_texts
+from depass_lightning.prompts import Prompt, continued, prompts_of_texts
 from depass_lightning.reports.figures import _layout
 from depass_lightning.reports.notebook import attribution_html
 from depass_lightning.reports.page import page_html
 from depass_lightning.reports.terminal import attribution_text
 from depass_lightning.sources.segments import segment
 from depass_lightning.tasks import Example, load
+from depass_lightning.utils.tokenization import continuation, encode
 from depass_lightning.utils.words import word_spans, word_tokens
 from tests.attributions import ioi
 from tests.models import build

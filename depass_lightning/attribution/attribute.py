@@ -17,7 +17,7 @@ from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.record import Recording
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt, read_length, token_text
+from depass_lightning.prompts import Prompt, read_length
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
 from depass_lightning.sources import Source, resolve_layer
@@ -31,6 +31,7 @@ from depass_lightning.targets import (
     inner_reading,
     target_ids,
 )
+from depass_lightning.utils.tokenization import token_text
 
 GAP = 1e-2  # a completeness that is no rounding
 

@@ -21,10 +21,11 @@ from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt, continuation, continued
+from depass_lightning.prompts import Prompt, continued
 from depass_lightning.results.attributions import Attributions
 from depass_lightning.sources import Tokens
 from depass_lightning.targets import Token
+from depass_lightning.utils.tokenization import continuation
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -31,7 +31,6 @@ from depass_lightning.methods import DePassMethod, Method, make_method
 from depass_lightning.modules.attribution_module import AttributionModule, Masking, Removal
 from depass_lightning.modules.prompt_datamodule import PromptData
 from depass_lightning.monitoring.publish import is_named
-from depass_lightning.prompts import beginning_of, encode
 from depass_lightning.sources import Source
 from depass_lightning.storage import (
     Journal,
@@ -41,6 +40,7 @@ from depass_lightning.storage import (
     weights_fingerprint,
 )
 from depass_lightning.tasks import Task
+from depass_lightning.utils.tokenization import beginning_of, encode
 
 log = logging.getLogger(__name__)
 

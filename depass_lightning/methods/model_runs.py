@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from depass_lightning.engine.freeze import Capture
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt, pad, read_length, token_text
+from depass_lightning.prompts import Prompt, pad, read_length
 from depass_lightning.targets import Contrast, Token, finite, target_ids
+from depass_lightning.utils.tokenization import token_text
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # or a machine that dies may leave the name with nothing behind it
+            os.fsync(file.fileno())  # or a machine that dies may leave an empty file under the name
         rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
 from depass_lightning.linear_probes import LinearProbe, Probes, fit_probes, hidden_states, train_probe
-from depass_lightning.prompts import Prompt, prompts_of, token_text
+from depass_lightning.prompts import Prompt, prompts_of
 from depass_lightning.studies.language.measures import Measures, Words, measure, words_of
 from depass_lightning.studies.language.parts import Carried, carry_parts, decode
 from depass_lightning.studies.study_files import write_experiment
@@ -39,6 +39,7 @@ from depass_lightning.targets import token_id
 from depass_lightning.tasks import Task, Texts, load_texts
 from depass_lightning.utils.bootstrap import bootstrap
 from depass_lightning.utils.distributed import from_first
+from depass_lightning.utils.tokenization import token_text
 
 PARTS = ("language part", "rest", "random part", "random rest")
 WHOLE = "whole state"
