@@ -147,6 +147,28 @@ def test_the_fingerprint_follows_all_of_a_weight(place):
     assert weights_fingerprint(model) != before
 
 
+class WithExtraState(torch.nn.Linear):
+    """As a quantised layer, whose state is not tensors alone."""
+
+    extra = "scale 1"
+
+    def get_extra_state(self):
+        return self.extra
+
+
+def test_the_fingerprint_follows_other_state_and_what_comes_after_it():
+    model = torch.nn.Sequential(WithExtraState(3, 2), torch.nn.Linear(2, 2))
+    assert "0._extra_state" in sorted(model.state_dict())
+    found = {weights_fingerprint(model)}
+    with torch.no_grad():
+        model[1].weight[0, 0] += 1
+    found.add(weights_fingerprint(model))
+    model[0].extra = "scale 2"
+    found.add(weights_fingerprint(model))
+    assert len(found) == 3
+    assert {len(name) for name in found} == {16}
+
+
 def test_the_marks_of_a_killed_run_are_removed(tmp_path):
     """Else prompts that it has skipped, and are tried again, would be listed twice."""
     skipped = {"index": 0, "id": "strange", "reason": "two tokens"}
