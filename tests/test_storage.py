@@ -150,20 +150,21 @@ def test_the_fingerprint_follows_all_of_a_weight(place):
 class WithExtraState(torch.nn.Linear):
     """As a quantised layer, whose state is not tensors alone."""
 
-    extra = "scale 1"
+    extra: str = "scale 1"
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> str:
         return self.extra
 
 
 def test_the_fingerprint_follows_other_state_and_what_comes_after_it():
-    model = torch.nn.Sequential(WithExtraState(3, 2), torch.nn.Linear(2, 2))
+    layer, last = WithExtraState(3, 2), torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(layer, last)
     assert "0._extra_state" in sorted(model.state_dict())
     found = {weights_fingerprint(model)}
     with torch.no_grad():
-        model[1].weight[0, 0] += 1
+        last.weight[0, 0] += 1
     found.add(weights_fingerprint(model))
-    model[0].extra = "scale 2"
+    layer.extra = "scale 2"
     found.add(weights_fingerprint(model))
     assert len(found) == 3
     assert {len(name) for name in found} == {16}
