@@ -17,10 +17,8 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_RETRIES ?= 5
 
 # The tests of numbers, which another processor must pass as well: its kernels add in another order.
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapters adjoint baselines baselines_face baselines_spans \
-    completeness_all engine_batches engine_causality engine_completeness engine_twin families families_page \
-    generation isolation layers linear_rules masking neurons oracle oracle_sources precision probes rotary rules \
-    spread states targets_together twin_sources))
+NUMERIC := $(addprefix tests/,engine attribution methods faithfulness linear_probes commands/test_precision.py \
+    $(addprefix models/test_,$(addsuffix .py,adapters families families_page rotary)))
 
 .PHONY: help setup smollm2 demo test slow portable quantized mutants lint format families bench clean
 .DEFAULT_GOAL := help
@@ -46,7 +44,7 @@ portable: $(READY) ## run the tests of numbers with the kernels of a processor w
 	ATEN_CPU_CAPABILITY=default $(RUN)/python -m pytest --numprocesses=2 --dist=worksteal --clean-tree $(NUMERIC) $(ARGS)
 
 quantized: $(EXTRA)/torchao ## run the tests of quantised models; their package stays out of the environment
-	PYTHONPATH=$(EXTRA) $(RUN)/python -m pytest --clean-tree tests/test_quantized.py $(ARGS)
+	PYTHONPATH=$(EXTRA) $(RUN)/python -m pytest --clean-tree tests/models/test_quantized.py $(ARGS)
 
 mutants: $(MUTATION)/cosmic_ray ## change one thing after another, and list what no test notices (days; ARGS=<file> for one)
 	PYTHONPATH=$(CURDIR)/$(MUTATION) $(RUN)/python -m tests.mutants $(ARGS)
@@ -61,7 +59,7 @@ format: $(READY) ## let ruff write
 	$(RUN)/ruff format .
 
 families: $(READY) ## measure every model family, and write docs/families.md's table
-	$(RUN)/python -m tests.families_table
+	$(RUN)/python -m tests.reference.families_table
 
 bench: $(READY) ## time the decomposed pass beside a plain one
 	$(RUN)/python benchmarks/engine.py $(ARGS)

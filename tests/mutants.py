@@ -15,40 +15,40 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "depass_lightning/engine/rules.py": "rules linear_rules",
-    "depass_lightning/engine/adjoint.py": "adjoint linear_rules",
-    "depass_lightning/engine/variants/top_neurons.py": "neurons",
-    "depass_lightning/engine/freeze.py": "engine_twin families",
-    "depass_lightning/engine/state.py": "engine_twin engine_batches",
-    "depass_lightning/engine/control.py": "linear_rules adjoint",
-    "depass_lightning/engine/frozen.py": "engine_twin families",
-    "depass_lightning/engine/component_groups.py": "twin_sources neurons",
-    "depass_lightning/engine/isolation.py": "isolation engine_untouched",
-    "depass_lightning/engine/packing.py": "engine_twin engine_batches",
-    "depass_lightning/engine/memory.py": "neurons layers",
-    "depass_lightning/engine/propagate.py": "engine_twin twin_sources",
-    "depass_lightning/engine/record.py": "engine_twin engine_untouched",
-    "depass_lightning/engine/variants/paper_code.py": "oracle oracle_sources",
-    "depass_lightning/engine/variants/rounding.py": "precision",
-    "depass_lightning/engine/mlp.py": "engine_twin engine_batches spread",
-    "depass_lightning/engine/parallel.py": "spread",
-    "depass_lightning/engine/validate.py": "families",
-    "depass_lightning/storage/checksums.py": "damage storage",
-    "depass_lightning/storage/fingerprint.py": "storage",
-    "depass_lightning/storage/run_store.py": "storage damage resume",
-    "depass_lightning/storage/json_files.py": "storage damage",
-    "depass_lightning/storage/manifest.py": "resume damage",
-    "depass_lightning/storage/attribution_rows.py": "storage",
-    "depass_lightning/storage/shards.py": "storage damage",
-    "depass_lightning/storage/component_states.py": "storage damage",
-    "depass_lightning/monitoring/dataloader_prompts.py": "callback_loader",
-    "depass_lightning/monitoring/history.py": "callback",
-    "depass_lightning/monitoring/throttle.py": "callback_pace",
-    "depass_lightning/monitoring/probe_sets.py": "callback_probes",
-    "depass_lightning/monitoring/publish.py": "loggers loggers_served",
-    "depass_lightning/monitoring/runner.py": "callback callback_failures",
-    "callbacks/process_monitor.py": "callback_watch resume",
-    "callbacks/prediction_writer.py": "resume damage",
+    "depass_lightning/engine/rules.py": "engine/rules engine/linear_rules",
+    "depass_lightning/engine/adjoint.py": "engine/adjoint engine/linear_rules",
+    "depass_lightning/engine/variants/top_neurons.py": "engine/neurons",
+    "depass_lightning/engine/freeze.py": "engine/twin models/families",
+    "depass_lightning/engine/state.py": "engine/twin engine/batches",
+    "depass_lightning/engine/control.py": "engine/linear_rules engine/adjoint",
+    "depass_lightning/engine/frozen.py": "engine/twin models/families",
+    "depass_lightning/engine/component_groups.py": "engine/twin_sources engine/neurons",
+    "depass_lightning/engine/isolation.py": "engine/isolation engine/untouched",
+    "depass_lightning/engine/packing.py": "engine/twin engine/batches",
+    "depass_lightning/engine/memory.py": "engine/neurons attribution/layers",
+    "depass_lightning/engine/propagate.py": "engine/twin engine/twin_sources",
+    "depass_lightning/engine/record.py": "engine/twin engine/untouched",
+    "depass_lightning/engine/variants/paper_code.py": "engine/oracle engine/oracle_sources",
+    "depass_lightning/engine/variants/rounding.py": "commands/precision",
+    "depass_lightning/engine/mlp.py": "engine/twin engine/batches engine/parallel",
+    "depass_lightning/engine/parallel.py": "engine/parallel",
+    "depass_lightning/engine/validate.py": "models/families",
+    "depass_lightning/storage/checksums.py": "storage/damage storage/storage",
+    "depass_lightning/storage/fingerprint.py": "storage/storage",
+    "depass_lightning/storage/run_store.py": "storage/storage storage/damage commands/resume",
+    "depass_lightning/storage/json_files.py": "storage/storage storage/damage",
+    "depass_lightning/storage/manifest.py": "commands/resume storage/damage",
+    "depass_lightning/storage/attribution_rows.py": "storage/storage",
+    "depass_lightning/storage/shards.py": "storage/storage storage/damage",
+    "depass_lightning/storage/component_states.py": "storage/storage storage/damage",
+    "depass_lightning/monitoring/dataloader_prompts.py": "callbacks/callback_loader",
+    "depass_lightning/monitoring/history.py": "callbacks/callback",
+    "depass_lightning/monitoring/throttle.py": "callbacks/callback_pace",
+    "depass_lightning/monitoring/probe_sets.py": "callbacks/callback_probes",
+    "depass_lightning/monitoring/publish.py": "callbacks/loggers callbacks/loggers_served",
+    "depass_lightning/monitoring/runner.py": "callbacks/callback callbacks/callback_failures",
+    "callbacks/process_monitor.py": "callbacks/callback_watch commands/resume",
+    "callbacks/prediction_writer.py": "commands/resume storage/damage",
 }
 CONFIG = """\
 [cosmic-ray]
@@ -72,7 +72,9 @@ def survivors(file: str, copy: Path, folder: Path) -> tuple[int, list[str]]:
         copy: a copy of the repository, which is changed.
         folder: where the list of changes is kept meanwhile.
     """
-    tests = [f"tests/test_{name}.py" for name in TESTS[file].split()]
+    tests = [
+        f"tests/{folder}/test_{name}.py" for folder, name in (test.split("/") for test in TESTS[file].split())
+    ]
     command = shlex.join([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests])
     config, session = folder / "mutants.toml", folder / "mutants.sqlite"
     config.write_text(CONFIG.format(file=file, command=command), encoding="utf-8")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from depass_lightning import Contrast, DePass, DePassError, Token, Tokens
 from depass_lightning.models.load import load_model
-from tests.models import VOCABULARY, build
+from tests.reference.models import VOCABULARY, build
 
 WORDS = ["<s>", "</s>", "<unk>", "▁when", "▁Mary", "▁and", "▁John", "▁gave", "▁a", "▁drink", "▁to", "anna"]
 

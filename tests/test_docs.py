@@ -9,9 +9,10 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from tests.test_analyze import run
+from tests.commands.test_analyze import run
+from tests.conftest import ROOT
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = ROOT / "docs"
 GUIDES = ("which-word", "which-head", "which-neuron", "which-direction", "generation")
 SAID = {  # what the pages' own numbers are taken from
     "which-word": "' Mary' − ' John' = +7.77",

@@ -11,8 +11,9 @@ from omegaconf import open_dict
 
 from depass_lightning import DePass
 from depass_lightning.commands.train import train
+from tests.conftest import ROOT
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def table(said: str) -> list[tuple[float, ...]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import run_script
+from tests.conftest import ROOT
+from tests.reference.forked import run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]

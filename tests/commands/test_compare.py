@@ -1,0 +1,109 @@
+"""`analyze.py compare=[...]` and `film=`: several models on the same prompts, and a training as a film."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from depass_lightning import DePass
+from depass_lightning.commands.compare import labelled, load_entry
+from depass_lightning.errors import DePassError
+from depass_lightning.models.checkpoint import load_checkpoint
+from depass_lightning.storage import read_attributions
+from tests.commands.test_analyze import run
+from tests.commands.test_timeline import data_of
+
+FEW = ("task=known", "task.size=4", "faithfulness=none", "report.figures=0")
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The embedded model with other weights: as a folder, and as a checkpoint of a training of it."""
+    depass, folder = DePass.from_pretrained("tiny"), tmp_path_factory.mktemp("models")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in depass.model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    depass.model.save_pretrained(folder / "moved")  # type: ignore[operator]
+    assert depass.tokenizer is not None
+    depass.tokenizer.save_pretrained(folder / "moved")
+    state = {f"net.lm.{name}": value for name, value in depass.model.state_dict().items()}
+    torch.save({"state_dict": state | {"net.scale": torch.ones(1)}}, folder / "moved.ckpt")
+    return {"folder": folder / "moved", "checkpoint": folder / "moved.ckpt"}
+
+
+def test_models_are_compared_on_the_same_prompts(tmp_path: Path, changed: dict[str, Path]) -> None:
+    models = f"compare=[tiny,{changed['folder']},{changed['checkpoint']}]"
+    assert run(tmp_path, models, *FEW) == 0
+    first, second, third = json.loads((tmp_path / "compare.json").read_text())["models"]
+    assert [own["model"] for own in (first, second, third)] == ["tiny", "moved", "moved.ckpt"]
+    assert second["from"] == str(changed["folder"])
+    assert first["cosine"] == pytest.approx(1)
+    assert second["cosine"] < 0.9999
+    assert {**second, "model": "", "from": "", "seconds": 0} == pytest.approx(
+        {**third, "model": "", "from": "", "seconds": 0}
+    )
+    film = data_of((tmp_path / "compare.html").read_text(encoding="utf-8"))["film"]
+    assert film["labels"] == ["tiny", "moved", "moved.ckpt"]
+    for label, place in (("tiny", 0), ("moved", 1)):
+        own = read_attributions(tmp_path / label / "attributions")
+        shown = film["prompts"][0][place]["scores"]["tokens"]
+        assert shown == pytest.approx(own[0].scores.tolist(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("compare=[tiny]", "two different models or more"),
+        ("compare=[tiny,tiny]", "two different models or more"),
+        ("compare=[tiny,missing.ckpt]", "no checkpoint at missing.ckpt"),
+        ("film=nowhere", "there is no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, said: str
+) -> None:
+    assert run(tmp_path, given, *FEW) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_one_process_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "compare=[tiny,other]", "trainer.devices=2", *FEW) == 1
+    assert "runs on one process" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"model.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(DePassError, match="does not hold the weights of LlamaForCausalLM"):
+        load_checkpoint(DePass.from_pretrained("tiny").model, str(tmp_path / "other.ckpt"))
+
+
+def test_labels_are_distinct_and_fit_for_folders() -> None:
+    assert labelled(["a/model", "b/model", "org/name@step10"]) == ["1-model", "2-model", "name@step10"]
+
+
+ADAPTER = "adapter_model.safetensors"
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda folder: (folder / ADAPTER).write_bytes(b"\x00" * 20), f"{ADAPTER} is cut or damaged"),
+    "no weights": (lambda folder: save_file({}, folder / ADAPTER), "missing adapter keys"),
+    "no settings": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds a list"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_adapter_is_named(tmp_path: Path, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    depass = DePass.from_pretrained("tiny")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(depass.model, settings).save_pretrained(tmp_path)
+    change, said = BROKEN[kind]
+    change(tmp_path)
+    config = OmegaConf.create({"compute_dtype": None})
+    with pytest.raises(DePassError, match=f"the adapter {tmp_path} cannot be loaded: .*{said}"):
+        load_entry(str(tmp_path), config, lambda _: DePass.from_pretrained("tiny"))

@@ -1,0 +1,154 @@
+"""Every option of every configuration group composes, for each command that has the group."""
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
+
+from depass_lightning.engine.rules import rule_named
+from depass_lightning.models.load import dtype_of
+from depass_lightning.modules.attribution_module import TARGETS
+from depass_lightning.sources import Heads, Module, Neurons, Spans, Subspace, Tokens
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+COMMANDS = [path.stem for path in sorted(CONF.glob("*.yaml"))]
+INNER = {"hydra", "local"}  # Hydra's own, and whatever somebody keeps for their machine
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and any(folder.glob("*.yaml")))
+OPTIONS = [
+    (group, path.stem)
+    for group in GROUPS
+    if group not in INNER
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+# What only the reader can say.
+REQUIRED = {
+    ("model", "hf"): ["model.name=folder"],
+    ("model", "gguf"): ["model.path=file.gguf"],
+    ("source", "subspace"): ["source.path=file.npy"],
+    ("task", "jsonl"): ["task.path=file.jsonl"],
+}
+
+
+def composed(command, overrides, folder):
+    """Compose a command's configuration as Hydra would, with everything in it resolved."""
+    with initialize_config_module("depass_lightning.conf", version_base="1.3"):
+        config = compose(command, overrides=overrides, return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(folder)
+        config.hydra.runtime.cwd = str(folder)
+        config.hydra.job.num = 0
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    try:
+        return OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def groups_of(command):
+    """Return the groups that a command's defaults name."""
+    defaults = OmegaConf.load(CONF / f"{command}.yaml").defaults
+    return {str(key).rpartition(" ")[2] for entry in defaults if not isinstance(entry, str) for key in entry}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_composes_by_itself(command, tmp_path):
+    config = composed(command, [], tmp_path)
+    assert config.task_name
+    assert config.paths.output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option, tmp_path):
+    """An option that no command could take would be dead; each command that knows the group takes it."""
+    takers = [command for command in COMMANDS if group in groups_of(command)]
+    assert takers or group == "experiment", f"no command takes {group}="
+    for command in takers:
+        chosen = [f"{group}={option}", *REQUIRED.get((group, option), [])]
+        if group == "experiment" and not _meant_for(option, command):
+            continue
+        composed(command, chosen, tmp_path)
+
+
+def _meant_for(experiment, command):
+    """Say whether an experiment's choices are all groups of a command."""
+    loaded = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
+    assert isinstance(loaded, dict)
+    defaults = loaded.get("defaults", [])
+    chosen = {
+        str(key).removeprefix("override ").strip().strip("/")
+        for entry in defaults
+        if not isinstance(entry, str)
+        for key in entry
+    }
+    return chosen <= groups_of(command)
+
+
+def test_a_wrong_key_and_a_wrong_choice_are_refused(tmp_path):
+    with pytest.raises(ConfigCompositionException, match=r"model\.nam"):
+        composed("analyze", ["model.nam=tiny"], tmp_path)
+    with pytest.raises(Exception, match="softmax"):  # Hydra's own message lists the choices
+        composed("analyze", ["rule=sofmax"], tmp_path)
+
+
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+ANY = {"hf", "gguf"}  # what the reader names
+PAPERS = {
+    *("llama2-7b", "llama2-7b-chat", "llama2-13b", "llama3.1-8b", "llama3.1-70b", "llama3.2-1b"),
+    *("llama3.2-3b", "qwen2-1.5b", "qwen2-7b"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_says_what_matters(name, tmp_path):
+    """The same keys everywhere, so that no entry can be half filled in."""
+    model = composed("analyze", [f"model={name}", *REQUIRED.get(("model", name), [])], tmp_path).model
+    facts = {"parameters", "context", "licence", "gated"}
+    assert set(model) - {"path"} == {"name", "revision", "dtype", "device_map"} | facts
+    assert dtype_of(model.dtype).is_floating_point
+    assert (CONF / "model" / f"{name}.yaml").read_text().startswith("# ")
+    if name in ANY:
+        return
+    assert "/" in model.name or model.name in {"tiny", "smollm2-135m"}
+    assert model.licence
+    assert isinstance(model.context, int)
+    number, unit = model.parameters.split()
+    assert 1 <= float(number) * {"thousand": 1, "million": 1e3, "billion": 1e6}[unit] < 1e9
+    assert model.gated in (True, False, None)
+
+
+def test_the_papers_models_have_entries():
+    """And no two entries are one model."""
+    assert set(MODELS) >= PAPERS
+    names = [OmegaConf.load(CONF / "model" / f"{name}.yaml").name for name in MODELS if name not in ANY]
+    assert len(names) == len({own.lower() for own in names})
+
+
+def test_sources_rules_and_targets_are_the_librarys(tmp_path):
+    assert instantiate(composed("analyze", ["source.layer=2"], tmp_path).source) == Tokens(layer=2)
+    meant = {
+        "tokens": Tokens(),
+        "spans": Spans("word"),
+        "heads": Heads(),
+        "modules": Module("attention"),
+        "neurons": Neurons(-2),
+    }
+    assert {path.stem for path in (CONF / "source").glob("*.yaml")} == {*meant, "subspace"}
+    for name, source in meant.items():
+        assert instantiate(composed("analyze", [f"source={name}"], tmp_path).source) == source
+    np.save(tmp_path / "gender.npy", np.eye(3)[:2])
+    of_file = ["source=subspace", f"source.path={tmp_path / 'gender.npy'}", "source.layer=1"]
+    subspace = instantiate(composed("analyze", of_file, tmp_path).source)
+    assert isinstance(subspace, Subspace)
+    assert (subspace.layer, subspace.names) == (1, ["gender"])
+    for path in sorted((CONF / "rule").glob("*.yaml")):
+        rule = composed("analyze", [f"rule={path.stem}"], tmp_path).rule
+        assert rule.name == path.stem
+        rule_named(rule.name, rule.get("temperature", 0.1))
+    kinds = {path.stem: OmegaConf.load(path).kind for path in (CONF / "target").glob("*.yaml")}
+    assert kinds == {name: name for name in TARGETS}

@@ -1,0 +1,262 @@
+"""A command that was interrupted finds its folder again when it is started again."""
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from hydra import compose, initialize_config_module
+
+from depass_lightning.callbacks import AttributionWriter
+from depass_lightning.commands import resume as runs
+from depass_lightning.commands.analyze import main
+from depass_lightning.commands.resume import UNFINISHED, Resume, claim
+from depass_lightning.errors import DePassError
+from depass_lightning.storage import Journal
+from tests.commands.test_analyze import run
+from tests.commands.test_resume import QUICK, SIZE, table
+from tests.conftest import ROOT
+
+
+def typed(folder, *overrides, kill_at=None, victim=""):
+    """Type the command in a folder, and kill it, or a process of it, after so many prompts; return what it
+    says."""
+    command = [sys.executable, str(ROOT / "analyze.py"), *QUICK, "print_config=false", *overrides]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if kill_at is not None:
+        while sum(Journal(own).counted() for own in folder.glob("logs/analyze/*/*")) < kill_at:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True) if victim else []
+        for own in [one for one in family if victim in " ".join(one.cmdline())] or [process]:
+            own.kill()
+    return process.communicate(timeout=120)[0]
+
+
+def test_the_same_command_goes_on_by_itself(tmp_path):
+    """No folder is given: the one of the run that was killed is found by what was typed."""
+    typed(tmp_path, "trainer.accelerator=cpu", kill_at=6)
+    (interrupted,) = (tmp_path / "logs" / "analyze" / "runs").iterdir()
+    printed = typed(tmp_path, "trainer.accelerator=cpu")
+    assert "goes on with" in printed
+    assert "prompts have been attributed before" in printed
+    assert list(interrupted.parent.iterdir()) == [interrupted]
+    assert len(Journal(interrupted).done()) == 24
+    # A run that has ended is not gone on with.
+    printed = typed(tmp_path, "trainer.accelerator=cpu", f"hydra.run.dir={interrupted}", "resume=false")
+    assert "goes on with" not in printed
+    assert table(interrupted.with_name(f"{interrupted.name}-2")) == table(interrupted)
+
+
+@pytest.mark.slow  # three starts of the command
+def test_a_process_that_lightning_has_started_is_lost(tmp_path):
+    """As typed, with `ddp`: the one that is lost is named, the other ends, and both go on."""
+    two = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "task.size=200"]
+    printed = typed(tmp_path, *two, kill_at=6, victim="train_ddp_process_1")
+    assert "error: process 2 of 2 was lost (signal 9)" in printed
+    assert "told to by SIGTERM" not in printed
+    assert "prompts are kept in" in printed
+    printed = typed(tmp_path, *two)
+    assert "prompts have been attributed before" in printed
+    assert len(list(tmp_path.glob("logs/analyze/runs/*/summary.json"))) == 1
+
+
+def configured(*overrides, mode="RUN"):
+    """A command's configuration, Hydra's own included."""
+    with initialize_config_module("depass_lightning.conf", version_base="1.3"):
+        return compose("analyze", overrides=[*overrides, f"hydra.mode={mode}"], return_hydra_config=True)
+
+
+def test_only_the_same_command_is_gone_on_with(tmp_path, monkeypatch):
+    """A run that has ended, one that another process works on, and one of another command are left alone."""
+    monkeypatch.chdir(tmp_path)
+    config = configured("task.size=3")
+    runs = Path(config.hydra.run.dir).parent
+    typed_then = {
+        "1-same": ["task.size=3"],
+        "2-other": ["task.size=4"],
+        "3-same": ["task.size=3"],
+        "4-held": ["task.size=3"],
+    }
+    for name, overrides in typed_then.items():
+        (runs / name).mkdir(parents=True)
+        (runs / name / UNFINISHED).write_text(json.dumps(overrides))
+    (runs / "5-ended").mkdir()
+    with (runs / "4-held" / UNFINISHED).open() as held:
+        fcntl.flock(held.fileno(), fcntl.LOCK_EX)
+        Resume().on_run_start(config)
+    assert Path(config.hydra.run.dir) == runs / "3-same"
+    for overrides in (["task.size=5"], ["task.size=3", "resume=false"]):
+        config = configured(*overrides)
+        before = config.hydra.run.dir
+        Resume().on_run_start(config)
+        assert config.hydra.run.dir == before
+
+
+def test_a_sweep_goes_on_in_its_folder(tmp_path, monkeypatch):
+    """What is composed for each of its jobs has the folder too; the mark goes when the sweep has ended."""
+    monkeypatch.chdir(tmp_path)
+    first = configured("task.size=3", mode="MULTIRUN")
+    interrupted = Resume()
+    interrupted.on_multirun_start(first)
+    folder = first.hydra.sweep.dir
+    assert (Path(folder) / UNFINISHED).exists()
+    assert interrupted.mark is not None
+    interrupted.mark.close()  # as the system does for a process that is killed
+    second = configured("task.size=3", "hydra.sweep.dir=elsewhere-by-default", mode="MULTIRUN")
+    second.hydra.overrides.hydra = ["hydra.mode=MULTIRUN"]
+    second.hydra.sweep.dir = f"{Path(folder).parent}/later"
+    resumed = Resume()
+    resumed.on_multirun_start(second)
+    assert second.hydra.sweep.dir == folder
+    assert f"hydra.sweep.dir={folder}" in second.hydra.overrides.hydra
+    resumed.on_multirun_end(second)
+    assert not (Path(folder) / UNFINISHED).exists()
+
+
+def test_resume_false_begins_anew_beside_a_folder_that_was_given(tmp_path):
+    run_folder = tmp_path / "mine"
+    (run_folder / "attributions").mkdir(parents=True)
+    (run_folder / "attributions" / "manifest.json").write_text("{}")
+    config = configured(f"hydra.run.dir={run_folder}", "resume=false")
+    Resume().on_run_start(config)
+    assert Path(config.hydra.run.dir) == tmp_path / "mine-2"
+    config = configured(f"hydra.run.dir={run_folder}")
+    Resume().on_run_start(config)
+    assert Path(config.hydra.run.dir) == run_folder
+
+
+def test_a_folder_whose_mark_is_removed_meanwhile_is_claimed_once(tmp_path, monkeypatch):
+    """One waits while another ends; what it has locked then may be a file that has no name any more."""
+    monkeypatch.setattr(runs, "PATIENCE", 0.3)
+    real = runs._locked
+    mark, held = tmp_path / UNFINISHED, []
+
+    def locked(file):
+        """Lock, but let the other end, and a third come in, between opening and locking."""
+        if not held:
+            mark.unlink()
+            held.append(mark.open("a+"))
+            assert real(held[0].fileno())
+        return real(file)
+
+    monkeypatch.setattr(runs, "_locked", locked)
+    with pytest.raises(DePassError, match="another process is at work"), claim(tmp_path):
+        pass
+    held[0].close()
+    with claim(tmp_path):
+        assert mark.exists()
+    assert not mark.exists()
+
+
+def test_a_refused_command_leaves_a_finished_run_as_it_is(tmp_path, monkeypatch, capsys):
+    """The files that say what was asked, and that the run has ended."""
+
+    for module in ("hydra.core.utils", "hydra._internal.hydra"):  # what other tests log stays as it is
+        monkeypatch.setattr(f"{module}.configure_log", lambda *_: None)
+
+    def typed_here(*overrides):
+        quick = ["task.size=2", "faithfulness=none", "report.figures=0", "print_config=false"]
+        words = [f"hydra.run.dir={tmp_path / 'mine'}", "trainer.accelerator=cpu", *quick, *overrides]
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *words])
+        main()
+
+    def written():
+        return {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+
+    typed_here()
+    before = written()
+    assert {"config.yaml", "overrides.yaml"} <= {path.name for path in before}
+    for mark in (None, '["task.size=3"]'):
+        if mark is not None:
+            (tmp_path / "mine" / UNFINISHED).write_text(mark)
+            before = written()
+        with pytest.raises(SystemExit):
+            typed_here("source.layer=1")
+        assert "source.layer was 0 and is 1" in capsys.readouterr().err
+        assert written() == before
+    typed_here("batch_size=1")
+    assert "batch_size: 1" in (tmp_path / "mine" / "config.yaml").read_text()
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    config = configured("task.size=3", f"hydra.sweep.dir={tmp_path}", mode="MULTIRUN")
+    first = Resume()
+    first.on_multirun_start(config)
+    with pytest.raises(SystemExit):
+        Resume().on_multirun_start(config)
+    assert "another sweep is at work" in capsys.readouterr().err
+    first.on_multirun_end(config)
+
+
+STARTERS = {
+    "ddp": ([], [{}]),
+    "torchrun": (["-m", "torch.distributed.run", "--nproc-per-node", "2"], [{}]),
+    "srun": (
+        [],
+        [
+            {
+                "SLURM_JOB_ID": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "2",
+                "SLURM_NODELIST": "localhost",
+                "SLURM_NODEID": "0",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29611",
+            }
+            for rank in range(2)
+        ],
+    ),
+}
+
+
+@pytest.mark.slow  # real processes; that the first tells the others what is done is tested without
+@pytest.mark.parametrize("starter", STARTERS)
+def test_all_processes_go_on_from_the_same_prompts(tmp_path, starter):
+    """However they are started: each prompt that was left is done once, and none that was done."""
+    folder = tmp_path / "mine"
+    assert run(folder, *QUICK, "+trainer.limit_predict_batches=3") == 0
+    before, environments = STARTERS[starter]
+    two = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "log_every=0"]
+    words = [*QUICK, *two, f"hydra.run.dir={folder}", "print_config=false"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *before, str(ROOT / "analyze.py"), *words],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for environment in environments
+    ]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert f"6 of {SIZE} prompts have been attributed before" in said[0]
+    told = "".join(said) + "".join(path.read_text() for path in folder.glob("*.log"))
+    shares = set(re.findall(r"process (\d) of 2: (\d+) of \2 prompts", told))
+    assert sorted(rank for rank, _ in shares) == ["1", "2"]
+    assert sum(int(share) for _, share in shares) == SIZE - 6
+    assert len(Journal(folder).done()) == SIZE
+
+
+def test_the_first_process_says_what_is_done(tmp_path):
+    """Another would find what one that is quicker has added since."""
+    done = {0, 3}
+    for first in (True, False):
+        strategy = SimpleNamespace(broadcast=lambda found, first=first: found if first else done)
+        writer = AttributionWriter(tmp_path, resume=first)
+        writer.done = done if first else None
+        writer.setup(SimpleNamespace(is_global_zero=first, strategy=strategy), None, "predict")  # type: ignore[arg-type]
+        assert writer.done == done

@@ -1,0 +1,269 @@
+"""The dual rule and attention's control path, against the real model's derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from depass_lightning import Contrast, DePass, DePassError, Heads, Module, Neurons, Token, Tokens
+from depass_lightning.engine.memory import Budget
+from tests.engine.test_untouched import must_stay_untouched
+from tests.reference.models import build, distance, padded, prompt
+
+NAMES = ("llama", "llama-biases", "mistral-window", "qwen2-window", "qwen3", "qwen3-biases")
+LENGTHS = (9, 6)
+TARGETS = ((5, 7, -1), (4, None, -2))
+# How much of a derivative passes each map's output: by the rule, and where control is all that is left open.
+DUAL = {"q_proj": 0.25, "k_proj": 0.25, "v_proj": 0.5, "gate_proj": 0.5, "up_proj": 0.5}
+TAYLOR = {"up_proj": 0.0}
+
+
+class Frozen(TorchFunctionMode):
+    """Lets the real model run with its norms' scales and activations' slopes held fixed."""
+
+    def __init__(self, *, probabilities: bool) -> None:
+        super().__init__()
+        self.probabilities = probabilities
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.silu:
+            return args[0] * (function(args[0]) / args[0]).detach()
+        result = function(*args, **kwargs)
+        held = function is torch.rsqrt or (self.probabilities and function is torch.nn.functional.softmax)
+        return result.detach() if held else result
+
+
+def scaled(weight: float) -> Callable[..., Tensor]:
+    """Let this much of a derivative pass."""
+    return lambda _module, _inputs, output: weight * output + (1 - weight) * output.detach()
+
+
+def logits(model: Any, weights: dict[str, float], states: Tensor, *, probabilities: bool = False) -> Tensor:
+    """The model's logits from embeddings, of which only the given parts are open to derivatives."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            weight = weights.get(name.rsplit(".", 1)[-1])
+            if weight is not None:
+                stack.callback(module.register_forward_hook(scaled(weight)).remove)
+        stack.enter_context(Frozen(probabilities=probabilities))
+        return model(inputs_embeds=states, use_cache=False).logits[0]
+
+
+def value_of(given: Tensor, target: tuple[int, int | None, int]) -> Tensor:
+    token, foil, position = target
+    at = given[position]
+    return at[token] - (0 if foil is None else at[foil])
+
+
+def reference(
+    model: Any, row: Tensor, target: tuple[int, int | None, int], weights: dict[str, float], **options: Any
+) -> Tensor:
+    """Each token's embedding times its derivative, and last the biases times theirs where there are any."""
+    embedded = model.get_input_embeddings()(row)[None].detach().requires_grad_()
+    biases = [own for name, own in model.named_parameters() if name.endswith("bias")]
+    value = value_of(logits(model, weights, embedded, **options), target)
+    states, *others = torch.autograd.grad(value, [embedded, *biases], allow_unused=True)
+    scores = (states * embedded).sum(-1)[0]
+    if not biases:
+        return scores.detach()
+    added = sum((own * grad).sum() for own, grad in zip(biases, others, strict=True) if grad is not None)
+    return torch.cat([scores, torch.as_tensor(added)[None]]).detach()
+
+
+def expected_scores(model: Any, row: Tensor, target: tuple[int, int | None, int], kind: str) -> Tensor:
+    if kind == "dual":
+        return reference(model, row, target, DUAL)
+    free = reference(model, row, target, TAYLOR)
+    return free - reference(model, row, target, TAYLOR, probabilities=True)
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "dual": {"rule": "dual"},
+    "control": {"rule": "taylor", "path": "control"},
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ARGUMENTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_token_scores_are_the_real_models_derivatives(name: str, kind: str, side: str) -> None:
+    model = build(name, dtype=torch.float64)
+    rows = [prompt(length, seed=length) for length in LENGTHS]
+    ids, mask = padded(rows, side)
+    targets = [Contrast(5, 7), Token(4, position=-2)]
+    found = DePass(model).attribute(input_ids=ids, attention_mask=mask, target=targets, **ARGUMENTS[kind])
+    for own, row, target in zip(found, rows, TARGETS, strict=True):
+        expected = expected_scores(model, row, target, kind)
+        assert expected.abs().max() > 1e-2
+        assert distance(own.scores, expected.float()) < 1e-5
+
+
+# Torch compiles its forward-mode formulas by what it deprecates itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_dual_is_the_forward_derivative_too() -> None:
+    """`torch.func.jvp` along each token's embedding."""
+    model = build("qwen3", dtype=torch.float64)
+    row = prompt(6)
+    embedded = model.get_input_embeddings()(row)[None].detach()
+    expected = []
+    for position in range(len(row)):
+        tangent = torch.zeros_like(embedded)
+        tangent[0, position] = embedded[0, position]
+        change = torch.func.jvp(lambda states: logits(model, DUAL, states), (embedded,), (tangent,))[1]
+        expected.append(value_of(change, TARGETS[0]))
+    found = DePass(model).attribute(input_ids=row[None], target=Contrast(5, 7), rule="dual")[0]
+    assert distance(found.scores, torch.stack(expected).float()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_heads_and_neurons_are_the_real_models_derivatives(kind: str) -> None:
+    model: Any = build("llama", dtype=torch.float64)
+    row, layer = prompt(7), 1
+    block = model.model.layers[layer]
+    embedded = model.get_input_embeddings()(row)[None].detach()
+
+    def derivatives(weights: dict[str, float], **options: Any) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+        with ExitStack() as stack:
+            for module in (block.self_attn.o_proj, block.mlp.down_proj):
+                hook = module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+                stack.callback(hook.remove)
+            value = value_of(logits(model, weights, embedded, **options), TARGETS[0])
+        heads, neurons = (
+            own * grad for own, grad in zip(kept, torch.autograd.grad(value, kept), strict=True)
+        )
+        return heads[0].unflatten(1, (6, -1)).sum((0, 2)).detach(), neurons[0].sum(0).detach()
+
+    if kind == "dual":
+        expected = derivatives(DUAL)
+    else:
+        open_, held = derivatives(TAYLOR), derivatives(TAYLOR, probabilities=True)
+        expected = (open_[0] - held[0], open_[1] - held[1])
+    sources = [Heads(layer), Neurons(layer), Module("attention", layer)]
+    found = DePass(model).attribute(
+        input_ids=row[None], target=Contrast(5, 7), source=sources, **ARGUMENTS[kind]
+    )[0]
+    assert distance(found[0].scores[1:], expected[0].float()) < 1e-5
+    assert distance(found[1].scores[1:], expected[1].float()) < 1e-5
+    assert found[2].scores[1] == pytest.approx(float(expected[0].sum()), rel=1e-5)
+
+
+class HeldLayerNorm(torch.nn.LayerNorm):
+    """A LayerNorm whose derivative is that of its scale held fixed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = (input.var(-1, correction=0, keepdim=True) + self.eps).rsqrt().detach()
+        return (input - input.mean(-1, keepdim=True)) * scale * self.weight + self.bias
+
+
+def test_a_layernorm_on_queries_is_held_fixed_and_its_bias_counted() -> None:
+    model: Any = build("qwen3-biases", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    for block in model.model.layers:
+        norm = HeldLayerNorm(10, dtype=torch.float64)
+        torch.nn.init.uniform_(norm.weight, 0.6, 1.4, generator=generator)
+        torch.nn.init.normal_(norm.bias, 0.0, 0.4, generator=generator)
+        block.self_attn.q_norm = norm
+    row = prompt(8)
+    found = DePass(model).attribute(
+        input_ids=row[None], target=Contrast(5, 7), rule="taylor", path="control"
+    )[0]
+    assert distance(found.scores, expected_scores(model, row, TARGETS[0], "control").float()) < 1e-5
+
+
+def test_content_and_control_are_told_apart() -> None:
+    """Content is what attribute gives anyway, and complete; control is not, and says so."""
+    depass = DePass(build("qwen2"))
+    arguments: dict[str, Any] = {"input_ids": prompt(9)[None], "target": 5, "rule": "taylor"}
+    paths: list[dict[str, Any]] = [{}, {"path": "content"}, {"path": "control"}]
+    plain, content, control = (depass.attribute(**arguments, **more)[0] for more in paths)
+    assert torch.equal(plain.scores, content.scores)
+    assert content.completeness < 1e-5
+    assert "path" not in content.metadata
+    assert control.metadata["path"] == "control"
+    assert control.completeness > 1e-2
+    assert control.value == content.value
+    # From behind the last attention no way leads through a query or a key.
+    last = depass.attribute(**arguments, source=Neurons(-1), path="control")[0]
+    assert float(last.scores.abs().max()) == 0
+
+
+def test_dual_is_complete_without_attention_alone() -> None:
+    """Its two paths through a neuron sum to the neuron; those through attention do not sum to attention."""
+    model: Any = build("llama-biases", dtype=torch.float64)
+    depass = DePass(model)
+    arguments: dict[str, Any] = {"input_ids": prompt(9)[None], "target": 5, "rule": "dual"}
+    assert depass.attribute(**arguments, source=Tokens(0))[0].completeness > 1e-2
+    for block in model.model.layers:
+        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
+    assert depass.attribute(**arguments, source=Tokens(0))[0].completeness < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen3-biases"])
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_model_is_left_untouched(name: str, surroundings: Any) -> None:
+    model = build(name, attention="sdpa", attention_dropout=0.5)
+    depass = DePass(model)
+    quiet = depass.attribute(input_ids=prompt(7)[None], target=5, rule="taylor", path="control")[0]
+    model.train()
+    with surroundings(), must_stay_untouched(model):
+        found = [
+            depass.attribute(input_ids=prompt(7)[None], target=5, **own)[0] for own in ARGUMENTS.values()
+        ]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(found[1].scores, quiet.scores)
+
+
+def test_the_model_is_left_untouched_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("qwen3")
+    depass = DePass(model)
+
+    def broken(*_arguments: Any, **_keywords: Any) -> None:
+        raise RuntimeError("broken")
+
+    with must_stay_untouched(model):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", broken)
+            with pytest.raises(RuntimeError, match="broken"):
+                depass.attribute(input_ids=prompt(7)[None], target=5, rule="dual")
+        assert depass.attribute(input_ids=prompt(7)[None], target=5, rule="taylor")[0].completeness < 1e-5
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_blocks_that_are_run_again_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    depass = DePass(build("qwen2"))
+    arguments: dict[str, Any] = {"input_ids": prompt(9)[None], "target": 5, **ARGUMENTS[kind]}
+    kept = depass.attribute(**arguments)[0]
+    original = Budget.default
+    monkeypatch.setattr(Budget, "default", lambda *given: replace(original(*given), recording=0))
+    again = depass.attribute(**arguments)[0]
+    torch.testing.assert_close(again.scores, kept.scores)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "dual", "engine": "propagate"}, r"rule='dual' only goes back from a target"),
+        ({"rule": "dual", "compat": "release"}, r"rule='dual' only goes back from a target"),
+        ({"rule": "softmax", "path": "control"}, r"path='control' needs rule='taylor'"),
+        ({"rule": "dual", "path": "control"}, r"path='control' needs rule='taylor'"),
+        ({"rule": "taylor", "path": "control", "engine": "propagate"}, r"engine='auto' or 'adjoint'"),
+        ({"rule": "taylor", "path": "query"}, r"path='query' is unknown; choose 'content' or 'control'"),
+    ],
+)
+def test_what_does_not_go_together_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DePassError, match=message):
+        DePass(build("llama")).attribute(input_ids=prompt(6)[None], target=4, **arguments)
+
+
+def test_states_cannot_be_had_of_dual() -> None:
+    with pytest.raises(DePassError, match=r"rule='taylor' to carry components forward"):
+        DePass(build("llama")).decompose(input_ids=prompt(6)[None], rule="dual")

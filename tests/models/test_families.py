@@ -1,0 +1,328 @@
+"""Every declared family against what the real model says, by an oracle that knows no family.
+
+Sums alone do not prove a decomposition: the wrong half of a fused map still adds up. So components are
+compared one by one with derivatives through the real model, its nonlinearities held fixed
+(`tests/reference/zoo.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from depass_lightning import (
+    Contrast,
+    DePass,
+    DePassError,
+    Direction,
+    FamilySpec,
+    Heads,
+    Module,
+    Neurons,
+    Subspace,
+    Token,
+    Tokens,
+    register_family,
+)
+from depass_lightning.engine.rules import RuleName
+from depass_lightning.engine.validate import validate
+from depass_lightning.models import families
+from depass_lightning.models.decoder import Decoder
+from tests.reference.models import distance, padded, prompt
+from tests.reference.zoo import ALL, build, derivatives
+
+TARGET = Contrast(5, 7)
+EXPERTS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+# One of each order of sublayers, of norms and of fused maps.
+KINDS = (
+    "gpt2",
+    "gpt_neox",
+    "gemma2-biases",
+    "olmo2",
+    "glm4",
+    "cohere",
+    "falcon-40b",
+    "gpt_oss",
+    "deepseek_v3",
+)
+SOURCES: dict[str, Any] = {
+    "tokens in the middle": Tokens(1),
+    "heads": Heads(),
+    "attention": Module("attention"),
+    "mlp": Module("mlp"),
+    "neurons": Neurons(1),
+    "neurons of the first block": Neurons(0),
+    "subspace": Subspace(1, torch.randn(2, 36, generator=torch.Generator().manual_seed(0))),
+}
+
+
+def rename(model: Any, kind: str) -> None:
+    """Give a model a type that it does not have."""
+    model.config.model_type = kind
+
+
+def completeness(attribution: Any) -> float:
+    """The worst of its groups'."""
+    groups = attribution.scores.view(attribution.groups, -1).double()
+    size = max(abs(attribution.value), float(groups.abs().max()))
+    return float((groups.sum(1) - attribution.value).abs().max()) / size
+
+
+class Rounded(TorchDispatchMode):
+    """Collects the operations with results coarser than float64; whole numbers are exact anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            coarse = isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.bfloat16)
+            if coarse and not torch.equal(value, value.round()):
+                self.operations.add(function.overloadpacket.__name__)
+        return result
+
+
+# The slopes that ALiBi adds to attention scores: a table, the same in every batch.
+ALIBI = {"full", "pow", "cat", "unsqueeze", "mul", "repeat", "view", "_to_copy"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_models_in_float64_compute_in_float64(name: str) -> None:
+    """Whatever float32 is left, as in a softmax, depends on lengths and on the processor."""
+    model = build(name, dtype=torch.float64)
+    with torch.no_grad(), Rounded() as rounded:
+        model(prompt(9)[None], use_cache=False)
+    assert rounded.operations <= (ALIBI if name in ("bloom", "falcon-rw") else set())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_token_scores_are_the_real_models_derivatives(name: str) -> None:
+    model, ids = build(name, dtype=torch.float64), prompt(9)
+    tokens, biases, value = derivatives(model, ids, 5, 7)
+    assert abs(float(tokens.sum()) + biases - value) < 1e-12 * max(1, float(tokens.abs().max()))
+    depass = DePass(model)
+    engines: tuple[Literal["adjoint", "propagate"], ...] = ("adjoint", "propagate")
+    for engine in engines:
+        own = depass.attribute(input_ids=ids[None], target=TARGET, rule="taylor", engine=engine)[0]
+        assert own.value == pytest.approx(value, abs=1e-9)
+        assert distance(own.scores[: len(ids)], tokens.float()) < 1e-6
+        assert len(own.scores) == len(ids) + depass.decoder.has_biases
+        if depass.decoder.has_biases:
+            assert float(own.scores[-1]) == pytest.approx(biases, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_layers_components_add_up(name: str) -> None:
+    model, ids = build(name, dtype=torch.float64), prompt(9)
+    entered: list[torch.Tensor] = []
+    depass = DePass(model)
+    handles = [
+        block.module.register_forward_pre_hook(
+            lambda _module, given, named: entered.append(given[0] if given else named["hidden_states"]),
+            with_kwargs=True,
+        )
+        for block in depass.decoder.blocks
+    ]
+    with torch.no_grad():
+        model.config._attn_implementation_internal = "eager" if name != "falcon-rw" else "sdpa"
+        model(ids[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    tours = depass.decompose(input_ids=ids[None], to_layer="all")
+    states = {own.layer: own.states.sum(0) for own in tours[0]}
+    for layer, expected in enumerate(entered):
+        assert distance(states[layer], expected[0]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scores_add_up_in_float32(name: str) -> None:
+    depass, ids = DePass(build(name)), prompt(9)[None]
+    rules: tuple[RuleName, ...] = ("softmax", "max", "taylor")
+    for rule in rules:
+        assert completeness(depass.attribute(input_ids=ids, target=TARGET, rule=rule)[0]) < 1e-5
+    for source in (Heads(), Module("mlp")):
+        assert completeness(depass.attribute(input_ids=ids, target=TARGET, source=source)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("name", KINDS)
+def test_both_engines_agree(name: str, source: Any) -> None:
+    depass = DePass(build(name, dtype=torch.float64))
+    rows, mask = padded([prompt(9), prompt(6, seed=1)], "left")
+    arguments: dict[str, Any] = {
+        "input_ids": rows,
+        "attention_mask": mask,
+        "target": TARGET,
+        "source": source,
+    }
+    forward = depass.attribute(**arguments, rule="taylor", engine="propagate")
+    backward = depass.attribute(**arguments, rule="taylor", engine="adjoint")
+    shared = depass.attribute(**arguments)
+    for one, other, own in zip(forward, backward, shared, strict=True):
+        assert distance(other.scores, one.scores) < 1e-6
+        assert completeness(one) < 1e-5
+        assert completeness(own) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ALL)
+def test_padded_batches_equal_single_prompts(name: str, side: str) -> None:
+    depass = DePass(build(name))
+    rows = [prompt(17), prompt(9, seed=1), prompt(5, seed=2)]
+    ids, mask = padded(rows, side)
+    together = depass.attribute(input_ids=ids, attention_mask=mask, target=TARGET)
+    for own, row in zip(together, rows, strict=True):
+        alone = depass.attribute(input_ids=row[None], target=TARGET)[0]
+        assert own.names == alone.names
+        assert distance(own.scores, alone.scores) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_rounding_is_a_component(name: str, dtype: torch.dtype) -> None:
+    depass = DePass(build(name, dtype=dtype))
+    rows, mask = padded([prompt(9), prompt(6, seed=1)], "right")
+    ways: list[dict[str, Any]] = [
+        {"rule": "softmax"},
+        {"rule": "taylor", "engine": "propagate"},
+        {"rule": "taylor", "engine": "adjoint"},
+    ]
+    for way in ways:
+        for source in (Tokens(), Heads(), Module("mlp"), Neurons(1)):
+            found = depass.attribute(input_ids=rows, attention_mask=mask, target=TARGET, source=source, **way)
+            for own in found:
+                groups = own.scores.view(own.groups, -1)
+                assert own.names[-1].endswith("rounding")
+                assert completeness(own) < 1e-5
+                assert 0 < groups[:, -1].abs().max() < 0.1 * groups.abs().max()
+    state = depass.decompose(input_ids=rows, attention_mask=mask)[1]
+    assert state.names[-1] == "rounding"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rounding_is_exact_for_the_bulk_of_neurons_and_several_targets(name: str) -> None:
+    depass, ids = DePass(build(name, dtype=torch.bfloat16)), prompt(9)[None]
+    targets: list[Any] = [Token(5), Contrast(4, 6, position=4), Direction(torch.ones(36), 2, position=3)]
+    for source in (Tokens(), Neurons(0, top=4)):
+        (found,) = depass.attribute(input_ids=ids, target=[targets], source=source)
+        assert [own.completeness < 1e-5 for own in found] == [True] * 3
+        assert found.names[-1] == "rounding"
+
+
+def test_dual_is_for_gated_mlps() -> None:
+    for name in ("gpt2", "mixtral"):
+        with pytest.raises(DePassError, match="rule='dual' is for gated MLPs"):
+            DePass(build(name)).attribute(input_ids=prompt(5)[None], rule="dual")
+
+
+def test_a_finer_precision_is_chosen() -> None:
+    model, ids = build("llama"), prompt(9)[None]
+    fine = DePass(model, compute_dtype="float64").attribute(input_ids=ids, target=TARGET)[0]
+    plain = DePass(model).attribute(input_ids=ids, target=TARGET)[0]
+    assert fine.names == [*plain.names, "rounding"]
+    assert abs(float(fine.scores[-1])) < 1e-5
+    assert distance(fine.scores[:-1], plain.scores) < 1e-5
+    with pytest.raises(DePassError, match="int8"):
+        DePass(model, compute_dtype="int8")
+
+
+# Wrong declarations: each must be caught, and the error must say where.
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "halves swapped": ("llama", {"gate": "up_proj", "up": "gate_proj"}, "block 0 of .*MLP"),
+    "beside each other": ("llama", "parallel", "block 0 of .*MLP"),
+    "one behind the other": ("gpt_neox", "sequential", "block 0 of .*MLP"),
+    "no norm behind": ("gemma2", "attention", "block 0"),
+    "no norm behind the MLP": ("olmo2", {"post_norm": None}, "block 0 .*add up"),
+    "wrong norm": ("llama", {"norm": "input_layernorm"}, "block 0"),
+    "wrong values": ("gpt_neox", "values", "block 0 .*add up"),
+    "no such part": ("llama", {"gate": "fc1"}, "no submodule 'mlp.*fc1'|fc1"),
+    "residual scale": ("granite", "scale", "block 0"),
+    "logit scale": ("granite", "logits", "unembedding"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_declarations_are_caught(case: str) -> None:
+    name, change, said = WRONG[case]
+    model = build(name)
+    spec = families.declared_families(model.config)[0]
+    changes: dict[str, Any] = {
+        "parallel": {"parallel": True},
+        "sequential": {"parallel": False},
+        "attention": {"attention": replace(spec.attention, post_norm=None)},
+        "values": {"attention": replace(spec.attention, layout="concatenated")},
+        "scale": {"residual_scale": None},
+        "logits": {"logit_divisor": None},
+    }
+    wrong = replace(spec, **(changes[change] if isinstance(change, str) else {}))
+    if isinstance(change, dict):
+        wrong = replace(spec, mlp=replace(spec.mlp, **change))
+    assert validate(Decoder(model, spec)) < 1e-5
+    with pytest.raises(DePassError, match=said):
+        validate(Decoder(model, wrong))
+
+
+def test_the_wrong_half_of_a_fused_map_is_caught() -> None:
+    model = build("phi3")
+    right = Decoder(model, families.declared_families(model.config)[0])
+    block = right.blocks[1]
+    dense = block.mlp.dense
+    assert dense is not None
+    swapped = replace(dense, gate=dense.up, up=dense.gate)
+    right.blocks[1] = replace(block, mlp=replace(block.mlp, dense=swapped))
+    with pytest.raises(DePassError, match=r"block 1 of Phi3ForCausalLM, MLP: no activation"):
+        validate(right)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "cohere", "gpt2", "gpt_neox", "opt", "gpt_oss"])
+def test_undeclared_models_are_recognised_by_their_blocks(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids = build(name), prompt(9)[None]
+    declared = DePass(model).attribute(input_ids=ids, target=TARGET)[0]
+    rename(model, "brand_new")
+    found = DePass(model).attribute(input_ids=ids, target=TARGET)[0]
+    assert "'brand_new' has no declaration; its blocks are built like those of" in caplog.text
+    assert distance(found.scores, declared.scores) < 1e-6
+
+
+def test_a_family_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
+    model, ids = build("llama"), prompt(9)[None]
+    expected = DePass(model).attribute(input_ids=ids, target=TARGET)[0]
+    rename(model, "house_model")
+    register_family(FamilySpec(("house_model",)))
+    assert "house_model" in families.supported_model_types()
+    assert torch.equal(DePass(model).attribute(input_ids=ids, target=TARGET)[0].scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("mamba", "linear attention"), ("lfm2", "convolutions"), ("bert", "an encoder")],
+)
+def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) -> None:
+    model = build("llama")
+    rename(model, kind)
+    with pytest.raises(DePassError, match=f"'{kind}' is not supported: .*{reason}"):
+        DePass(model)
+
+
+def test_a_norm_on_the_residual_stream_is_refused() -> None:
+    with pytest.raises(DePassError, match=r"opt.*norms stand on the residual"):
+        DePass(build("opt", do_layer_norm_before=False))
+
+
+def test_experts_that_are_not_routed_to_take_no_part() -> None:
+    for name in EXPERTS:
+        depass, ids = DePass(build(name)), prompt(9)[None]
+        last = len(depass.decoder.blocks) - 1
+        own = depass.attribute(input_ids=ids, target=TARGET, source=Neurons(last))[0]
+        used = int((own.scores[1 : depass.decoder.blocks[last].mlp.width + 1] != 0).sum())
+        assert 0 < used < depass.decoder.blocks[last].mlp.width

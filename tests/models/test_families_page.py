@@ -1,0 +1,68 @@
+"""`docs/families.md` says what is there, and is what its command writes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from depass_lightning import DePass, DePassError
+from depass_lightning.models import families
+from tests.reference.families_table import ERRORS, PAGE, SECTIONS, TEXTS, refused, row_of, section
+from tests.reference.zoo import ALL, ZOO
+
+TEXT = PAGE.read_text(encoding="utf-8")
+MEASURED = ("gpt2", "gpt_neox", "gemma2", "olmo2", "qwen3_moe", "gpt_oss", "deepseek_v3")
+LIMITS = dict(zip(ERRORS, (1e-10, 1e-6, 1e-5, 1e-5, 0.1, 1e-4), strict=True))
+INSIDE_ANOTHER = {"gemma3": "gemma3_text"}  # with images around the decoder that is measured
+
+
+def rows() -> dict[str, dict[str, str]]:
+    """The page's table, by name."""
+    head, _, *lines = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section(TEXT, "families").splitlines()
+    )
+    assert tuple(head) == TEXTS + ERRORS
+    return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+
+
+def test_every_declared_type_is_measured_and_on_the_page() -> None:
+    assert tuple(rows()) == ALL
+    measured = {kind for kind, _ in ZOO.values()}
+    declared = set(families.supported_model_types())
+    assert {INSIDE_ANOTHER.get(kind, kind) for kind in declared} == measured
+    assert all(f"`{kind}`" in TEXT for kind in declared)
+
+
+def test_every_row_is_as_exact_as_is_said() -> None:
+    for name, row in rows().items():
+        for column, limit in LIMITS.items():
+            assert 0 <= float(row[column]) < limit, (name, column)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_command_writes_these_rows(name: str) -> None:
+    """Words are the same; errors are rounding, whose last digits depend on the machine."""
+    page, own = rows()[name], row_of(name)
+    assert {column: own[column] for column in TEXTS} == {column: page[column] for column in TEXTS}
+    for column, limit in LIMITS.items():
+        assert float(own[column]) < limit
+        assert float(own[column]) < 30 * float(page[column])
+
+
+def test_what_is_refused_is_listed() -> None:
+    assert section(TEXT, "refused") == refused() == SECTIONS["refused"]()
+
+
+def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
+    precision, model, declaration = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    names: dict[str, object] = {"__name__": "page"}
+    exec(compile(precision, "families.md", "exec"), names)
+    assert capsys.readouterr().out == "rounding True\n"
+    exec(compile(model, "families.md", "exec"), names)
+    with pytest.raises(DePassError, match=r"'house' is not supported: no family declares it"):
+        DePass(names["model"])  # type: ignore[arg-type]
+    exec(compile(declaration, "families.md", "exec"), names)
+    assert float(capsys.readouterr().out) < 1e-5

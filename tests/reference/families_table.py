@@ -1,0 +1,232 @@
+"""`make families`: measure every family, and write the table of `docs/families.md`.
+
+Each row is a tiny random model of `tests/reference/zoo.py` with every parameter randomised. What it is built
+of is read from its declaration and the modules bound to it; its errors are measured on one prompt:
+
+1. the components' sum at every layer against the real model's states, in float64;
+2. the score of each token under `taylor` against derivatives through the real model, in float64;
+3. how far scores are from summing to the value, the worst of three rules, in float32 and in bfloat16,
+   and how large the component `rounding` is there;
+4. the largest error of a block's sum that the check at loading finds, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from depass_lightning import Contrast, DePass
+from depass_lightning.engine.frozen import NormParameters
+from depass_lightning.engine.rules import RuleName
+from depass_lightning.engine.validate import validate
+from depass_lightning.models.affine import has_bias
+from depass_lightning.models.block import Block
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.families import REFUSED
+from tests.conftest import ROOT
+from tests.reference.models import Double, distance, prompt
+from tests.reference.zoo import ALL, ZOO, build, derivatives
+
+PAGE = ROOT / "docs" / "families.md"
+TARGET = Contrast(5, 7)
+RULES: tuple[RuleName, ...] = ("softmax", "max", "taylor")
+TEXTS = ("name", "model type", "sublayers", "norms", "attention", "MLP", "besides")
+ERRORS = ("sums, float64", "scores, float64", "completeness, float32", "bfloat16", "rounding", "check")
+
+
+def row_of(name: str) -> dict[str, str]:
+    """A row of the table, column by column.
+
+    Args:
+        name: one of `tests.zoo.ALL`.
+    """
+    return described(name) | {column: f"{error:.0e}" for column, error in measured(name).items()}
+
+
+def described(name: str) -> dict[str, str]:
+    """What a family is built of, in words."""
+    decoder = DePass(build(name)).decoder
+    blocks = decoder.blocks
+    cells = (
+        name,
+        f"`{ZOO[name][0]}`",
+        _order(blocks[0]),
+        _norms(decoder),
+        _attention(decoder),
+        " or ".join(dict.fromkeys(_mlp(block, decoder) for block in blocks)),
+        ", ".join(_besides(decoder)),
+    )
+    return dict(zip(TEXTS, cells, strict=True))
+
+
+def _order(block: Block) -> str:
+    if not block.parallel:
+        return "in turn"
+    return "beside, one norm" if block.attention.norm is block.mlp.norm else "beside, two norms"
+
+
+def _norms(decoder: Decoder) -> str:
+    attention = decoder.blocks[0].attention
+    norm = attention.norm or attention.post_norm
+    assert norm is not None
+    probe = NormParameters.of(norm, decoder.hidden_size, torch.float32, torch.float32)
+    kind = "LayerNorm" if probe.centred else "RMSNorm"
+    places = [word for word, own in (("before", attention.norm), ("behind", attention.post_norm)) if own]
+    return f"{kind} {' and '.join(places)}"
+
+
+def _attention(decoder: Decoder) -> str:
+    spec, parts = decoder.spec.attention, decoder.blocks[0].attention
+    size = parts.output.shape[1] // parts.heads
+    groups = parts.value.shape[0] // size
+    kinds = {parts.heads: "multi-head", 1: "multi-query"}
+    words = [kinds.get(groups, "grouped")]
+    if spec.latent is not None:
+        words.append("values from a latent")
+    elif spec.layout != "own":
+        words.append("fused" if spec.layout == "concatenated" else "fused by head")
+    if hasattr(parts.module, "sinks"):
+        words.append("sinks")
+    if has_bias(parts.value.module):
+        words.append("biases")
+    return ", ".join(words)
+
+
+def _mlp(block: Block, decoder: Decoder) -> str:
+    spec = decoder.spec.mlp
+    if block.mlp.experts is not None:
+        count, shared = block.mlp.experts.count, block.mlp.experts.shared
+        return f"{count} experts" + ("" if shared is None else " and a shared one")
+    words = "plain" if spec.up is None else "gated, fused" if spec.up == spec.gate else "gated"
+    assert block.mlp.dense is not None
+    return words + (", biases" if has_bias(block.mlp.dense.down.module) else "")
+
+
+def _besides(decoder: Decoder) -> Iterable[str]:
+    spec = decoder.spec
+    if spec.residual_scale is not None:
+        yield "sublayers scaled"
+    if decoder.logit_scale != 1:
+        yield "logits scaled"
+    if decoder.soft_capped:
+        yield "logits soft-capped"
+    if has_bias(decoder.unembedding):
+        yield "bias on logits"
+
+
+def measured(name: str) -> dict[str, float]:
+    """The errors of a family."""
+    exact = build(name, dtype=torch.float64)
+    plain, half = build(name), build(name, dtype=torch.bfloat16)
+    rounded, rounding = completeness(half)
+    errors = (
+        state_error(exact),
+        score_error(exact),
+        completeness(plain)[0],
+        rounded,
+        rounding,
+        validate(DePass(plain).decoder),
+    )
+    return dict(zip(ERRORS, errors, strict=True))
+
+
+def state_error(model: nn.Module) -> float:
+    """How far components are from summing to the real states, over all layers.
+
+    Args:
+        model: in float64.
+    """
+    depass, ids = DePass(model), prompt(9)
+    entered: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        entered.append((given[0] if given else named["hidden_states"]).clone())
+
+    handles = [
+        block.module.register_forward_pre_hook(keep, with_kwargs=True) for block in depass.decoder.blocks
+    ]
+    with torch.no_grad():
+        model(ids[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    sums = [own.states.sum(0) for own in depass.decompose(input_ids=ids[None], to_layer="all")[0]]
+    return max(distance(own, state[0]) for own, state in zip(sums, entered, strict=False))
+
+
+def score_error(model: nn.Module) -> float:
+    """How far the tokens' scores, and the biases', are from derivatives through the real model.
+
+    Args:
+        model: in float64.
+    """
+    ids = prompt(9)
+    tokens, biases, _ = derivatives(model, ids, 5, 7)
+    with Double():  # results are handed out in float32: these are measured before
+        own = DePass(model).attribute(input_ids=ids[None], target=TARGET, rule="taylor")[0]
+    expected = torch.cat([tokens, tokens.new_full((len(own.scores) - len(ids),), biases)])
+    return distance(own.scores.double(), expected)
+
+
+def completeness(model: nn.Module) -> tuple[float, float]:
+    """How far scores are from summing to the value, and how large rounding is, the worst of three rules.
+
+    Args:
+        model: in any precision.
+    """
+    depass, ids = DePass(model), prompt(9)[None]
+    found = [depass.attribute(input_ids=ids, target=TARGET, rule=rule)[0] for rule in RULES]
+    rounding = [
+        abs(float(own.scores[-1])) / max(abs(own.value), float(own.scores.abs().max()))
+        for own in found
+        if own.names[-1] == "rounding"
+    ]
+    return max(own.completeness for own in found), max(rounding, default=0.0)
+
+
+def table() -> str:
+    """The table of all families in Markdown."""
+    rows = [row_of(name) for name in ALL]
+    lines = [TEXTS + ERRORS, ("---",) * len(TEXTS + ERRORS), *(tuple(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def refused() -> str:
+    """What is refused by name, in Markdown."""
+    kinds = {why: ", ".join(f"`{own}`" for own in sorted(names)) for why, names in REFUSED.items()}
+    return "\n".join(f"- {why}: {names}" for why, names in kinds.items())
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"families": table, "refused": refused}
+
+
+def section(text: str, name: str) -> str:
+    """What stands between a section's marks on the page.
+
+    Args:
+        text: the page.
+        name: one of `SECTIONS`.
+    """
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, flags=re.DOTALL)
+    assert found is not None, f"the page has no section {name}"
+    return found[1]
+
+
+def main() -> None:
+    """Write the sections into the page, whose other text stays."""
+    parser = argparse.ArgumentParser(description="Measure every family, and write the table of its page.")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page; by default docs/families.md")
+    page: Path = parser.parse_args().page
+    text = page.read_text(encoding="utf-8")
+    for name, made in SECTIONS.items():
+        text = text.replace(f"\n{section(text, name)}\n<!-- /{name}", f"\n{made()}\n<!-- /{name}")
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

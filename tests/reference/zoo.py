@@ -1,0 +1,256 @@
+"""Tiny random models of every family that is declared, and what they really compute.
+
+The configurations are named by family and by what is special in them; dimensions differ from each other
+wherever the family allows it, so that none is mistaken for another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2CLS
+from transformers.models.bloom.modeling_bloom import BloomGelu
+
+from tests.reference.models import SMALL, Double, randomise, stay_in_float64
+
+GPT = {"n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 64}
+HEAD = {"head_dim": 10}
+WINDOW = {"sliding_window": 4}
+GEMMA = HEAD | {"query_pre_attn_scalar": 10}
+FALCON = {"num_attention_heads": 6, "ffn_hidden_size": 44, "bias": True, "alibi": False}
+EXPERTS = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+LATENT = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "pad_token_id": 0,
+}
+
+# name: (model type, what the configuration has besides)
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", HEAD),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-window": ("mistral", WINDOW),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", HEAD | {"attention_bias": True}),
+    "gemma": ("gemma", HEAD | {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA | WINDOW | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0}),
+    "gemma2-biases": ("gemma2", GEMMA | {"attention_bias": True}),
+    "gemma3": ("gemma3_text", GEMMA | WINDOW | {"rope_theta": 10000.0}),
+    "phi3": ("phi3", {"pad_token_id": 0, "resid_pdrop": 0.3}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", WINDOW),
+    "exaone4": ("exaone4", WINDOW | {"head_dim": 6}),
+    "smollm3": ("smollm3", {"pad_token_id": 0}),
+    "ernie4_5": ("ernie4_5", {"use_bias": True}),
+    "helium": ("helium", {"head_dim": 6, "num_key_value_heads": 6}),
+    "hunyuan": ("hunyuan_v1_dense", HEAD),
+    "seed_oss": ("seed_oss", HEAD | {"attention_bias": True, "attention_out_bias": True}),
+    "arcee": ("arcee", {}),
+    "apertus": ("apertus", {}),
+    "nemotron": ("nemotron", {"mlp_bias": True, "attention_bias": True}),
+    "granite": ("granite", {"residual_multiplier": 0.3, "logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "starcoder2": ("starcoder2", {"use_bias": True}),
+    "glm4": ("glm4", HEAD | {"attention_bias": True, "pad_token_id": 0}),
+    "cohere": ("cohere", {"logit_scale": 0.4, "pad_token_id": 0}),
+    "cohere-norms": ("cohere", {"use_qk_norm": True, "pad_token_id": 0}),
+    "cohere2": ("cohere2", WINDOW | {"logit_scale": 0.4, "pad_token_id": 0}),
+    "phi": ("phi", {"hidden_size": 48}),
+    "stablelm": ("stablelm", {"use_parallel_residual": False, "use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "gpt2": ("gpt2", GPT | {"n_inner": 44}),
+    "gpt_neo": (
+        "gpt_neo",
+        {"attention_types": [[["global", "local", "local"], 1]], "window_size": 4},
+    ),
+    "gptj": ("gptj", GPT | {"n_inner": 44, "rotary_dim": 4}),
+    "gpt_neox": ("gpt_neox", {"use_parallel_residual": True}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt": ("opt", {"ffn_dim": 44, "word_embed_proj_dim": 36}),
+    "bloom": ("bloom", {"n_layer": 3, "n_head": 6}),
+    "falcon-7b": ("falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
+    "falcon-40b": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-rw": ("falcon", FALCON | {"multi_query": False, "parallel_attn": False, "alibi": True}),
+    "mixtral": ("mixtral", EXPERTS),
+    "olmoe": ("olmoe", EXPERTS),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | HEAD | {"mlp_only_layers": [1]}),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "gpt_oss": ("gpt_oss", EXPERTS | HEAD | WINDOW),
+    "deepseek_v2": ("deepseek_v2", LATENT | {"topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", LATENT),
+}
+ALL = tuple(ZOO)
+
+
+def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a tiny random model in evaluation mode, every parameter and learnt buffer drawn anew.
+
+    Args:
+        name: one of `ALL`.
+        dtype: of the parameters; a model in float64 computes in float64 throughout.
+        seed: of every parameter.
+        changes: further settings of the configuration.
+    """
+    kind, settings = ZOO[name]
+    config = AutoConfig.for_model(kind, **(SMALL | settings | changes))
+    config._experts_implementation = "eager"  # the grouped kernel takes no float64
+    model = AutoModelForCausalLM.from_config(config)
+    randomise(model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for own, buffer in model.named_buffers():
+        if own.endswith("e_score_correction_bias"):
+            buffer.uniform_(-0.2, 0.2, generator=generator)
+    model.to(dtype=dtype).eval()
+    if dtype == torch.float64:
+        stay_in_float64(model)
+    return model
+
+
+ACTIVATIONS = tuple(
+    {own[0] if isinstance(own, tuple) else own for own in ACT2CLS.values()} | {nn.SiLU, nn.GELU, BloomGelu}
+)
+PRODUCTS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
+HELD = (torch.rsqrt, torch.softmax, nn.functional.softmax, Tensor.softmax)
+SIGMOIDS = (torch.sigmoid, nn.functional.sigmoid, Tensor.sigmoid)
+
+
+class Frozen(Double):
+    """Lets the real model run with its norms, probabilities, routing and activations' slopes held fixed.
+
+    It knows no family: what an activation gives is marked, and a factor beside it is held fixed too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes: list[Tensor] = []
+        self.activated: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        if function is nn.functional.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        if function in PRODUCTS and len(args) == 2:
+            first, second = args
+            if self._among(second, self.activated):
+                first, second = second, first
+            if self._among(first, self.activated) and isinstance(second, Tensor):
+                return function(first, second.detach())
+            result = function(*args)
+            if self._among(first, self.slopes) or self._among(second, self.slopes):
+                self.activated.append(result)
+            return result
+        result = super().__torch_function__(function, types, args, kwargs)
+        if function in HELD:
+            return result.detach()
+        if function in SIGMOIDS:
+            self.slopes.append(result.detach())
+            return self.slopes[-1]
+        return result
+
+    def activation(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        z = inputs[0]
+        self.activated.append(z * (output / z).detach())
+        return self.activated[-1]
+
+    @staticmethod
+    def _among(given: Any, tensors: list[Tensor]) -> bool:
+        return any(given is own for own in tensors)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        key, value = (own.repeat_interleave(query.shape[1] // own.shape[1], 1) for own in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=scores.dtype).masked_fill(~attn_mask, -torch.inf)
+    return (scores if attn_mask is None else scores + attn_mask).softmax(-1).detach() @ value
+
+
+def _layer_norm(
+    states: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    centred = states - states.mean(-1, keepdim=True)
+    scaled = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt().detach()
+    scaled = scaled if weight is None else scaled * weight
+    return scaled if bias is None else scaled + bias
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder blocks, found as its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda own: sum(parameter.numel() for parameter in own.parameters())))
+
+
+def derivatives(model: Any, ids: Tensor, token: int, foil: int) -> tuple[Tensor, float, float]:
+    """What the real model says under a linear rule, without knowledge of its family.
+
+    Returns:
+        Each position's state at the first block times the derivative of the difference of logits by it, the
+        same of all biases together, and the difference itself before a soft cap.
+    """
+    entered: list[Tensor] = []
+    unembedded: list[Tensor] = []
+    frozen = Frozen()
+
+    def enter(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        given = arguments[0] if arguments else keywords["hidden_states"]
+        entered.append(given.detach().clone().requires_grad_())
+        return (entered[0], *arguments[1:]), keywords | ({} if arguments else {"hidden_states": entered[0]})
+
+    def leave(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        unembedded.append(output)
+
+    handles = [
+        blocks_of(model)[0].register_forward_pre_hook(enter, with_kwargs=True),
+        model.get_output_embeddings().register_forward_hook(leave),
+        *(
+            module.register_forward_hook(frozen.activation)
+            for module in model.modules()
+            if isinstance(module, ACTIVATIONS)
+        ),
+    ]
+    try:
+        with frozen:
+            logits = model(ids[None], use_cache=False).logits
+            if getattr(model.config, "final_logit_softcapping", None):
+                logits = unembedded[0]
+            value = logits[0, -1, token] - logits[0, -1, foil]
+    finally:
+        for handle in handles:
+            handle.remove()
+    biases = [own for name, own in model.named_parameters() if name.endswith("bias")]
+    states, *others = torch.autograd.grad(value, [entered[0], *biases], allow_unused=True)
+    constants = [
+        float((own * by).sum().detach()) for own, by in zip(biases, others, strict=True) if by is not None
+    ]
+    return (states * entered[0]).sum(-1)[0].detach(), sum(constants), float(value.detach())

@@ -1,0 +1,313 @@
+"""What people look at: the notebook's panel, the figures and the terminal."""
+
+import io
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from rich.console import Console, RenderableType
+
+from depass_lightning.reports.component_figures import attribution_figure
+from depass_lightning.reports.figures import curves_figure, save_figure, tokens_figure
+from depass_lightning.reports.numbers import model_name, percent, plain, signed, summary_cards, visible
+from depass_lightning.reports.palette import DARK, LIGHT, hexadecimal, ink, shade
+from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
+from tests.reference.attributions import CURVES, Elements, attribution_of, heads, ioi, nasty, neurons
+
+
+def printed(renderable: RenderableType, width: int = 120, colour: bool = False) -> str:
+    """Return what a terminal would show."""
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor" if colour else None
+    )
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+# numbers
+
+
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [
+        (0.0, "0"),
+        (3.814, "3.81"),
+        (-0.02134, "−0.0213"),
+        (12.0, "12"),
+        (12345.6, "12,346"),
+        (6.1e-8, "6.1e−8"),
+    ],
+)
+def test_numbers_have_three_digits_and_a_real_minus(number: float, written: str) -> None:
+    assert plain(number) == written
+
+
+def test_numbers_that_are_none() -> None:
+    assert [plain(float(x)) for x in ("nan", "inf", "-inf")] == ["not a number", "∞", "−∞"]
+    assert [signed(x) for x in (1.5, 0.0, -1.5)] == ["+1.50", "0", "−1.50"]
+    assert [percent(x) for x in (0.712, 1.0, 0.0, 0.0004)] == ["71.2%", "100%", "0%", "<0.1%"]
+
+
+def test_characters_without_a_look_become_signs() -> None:
+    assert visible("a\nb\tc") == "a↵b⇥c"
+    assert visible("  ") == "␣␣"
+    assert visible("\x1b[31m\u202e\ud83d") == "␛[31m��"
+    assert visible("👩‍🚀") == "👩‍🚀"
+
+
+def test_summary_cards_say_what_to_hold_a_number_against() -> None:
+    cards = summary_cards(
+        {
+            "prompts": 2000,
+            "correct": 0.871,
+            "completeness_max": 6.1e-8,
+            "evidence_first": {
+                "value": 0.93,
+                "chance": 0.071,
+                "low": 0.9,
+                "high": 0.96,
+                "note": "known for 5",
+            },
+            "seconds": 12.31,
+            "curves": CURVES,
+            "device": "cpu",
+            "complete": True,
+        }
+    )
+    assert [(card.label, card.value) for card in cards] == [
+        ("prompts", "2,000"),
+        ("model is right", "87.1%"),
+        ("completeness, worst", "6.1e−8"),
+        ("right token first", "93%"),
+        ("seconds", "12.3 s"),
+        ("complete", "yes"),
+    ]
+    assert cards[3].note == "90% to 96%, at random 7.1%, known for 5"
+
+
+def test_a_models_path_is_shortened() -> None:
+    assert model_name("/home/someone/models/mine.gguf") == "mine.gguf"
+    assert model_name("someone/model") == "someone/model"
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_letters_can_be_read_on_every_shade(theme: Any) -> None:
+    def luminance(colour: tuple[int, int, int]) -> float:
+        linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for step in range(-20, 21):
+        ground = shade(theme, step / 20)
+        light, dark = sorted((luminance(ground), luminance(ink(ground))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.2, step
+    assert shade(theme, 1.0) == theme.positive
+    assert shade(theme, -1.0) == theme.negative
+    assert shade(theme, 0.0) == theme.ground
+
+
+# the notebook and the terminal
+
+
+def test_the_notebook_shows_the_prompt_as_plain_html() -> None:
+    shown = ioi()._repr_html_()
+    elements = Elements(shown)
+    assert "script" not in {tag for tag, _ in elements.found}
+    spans = [attributes for tag, attributes in elements.found if tag == "span" and "title" in attributes]
+    assert [span["title"] for span in spans[:3]] == ["+0.250", "0", "+3"]
+    assert "0.6)" in (spans[2]["style"] or "")  # the largest score has the strongest colour
+    assert "' Mary' − ' John'" in elements.text
+    assert "script" not in {tag for tag, _ in Elements(nasty()._repr_html_()).found}
+
+
+def test_show_prints_in_a_terminal_and_displays_in_a_notebook(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ioi().show()
+    assert "' Mary' − ' John' = +2.50" in capsys.readouterr().out
+    displayed: list[Any] = []
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    display = SimpleNamespace(HTML=lambda html: html, display=displayed.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)  # type: ignore[arg-type]
+    ioi().show()
+    assert displayed == [ioi()._repr_html_()]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_terminal_shows_tokens_and_the_strongest_components() -> None:
+    shown = printed(attribution_text(ioi(), top=2))
+    assert "WhenMary" not in shown
+    assert "When Mary and John left, John waved to" in shown
+    assert "the model says ' Mary', and gives the target 75% (rank 1)" in shown
+    assert re.search(r"Mary +\+3 +█{24}", shown)
+    assert re.search(r"John +−1 +█{8}", shown)
+    assert "and 9 more" in shown
+
+
+def test_the_terminal_shows_heads_as_a_map_and_ranks_them_without_the_state() -> None:
+    shown = printed(attribution_text(heads(), top=2))
+    assert "0 ▓▓▒▒░░  state +4  bias 0" in shown
+    assert "1 ██▓▓░░  state +4  bias 0" in shown
+    assert re.search(r"layer 1 head 0 +−3 +█{24}\n", shown)
+    assert "and 4 more" in shown
+    assert "heads of every layer" in shown
+    assert "layer 1 head 1 +2" in printed(attributions_table([heads()]))
+
+
+def test_the_terminal_says_what_stands_beside_one_layers_neurons() -> None:
+    shown = printed(attribution_text(neurons(), top=1))
+    assert re.search(r"neuron 299 +\+0\.299 +█{24}\n", shown)
+    assert "and 299 more, state +50" in shown
+
+
+def test_the_terminal_colours_for_and_against_apart() -> None:
+    shown = printed(attribution_text(ioi()), colour=True)
+    mary = re.search(r"\x1b\[1;38;2;255;255;255;48;2;(\d+);(\d+);(\d+)mMary", shown)
+    john = re.search(r"\x1b\[38;2;255;255;255;48;2;(\d+);(\d+);(\d+)mJohn", shown)
+    assert mary is not None
+    assert john is not None
+    assert int(mary[3]) > int(mary[1])  # blue
+    assert int(john[1]) > int(john[3])  # orange
+    assert "mleft" not in shown  # no score, no colour
+
+
+def test_no_token_steers_the_terminal() -> None:
+    for renderable in (attribution_text(nasty()), attributions_table([nasty()], ids=["[red]x[/red]"])):
+        shown = printed(renderable)
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+    assert "[red]x[/red]" in shown
+
+
+def test_the_table_cuts_the_prompt_before_the_numbers() -> None:
+    table = attributions_table([ioi(), ioi(rank=3, prediction=" John")] * 3, limit=4)
+    shown = printed(table, width=76)
+    assert max(map(len, shown.splitlines())) <= 76
+    assert "Mary ✓" in shown
+    assert "John ✗" in shown
+    assert shown.count("+2.50") == 4
+    assert "Mary +3" in shown
+    assert "and 2 more" in shown
+
+
+def test_the_summary_in_the_terminal() -> None:
+    shown = printed(
+        summary_table({"evidence_first": {"value": 0.93, "chance": 0.071}, "model": {"name": "tiny"}})
+    )
+    assert re.search(r"right token first +93% +at random 7\.1%", shown)
+    assert "tiny" not in shown
+
+
+# figures
+
+
+def texts_of(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_figure_of_a_prompt_writes_every_token_inside_the_picture(dark: bool) -> None:
+    figure = tokens_figure(ioi(), dark=dark)
+    texts = texts_of(figure)
+    for word in ("<s>", "When", "Mary", "and", "John", "left", ",", "waved", "to", "+3", "−1", "+3", "−3"):
+        assert word in texts
+    assert "' Mary' − ' John' = +2.50" in texts
+    assert any("bias −0.125" in text for text in texts)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+
+
+def test_the_figure_breaks_lines_and_never_overlaps() -> None:
+    pieces = [(f" word{i}", float(i % 5 - 2)) for i in range(60)]
+    figure = tokens_figure(attribution_of(pieces))
+    tokens = [text for text in figure.axes[0].texts if text.get_text().startswith("word")]
+    assert len(tokens) == 60
+    assert len({text.get_position()[1] for text in tokens}) > 3
+    for one, other in pairwise(tokens):
+        if one.get_position()[1] == other.get_position()[1]:
+            assert one.get_window_extent().x1 < other.get_window_extent().x0
+    assert max(token.get_window_extent().x1 for token in tokens) < figure.canvas.get_width_height()[0] - 20
+
+
+def test_numbers_below_narrow_tokens_do_not_run_into_each_other() -> None:
+    figure = tokens_figure(attribution_of([("(", 1.0), ("a", 3.0), (",", 2.0), ("b", -1.5)]))
+    numbers = [text for text in figure.axes[0].texts if text.get_fontsize() == 8.5]
+    assert "+3" in [text.get_text() for text in numbers]
+    for one, other in pairwise(sorted(numbers, key=lambda text: text.get_position()[0])):
+        assert one.get_window_extent().x1 < other.get_window_extent().x0
+
+
+def test_the_figure_stops_where_the_target_was_read() -> None:
+    texts = texts_of(tokens_figure(ioi(position=2)))
+    assert "and" not in texts
+    assert texts.count("Mary") == 2  # the token, and what the model goes on with
+
+
+def test_the_figure_survives_any_text(tmp_path: Path) -> None:
+    for name, a in {"nasty": nasty(), "empty": ioi().without(ioi().names), "words": ioi().words()}.items():
+        a.plot(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    written = next(text for text in tokens_figure(nasty()).axes[0].texts if text.get_text() == "$x$")
+    assert not written.get_parse_math()
+
+
+def test_a_very_long_prompt_is_cut_in_the_middle() -> None:
+    texts = texts_of(tokens_figure(attribution_of([(f" {i}", 0.0) for i in range(1000)])))
+    assert "…" in texts
+    assert "0" in texts
+    assert "999" in texts
+    assert "500" not in texts
+
+
+def test_figures_do_not_touch_pyplot_and_are_the_same_twice(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    for name in ("one.svg", "two.svg"):
+        save_figure(tokens_figure(ioi()), tmp_path / name)
+    one, two = ((tmp_path / name).read_text() for name in ("one.svg", "two.svg"))
+    assert "<dc:date>" not in one
+    assert len(one) == len(two)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_heads_are_drawn_as_a_map_and_neurons_as_bars() -> None:
+    texts = texts_of(attribution_figure(heads()))
+    assert [text for text in texts if text in {"head 0", "1", "2", "state", "bias"}].count("state") == 1
+    assert {"−2", "−3", "+1", "+2", "−0.500", "+4", "layer"} <= set(texts)
+    squares = list(attribution_figure(heads()).axes[0].patches)
+    assert len(squares) == 6
+    assert to_hex(squares[3].get_facecolor()) == hexadecimal(LIGHT.negative)  # layer 1 head 0, the strongest
+    bars = attribution_figure(neurons(), title="Mean")
+    assert {"Mean", "neuron 299", "+0.299"} <= set(texts_of(bars))
+    assert any("state +50" in text for text in texts_of(bars))
+    assert len(bars.axes[0].patches) == 16
+    assert "Mary" in texts_of(attribution_figure(ioi()))
+
+
+@pytest.mark.parametrize("layers", [2, 40])
+def test_nothing_of_a_map_lies_outside_of_the_picture(layers: int) -> None:
+    figure = attribution_figure(heads(layers), dark=True)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    boxes += [patch.get_window_extent() for patch in figure.axes[0].patches]
+    assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+
+
+def test_curves_are_drawn_as_given() -> None:
+    figure = curves_figure(CURVES)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Patch top", "Recover top"]
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert np.asarray(lines["depass"].get_xydata()).tolist() == [[0.0, 0.7], [50.0, 0.1], [100.0, 0.0]]
+    assert lines["random"].get_linestyle() == "--"
+    assert figure.axes[1].get_xlabel() == "tokens kept (%)"

@@ -1,0 +1,56 @@
+"""Components' states beside the scores: a file a prompt, which the library's own states equal."""
+
+import pytest
+import torch
+
+from depass_lightning import DePass, DePassError, Spans, Tokens, tasks
+from depass_lightning.storage import read_states
+from tests.commands.test_analyze import run
+
+FEW = ("task.size=3", "batch_size=2", "faithfulness=none", "report.figures=0")
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "to"), [("end", [], None), (2, ["rule=max", "source=spans"], 2)]
+)
+def test_states_are_kept(tmp_path, layer, options, to):
+    assert run(tmp_path, *FEW, f"states={layer}", *options) == 0
+    files = sorted((tmp_path / "attributions" / "states").iterdir())
+    assert [path.name for path in files] == ["0.safetensors", "1.safetensors", "2.safetensors"]
+    depass, task = DePass.from_pretrained("tiny"), tasks.load("ioi", size=3)
+    source = Spans("word") if options else Tokens()
+    for path, example in zip(files, task, strict=True):
+        alone = depass.decompose(
+            example.prompt, source=source, rule="max" if options else "softmax", to_layer=to
+        )
+        read = read_states(path)
+        assert (read.names, read.layer) == (alone.names, alone.layer)
+        torch.testing.assert_close(read.states, alone.states, atol=1e-5, rtol=1e-5)
+
+
+def test_states_are_part_of_what_a_run_is(tmp_path, capsys):
+    """A run without them cannot be gone on with, with them."""
+    assert run(tmp_path, *FEW) == 0
+    assert run(tmp_path, *FEW, "states=end") == 1
+    assert "states was None and is 'end'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["states=99"], "to_layer: layer 99 is out of range"),
+        (["states=end", "method=random"], "states= keeps what DePass carries"),
+        (["states=end", "target=generation"], "states= keeps what DePass carries"),
+        (["states=0", "source.layer=1"], "to_layer=0 lies before layer 1"),
+        (["states=end", "rule=dual"], "only goes back from a target"),
+    ],
+)
+def test_what_has_no_states_is_refused(tmp_path, capsys, options, message):
+    assert run(tmp_path, *FEW, *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_without_states_is_named(tmp_path):
+    (tmp_path / "0.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DePassError, match="holds no components' states"):
+        read_states(tmp_path / "0.safetensors")

@@ -1,0 +1,151 @@
+"""What a disk, a copy or a hand may do to finished results: it is noticed, and costs nothing else."""
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from depass_lightning import DePassError
+from depass_lightning.attribution.forward import Decomposition
+from depass_lightning.storage import Journal, check_file, checked_file, read_rows, write_states
+from depass_lightning.utils.atomic_files import write_whole
+from tests.commands.test_analyze import run
+
+FEW = ("task.size=6", "batch_size=2", "faithfulness=none", "report.figures=0")
+DECOMPOSITION = Decomposition(torch.arange(12.0).reshape(3, 4), ["a", "b", "bias"], 2)
+
+
+def flip(path: Path, bit: int) -> bytes:
+    """Change one bit of a file, and return what it was."""
+    before = path.read_bytes()
+    changed = bytearray(before)
+    changed[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(changed)
+    return before
+
+
+def journal_of(folder: Path) -> Journal:
+    """Two prompts in two shards, with their states."""
+    journal = Journal(folder)
+    for index in range(2):
+        row = {"index": index, "id": str(index), "scores": [0.5, index], "names": ["a", "b"], "value": 0.5}
+        journal.add(0, [row], [], 1, {index: DECOMPOSITION})
+    return journal
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_every_changed_bit_is_noticed(tmp_path: Path, merged: bool) -> None:
+    journal = journal_of(tmp_path)
+    if merged:
+        journal.merge(range(2))
+    assert journal.damaged() == []
+    generator = random.Random(0)
+    files = [*journal.path.parent.rglob("*.parquet"), *journal.states.iterdir()]
+    assert len(files) == 4 - merged
+    for path in files:
+        for _ in range(100):
+            before = flip(path, generator.randrange(8 * path.stat().st_size))
+            assert journal.damaged() == [path]
+            path.write_bytes(before)
+    assert journal.damaged() == []
+
+
+def test_pages_have_checksums(tmp_path: Path) -> None:
+    """So that whoever reads a file by other means is told too."""
+    path = journal_of(tmp_path)._parquet()[0]
+    content = path.read_bytes()
+    flip(path, 8 * content.index(b"PAR1", 0) + 8 * 40)
+    with pytest.raises(OSError, match="CRC"):
+        read_rows(path)
+
+
+def test_a_shard_that_is_damaged_is_not_merged(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path)
+    shards = journal._parquet()
+    flip(shards[0], 800)
+    with pytest.raises(DePassError, match=f"{shards[0].name} is damaged: .* the same command again"):
+        journal.merge(range(2))
+    assert journal.tidy() == [shards[0]]
+    assert len(journal.done()) == 1
+
+
+def test_either_checksum_fits_while_a_file_is_replaced(tmp_path: Path) -> None:
+    """A process may be killed between the checksum and the name."""
+    path = tmp_path / "table"
+    for content in (b"old", b"new"):
+        with checked_file(path) as draft:
+            draft.write_bytes(content)
+            check_file(path)
+        check_file(path)
+    assert len((tmp_path / "SHA256SUMS").read_text().splitlines()) == 1
+
+    with pytest.raises(FileNotFoundError), checked_file(path):
+        pass  # nothing was written
+    check_file(path)
+    path.write_bytes(b"newest")
+    with pytest.raises(DePassError, match="table is damaged"):
+        check_file(path)
+
+
+def test_states_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    hashes = {write_states(tmp_path, {0: DECOMPOSITION})[0] for _ in range(20)}
+    assert len(hashes) == 1
+
+
+def test_states_that_are_lost_or_cut_are_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those of no other prompt, nor its scores."""
+    folder = tmp_path / "run"
+    assert run(folder, *FEW, "states=end") == 0
+    states = folder / "attributions" / "states"
+    before = {path.name: path.read_bytes() for path in states.iterdir()}
+    (states / "0.safetensors").unlink()
+    (states / "3.safetensors").write_bytes(before["3.safetensors"][:-50])
+    added: list[int] = []
+    add = Journal.add
+
+    def counted(journal: Journal, rank: int, rows: Sequence[Mapping[str, Any]], *more: Any) -> None:
+        added.extend(row["index"] for row in rows)
+        add(journal, rank, rows, *more)
+
+    monkeypatch.setattr(Journal, "add", counted)
+    assert run(folder, *FEW, "states=end") == 0
+    assert sorted(added) == [0, 3]
+    told = capsys.readouterr().err
+    assert all(f"{number}.safetensors is damaged or missing" in told for number in (0, 3))
+    assert "4 of 6 prompts have been attributed before" in told
+    assert Journal(folder).damaged() == []
+    assert set(before) == {path.name for path in states.iterdir()}
+    assert len(read_rows(folder / "attributions")) == 6
+
+
+def test_results_without_a_manifest_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, *FEW) == 0
+    table = tmp_path / "attributions" / "attributions.parquet"
+    before, manifest = table.read_bytes(), tmp_path / "attributions" / "manifest.json"
+    written = manifest.read_text()
+    manifest.unlink()
+    assert run(tmp_path, *FEW) == 1
+    assert "holds results, but no manifest.json" in capsys.readouterr().err
+    manifest.write_text(json.dumps(json.loads(written) | {"settings": {}}))
+    assert run(tmp_path, *FEW) == 1
+    assert "the settings do not fit their hash" in capsys.readouterr().err
+    assert table.read_bytes() == before
+
+
+def test_a_new_name_is_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file before it has its name, and the folder after."""
+    synced: list[tuple[bool, bool]] = []
+
+    def fsync(number: int) -> None:
+        synced.append((Path(f"/dev/fd/{number}").resolve().is_dir(), (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "file", b"content")
+    assert synced == [(False, False), (True, True)]
