@@ -1,4 +1,4 @@
-"""The words of the code and of its prose: names that mean something, and standard English (docs/glossary.md)."""
+"""The words of the code and of its prose: names that mean something, standard English (docs/glossary.md)."""
 
 from __future__ import annotations
 
