@@ -82,6 +82,9 @@ def load_model(
         sizes={key: (there, here) for key, there, here in info["mismatched_keys"]},
         hint="they may be of another model, or its config.json is",
     )
+    if gguf is not None and hasattr(model, "hf_quantizer"):
+        # The weights are plain tensors now; marked as quantised they could neither be trained nor saved.
+        model.hf_quantizer.remove_quantization_config(model)
     if gguf is not None or name == "tiny":  # else results would be named after a folder on this machine
         model.config._name_or_path = Path(name).stem
     return model, tokenizer

@@ -8,11 +8,13 @@ code with the package.
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from depass_lightning import Contrast, DePass, Heads, Tokens, tasks
 from tests.reference import twin, twin_sources
@@ -97,6 +99,15 @@ def test_components_sum_at_every_rule_and_from_a_middle_layer(depass: DePass) ->
     for rule in ("softmax", "max", "relu", "linear", "taylor"):
         assert depass.attribute(prompt, target, rule=rule).completeness < 1e-4
     assert depass.attribute(prompt, target, source=Tokens(layer=15)).completeness < 1e-4
+
+
+def test_it_can_be_saved_like_any_other(depass: DePass, tmp_path: Path) -> None:
+    """Its weights are no longer quantised, and a fine-tuning of them has to end in a folder."""
+    model: Any = depass.model
+    name, weight = "model.norm.weight", model.model.norm.weight.detach()
+    model.save_pretrained(tmp_path, state_dict={name: weight})
+    assert torch.equal(load_file(tmp_path / "model.safetensors")[name], weight)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.slow
