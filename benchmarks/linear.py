@@ -105,7 +105,7 @@ def adjoint_cases(tokens: int) -> dict[str, Callable[[], object]]:
 
     def everything() -> list[list[Attribution]]:
         sources = [Tokens(), Heads(), Neurons()]
-        return depass.attribute(input_ids=ids, target=Token(TARGET), source=sources, rule="taylor")
+        return depass.attribute_sources(None, Token(TARGET), sources, input_ids=ids, rule="taylor")
 
     return {
         "plain": plain,

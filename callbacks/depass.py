@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.attribution.options import WayOptions
+from depass_lightning.attribution.options import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.checkpoints import ranks_after_batch, ranks_after_epoch
@@ -97,7 +97,7 @@ class DePassCallback(Callback):
         batch_size: int = 8,
         on_error: Literal["log", "raise"] = "log",
         folder: str | Path | None = None,
-        **settings: Unpack[WayOptions],
+        **settings: Unpack[RuleOptions],
     ) -> None:
         for name, number in (("size", size), ("every_n_steps", every_n_steps), ("batch_size", batch_size)):
             if number is not None and number < 1:
@@ -110,9 +110,9 @@ class DePassCallback(Callback):
             raise DePassError(f"faithfulness must be a number of probes, 0 for none; not {faithfulness}")
         if on_error not in ("log", "raise"):
             raise DePassError(f"on_error must be 'log' or 'raise', not {on_error!r}")
-        if unknown := sorted(set(settings) - WayOptions.__annotations__.keys()):
+        if unknown := sorted(set(settings) - RuleOptions.__annotations__.keys()):
             raise DePassError(
-                f"there is no setting {unknown[0]!r}; there are {', '.join(WayOptions.__annotations__)}"
+                f"there is no setting {unknown[0]!r}; there are {', '.join(RuleOptions.__annotations__)}"
             )
         check_target_kind(target)
         self.size = size

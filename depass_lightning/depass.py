@@ -33,11 +33,8 @@ from depass_lightning.attribution.generate import Generation, generate
 from depass_lightning.attribution.options import (
     AttributeOptions,
     BiasMode,
-    DecomposeOptions,
     Engine,
-    ScoreOptions,
-    StatesOptions,
-    WayOptions,
+    RuleOptions,
 )
 from depass_lightning.attribution.settings import Settings, settings_of
 from depass_lightning.engine.rules import Path, RuleName
@@ -121,39 +118,13 @@ class DePass:
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, target: TargetLike = None, **options: Unpack[AttributeOptions]
-    ) -> Attribution: ...
-
-    @overload
-    def attribute(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, target: Sequence[TargetLike], **options: Unpack[AttributeOptions]
-    ) -> Attributions: ...
-
-    @overload
-    def attribute(
-        self,
-        prompt: Sequence[str] | None = None,
-        target: TargetLike | Sequence[TargetLike] = None,
-        **options: Unpack[AttributeOptions],
-    ) -> list[Attribution]: ...
-
-    @overload
-    def attribute(
-        self,
-        prompt: Sequence[str] | None = None,
-        target: Sequence[Sequence[TargetLike]] = (),
-        **options: Unpack[AttributeOptions],
-    ) -> list[Attributions]: ...
-
-    @overload
-    def attribute(  # pyright: ignore[reportOverlappingOverload]
         self,
         prompt: str,
         target: TargetLike = None,
         *,
-        source: Sequence[Source],
-        **options: Unpack[ScoreOptions],
-    ) -> list[Attribution]: ...
+        source: Source | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> Attribution: ...
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
@@ -161,9 +132,9 @@ class DePass:
         prompt: str,
         target: Sequence[TargetLike],
         *,
-        source: Sequence[Source],
-        **options: Unpack[ScoreOptions],
-    ) -> list[Attributions]: ...
+        source: Source | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> Attributions: ...
 
     @overload
     def attribute(
@@ -171,9 +142,9 @@ class DePass:
         prompt: Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] = None,
         *,
-        source: Sequence[Source],
-        **options: Unpack[ScoreOptions],
-    ) -> list[list[Attribution]]: ...
+        source: Source | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> list[Attribution]: ...
 
     @overload
     def attribute(
@@ -181,9 +152,9 @@ class DePass:
         prompt: Sequence[str] | None = None,
         target: Sequence[Sequence[TargetLike]] = (),
         *,
-        source: Sequence[Source],
-        **options: Unpack[ScoreOptions],
-    ) -> list[list[Attributions]]: ...
+        source: Source | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> list[Attributions]: ...
 
     @checked
     def attribute(
@@ -191,7 +162,7 @@ class DePass:
         prompt: str | Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]] = None,
         *,
-        source: Source | Sequence[Source] | None = None,
+        source: Source | None = None,
         rule: RuleName = "softmax",
         temperature: float = 0.1,
         bias: BiasMode = "component",
@@ -203,25 +174,24 @@ class DePass:
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
     ) -> Any:
-        """Say how much each component of a prompt contributes to a target.
+        """Compute how much each component of a prompt contributes to a target.
 
         Args:
             prompt: one prompt, or several.
             target: what is explained; None for the model's own next token. For one prompt a list explains
                 several targets from one recorded pass. For several prompts it is one for all, a list of one a
                 prompt, or a list with a list for each prompt.
-            source: what the state is split into; by default `Tokens()`. Several share one recorded pass, and
-                under a linear rule one backward pass.
+            source: what the state is split into; by default `Tokens()`.
             rule: how neurons are shared: softmax, max, relu, linear, taylor or dual.
             temperature: of the softmax rule.
             bias: `component` gives constants a component of their own, so that scores sum to the value;
                 `drop` leaves them out.
             compat: `release` reproduces the published code, with its quirks.
-            engine: `propagate` carries components forward; `adjoint` takes a linear rule's scores back from
-                the target, all at once; `auto` chooses the latter where it can.
-            path: `content` holds attention's probabilities fixed; `control`, under taylor, gives what comes
-                on top where they are not: the scores of all ways to the target that at least once lead
-                through a query or a key. These do not sum to the value.
+            engine: `propagate` propagates components forward; `adjoint` computes a linear rule's scores by
+                one backward pass from the target; `auto` chooses the latter where it can.
+            path: `content` holds attention's probabilities fixed; `control`, under taylor, scores what is
+                added when they are not: all paths to the target that pass at least once through a query or
+                a key. These scores do not sum to the value.
             batch_size: how many prompts go through the model at once; with several targets each goes alone.
             progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side; lists of ids are taken too.
@@ -229,24 +199,69 @@ class DePass:
 
         Returns:
             One `Attribution` for one prompt; `Attributions`, a sequence of one a target, where its targets
-            are a list. For several prompts or for ids a list of these, in their order. Where several sources
-            are given, each prompt has a list of these, one a source: prompt, source, target.
+            are a list. For several prompts or for ids a list of these, in their order.
 
         Raises:
             DePassError: a prompt is empty or too long, a target is not one token, a list of targets is empty
                 or of another length than that of prompts, a layer is out of range, a setting is unknown, or
                 the model's values are not finite.
         """
-        settings = self._settings(
-            source,
+        results = self.attribute_sources(
+            prompt,
+            target,
+            [Tokens() if source is None else source],
             rule=rule,
             temperature=temperature,
             bias=bias,
             compat=compat,
             engine=engine,
             path=path,
-            process_group=self.process_group,
+            batch_size=batch_size,
+            progress=progress,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
         )
+        return results[0] if isinstance(prompt, str) else [result for (result,) in results]
+
+    @checked
+    def attribute_sources(
+        self,
+        prompt: str | Sequence[str] | None,
+        target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]],
+        sources: Sequence[Source],
+        *,
+        batch_size: int = 16,
+        progress: bool = False,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
+        compat: Literal["release"] | None = None,
+        **options: Unpack[RuleOptions],
+    ) -> list[Any]:
+        """Attribute targets to the components of several sources from one recorded pass.
+
+        Under a linear rule the sources share one backward pass, too.
+
+        Args:
+            prompt: one prompt or several; None where `input_ids` are given.
+            target: what is explained, as in `attribute`.
+            sources: what the state is split into, each source by itself.
+            batch_size: how many prompts go through the model at once.
+            progress: show a progress bar.
+            input_ids: token ids instead of prompts.
+            attention_mask: 1 at the real positions of `input_ids`.
+            compat: `release` reproduces the published code.
+            options: `rule`, `temperature`, `bias`, `engine` and `path` of `attribute`.
+
+        Returns:
+            For one prompt a list with one result a source, each as `attribute` returns it: an `Attribution`,
+            or `Attributions` where the targets are a list. For several prompts or for ids a list of such
+            lists, in their order.
+
+        Raises:
+            DePassError: the list of sources is empty, or what `attribute` raises.
+        """
+        bias = options.get("bias", "component")
+        settings = self._settings(sources, compat=compat, process_group=self.process_group, **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         targets, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         if bias == "component" and any(has_constant(aim) for aims in targets for aim in aims):
@@ -277,33 +292,36 @@ class DePass:
         results = in_batches(kinds, 1 if several else batch_size, explain, progress)
         if bias == "component":
             warn_of_gaps([one for own in results for one in own], settings)
-        if source is None or isinstance(source, Source):
-            results = [own[0] for own in results]
         return results[0] if isinstance(prompt, str) else results
 
     @overload
     def decompose(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, **options: Unpack[DecomposeOptions]
+        self,
+        prompt: str,
+        *,
+        source: Source | None = None,
+        rule: RuleName = "softmax",
+        temperature: float = 0.1,
+        bias: BiasMode = "component",
+        compat: Literal["release"] | None = None,
+        to_layer: int | None = None,
     ) -> Decomposition: ...
-
-    @overload
-    def decompose(
-        self, prompt: Sequence[str] | None = None, **options: Unpack[DecomposeOptions]
-    ) -> list[Decomposition]: ...
-
-    @overload
-    def decompose(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, *, to_layer: Literal["all"], **options: Unpack[StatesOptions]
-    ) -> Iterator[Decomposition]: ...
 
     @overload
     def decompose(
         self,
         prompt: Sequence[str] | None = None,
         *,
-        to_layer: Literal["all"],
-        **options: Unpack[StatesOptions],
-    ) -> list[Iterator[Decomposition]]: ...
+        source: Source | None = None,
+        rule: RuleName = "softmax",
+        temperature: float = 0.1,
+        bias: BiasMode = "component",
+        compat: Literal["release"] | None = None,
+        to_layer: int | None = None,
+        batch_size: int = 16,
+        input_ids: IdsLike | None = None,
+        attention_mask: IdsLike | None = None,
+    ) -> list[Decomposition]: ...
 
     @checked
     def decompose(
@@ -315,35 +333,41 @@ class DePass:
         temperature: float = 0.1,
         bias: BiasMode = "component",
         compat: Literal["release"] | None = None,
-        to_layer: int | Literal["all"] | None = None,
+        to_layer: int | None = None,
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
-    ) -> Decomposition | list[Decomposition] | Iterator[Decomposition] | list[Iterator[Decomposition]]:
-        """Give every component's state at a layer.
+    ) -> Decomposition | list[Decomposition]:
+        """Compute every component's state at one layer.
 
         Args:
             prompt: one prompt, or several.
-            source: as for `attribute`, and so are the arguments that are not listed here.
-            to_layer: the block whose input is meant; None for what leaves the last block, before the
-                final norm; `all` for every layer at which all components are there, one after another.
+            source: what the state is split into; by default `Tokens()`.
+            rule: how neurons are shared, as in `attribute`.
+            temperature: of the softmax rule.
+            bias: whether constants have a component of their own, as in `attribute`.
+            compat: `release` reproduces the published code.
+            to_layer: the block whose input is decomposed; None for the last block's output, before the final
+                norm.
+            batch_size: how many prompts go through the model at once.
+            input_ids: token ids instead of prompts.
+            attention_mask: 1 at the real positions of `input_ids`.
 
         Returns:
-            One `Decomposition` for one prompt, a list for several or for ids, in their order. With
-            `to_layer="all"` it is an iterator in each place, whose pass is made while it is read: only the
-            layer that it has reached is held.
+            One `Decomposition` for one prompt, a list for several or for ids, in their order.
 
         Raises:
-            DePassError: as for `attribute`; or the layer is out of range or before the source's.
+            DePassError: what `attribute` raises; or the layer is out of range or before the source's.
         """
         settings = self._settings(
-            source, rule=rule, temperature=temperature, bias=bias, compat=compat, engine="propagate"
+            [source or Tokens()],
+            rule=rule,
+            temperature=temperature,
+            bias=bias,
+            compat=compat,
+            engine="propagate",
         )
         layers = len(self.decoder.blocks)
-        if to_layer == "all":
-            entries = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
-            tours = [decompose_layers(self.decoder, entry, settings) for entry in entries]
-            return tours[0] if isinstance(prompt, str) else tours
         stop = layers
         if to_layer is not None and to_layer != layers:
             stop = resolve_layer(to_layer, layers, "to_layer")
@@ -358,6 +382,49 @@ class DePass:
         kinds = [(self.decoder.regime(len(entry.ids)), len(entry.ids)) for entry in prompts]
         results = in_batches(kinds, batch_size, states, progress=False)
         return results[0] if isinstance(prompt, str) else results
+
+    @checked
+    def decompose_layers(
+        self,
+        prompt: str | None = None,
+        *,
+        source: Source | None = None,
+        rule: RuleName = "softmax",
+        temperature: float = 0.1,
+        bias: BiasMode = "component",
+        compat: Literal["release"] | None = None,
+        input_ids: IdsLike | None = None,
+    ) -> Iterator[Decomposition]:
+        """Compute every component's state at every layer of one prompt, one layer after another.
+
+        Args:
+            prompt: one prompt.
+            source: what the state is split into; by default `Tokens()`.
+            rule: how neurons are shared, as in `attribute`.
+            temperature: of the softmax rule.
+            bias: whether constants have a component of their own, as in `attribute`.
+            compat: `release` reproduces the published code.
+            input_ids: `[1, position]` the prompt's ids instead.
+
+        Returns:
+            An iterator from the first layer at which all components exist. The model runs while it is read,
+            and only the current layer is held.
+
+        Raises:
+            DePassError: there are several prompts, or what `attribute` raises.
+        """
+        settings = self._settings(
+            [source or Tokens()],
+            rule=rule,
+            temperature=temperature,
+            bias=bias,
+            compat=compat,
+            engine="propagate",
+        )
+        prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
+        if len(prompts) != 1:
+            raise DePassError(f"there are {len(prompts)} prompts; decompose the layers of one at a time")
+        return decompose_layers(self.decoder, prompts[0], settings)
 
     @checked
     def attribute_generation(
@@ -388,7 +455,9 @@ class DePass:
             DePassError: as for `attribute`; or the finished text would be longer than the model's context,
                 or `generate` refuses an argument.
         """
-        settings = self._settings(source, rule=rule, temperature=rule_temperature, bias=bias, path=path)
+        settings = self._settings(
+            [source or Tokens()], rule=rule, temperature=rule_temperature, bias=bias, path=path
+        )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
         found = generate(self.decoder, self.tokenizer, prompts, settings, arguments)
@@ -400,12 +469,12 @@ class DePass:
     def estimate(
         self,
         prompt: str | Sequence[str] | None = None,
-        source: Source | Sequence[Source] | None = None,
+        source: Source | None = None,
         *,
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
-        **options: Unpack[WayOptions],
+        **options: Unpack[RuleOptions],
     ) -> Estimate:
         """Estimate the time and the memory that `attribute` will take, by trying a small piece of it.
 
@@ -415,11 +484,11 @@ class DePass:
         Raises:
             DePassError: as for `attribute`.
         """
-        settings = self._settings(source, **options)
+        settings = self._settings([source or Tokens()], **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         ordered = sorted(prompts, key=lambda entry: len(entry.ids))
         batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
         return estimate(self.decoder, batches, settings)
 
-    def _settings(self, source: Source | Sequence[Source] | None, **options: Any) -> Settings:
-        return settings_of(self.decoder, source, **options, memory_budget=self.memory_budget)
+    def _settings(self, sources: Sequence[Source], **options: Any) -> Settings:
+        return settings_of(self.decoder, sources, **options, memory_budget=self.memory_budget)

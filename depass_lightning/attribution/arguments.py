@@ -47,7 +47,8 @@ KINDS: dict[str, Kind] = {
     "prompt": _none_or(
         ("a text or a list of texts", lambda value: isinstance(value, str) or _several(value))
     ),
-    "source": _none_or(("a source or a list of sources", lambda value: isinstance(value, Source | Sequence))),
+    "source": _none_or(("one source, such as Tokens()", lambda value: isinstance(value, Source))),
+    "sources": ("a list of sources", lambda value: isinstance(value, Sequence)),
     "rule": TEXT,
     "temperature": NUMBER,
     "rule_temperature": NUMBER,
@@ -55,7 +56,7 @@ KINDS: dict[str, Kind] = {
     "compat": _none_or(TEXT),
     "engine": TEXT,
     "path": TEXT,
-    "to_layer": _none_or(("a whole number or 'all'", lambda value: is_whole(value) or value == "all")),
+    "to_layer": _none_or(WHOLE),
     "batch_size": COUNT,
     "progress": FLAG,
     "max_new_tokens": COUNT,

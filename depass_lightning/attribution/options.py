@@ -1,4 +1,4 @@
-"""The keyword arguments that the methods of `DePass` share, for type checkers, and how sources are read."""
+"""The keyword arguments that the methods of `DePass` share, for type checkers, and the values they take."""
 
 from collections.abc import Sequence
 from typing import Literal, TypedDict, get_args
@@ -6,7 +6,7 @@ from typing import Literal, TypedDict, get_args
 from depass_lightning.engine.rules import Path, RuleName
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import IdsLike
-from depass_lightning.sources import Source, Tokens
+from depass_lightning.sources import Source
 
 BiasMode = Literal["component", "drop"]
 Engine = Literal["auto", "propagate", "adjoint"]
@@ -20,69 +20,39 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 
 class RuleOptions(TypedDict, total=False):
-    """How neurons are shared, and what becomes of constants."""
+    """How neurons are shared, what becomes of constants, and how scores are computed."""
 
     rule: RuleName
     temperature: float
     bias: BiasMode
-
-
-class WayOptions(RuleOptions, total=False):
-    """And on which way scores are found."""
-
     engine: Engine
     path: Path
 
 
-class PassOptions(RuleOptions, total=False):
-    """Of every call."""
+class AttributeOptions(RuleOptions, total=False):
+    """The keyword arguments that every call which returns scores takes."""
 
     compat: Literal["release"] | None
     batch_size: int
+    progress: bool
     input_ids: IdsLike | None
     attention_mask: IdsLike | None
 
 
-class ScoreOptions(PassOptions, WayOptions, total=False):
-    """Of a call that gives scores."""
-
-    progress: bool
-
-
-class AttributeOptions(ScoreOptions, total=False):
-    """Of a call that gives the scores of one source."""
-
-    source: Source | None
-
-
-class StatesOptions(PassOptions, total=False):
-    """Of a call that gives states."""
-
-    source: Source | None
-
-
-class DecomposeOptions(StatesOptions, total=False):
-    """Of a call that gives one layer's states."""
-
-    to_layer: int | None
-
-
-def as_sources(source: Source | Sequence[Source] | None) -> tuple[Source, ...]:
-    """Return one source or several as a tuple, `Tokens()` where none is given.
+def check_sources(sources: Sequence[Source]) -> None:
+    """Refuse a list of sources that is empty or contains anything else.
 
     Args:
-        source: what a call was given.
+        sources: the sources of a call.
 
     Raises:
-        DePassError: the list is empty, or something in it is no source.
+        DePassError: the list is empty, or an entry is not a source.
     """
-    sources = (Tokens(),) if source is None else (source,) if isinstance(source, Source) else tuple(source)
-    for own in sources:
-        if not isinstance(own, Source):
-            raise DePassError(f"source {own!r} is a {type(own).__name__}; pass Tokens(), Heads(), ...")
     if not sources:
-        raise DePassError("the list of sources is empty")
-    return sources
+        raise DePassError("the list of sources is empty; pass at least one, such as Tokens()")
+    for source in sources:
+        if not isinstance(source, Source):
+            raise DePassError(f"source {source!r} is a {type(source).__name__}; pass Tokens(), Heads(), ...")
 
 
 def check_choices(**settings: str | None) -> None:

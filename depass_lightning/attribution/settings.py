@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
 
-from depass_lightning.attribution.options import as_sources, check_choices
+from depass_lightning.attribution.options import check_choices, check_sources
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
 from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule, goes_back, rule_named
@@ -89,7 +89,7 @@ class Settings:
 
 def settings_of(
     decoder: Decoder,
-    source: Source | Sequence[Source] | None,
+    sources: Sequence[Source],
     *,
     rule: str = "softmax",
     temperature: float = 0.1,
@@ -104,7 +104,7 @@ def settings_of(
 
     Args:
         decoder: the model.
-        source: as for `DePass.attribute`, and so are the others.
+        sources: what states are split into; the other arguments are those of `DePass.attribute`.
         memory_budget: as for `DePass`.
         process_group: as for `DePass`; a backward pass carries no components, and needs none.
 
@@ -118,9 +118,9 @@ def settings_of(
         raise DePassError(
             f"rule='{rule}' is for gated MLPs, which not all of this model's are; take rule='taylor'"
         )
-    sources = as_sources(source)
-    for own in sources:
-        own.layers(len(decoder.blocks))
+    check_sources(sources)
+    for source in sources:
+        source.layers(len(decoder.blocks))
     if compat == "release":
         bias = "drop"
         chosen = paper_code_rule(chosen, remainder=sources[0].positional)
@@ -130,7 +130,7 @@ def settings_of(
     if spread is not None:
         check_spread(decoder, sources, compat)
     return Settings(
-        sources=sources,
+        sources=tuple(sources),
         rule=chosen,
         rule_name=rule,
         bias=bias == "component",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from depass_lightning.attribution.options import WayOptions
+from depass_lightning.attribution.options import RuleOptions
 from depass_lightning.attribution.settings import settings_of
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -51,7 +51,7 @@ def name_sources(source: Sources) -> dict[str, Source]:
     return named
 
 
-def check_settings(depass: DePass, sources: Sequence[Source], settings: WayOptions) -> None:
+def check_settings(depass: DePass, sources: Sequence[Source], settings: RuleOptions) -> None:
     """Refuse settings that could attribute no probe, before training begins.
 
     Raises:

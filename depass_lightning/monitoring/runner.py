@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from depass_lightning.attribution.options import WayOptions
+from depass_lightning.attribution.options import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.faithfulness import RemovalCurves, removal_curves, text_components
 from depass_lightning.monitoring.probe_sets import ProbePrompt
@@ -64,7 +64,7 @@ class ProbeRunner:
     device: torch.device
     sources: Sequence[Source]
     batch_size: int
-    settings: WayOptions = field(default_factory=WayOptions)
+    settings: RuleOptions = field(default_factory=RuleOptions)
 
     def outcomes(self, probes: Sequence[ProbePrompt], removal: int = 0) -> list[Outcome]:
         """Return what each probe came to, in order.
@@ -100,10 +100,10 @@ class ProbeRunner:
         )
 
     def _outcomes(self, probes: Sequence[ProbePrompt], removal: int) -> list[Outcome]:
-        found = self.depass.attribute(
+        found = self.depass.attribute_sources(
             **_asked(probes),
             target=[probe.target for probe in probes],
-            source=self.sources,
+            sources=self.sources,
             batch_size=len(probes),
             **self.settings,
         )
@@ -168,14 +168,14 @@ def isolated(device: torch.device | None = None) -> Iterator[None]:
 
 
 def _asked(probes: Sequence[ProbePrompt]) -> dict[str, Any]:
-    """Return the probes as `DePass.attribute` takes prompts: as text, or as ids padded on the right."""
+    """Return the probes as the prompts of a call: as text, or as ids padded on the right."""
     rows = [probe.ids for probe in probes if probe.ids is not None]
     if not rows:
         return {"prompt": [probe.prompt for probe in probes]}
     longest = max(map(len, rows))
     padded = [[*row, *[0] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+    return {"prompt": None, "input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
 
 
 def _checked(attributions: list[Attribution]) -> Outcome:

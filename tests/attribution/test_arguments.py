@@ -31,7 +31,7 @@ from depass_lightning.sources import Source
 PROMPT = "The capital of Norway is"
 COMMON: dict[str, list[Any]] = {
     "prompt": [3, 1.5, {"a": 1}, b"x"],
-    "source": [3, Tokens],
+    "source": [3, Tokens, [Tokens()]],
     "rule": [3, None, ["max"]],
     "temperature": ["warm", None, True, [0.1]],
     "bias": [3, True, None],
@@ -43,7 +43,7 @@ CHOICES: dict[str, list[Any]] = {"compat": [3, True], "engine": [3, None], "path
 WRONG: dict[str, dict[str, list[Any]]] = {
     "attribute": COMMON | CHOICES | {"progress": ["x", 3, None]},
     "estimate": COMMON | CHOICES,
-    "decompose": COMMON | {"compat": [3], "to_layer": [1.5, "last", [1], True]},
+    "decompose": COMMON | {"compat": [3], "to_layer": [1.5, "last", "all", [1], True]},
     "attribute_generation": {
         "prompt": [3, 1.5],
         "source": [3, Tokens],

@@ -41,7 +41,7 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
     depass = DePass(build(name, num_hidden_layers=5))
     ids = prompt(9)[None]
     (entry,) = prompts_of_ids(ids, None, None, None, 61)
-    settings = settings_of(depass.decoder, source, rule="softmax", temperature=0.1, bias="component")
+    settings = settings_of(depass.decoder, [source], rule="softmax", temperature=0.1, bias="component")
     expected = [
         rows for own in source.per_layer(5) for rows in carried_rows(own, entry, depass.decoder, settings)
     ]

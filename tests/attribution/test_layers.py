@@ -34,7 +34,7 @@ def test_every_layer_equals_that_layer_alone(
     depass: DePass, source: Any, layers: list[int], rule: Any
 ) -> None:
     ids = prompt(9)[None]
-    (tour,) = depass.decompose(input_ids=ids, source=source, rule=rule, to_layer="all")
+    tour = depass.decompose_layers(input_ids=ids, source=source, rule=rule)
     # All are kept here: what comes later must not change what was given before.
     found = list(tour)
     assert [entry.layer for entry in found] == layers
@@ -45,7 +45,7 @@ def test_every_layer_equals_that_layer_alone(
 
 
 def test_layers_are_given_one_at_a_time(depass: DePass) -> None:
-    (tour,) = depass.decompose(input_ids=prompt(9)[None], to_layer="all")
+    tour = depass.decompose_layers(input_ids=prompt(9)[None])
     seen, held = [], []
     for entry in tour:
         held.append(sum(reference() is not None for reference in seen))
@@ -60,12 +60,13 @@ def test_nothing_runs_before_the_first_layer_is_asked_for(depass: DePass, monkey
         raise AssertionError("the model has run")
 
     monkeypatch.setattr(depass.model, "forward", must_not_run)
-    tours = depass.decompose(input_ids=torch.stack([prompt(9), prompt(9, seed=1)]), to_layer="all")
-    assert len(tours) == 2
+    tour = depass.decompose_layers(input_ids=prompt(9)[None])
     with pytest.raises(AssertionError, match="the model has run"):
-        next(tours[0])
+        next(tour)
     with pytest.raises(DePassError, match="nothing to explain"):
-        depass.decompose(to_layer="all")
+        depass.decompose_layers()
+    with pytest.raises(DePassError, match="there are 2 prompts"):
+        depass.decompose_layers(input_ids=torch.stack([prompt(9), prompt(9, seed=1)]))
 
 
 @pytest.mark.parametrize("source", [Heads(1), Module("mlp", 1)])

@@ -81,12 +81,12 @@ def test_lists_of_prompts_take_lists_of_targets(tiny: DePass, rule: Any) -> None
 @pytest.mark.parametrize("rule", ["softmax", "taylor"])
 def test_several_sources_are_the_outer_list(tiny: DePass, rule: Any) -> None:
     sources = [Tokens(), Heads()]
-    found = tiny.attribute(TEXT, [" Mary", " John"], source=sources, rule=rule)
+    found = tiny.attribute_sources(TEXT, [" Mary", " John"], sources, rule=rule)
     assert [own[0].source for own in found] == ["tokens", "heads"]
     for own, source in zip(found, sources, strict=True):
         for each, aim in zip(own, (" Mary", " John"), strict=True):
             must_equal(each, tiny.attribute(TEXT, aim, source=source, rule=rule))
-    nested = tiny.attribute([TEXT], [[" Mary", " John"]], source=sources, rule=rule)
+    nested = tiny.attribute_sources([TEXT], [[" Mary", " John"]], sources, rule=rule)
     must_equal(nested[0][1][1], found[1][1])
 
 

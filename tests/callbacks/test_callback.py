@@ -251,7 +251,7 @@ def test_weights_that_are_not_a_number_do_not_stop_training(
 def test_want_of_memory_halves_the_batch_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    attribute, sizes = DePass.attribute, []
+    attribute, sizes = DePass.attribute_sources, []
 
     def short_of_memory(self: DePass, prompt: list[str], **options: Any) -> Any:
         sizes.append(len(prompt))
@@ -259,7 +259,7 @@ def test_want_of_memory_halves_the_batch_for_good(
             raise torch.OutOfMemoryError("no room")
         return attribute(self, prompt, **options)
 
-    monkeypatch.setattr(DePass, "attribute", short_of_memory)
+    monkeypatch.setattr(DePass, "attribute_sources", short_of_memory)
     callback = DePassCallback(list(PROMPTS), batch_size=4)
     with caplog.at_level(logging.WARNING):
         train(tmp_path, callback, max_steps=2)

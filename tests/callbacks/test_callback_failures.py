@@ -42,7 +42,7 @@ class Losses(Callback):
 
 def on_rank_one(error: Callable[[int], Exception | None]) -> Callable[..., Any]:
     """Return an `attribute` that fails on the second rank, depending on how many probes it is given."""
-    attribute = DePass.attribute
+    attribute = DePass.attribute_sources
 
     def failing(self: DePass, *arguments: Any, **options: Any) -> Any:
         found = error(len(options["prompt"]))
@@ -63,7 +63,7 @@ ERRORS: dict[str, Callable[[int], Exception | None]] = {
 def test_one_ranks_probes_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Training is bit-identical to one without the callback, and the other rank's probes are there."""
     train(tmp_path / "without", [Losses(tmp_path / "without")])
-    monkeypatch.setattr(DePass, "attribute", on_rank_one(ERRORS[kind]))
+    monkeypatch.setattr(DePass, "attribute_sources", on_rank_one(ERRORS[kind]))
     train(tmp_path / "with", [DePassCallback(list(PROMPTS)), Losses(tmp_path / "with")])
     for rank in (0, 1):
         without, found = (torch.load(tmp_path / name / f"rank{rank}.pt") for name in ("without", "with"))
@@ -78,7 +78,7 @@ def test_want_of_memory_on_one_rank_halves_its_batch(tmp_path: Path, monkeypatch
     def short(count: int) -> Exception | None:
         return torch.OutOfMemoryError("no room") if count > 1 else None
 
-    monkeypatch.setattr(DePass, "attribute", on_rank_one(short))
+    monkeypatch.setattr(DePass, "attribute_sources", on_rank_one(short))
     train(tmp_path, [DePassCallback(list(PROMPTS)), Losses(tmp_path)])
     assert history_of(tmp_path)["curves"]["failed"] == [0.0] * 4
     assert len(read_rows(tmp_path / "depass/probes/step-000006.parquet")) == 5

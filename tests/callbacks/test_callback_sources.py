@@ -69,18 +69,18 @@ def test_settings_that_fit_no_probe_end_training_before_it_begins(
 def test_several_sources_share_one_backward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And as many as one source takes: a pass for each batch of each run."""
     passes, calls = [], []
-    backward, attribute = scoring.backward, DePass.attribute
+    backward, attribute = scoring.backward, DePass.attribute_sources
 
     def counted(*arguments: Any, **options: Any) -> Any:
         passes.append(1)
         return backward(*arguments, **options)
 
     def called(self: DePass, *arguments: Any, **options: Any) -> Any:
-        calls.append(len(options["source"]))
+        calls.append(len(options["sources"]))
         return attribute(self, *arguments, **options)
 
     monkeypatch.setattr(scoring, "backward", counted)
-    monkeypatch.setattr(DePass, "attribute", called)
+    monkeypatch.setattr(DePass, "attribute_sources", called)
     counts = []
     for source in ("tokens", ["tokens", "heads", "modules"]):
         passes.clear()

@@ -127,7 +127,7 @@ def test_several_sources_are_read_from_one_backward_pass(monkeypatch: pytest.Mon
     calls = []
     original = scores.backward
     monkeypatch.setattr(scores, "backward", lambda *a, **k: calls.append(1) or original(*a, **k))
-    together = depass.attribute(input_ids=rows, attention_mask=mask, target=5, source=sources, rule="taylor")
+    together = depass.attribute_sources(None, 5, sources, input_ids=rows, attention_mask=mask, rule="taylor")
     assert len(calls) == 1
     for index, source in enumerate(sources):
         alone = depass.attribute(input_ids=rows, attention_mask=mask, target=5, source=source, rule="taylor")
@@ -176,8 +176,7 @@ def test_a_target_inside_the_model(name: str, rule: Any) -> None:
         ({"target": Direction(torch.ones(35))}, r"shape is \(35,\), but the model's states have 36"),
         ({"target": Direction(torch.full((36,), torch.nan))}, r"the direction is not finite"),
         ({"target": ProbeLogit(object())}, r"it has no coef_"),
-        ({"source": []}, r"list of sources is empty"),
-        ({"source": "tokens"}, r"source 't' is a str"),
+        ({"source": "tokens"}, r"source is 'tokens', a str; it must be one source"),
         ({"source": Neurons(0, [44])}, r"there is no neuron 44; the MLP has 44, 0 to 43"),
         ({"source": Spans([(2, 3), (2, 4)], "token")}, r"share a token"),
         ({"source": Spans("verse")}, r"choose one of word, sentence"),  # type: ignore[arg-type]
@@ -189,3 +188,12 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
     depass: Any = DePass(build("llama"))
     with pytest.raises(DePassError, match=message):
         depass.attribute(input_ids=prompt(6)[None], **({"target": 4} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [([], r"list of sources is empty"), ("tokens", r"source 't' is a str"), ([Tokens], r"is a ABCMeta")],
+)
+def test_bad_sources_are_named(sources: Any, message: str) -> None:
+    with pytest.raises(DePassError, match=message):
+        DePass(build("llama")).attribute_sources(None, 4, sources, input_ids=prompt(6)[None])

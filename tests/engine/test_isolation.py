@@ -212,7 +212,7 @@ def test_threads_take_turns_on_a_model() -> None:
         length: [
             first.attribute(input_ids=prompt(length)[None], target=5)[0].scores,
             first.attribute(input_ids=prompt(length)[None], target=5, rule="taylor")[0].scores,
-            list(first.decompose(input_ids=prompt(length)[None], to_layer="all")[0])[-1].states,
+            list(first.decompose_layers(input_ids=prompt(length)[None]))[-1].states,
         ]
         for length in (5, 9)
     }
@@ -223,7 +223,7 @@ def test_threads_take_turns_on_a_model() -> None:
             given = [
                 depass.attribute(input_ids=ids, target=5)[0].scores,
                 depass.attribute(input_ids=ids, target=5, rule="taylor")[0].scores,
-                list(depass.decompose(input_ids=ids, to_layer="all")[0])[-1].states,
+                list(depass.decompose_layers(input_ids=ids))[-1].states,
             ]
             for one, two in zip(given, expected[length], strict=True):
                 assert torch.equal(one, two)

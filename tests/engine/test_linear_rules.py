@@ -148,8 +148,8 @@ def test_heads_and_neurons_are_the_real_models_derivatives(kind: str) -> None:
         open_, held = derivatives(TAYLOR), derivatives(TAYLOR, probabilities=True)
         expected = (open_[0] - held[0], open_[1] - held[1])
     sources = [Heads(layer), Neurons(layer), Module("attention", layer)]
-    found = DePass(model).attribute(
-        input_ids=row[None], target=Contrast(5, 7), source=sources, **ARGUMENTS[kind]
+    found = DePass(model).attribute_sources(
+        None, Contrast(5, 7), sources, input_ids=row[None], **ARGUMENTS[kind]
     )[0]
     assert distance(found[0].scores[1:], expected[0].float()) < 1e-5
     assert distance(found[1].scores[1:], expected[1].float()) < 1e-5

@@ -173,11 +173,9 @@ def test_states_at_every_layer(name: str, case: str) -> None:
     ids = prompt(LENGTH, seed=LENGTH)[None]
     for rule in RULES:
         found = expected_states(name, case, rule)
-        tour = DePass(model).decompose(
-            input_ids=ids, source=CASES[case].source(trace), rule=rule, to_layer="all"
-        )
+        tour = DePass(model).decompose_layers(input_ids=ids, source=CASES[case].source(trace), rule=rule)
         layers = []
-        for given in tour[0]:
+        for given in tour:
             expected = torch.cat([own[given.layer] for own in found])
             assert largest_error(given.states, expected, trace.state(given.layer)) < 1e-9, (rule, given.layer)
             layers.append(given.layer)

@@ -135,8 +135,7 @@ def test_every_layers_components_add_up(name: str) -> None:
         model(ids[None], use_cache=False)
     for handle in handles:
         handle.remove()
-    tours = depass.decompose(input_ids=ids[None], to_layer="all")
-    states = {own.layer: own.states.sum(0) for own in tours[0]}
+    states = {layer.layer: layer.states.sum(0) for layer in depass.decompose_layers(input_ids=ids[None])}
     for layer, expected in enumerate(entered):
         assert distance(states[layer], expected[0]) < 1e-10
 

@@ -155,7 +155,7 @@ def state_error(model: nn.Module) -> float:
         model(ids[None], use_cache=False)
     for handle in handles:
         handle.remove()
-    sums = [own.states.sum(0) for own in depass.decompose(input_ids=ids[None], to_layer="all")[0]]
+    sums = [layer.states.sum(0) for layer in depass.decompose_layers(input_ids=ids[None])]
     return max(distance(own, state[0]) for own, state in zip(sums, entered, strict=False))
 
 

@@ -53,7 +53,7 @@ def carry_parts(
         progress: show a progress bar.
     """
     decoder = depass.decoder
-    settings = settings_of(decoder, list(sources), rule=rule, memory_budget=depass.memory_budget)
+    settings = settings_of(decoder, sources, rule=rule, memory_budget=depass.memory_budget)
     unembedded = decoder.unembedded()
 
     def work(batch: list[int]) -> list[tuple[Tensor, float]]:
