@@ -9,14 +9,14 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__in
     __path__.append(str(_root))
 
 from depass_lightning.attribution.cost import Estimate
-from depass_lightning.attribution.forward import Decomposition
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.families import register_family
 from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
 from depass_lightning.targets import Contrast, Direction, ProbeLogit, Token
 

@@ -28,8 +28,8 @@ from depass_lightning.attribution.attribute import (
     warn_of_gaps,
 )
 from depass_lightning.attribution.cost import Estimate, estimate
-from depass_lightning.attribution.forward import Decomposition, decompose_batch, decompose_layers
-from depass_lightning.attribution.generate import Generation, generate
+from depass_lightning.attribution.forward import decompose_batch, decompose_layers
+from depass_lightning.attribution.generate import generate
 from depass_lightning.attribution.options import (
     AttributeOptions,
     BiasMode,
@@ -44,6 +44,8 @@ from depass_lightning.models.load import dtype_of, load_model
 from depass_lightning.prompts import IdsLike, prompts_of
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Source, Tokens, resolve_layer
 from depass_lightning.targets import TargetLike, as_targets, has_constant
 from depass_lightning.utils.batching import in_batches

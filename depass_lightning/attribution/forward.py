@@ -5,10 +5,8 @@ defaults.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.attribution.settings import Settings
@@ -20,22 +18,8 @@ from depass_lightning.engine.variants.rounding import rounding_states
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, pad
+from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.sources import Neurons, Source, SplitContext
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """Every component's state at one layer.
-
-    Attributes:
-        states: `[component, position, hidden]`; they sum to the model's residual stream there.
-        names: the components' names.
-        layer: the block that this state enters; the number of blocks means behind the last one.
-    """
-
-    states: Float[Tensor, "component position hidden"]
-    names: list[str]
-    layer: int
 
 
 def decompose_batch(

@@ -9,7 +9,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,42 +21,10 @@ from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, continued
-from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Tokens
 from depass_lightning.targets import Token
 from depass_lightning.utils.tokenization import continuation
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Generation(Attributions):
-    """The scores of every generated token over all tokens of the finished text, the targets being in it.
-
-    A token's scores are zero at itself and behind.
-
-    Attributes:
-        attributions: one a generated token, in order, each over the whole finished text.
-        decoded: the generated tokens decoded together; None where no tokenizer is there to do it, as for
-            attributions that were read from a file.
-    """
-
-    decoded: str | None = None
-
-    def __repr__(self) -> str:
-        return f"Generation({self.continuation!r}, {len(self)} tokens over {len(self.tokens)})"
-
-    @property
-    def generated(self) -> list[str]:
-        """The text of each generated token; an end-of-text token belongs to them."""
-        return self.tokens[-len(self) :]
-
-    @property
-    def continuation(self) -> str:
-        """The generated tokens as one text, decoded together: a character may be spread over several."""
-        return "".join(self.generated) if self.decoded is None else self.decoded
-
-    def _title(self) -> str:
-        said = self.continuation
-        return f"What the model bases {said if len(said) < 60 else said[:58] + '…'!r} on"
 
 
 def generate(

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.faithfulness import summarise
 from depass_lightning.reports.component_figures import attribution_figure
 from depass_lightning.reports.components import asked_for, complete, mean_of, strongest_of
@@ -20,6 +19,7 @@ from depass_lightning.reports.numbers import curves_of
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.generation import Generation
 from depass_lightning.storage import RowFile, attribution_from_row, checked_file, write_json
 
 NOTED = 300  # components, those that lead most often, whose notes the page has

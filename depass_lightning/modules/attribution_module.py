@@ -9,8 +9,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
-from depass_lightning.attribution.forward import Decomposition
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import (
@@ -28,6 +26,8 @@ from depass_lightning.faithfulness import (
 from depass_lightning.methods import DePassMethod, Method
 from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
 from depass_lightning.targets import Contrast, Token, token_id
 from depass_lightning.tasks import Example

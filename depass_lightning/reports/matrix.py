@@ -5,11 +5,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.reports.components import asked_for_together, complete
 from depass_lightning.reports.numbers import plain, signed, visible
 from depass_lightning.reports.terminal import score_style
 from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.generation import Generation
 
 LABEL_WIDTH = 16
 CELL_WIDTH = 4

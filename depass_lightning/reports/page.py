@@ -20,7 +20,6 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.components import (
     Grid,
@@ -38,6 +37,7 @@ from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 from depass_lightning.reports.prompt_segments import unread_words
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.generation import Generation
 from depass_lightning.utils.atomic_files import write_whole
 
 SCRIPTS = (

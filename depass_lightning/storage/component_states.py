@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from depass_lightning.attribution.forward import Decomposition
 from depass_lightning.errors import DePassError
+from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.utils.atomic_files import write_whole
 
 HEADER = "decomposition"

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.attribution.forward import Decomposition
 from depass_lightning.errors import DePassError
+from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.storage.attribution_rows import ATTRIBUTION_SCHEMA
 from depass_lightning.storage.checksums import check_file, checked_file
 from depass_lightning.storage.component_states import state_path, write_states

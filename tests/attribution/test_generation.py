@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from depass_lightning import DePass, DePassError, Heads, Token, Tokens
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.engine.record import record
 from depass_lightning.prompts import continued, prompts_of_texts
 from depass_lightning.reports.matrix import score_matrix
+from depass_lightning.results.generation import Generation
 from tests.engine.test_untouched import must_stay_untouched
 from tests.reference.models import ONE_OF_EACH, VOCABULARY, build, prompt
 

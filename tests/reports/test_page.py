@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.page import page_html, write_matrix_page, write_page
+from depass_lightning.results.generation import Generation
 from tests.reference.attributions import CURVES, NASTY, Elements, attribution_of, heads, ioi, nasty, neurons
 
 EXAMPLE = {

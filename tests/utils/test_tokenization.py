@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from depass_lightning import Contrast, DePass, DePassError, Spans, Token
-from depass_lightning.attribution.generate import Generation
 from depass_lightning.faithfulness import removal_curves, text_components
 from depass_lightning.faithfulness.accuracy import answered_right
 from depass_lightning.monitoring.probe_sets import load_set
@@ -27,6 +26,7 @@ from depass_lightning.reports.figures import _layout
 from depass_lightning.reports.notebook import attribution_html
 from depass_lightning.reports.page import page_html
 from depass_lightning.reports.terminal import attribution_text
+from depass_lightning.results.generation import Generation
 from depass_lightning.sources.segments import segment
 from depass_lightning.tasks import Example, load
 from depass_lightning.utils.tokenization import continuation, encode
