@@ -129,7 +129,7 @@ def test_jobs_of_a_sweep_have_a_run_of_weights_and_biases_each(tmp_path):
         assert run(tmp_path / name, *short) == 0
         assert wandb.run is None
     with pytest.raises(RuntimeError, match="no such"):
-        run(tmp_path / "c", *short, "+callbacks.fails._target_=tests.test_train.Fails")
+        run(tmp_path / "c", *short, "+callbacks.fails._target_=tests.commands.test_train.Fails")
     assert wandb.run is None
     assert [len(list((tmp_path / name).glob("wandb/offline-run-*/*.wandb"))) for name in "abc"] == [1, 1, 1]
 

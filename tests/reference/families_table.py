@@ -44,7 +44,7 @@ def row_of(name: str) -> dict[str, str]:
     """A row of the table, column by column.
 
     Args:
-        name: one of `tests.zoo.ALL`.
+        name: one of `tests.reference.zoo.ALL`.
     """
     return described(name) | {column: f"{error:.0e}" for column, error in measured(name).items()}
 
