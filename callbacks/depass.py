@@ -75,7 +75,7 @@ class DePassCallback(Callback):
         on_error: what a failing probe does: "log" says which and why, and training goes on; "raise" ends it.
         folder: where pages and scores are written, in a folder `depass`; that of the first logger where None,
             or the trainer's `default_root_dir` without a logger.
-        settings: `rule`, `temperature`, `bias`, `engine` and `path`, as `DePass.attribute` takes them.
+        settings: `rule`, `temperature`, `bias`, `engine` and `attention_path`, as for `DePass.attribute`.
 
     Raises:
         DePassError: for arguments that make no sense; when training starts, for probes, a model or a
@@ -139,7 +139,7 @@ class DePassCallback(Callback):
     @property
     def state_key(self) -> str:
         """What tells this callback's state in a checkpoint from another's: its sets, and what is unusual."""
-        usual = {"rule": "softmax", "path": "content", "source": ["tokens"], "target": "contrast"}
+        usual = {"rule": "softmax", "attention_path": "content", "source": ["tokens"], "target": "contrast"}
         given = {"source": list(self.sources), "target": self.target, **self.settings}
         unusual = {name: given[name] for name in usual if given.get(name, usual[name]) != usual[name]}
         return self._generate_state_key(probes=sorted(self._given), **unusual)

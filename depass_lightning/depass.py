@@ -37,7 +37,7 @@ from depass_lightning.attribution.options import (
     RuleOptions,
 )
 from depass_lightning.attribution.settings import Settings, settings_of
-from depass_lightning.engine.rules import Path, RuleName
+from depass_lightning.engine.rules import AttentionPath, RuleName
 from depass_lightning.engine.validate import bind_checked
 from depass_lightning.errors import DePassError
 from depass_lightning.models.load import dtype_of, load_model
@@ -168,9 +168,9 @@ class DePass:
         rule: RuleName = "softmax",
         temperature: float = 0.1,
         bias: BiasMode = "component",
-        compat: Literal["release"] | None = None,
+        compat: Literal["paper_code"] | None = None,
         engine: Engine = "auto",
-        path: Path = "content",
+        attention_path: AttentionPath = "content",
         batch_size: int = 16,
         progress: bool = False,
         input_ids: IdsLike | None = None,
@@ -188,12 +188,12 @@ class DePass:
             temperature: of the softmax rule.
             bias: `component` gives constants a component of their own, so that scores sum to the value;
                 `drop` leaves them out.
-            compat: `release` reproduces the published code, with its quirks.
+            compat: `paper_code` reproduces the published code, with its quirks.
             engine: `propagate` propagates components forward; `adjoint` computes a linear rule's scores by
                 one backward pass from the target; `auto` chooses the latter where it can.
-            path: `content` holds attention's probabilities fixed; `control`, under taylor, scores what is
-                added when they are not: all paths to the target that pass at least once through a query or
-                a key. These scores do not sum to the value.
+            attention_path: `content` holds attention's probabilities fixed; `control`, under taylor, scores
+                what is added when they are not: all paths to the target that pass at least once through a
+                query or a key. These scores do not sum to the value.
             batch_size: how many prompts go through the model at once; with several targets each goes alone.
             progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side; lists of ids are taken too.
@@ -217,7 +217,7 @@ class DePass:
             bias=bias,
             compat=compat,
             engine=engine,
-            path=path,
+            attention_path=attention_path,
             batch_size=batch_size,
             progress=progress,
             input_ids=input_ids,
@@ -236,7 +236,7 @@ class DePass:
         progress: bool = False,
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
-        compat: Literal["release"] | None = None,
+        compat: Literal["paper_code"] | None = None,
         **options: Unpack[RuleOptions],
     ) -> list[Any]:
         """Attribute targets to the components of several sources from one recorded pass.
@@ -251,8 +251,8 @@ class DePass:
             progress: show a progress bar.
             input_ids: token ids instead of prompts.
             attention_mask: 1 at the real positions of `input_ids`.
-            compat: `release` reproduces the published code.
-            options: `rule`, `temperature`, `bias`, `engine` and `path` of `attribute`.
+            compat: `paper_code` reproduces the published code.
+            options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
 
         Returns:
             For one prompt a list with one result a source, each as `attribute` returns it: an `Attribution`,
@@ -305,7 +305,7 @@ class DePass:
         rule: RuleName = "softmax",
         temperature: float = 0.1,
         bias: BiasMode = "component",
-        compat: Literal["release"] | None = None,
+        compat: Literal["paper_code"] | None = None,
         to_layer: int | None = None,
     ) -> Decomposition: ...
 
@@ -318,7 +318,7 @@ class DePass:
         rule: RuleName = "softmax",
         temperature: float = 0.1,
         bias: BiasMode = "component",
-        compat: Literal["release"] | None = None,
+        compat: Literal["paper_code"] | None = None,
         to_layer: int | None = None,
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
@@ -334,7 +334,7 @@ class DePass:
         rule: RuleName = "softmax",
         temperature: float = 0.1,
         bias: BiasMode = "component",
-        compat: Literal["release"] | None = None,
+        compat: Literal["paper_code"] | None = None,
         to_layer: int | None = None,
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
@@ -348,7 +348,7 @@ class DePass:
             rule: how neurons are shared, as in `attribute`.
             temperature: of the softmax rule.
             bias: whether constants have a component of their own, as in `attribute`.
-            compat: `release` reproduces the published code.
+            compat: `paper_code` reproduces the published code.
             to_layer: the block whose input is decomposed; None for the last block's output, before the final
                 norm.
             batch_size: how many prompts go through the model at once.
@@ -394,7 +394,7 @@ class DePass:
         rule: RuleName = "softmax",
         temperature: float = 0.1,
         bias: BiasMode = "component",
-        compat: Literal["release"] | None = None,
+        compat: Literal["paper_code"] | None = None,
         input_ids: IdsLike | None = None,
     ) -> Iterator[Decomposition]:
         """Compute every component's state at every layer of one prompt, one layer after another.
@@ -405,7 +405,7 @@ class DePass:
             rule: how neurons are shared, as in `attribute`.
             temperature: of the softmax rule.
             bias: whether constants have a component of their own, as in `attribute`.
-            compat: `release` reproduces the published code.
+            compat: `paper_code` reproduces the published code.
             input_ids: `[1, position]` the prompt's ids instead.
 
         Returns:
@@ -438,7 +438,7 @@ class DePass:
         rule: RuleName = "softmax",
         rule_temperature: float = 0.1,
         bias: BiasMode = "component",
-        path: Path = "content",
+        attention_path: AttentionPath = "content",
         input_ids: IdsLike | None = None,
         **arguments: Any,
     ) -> Generation:
@@ -448,7 +448,7 @@ class DePass:
             prompt: one prompt.
             max_new_tokens: how many tokens are generated at most.
             source: the tokens of which layer; by default `Tokens()`.
-            rule: as for `attribute`, and so are `bias` and `path`.
+            rule: as for `attribute`, and so are `bias` and `attention_path`.
             rule_temperature: of the softmax rule.
             input_ids: `[1, position]` the prompt's ids instead.
             arguments: of the model's own `generate`, `temperature` among them; greedy by default.
@@ -458,7 +458,11 @@ class DePass:
                 or `generate` refuses an argument.
         """
         settings = self._settings(
-            [source or Tokens()], rule=rule, temperature=rule_temperature, bias=bias, path=path
+            [source or Tokens()],
+            rule=rule,
+            temperature=rule_temperature,
+            bias=bias,
+            attention_path=attention_path,
         )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens

@@ -96,7 +96,7 @@ REFUSED = [
     ({"prompt": PROMPT, "rule": "sharp"}, r"rule 'sharp' is unknown; choose one of softmax, max"),
     ({"prompt": PROMPT, "temperature": 0.0}, r"temperature is 0.0; it must be greater than zero"),
     ({"prompt": PROMPT, "bias": "keep"}, r"choose 'component' or 'drop'"),
-    ({"prompt": PROMPT, "compat": "paper"}, r"choose None or 'release'"),
+    ({"prompt": PROMPT, "compat": "paper"}, r"choose None or 'paper_code'"),
     ({"prompt": PROMPT, "batch_size": 0}, r"batch_size is 0"),
     ({}, r"nothing to explain"),
     ({"prompt": PROMPT, "input_ids": torch.ones(1, 2, dtype=torch.long)}, r"not both"),

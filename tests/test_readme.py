@@ -30,7 +30,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
     script = ROOT / words[1]
     arguments = [word for word in words[2:] if not word.startswith("task.size")]
-    if "report=" in command:
+    if "sweep_report=" in command:
         shorter: list[str] = []
     elif "experiment=" in command:
         shorter = ["study.size=4", "study.methods=[depass,input_gradient,random]"]

@@ -88,9 +88,9 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     ]
     docstrings = {ast.get_docstring(node, clean=False) for node in documented}
     for node in ast.walk(tree):
-        text = node.value if isinstance(node, ast.Constant) else None
-        if isinstance(text, str) and (text in docstrings or not path.is_relative_to(DATA)):
-            yield node.lineno, text
+        match node:
+            case ast.Constant(value=str(text)) if text in docstrings or not path.is_relative_to(DATA):
+                yield node.lineno, text
 
 
 @pytest.mark.parametrize("path", written(FILES), ids=name_of)

@@ -55,7 +55,7 @@ KINDS: dict[str, Kind] = {
     "bias": TEXT,
     "compat": _none_or(TEXT),
     "engine": TEXT,
-    "path": TEXT,
+    "attention_path": TEXT,
     "to_layer": _none_or(WHOLE),
     "batch_size": COUNT,
     "progress": FLAG,

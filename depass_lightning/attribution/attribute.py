@@ -302,8 +302,8 @@ class _Naming:
             metadata["target_ids"] = answer.ids
         if settings.rule_name == "softmax":
             metadata["temperature"] = getattr(settings.rule, "temperature", None)
-        if settings.path != "content":
-            metadata["path"] = settings.path
+        if settings.attention_path != "content":
+            metadata["attention_path"] = settings.attention_path
         if settings.compat:
             metadata["compat"] = settings.compat
         return metadata | prompt.notes()

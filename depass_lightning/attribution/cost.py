@@ -86,7 +86,7 @@ def estimate(decoder: Decoder, batches: Sequence[Sequence[Prompt]], settings: Se
         twice = recorded_bytes(decoder, len(batch), length) > settings.budget.recording
         seconds += rates.plain * (2 if twice else 1) * len(batch) * length
         if settings.adjoint:
-            seconds += rates.back * len(batch) * length * (2 if settings.path == "control" else 1)
+            seconds += rates.back * len(batch) * length * (2 if settings.attention_path == "control" else 1)
         else:
             seconds += rates.row * _growth(decoder, length, rates.length) * sum(map(sum, own))
     return _with_bytes(seconds, decoder, batches, settings)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, TypedDict, get_args
 
-from depass_lightning.engine.rules import Path, RuleName
+from depass_lightning.engine.rules import AttentionPath, RuleName
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import IdsLike
 from depass_lightning.sources import Source
@@ -13,9 +13,9 @@ Engine = Literal["auto", "propagate", "adjoint"]
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "bias": get_args(BiasMode),
-    "compat": (None, "release"),
+    "compat": (None, "paper_code"),
     "engine": get_args(Engine),
-    "path": get_args(Path),
+    "attention_path": get_args(AttentionPath),
 }
 
 
@@ -26,13 +26,13 @@ class RuleOptions(TypedDict, total=False):
     temperature: float
     bias: BiasMode
     engine: Engine
-    path: Path
+    attention_path: AttentionPath
 
 
 class AttributeOptions(RuleOptions, total=False):
     """The keyword arguments that every call which returns scores takes."""
 
-    compat: Literal["release"] | None
+    compat: Literal["paper_code"] | None
     batch_size: int
     progress: bool
     input_ids: IdsLike | None

@@ -95,7 +95,7 @@ def score_batch(
     if settings.adjoint:
         assert isinstance(settings.rule, LinearPaths)
         groups = _pulled_back(recording, settings, settings.rule, begin, reading)
-        if settings.path == "control":
+        if settings.attention_path == "control":
             free = _pulled_back(recording, settings, replace(settings.rule, control=1.0), begin, reading)
             groups = [both - content for both, content in zip(free, groups, strict=True)]
         scores = [Scores(own, [{} for _ in prompts]) for own in groups]

@@ -27,9 +27,10 @@ class Settings:
         bias: whether constants have a component of their own.
         rounding: whether the model's own rounding has one.
         bias_mode: what becomes of constants: component, drop, or none where the model has none.
-        compat: `release` for the published code's behaviour, else None.
+        compat: `paper_code` for the published code's behaviour, else None.
         adjoint: take scores back from the target instead of carrying components to it.
-        path: content, or control for what comes on top where attention's probabilities are not held fixed.
+        attention_path: content, or control for what is added where attention's probabilities are not held
+            fixed.
         budget: the engine's memory.
         spread: the processes that the components are spread over, if they are.
 
@@ -45,7 +46,7 @@ class Settings:
     bias_mode: str
     compat: str | None
     adjoint: bool
-    path: str
+    attention_path: str
     budget: Budget
     spread: ComponentParallel | None = None
 
@@ -66,7 +67,7 @@ class Settings:
     @property
     def complete(self) -> bool:
         """Whether scores sum to the value, where no constant is left out."""
-        return self.path == "content" and self.compat is None and self.rule_name != "dual"
+        return self.attention_path == "content" and self.compat is None and self.rule_name != "dual"
 
     def begin(self, prompts: list[Prompt]) -> SplitContext:
         """What sources must know of a batch's pass."""
@@ -74,7 +75,7 @@ class Settings:
             prompts,
             bias=self.bias,
             competing=not isinstance(self.rule, LinearPaths),
-            release=self.compat == "release",
+            release=self.compat == "paper_code",
             budget=self.budget,
             spread=self.spread,
         )
@@ -96,7 +97,7 @@ def settings_of(
     bias: str = "component",
     compat: str | None = None,
     engine: str = "auto",
-    path: str = "content",
+    attention_path: str = "content",
     memory_budget: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Settings:
@@ -112,8 +113,8 @@ def settings_of(
         DePassError: a setting is unknown, or two of them do not go together.
     """
     chosen = rule_named(rule, temperature)
-    check_choices(bias=bias, compat=compat, engine=engine, path=path)
-    adjoint = goes_back(chosen, engine=engine, compat=compat, path=path)
+    check_choices(bias=bias, compat=compat, engine=engine, attention_path=attention_path)
+    adjoint = goes_back(chosen, engine=engine, compat=compat, attention_path=attention_path)
     if isinstance(chosen, LinearPaths) and chosen.up and not decoder.gated:
         raise DePassError(
             f"rule='{rule}' is for gated MLPs, which not all of this model's are; take rule='taylor'"
@@ -121,7 +122,7 @@ def settings_of(
     check_sources(sources)
     for source in sources:
         source.layers(len(decoder.blocks))
-    if compat == "release":
+    if compat == "paper_code":
         bias = "drop"
         chosen = paper_code_rule(chosen, remainder=sources[0].positional)
     if not decoder.has_biases:
@@ -135,11 +136,11 @@ def settings_of(
         rule_name=rule,
         bias=bias == "component",
         # What is off with a rule or a way that does not add up cannot be told from rounding.
-        rounding=decoder.rounds and compat is None and rule != "dual" and path == "content",
+        rounding=decoder.rounds and compat is None and rule != "dual" and attention_path == "content",
         bias_mode=bias,
         compat=compat,
         adjoint=adjoint,
-        path=path,
+        attention_path=attention_path,
         budget=Budget.default(decoder.device, memory_budget),
         spread=spread,
     )

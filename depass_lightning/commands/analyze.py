@@ -24,8 +24,8 @@ from depass_lightning.commands.outputs import print_results
 from depass_lightning.commands.resume import claim
 from depass_lightning.commands.schema import AnalyzeSettings, check_config
 from depass_lightning.commands.study import run_study
-from depass_lightning.commands.sweep_report import report
-from depass_lightning.commands.timeline import write_films
+from depass_lightning.commands.sweep_report import report_sweep
+from depass_lightning.commands.timeline import write_timelines
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 
@@ -33,13 +33,13 @@ from depass_lightning.errors import DePassError
 @command
 def analyze(config: DictConfig) -> int:
     """Run an analysis and return the exit code: 1 where a prompt had to be skipped."""
-    if isinstance(config.report, str):
-        return report(config.report, console)
     check_config(config, AnalyzeSettings)
+    if config.sweep_report is not None:
+        return report_sweep(config.sweep_report, console)
     check_launch(config)
-    if config.film is not None:
-        for page in write_films(config.film):
-            console.print(Text(f"film     {page}"), soft_wrap=True)
+    if config.timeline is not None:
+        for page in write_timelines(config.timeline):
+            console.print(Text(f"timeline {page}"), soft_wrap=True)
         return 0
     with claim(Path(config.paths.output_dir)):
         folder = open_run(config)

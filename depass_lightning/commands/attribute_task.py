@@ -57,7 +57,7 @@ DECISIVE = (
     "target",
     "compute_dtype",
     "bias",
-    "path",
+    "attention_path",
     "compat",
     "seed",
     "faithfulness",
@@ -182,13 +182,13 @@ def spreads_components(config: DictConfig) -> bool:
     """Whether processes share each prompt's components, and not the prompts.
 
     Raises:
-        DePassError: `spread` is neither, or what is asked for cannot be spread.
+        DePassError: `parallel` is neither, or what is asked for cannot be spread.
     """
-    if config.spread not in ("prompts", "components"):
-        raise DePassError(f"spread={config.spread!r} is unknown; choose 'prompts' or 'components'")
-    together = config.spread == "components"
+    if config.parallel not in ("prompts", "components"):
+        raise DePassError(f"parallel={config.parallel!r} is unknown; choose 'prompts' or 'components'")
+    together = config.parallel == "components"
     if together and config.target.kind == "generation":
-        raise DePassError("spread=components explains no generated tokens; leave out one of the two")
+        raise DePassError("parallel=components explains no generated tokens; leave out one of the two")
     return together
 
 
@@ -259,7 +259,7 @@ def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
     if name == DePassMethod.name:
         rule: Any = OmegaConf.to_container(config.rule)
         options |= {"rule": rule.pop("name"), **rule}
-        options |= {key: config[key] for key in ("bias", "compat", "path")}
+        options |= {key: config[key] for key in ("bias", "compat", "attention_path")}
     return make_method(name, depass, source, **options)
 
 
@@ -297,7 +297,7 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
         **{name: plain[name] for name in ("task", "source", "method", "rule", "target")},
         "settings": {
             "compute_dtype": str(depass.decoder.dtype).removeprefix("torch."),
-            **{name: plain[name] for name in ("bias", "path", "compat", "seed", "batch_size")},
+            **{name: plain[name] for name in ("bias", "attention_path", "compat", "seed", "batch_size")},
         },
         "hardware": {"device": trainer.strategy.root_device.type, "processes": trainer.world_size},
         "versions": versions(),

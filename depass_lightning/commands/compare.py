@@ -17,7 +17,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from depass_lightning.models.folder import fault_of_file
-from depass_lightning.reports.timeline_page import Frame, write_film
+from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import attribution_from_row, write_json
 from depass_lightning.utils.atomic_files import safe_name
 
@@ -67,7 +67,7 @@ def compare(
     page = folder / "compare.html"
     title = f"What changed from {labels[0]} to {labels[-1]}"
     subtitle = f"{config.task.name}, {len(labels)} models"
-    write_film(page, frames, title=title, subtitle=subtitle, examples=known)
+    write_timeline(page, frames, title=title, subtitle=subtitle, examples=known)
     console.print(_table(rows))
     console.print(Text(f"page     {page}\nfolder   {folder}"), soft_wrap=True)
     return 0

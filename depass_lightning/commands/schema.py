@@ -27,8 +27,8 @@ from pydantic import (
 )
 
 from depass_lightning import tasks
-from depass_lightning.attribution.options import BiasMode, Path
-from depass_lightning.engine.rules import RuleName, rule_named
+from depass_lightning.attribution.options import BiasMode
+from depass_lightning.engine.rules import AttentionPath, RuleName, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.methods import METHODS, Baseline
 from depass_lightning.models.load import dtype_of
@@ -171,18 +171,19 @@ class AnalyzeSettings(CommonSettings):
     faithfulness: Object | None
     study: Object | None
     batch_size: Count
-    spread: Literal["prompts", "components"]
+    parallel: Literal["prompts", "components"]
     resume: bool
     log_every: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     compute_dtype: DType | None
     bias: BiasMode
-    path: Path
-    compat: Literal["release"] | None
+    attention_path: AttentionPath
+    compat: Literal["paper_code"] | None
     states: int | Literal["end"] | None
     compare: list[Annotated[str, Field(min_length=1)]] | None
-    film: Name | None
+    timeline: Name | None
     checkpoint: Name | None
     report: ReportSettings
+    sweep_report: Name | None
 
 
 def check_config(config: DictConfig, settings: type[CommonSettings]) -> None:

@@ -1,4 +1,4 @@
-"""`python analyze.py report=<folder>`: all runs of a sweep in one table and on one page."""
+"""`python analyze.py sweep_report=<folder>`: all runs of a sweep in one table and on one page."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ against a number, such as random orders, has the number's name and `_chance`.
 """
 
 
-def report(folder: str | Path, console: Console) -> int:
+def report_sweep(folder: str | Path, console: Console) -> int:
     """Collect the runs below a folder into `sweep.parquet` and `sweep.html`, and print them.
 
     Args:
@@ -83,7 +83,7 @@ def report(folder: str | Path, console: Console) -> int:
     Raises:
         DePassError: there is no such folder, or no run in it.
     """
-    folder = folder_of(folder, "report")
+    folder = folder_of(folder, "sweep_report")
     rows = [row for run in find_runs(folder) for row in _rows(run, folder)]
     maps = _maps(rows)
     done = [row for row in rows if row["status"] == "done"]
@@ -110,7 +110,7 @@ def find_runs(folder: Path) -> list[Path]:
     runs = {own for own in runs if not any(part.startswith(".") for part in own.relative_to(folder).parts)}
     if not runs:
         raise DePassError(
-            f"{folder} holds no runs; give a sweep's folder, report=logs/analyze/multiruns/<time>"
+            f"{folder} holds no runs; give a sweep's folder, sweep_report=logs/analyze/multiruns/<time>"
         )
     return sorted(runs, key=lambda own: [(len(part), part) for part in own.relative_to(folder).parts])
 

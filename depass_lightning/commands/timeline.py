@@ -1,4 +1,4 @@
-"""The film of a training run: what the callback wrote at each step, and the loss, as one page a probe set."""
+"""A training timeline: what the callback wrote at each step, and the loss, one page per probe set."""
 
 import csv
 import json
@@ -10,15 +10,15 @@ from typing import Any
 
 from depass_lightning.commands.console import folder_of, left_out
 from depass_lightning.errors import DePassError
-from depass_lightning.reports.timeline_page import Frame, write_film
+from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import attribution_from_row, read_rows
 
 MAPS = re.compile(r"step-(\d+)\.parquet")
 LINES = ("probability", "on_target", "value")  # of a probe set, beside the loss
 
 
-def write_films(folder: str | Path) -> list[Path]:
-    """Write `film.html` beside the maps of every probe set, and source, of a run that has two steps or more.
+def write_timelines(folder: str | Path) -> list[Path]:
+    """Write `timeline.html` next to the maps of every probe set and source with two or more steps.
 
     Args:
         folder: the run's folder, in which the callback made a folder `depass`.
@@ -29,7 +29,7 @@ def write_films(folder: str | Path) -> list[Path]:
     Raises:
         DePassError: there are no maps in the folder.
     """
-    folder = folder_of(folder, "film")
+    folder = folder_of(folder, "timeline")
     maps = folder / "depass"
     # with several sources each has a folder of its own, within its set's
     sets = sorted({path.parent for path in maps.rglob("step-*.parquet")})
@@ -39,9 +39,9 @@ def write_films(folder: str | Path) -> list[Path]:
         frames, examples = read_frames(own)
         steps += len(frames)
         if len(frames) > 1:
-            page, name = own / "film.html", own.relative_to(maps).as_posix()
+            page, name = own / "timeline.html", own.relative_to(maps).as_posix()
             with left_out(page):
-                write_film(
+                write_timeline(
                     page,
                     frames,
                     title=f"{name}: what the answers were based on while the model trained",

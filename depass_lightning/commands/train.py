@@ -26,7 +26,7 @@ from depass_lightning.commands.console import (
     shell,
 )
 from depass_lightning.commands.schema import TrainSettings, check_config
-from depass_lightning.commands.timeline import write_films
+from depass_lightning.commands.timeline import write_timelines
 from depass_lightning.errors import DePassError
 from depass_lightning.models.export import export_model
 from depass_lightning.models.load import dtype_of, load_model
@@ -65,8 +65,8 @@ def train(config: DictConfig) -> int:
             export_model(model, tokenizer, config.export_dir, dtype)
         show(trainer, callbacks, folder, config.export_dir)
         if any(len(own.history[name].steps) > 1 for own in probing(callbacks) for name in own.history):
-            for page in write_films(folder):
-                console.print(Text(f"{'film':9}{page}"), soft_wrap=True)
+            for page in write_timelines(folder):
+                console.print(Text(f"{'timeline':9}{page}"), soft_wrap=True)
     return 0
 
 

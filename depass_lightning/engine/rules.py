@@ -25,7 +25,7 @@ PerNeuron = Float[Tensor, "segment 1 neuron"]
 Summary = tuple[Tensor, ...]
 
 RuleName = Literal["softmax", "max", "relu", "linear", "taylor", "dual"]
-Path = Literal["content", "control"]
+AttentionPath = Literal["content", "control"]
 LOWEST = 1e-30  # temperature: gates over a lower one leave float32
 
 
@@ -280,14 +280,14 @@ def rule_named(name: str, temperature: float = 0.1) -> Rule:
     return rules[name]
 
 
-def goes_back(rule: Rule, *, engine: str, compat: str | None, path: str) -> bool:
+def goes_back(rule: Rule, *, engine: str, compat: str | None, attention_path: str) -> bool:
     """Whether scores are taken back from the target, rather than components carried to it.
 
     Args:
         rule: the rule.
         engine: auto, propagate or adjoint.
-        compat: release, or None.
-        path: content or control.
+        compat: paper_code, or None.
+        attention_path: content or control.
 
     Raises:
         DePassError: these do not go together.
@@ -299,8 +299,10 @@ def goes_back(rule: Rule, *, engine: str, compat: str | None, path: str) -> bool
             "engine='adjoint' needs a rule that is linear in the components: rule='taylor' or 'dual', "
             "and no compat"
         )
-    if path == "control" and not (back and isinstance(rule, TaylorRule)):
-        raise DePassError("path='control' needs rule='taylor', engine='auto' or 'adjoint', and no compat")
+    if attention_path == "control" and not (back and isinstance(rule, TaylorRule)):
+        raise DePassError(
+            "attention_path='control' needs rule='taylor', engine='auto' or 'adjoint', and no compat"
+        )
     if isinstance(rule, LinearPaths) and not (back or rule.forward):
         raise DePassError(
             f"rule='{rule.name}' only goes back from a target: use attribute with engine='auto' and no "

@@ -14,7 +14,7 @@ class DePassMethod(Method):
     Args:
         depass: the model, with its tokenizer.
         source: what states are split into; by default `Tokens()`.
-        options: what else `DePass.attribute` takes: `rule`, `temperature`, `bias`, `path` and the like.
+        options: what else `DePass.attribute` takes: `rule`, `temperature`, `bias`, `attention_path`.
     """
 
     name: ClassVar[str] = "depass"

@@ -233,7 +233,7 @@ class AttributionModule(LightningModule):
         """Let the model go on with a prompt, and attribute what it says."""
         settings = self.settings
         if settings.pop("compat", None) is not None:
-            raise DePassError("compat='release' explains no generated tokens; leave out one of the two")
+            raise DePassError("compat='paper_code' explains no generated tokens; leave out one of the two")
         if "temperature" in settings:  # which is an argument of `generate` too
             settings["rule_temperature"] = settings.pop("temperature")
         return self.depass.attribute_generation(prompt, max_new_tokens=self.new_tokens, **settings)

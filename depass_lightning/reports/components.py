@@ -61,7 +61,7 @@ def placed(attribution: Attribution) -> bool:
 def complete(attribution: Attribution) -> bool:
     """Say whether the scores ought to sum to the value: those of control paths, a part of it, do not, nor do
     those of other methods."""
-    return attribution.metadata.get("path") != "control" and "method" not in attribution.metadata
+    return attribution.metadata.get("attention_path") != "control" and "method" not in attribution.metadata
 
 
 def remainders_of(attribution: Attribution) -> list[int]:

@@ -51,7 +51,7 @@ SCRIPTS = (
     "page_facts.js",
     "page_curves.js",
     "page_list.js",
-    "page_film.js",
+    "page_timeline.js",
     "page_start.js",
 )
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
@@ -139,13 +139,13 @@ def page_html(
     examples: Sequence[Mapping[str, Any]] | None = None,
     mean: Attribution | None = None,
     notes: Mapping[str, str] | None = None,
-    film: Mapping[str, Any] | None = None,
+    timeline: Mapping[str, Any] | None = None,
     beside: Sequence[Sequence[Attribution]] | None = None,
 ) -> str:
     """Return the page that `write_page` writes, for a logger that takes HTML.
 
     Args:
-        film: what `film.py` knows of the same prompts at all steps; other arguments as for `write_page`.
+        timeline: the same prompts at all steps (`timeline_page.py`); other arguments as for `write_page`.
         beside: each prompt's attributions at all steps, which show the same components.
     """
     if not attributions:
@@ -162,7 +162,7 @@ def page_html(
     together |= {row: attributions[slice(*matrix.rows)] for matrix in matrices for row in range(*matrix.rows)}
     prompts = [
         prompt_data(names[i], attribution, known[i], grids, together.get(i, ()))
-        # What differs from step to step of a film is what its slider says.
+        # What differs from step to step of a training timeline is what its slider says.
         | {"settings": {} if steps else _settings(attribution, without=shared)}
         for i, attribution in enumerate(attributions)
     ]
@@ -173,7 +173,7 @@ def page_html(
         "grids": [grid_data(grid) for grid in grids],
         "notes": {visible(name): visible(note) for name, note in (notes or {}).items()},
         "curves": curves_of(summary or {}),
-        "film": film,
+        "timeline": timeline,
     }
     script = joined(SCRIPTS)
     environment = Environment(
@@ -204,7 +204,7 @@ def prompt_data(
 ) -> dict[str, Any]:
     """Collect what the page shows of one prompt; a grid that no prompt before had is added to `grids`.
 
-    What stands together, in a matrix or in a film, shows the same components.
+    What stands together, in a matrix or in a training timeline, shows the same components.
     """
     words = attribution.words()
     views = {"tokens": _view(attribution, grids, together)}

@@ -144,7 +144,7 @@ def _data(rows: Sequence[Mapping[str, Any]], maps: Sequence[Map], axes: Sequence
         "mean": None,
         "grids": [grid_data(grid) for grid in grids],
         "notes": {},
-        "film": None,
+        "timeline": None,
         "runs": runs,
         "axes": [{"key": name, "name": AXES[name]} for name in axes],
         "numbers": [

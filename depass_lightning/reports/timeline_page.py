@@ -1,4 +1,4 @@
-"""The film of a training: one page in which a slider walks over the steps of a run, or over several models.
+"""The training timeline: one page with a slider over the steps of a run, or over several models.
 
 It is the report's page (`page.py`) with one more thing in it: what each prompt's scores and answers were at
 every other step. Colours have one scale over all steps, so that what grows is seen to grow.
@@ -34,7 +34,7 @@ class Frame:
     attributions: Mapping[str, Attribution]
 
 
-def write_film(
+def write_timeline(
     path: str | os.PathLike[str],
     frames: Sequence[Frame],
     *,
@@ -60,12 +60,14 @@ def write_film(
             components.
     """
     if len(frames) < 2:
-        raise DePassError(f"a film needs two steps or more; there {'is' if frames else 'are'} {len(frames)}")
+        raise DePassError(
+            f"a training timeline needs two steps or more; there {'is' if frames else 'are'} {len(frames)}"
+        )
     ids = _common(frames)
     # Whether the model is right changes from step to step, and an example knows it of one step.
     known = [{"id": id} | dict((examples or {}).get(id, {})) | {"correct": None} for id in ids]
     beside = [[frame.attributions[id] for frame in frames] for id in ids]
-    film = {
+    timeline = {
         "labels": [visible(frame.label) for frame in frames],
         "at": [frame.at for frame in frames],
         "lines": {name: [list(point) for point in points] for name, points in (lines or {}).items()},
@@ -77,7 +79,7 @@ def write_film(
         subtitle=subtitle,
         summary=summary,
         examples=known,
-        film=film,
+        timeline=timeline,
         beside=beside,
     )
     write_whole(path, page.encode("utf-8", errors="replace"))

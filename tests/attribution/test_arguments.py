@@ -39,7 +39,7 @@ COMMON: dict[str, list[Any]] = {
     "input_ids": ["x", 3, 1.5],
     "attention_mask": ["x", 3],
 }
-CHOICES: dict[str, list[Any]] = {"compat": [3, True], "engine": [3, None], "path": [3, None]}
+CHOICES: dict[str, list[Any]] = {"compat": [3, True], "engine": [3, None], "attention_path": [3, None]}
 WRONG: dict[str, dict[str, list[Any]]] = {
     "attribute": COMMON | CHOICES | {"progress": ["x", 3, None]},
     "estimate": COMMON | CHOICES,

@@ -51,7 +51,7 @@ def test_bad_choices_are_refused(make: Callable[[], Any], message: str) -> None:
     [
         ({"rule": "gold"}, "gold"),
         ({"engine": "magic"}, "engine='magic' is unknown"),
-        ({"path": "control"}, "control"),
+        ({"attention_path": "control"}, "control"),
         ({"source": Tokens(7)}, "layer 7 is out of range"),
         ({"rule": "softmax", "engine": "adjoint"}, "adjoint"),
     ],
@@ -122,7 +122,7 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
     prompts, targets = zip(*PROMPTS, strict=True)
     choices: list[dict[str, Any]] = [
         {"rule": "softmax", "temperature": 0.7},
-        {"rule": "taylor", "path": "control"},
+        {"rule": "taylor", "attention_path": "control"},
         {"rule": "linear", "engine": "propagate", "bias": "drop"},
     ]
     expected = [depass.attribute(list(prompts), list(targets), **choice) for choice in choices]

@@ -232,10 +232,10 @@ def test_a_prompt_that_cannot_be_gone_on_with_costs_itself_alone(tmp_path):
 
 def test_control_paths_are_reported_apart(tmp_path, capsys):
     """The library's own, and no word of a distance from the value, of which they are only a part."""
-    assert run(tmp_path, "rule=taylor", "path=control", "task.size=2", "faithfulness=none") == 0
+    assert run(tmp_path, "rule=taylor", "attention_path=control", "task.size=2", "faithfulness=none") == 0
     (read, _), example = read_attributions(tmp_path / "attributions"), tasks.load("ioi", size=2)[0]
     alone = DePass.from_pretrained("tiny").attribute(
-        example.prompt, example.target(), rule="taylor", path="control"
+        example.prompt, example.target(), rule="taylor", attention_path="control"
     )
     torch.testing.assert_close(read.scores, alone.scores, atol=1e-5, rtol=1e-5)
     assert not [key for key in summary_of(tmp_path) if key.startswith("completeness")]
@@ -263,10 +263,10 @@ def jsonl(folder, *rows):
         (["source=subspace", "source.path=nowhere.npy"], "no file nowhere.npy"),
         (["source=neurons", "source.indices=[4000]"], "no neuron 4000"),
         (["batch_size=0"], "batch_size"),
-        (["path=control"], "path='control' needs rule='taylor'"),
+        (["attention_path=control"], "attention_path='control' needs rule='taylor'"),
         (["path=sideways", "rule=taylor"], "path='sideways': it should be 'content' or 'control'"),
         (["target=generation", "source=heads"], "what is generated is attributed to Tokens()"),
-        (["target=generation", "compat=release"], "compat='release' explains no generated tokens"),
+        (["target=generation", "compat=paper_code"], "compat='paper_code' explains no generated tokens"),
         (["target=generation", "target.max_new_tokens=0"], "max_new_tokens is 0"),
         (["faithfulness.percents=[0,120]"], "percents must rise"),
         (["task=jsonl"], "task.path has to be given"),
@@ -358,7 +358,7 @@ def test_processes_share_each_prompt(tmp_path):
     """Components spread over two processes: the first writes what both have found."""
     for name, extra in (
         ("one", []),
-        ("two", ["spread=components", "trainer.devices=2", "trainer.strategy=ddp_fork"]),
+        ("two", ["parallel=components", "trainer.devices=2", "trainer.strategy=ddp_fork"]),
     ):
         assert run(tmp_path / name, "task.size=3", "batch_size=2", "faithfulness=none", *extra) == 0
     one, two = (read_attributions(tmp_path / name / "attributions") for name in ("one", "two"))

@@ -1,4 +1,4 @@
-"""`analyze.py compare=[...]` and `film=`: several models on the same prompts, and a training as a film."""
+"""`analyze.py compare=[...]` and `timeline=`: several models on the same prompts, and a training."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_models_are_compared_on_the_same_prompts(tmp_path: Path, changed: dict[s
     assert {**second, "model": "", "from": "", "seconds": 0} == pytest.approx(
         {**third, "model": "", "from": "", "seconds": 0}
     )
-    film = data_of((tmp_path / "compare.html").read_text(encoding="utf-8"))["film"]
-    assert film["labels"] == ["tiny", "moved", "moved.ckpt"]
+    timeline = data_of((tmp_path / "compare.html").read_text(encoding="utf-8"))["timeline"]
+    assert timeline["labels"] == ["tiny", "moved", "moved.ckpt"]
     for label, place in (("tiny", 0), ("moved", 1)):
         own = read_attributions(tmp_path / label / "attributions")
-        shown = film["prompts"][0][place]["scores"]["tokens"]
+        shown = timeline["prompts"][0][place]["scores"]["tokens"]
         assert shown == pytest.approx(own[0].scores.tolist(), rel=1e-3, abs=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_models_are_compared_on_the_same_prompts(tmp_path: Path, changed: dict[s
         ("compare=[tiny]", "two different models or more"),
         ("compare=[tiny,tiny]", "two different models or more"),
         ("compare=[tiny,missing.ckpt]", "no checkpoint at missing.ckpt"),
-        ("film=nowhere", "there is no folder nowhere"),
+        ("timeline=nowhere", "there is no folder nowhere"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from depass_lightning import DePass, DePassError
 from depass_lightning.commands import sweep_report
-from depass_lightning.commands.timeline import write_films
+from depass_lightning.commands.timeline import write_timelines
 from depass_lightning.reports.sweep import Map, varying, write_sweep_page
 from depass_lightning.storage import read_attributions, read_rows
 from tests.commands.test_analyze import run
@@ -70,7 +70,7 @@ def page_of(folder: Path) -> str:
 
 def reported(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Report on a sweep, and return the table's rows and the page's data."""
-    sweep_report.report(folder, NOTHING)
+    sweep_report.report_sweep(folder, NOTHING)
     return pq.ParquetFile(folder / "sweep.parquet").read().to_pylist(), data_of(page_of(folder))
 
 
@@ -143,7 +143,7 @@ def test_runs_without_results_are_told_with_the_reason(
     (copied / "13/config.yaml").write_text("task_name: train\n")
     (copied / "14").mkdir()
     (copied / "14/config.yaml").write_text("task: [unclosed\n")
-    assert sweep_report.report(copied, Console(width=200)) == 1
+    assert sweep_report.report_sweep(copied, Console(width=200)) == 1
     said = capsys.readouterr().out
     rows, data = reported(copied)
     states = {row["run"]: (row["status"], row["reason"]) for row in rows if row["status"] != "done"}
@@ -259,12 +259,12 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
 
 def test_what_cannot_be_reported_on(tmp_path: Path) -> None:
     with pytest.raises(DePassError, match="no folder"):
-        sweep_report.report(tmp_path / "gone", NOTHING)
-    for write in (lambda: sweep_report.report(" ", NOTHING), lambda: write_films("")):
+        sweep_report.report_sweep(tmp_path / "gone", NOTHING)
+    for write in (lambda: sweep_report.report_sweep(" ", NOTHING), lambda: write_timelines("")):
         with pytest.raises(DePassError, match="names no folder"):
             write()
     with pytest.raises(DePassError, match="holds no runs"):
-        sweep_report.report(tmp_path, NOTHING)
+        sweep_report.report_sweep(tmp_path, NOTHING)
     with pytest.raises(DePassError, match="at least one run"):
         write_sweep_page(tmp_path / "sweep.html", [], [], title="")
     assert list(tmp_path.iterdir()) == []
@@ -279,14 +279,14 @@ def test_a_name_says_what_differs_from_the_defaults() -> None:
 
 
 def test_the_command_reports(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path / "own", f"report={copied}") == 0
+    assert run(tmp_path / "own", f"sweep_report={copied}") == 0
     assert f"page     {copied}/sweep.html" in capsys.readouterr().out
     assert not (tmp_path / "own").exists()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
 def test_a_browser_draws_tables_and_maps(copied: Path) -> None:
-    sweep_report.report(copied, NOTHING)
+    sweep_report.report_sweep(copied, NOTHING)
     page = drawn(copied, "sweep.html")
     table = page.split('id="matrix-body"', 1)[1].split("</table>", 1)[0]
     assert re.findall(r'<th scope="col">(\w+)</th>', table) == ["ioi", "known"]

@@ -1,4 +1,4 @@
-"""The film of a training: every step's scores are in the page, and a run's folder becomes one."""
+"""The timeline of a training: every step's scores are in the page, and a run's folder becomes one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 from depass_lightning import Attribution, DePassError
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.commands.timeline import read_losses, write_films
-from depass_lightning.reports.timeline_page import Frame, write_film
+from depass_lightning.commands.timeline import read_losses, write_timelines
+from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     attribution_to_row,
@@ -41,8 +41,8 @@ def frames(count: int = 3) -> list[Frame]:
 
 
 def page_of(folder: Path, given: list[Frame], **options: Any) -> str:
-    write_film(folder / "film.html", given, title="a film", **options)
-    return (folder / "film.html").read_text(encoding="utf-8")
+    write_timeline(folder / "timeline.html", given, title="a training timeline", **options)
+    return (folder / "timeline.html").read_text(encoding="utf-8")
 
 
 def data_of(page: str) -> dict[str, Any]:
@@ -54,11 +54,11 @@ def data_of(page: str) -> dict[str, Any]:
 def test_every_steps_scores_and_answers_are_in_the_page(tmp_path: Path) -> None:
     given = frames()
     page = page_of(tmp_path, given, lines={"loss": [(0, 2.0), (20, 1.0)]})
-    film = data_of(page)["film"]
-    assert film["labels"] == ["step 0", "step 10", "step 20"]
-    assert film["at"] == [0, 10, 20]
-    assert film["lines"] == {"loss": [[0, 2.0], [20, 1.0]]}
-    (steps,) = film["prompts"]
+    timeline = data_of(page)["timeline"]
+    assert timeline["labels"] == ["step 0", "step 10", "step 20"]
+    assert timeline["at"] == [0, 10, 20]
+    assert timeline["lines"] == {"loss": [[0, 2.0], [20, 1.0]]}
+    (steps,) = timeline["prompts"]
     for frame, shown in zip(given, steps, strict=True):
         own = frame.attributions["a"]
         assert shown["scores"]["tokens"] == pytest.approx(own.scores.tolist(), rel=1e-4)
@@ -67,25 +67,25 @@ def test_every_steps_scores_and_answers_are_in_the_page(tmp_path: Path) -> None:
     assert [prompt["id"] for prompt in data_of(page)["prompts"]] == ["a"]
 
 
-def test_a_report_is_no_film(tmp_path: Path) -> None:
+def test_a_report_is_no_timeline(tmp_path: Path) -> None:
     ioi().to_html(tmp_path / "page.html")
-    assert data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["film"] is None
+    assert data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["timeline"] is None
 
 
-def test_films_that_cannot_be_made(tmp_path: Path) -> None:
+def test_timelines_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(DePassError, match="two steps or more; there is 1"):
-        write_film(tmp_path / "film.html", frames()[:1], title="")
+        write_timeline(tmp_path / "timeline.html", frames()[:1], title="")
     first, second, *_ = frames()
     renamed = replace(first.attributions["a"], names=[f"{name}?" for name in first.attributions["a"].names])
     with pytest.raises(DePassError, match="over the same components"):
-        write_film(tmp_path / "film.html", [second, Frame("other", 1, {"a": renamed})], title="")
+        write_timeline(tmp_path / "timeline.html", [second, Frame("other", 1, {"a": renamed})], title="")
     with pytest.raises(DePassError, match="holds no maps of DePassCallback"):
-        write_films(tmp_path)
+        write_timelines(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_neurons_of_all_steps_are_the_same_in_the_page(tmp_path: Path) -> None:
-    """Of many components each page shows the strongest; a film shows those that are strong at any step."""
+    """Of many components each page shows the strongest; a timeline those that are strong at any step."""
     count = 400
     many = Attribution(
         **(
@@ -107,13 +107,13 @@ def test_neurons_of_all_steps_are_the_same_in_the_page(tmp_path: Path) -> None:
             Frame("late", 1, {"a": replace(many, scores=late)}),
         ],
     )
-    (prompt,), ((before, after),) = data_of(page)["prompts"], data_of(page)["film"]["prompts"]
+    (prompt,), ((before, after),) = data_of(page)["prompts"], data_of(page)["timeline"]["prompts"]
     shown = [name or "" for name in prompt["views"]["tokens"]["names"]]
     assert len(before["scores"]["tokens"]) == len(after["scores"]["tokens"]) == len(shown)
     assert {"neuron 0", f"neuron {count - 1}"} <= set(shown)
 
 
-def test_a_runs_folder_becomes_a_film(tmp_path: Path) -> None:
+def test_a_runs_folder_becomes_a_timeline(tmp_path: Path) -> None:
     maps = tmp_path / "depass" / "mine"
     for frame in frames():
         rows = [
@@ -128,15 +128,15 @@ def test_a_runs_folder_becomes_a_film(tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerows([["step", "train/loss", "accuracy"], [5, 2.0, ""], [15, "", 0.5], [20, "nan", 0.6]])
     assert read_losses(tmp_path) == {"train/loss": [(5.0, 2.0)]}
-    (page,) = write_films(tmp_path)
-    assert page == maps / "film.html"
-    film = data_of(page.read_text(encoding="utf-8"))["film"]
-    assert film["labels"] == ["step 0", "step 10", "step 20"]
-    assert film["lines"]["train/loss"] == [[5.0, 2.0]]
-    assert film["lines"]["all probes: probability"] == [[0.0, 0.1], [20.0, 0.3]]
+    (page,) = write_timelines(tmp_path)
+    assert page == maps / "timeline.html"
+    timeline = data_of(page.read_text(encoding="utf-8"))["timeline"]
+    assert timeline["labels"] == ["step 0", "step 10", "step 20"]
+    assert timeline["lines"]["train/loss"] == [[5.0, 2.0]]
+    assert timeline["lines"]["all probes: probability"] == [[0.0, 0.1], [20.0, 0.3]]
 
 
-def test_a_file_that_is_broken_costs_a_film_only_itself(
+def test_a_file_that_is_broken_costs_a_timeline_only_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a", "b"):
@@ -152,45 +152,55 @@ def test_a_file_that_is_broken_costs_a_film_only_itself(
     (tmp_path / "depass/a/step-000010.parquet").write_bytes(b"PAR1")
     (tmp_path / "depass/b/history.json").write_text('{"steps": [0], "curves": {"value": [1, 2]}}')
     (tmp_path / "metrics.csv").write_text("step,loss\n1,much\n")
-    pages = write_films(tmp_path)
-    films = [data_of(page.read_text(encoding="utf-8"))["film"] for page in pages]
-    assert [film["labels"] for film in films] == [["step 0", "step 20"], ["step 0", "step 10", "step 20"]]
+    pages = write_timelines(tmp_path)
+    timelines = [data_of(page.read_text(encoding="utf-8"))["timeline"] for page in pages]
+    assert [timeline["labels"] for timeline in timelines] == [
+        ["step 0", "step 20"],
+        ["step 0", "step 10", "step 20"],
+    ]
     told = capsys.readouterr().err
     for name in ("a/history.json", "a/step-000010.parquet", "b/history.json", "metrics.csv"):
         assert f"{name} is left out: " in told
 
 
 @pytest.mark.parametrize("sources", [["tokens"], ["tokens", "heads"]])
-def test_every_probe_set_and_source_of_a_training_has_its_film(tmp_path: Path, sources: list[str]) -> None:
+def test_every_probe_set_and_source_of_a_training_has_its_timeline(
+    tmp_path: Path, sources: list[str]
+) -> None:
     sets = {"names": list(PROMPTS[:1]), "places": list(PROMPTS[1:3])}
     fit(trainer(tmp_path, [DePassCallback(sets, source=sources, faithfulness=0)]), OwnModule())
     folders = {
         name: [name] if len(sources) == 1 else [f"{name}/{source}" for source in sources] for name in sets
     }
-    pages = write_films(tmp_path)
+    pages = write_timelines(tmp_path)
     maps = tmp_path / "depass"
-    assert pages == sorted(maps / folder / "film.html" for own in folders.values() for folder in own)
+    assert pages == sorted(maps / folder / "timeline.html" for own in folders.values() for folder in own)
     for name, own in folders.items():
         for folder, source in zip(own, sources, strict=True):
-            page = (maps / folder / "film.html").read_text(encoding="utf-8")
+            page = (maps / folder / "timeline.html").read_text(encoding="utf-8")
             assert f"{folder}: what the answers were based on" in page
             shown = data_of(page)
             assert [prompt["id"] for prompt in shown["prompts"]] == [
                 f"{name}-{i}" for i in range(len(sets[name]))
             ]
-            assert shown["film"]["at"] == [0, 2, 4, 6]
+            assert shown["timeline"]["at"] == [0, 2, 4, 6]
             rows = read_attributions(maps / folder / "step-000004.parquet")
-            for row, steps in zip(rows, shown["film"]["prompts"], strict=True):
+            for row, steps in zip(rows, shown["timeline"]["prompts"], strict=True):
                 [scores] = steps[2]["scores"].values()
                 assert row.source == source
                 assert sorted(scores) == pytest.approx(sorted(row.scores.tolist()), rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
-def test_a_browser_draws_the_film_and_what_changed(tmp_path: Path) -> None:
-    write_film(tmp_path / "film.html", frames(), title="a film", lines={"loss": [(0, 2.0), (20, 1.0)]})
-    page = drawn(tmp_path, "film.html")
-    assert 'id="film-slider"' in page
+def test_a_browser_draws_the_timeline_and_what_changed(tmp_path: Path) -> None:
+    write_timeline(
+        tmp_path / "timeline.html",
+        frames(),
+        title="a training timeline",
+        lines={"loss": [(0, 2.0), (20, 1.0)]},
+    )
+    page = drawn(tmp_path, "timeline.html")
+    assert 'id="timeline-slider"' in page
     assert "step 20</output>" in page
     assert "What changed since step 0" in page
     assert re.search(r"loss<b>1</b>", page)

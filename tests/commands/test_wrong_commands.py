@@ -26,8 +26,8 @@ batch_size=-3                        | batch_size=-3
 batch_size={BIG}                     | less than or equal to
 batch_size=[1]                       | batch_size=[1]
 batch_size="16"                      | batch_size='16'
-spread=tokens                        | spread='tokens': it should be 'prompts' or 'components'
-spread=1                             | spread=1
+parallel=tokens                      | parallel='tokens': it should be 'prompts' or 'components'
+parallel=1                           | parallel=1
 resume=maybe                         | resume='maybe'
 resume=null                          | resume=None
 log_every=often                      | log_every='often'
@@ -38,14 +38,14 @@ compute_dtype=32                     | compute_dtype=32
 compute_dtype=int8                   | int8
 bias=keep                            | bias='keep': it should be 'component' or 'drop'
 bias=null                            | bias=None
-path=sideways                        | path='sideways': it should be 'content' or 'control'
+attention_path=sideways              | attention_path='sideways': it should be 'content' or 'control'
 compat=old                           | compat='old'
 states=last                          | states='last': it should be a valid integer; or it should be 'end'
 states=1.5                           | states=1.5
 states=[1,2]                         | states=[1, 2]
 compare=one                          | compare='one'
 compare=[1,2]                        | compare.0=1
-film=3                               | film=3
+timeline=3                               | timeline=3
 checkpoint=7                         | checkpoint=7
 report.prompts=x                     | report.prompts='x'
 report.prompts=-1                    | report.prompts=-1
@@ -54,6 +54,7 @@ report.shown=2.5                     | report.shown=2.5
 report.figures=many                  | report.figures='many'
 +report.pages=3                      | there is no setting report.pages
 report=7                             | report=7
+sweep_report=7                       | sweep_report=7
 seed=a                               | seed='a'
 seed=-1                              | seed=-1
 seed={BIG}                           | seed=

@@ -313,7 +313,7 @@ def test_a_model_that_changed_since_is_warned_of_once() -> None:
         depass.attribute(input_ids=ids, attention_mask=mask, target=[[5, 6], [7]])
     with pytest.warns(DePassWarning):
         depass.attribute_generation(input_ids=ids[:1], max_new_tokens=2)
-    depass.attribute(input_ids=ids, attention_mask=mask, target=5, compat="release")  # never sums
+    depass.attribute(input_ids=ids, attention_mask=mask, target=5, compat="paper_code")  # never sums
     handle.remove()
     depass.attribute(input_ids=ids, attention_mask=mask, target=5)
 

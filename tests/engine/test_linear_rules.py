@@ -87,7 +87,7 @@ def expected_scores(model: Any, row: Tensor, target: tuple[int, int | None, int]
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "dual": {"rule": "dual"},
-    "control": {"rule": "taylor", "path": "control"},
+    "control": {"rule": "taylor", "attention_path": "control"},
 }
 
 
@@ -174,7 +174,7 @@ def test_a_layernorm_on_queries_is_held_fixed_and_its_bias_counted() -> None:
         block.self_attn.q_norm = norm
     row = prompt(8)
     found = DePass(model).attribute(
-        input_ids=row[None], target=Contrast(5, 7), rule="taylor", path="control"
+        input_ids=row[None], target=Contrast(5, 7), rule="taylor", attention_path="control"
     )[0]
     assert distance(found.scores, expected_scores(model, row, TARGETS[0], "control").float()) < 1e-5
 
@@ -183,16 +183,16 @@ def test_content_and_control_are_told_apart() -> None:
     """Content is what attribute gives anyway, and complete; control is not, and says so."""
     depass = DePass(build("qwen2"))
     arguments: dict[str, Any] = {"input_ids": prompt(9)[None], "target": 5, "rule": "taylor"}
-    paths: list[dict[str, Any]] = [{}, {"path": "content"}, {"path": "control"}]
+    paths: list[dict[str, Any]] = [{}, {"attention_path": "content"}, {"attention_path": "control"}]
     plain, content, control = (depass.attribute(**arguments, **more)[0] for more in paths)
     assert torch.equal(plain.scores, content.scores)
     assert content.completeness < 1e-5
-    assert "path" not in content.metadata
-    assert control.metadata["path"] == "control"
+    assert "attention_path" not in content.metadata
+    assert control.metadata["attention_path"] == "control"
     assert control.completeness > 1e-2
     assert control.value == content.value
     # From behind the last attention no way leads through a query or a key.
-    last = depass.attribute(**arguments, source=Neurons(-1), path="control")[0]
+    last = depass.attribute(**arguments, source=Neurons(-1), attention_path="control")[0]
     assert float(last.scores.abs().max()) == 0
 
 
@@ -212,7 +212,7 @@ def test_dual_is_complete_without_attention_alone() -> None:
 def test_the_model_is_left_untouched(name: str, surroundings: Any) -> None:
     model = build(name, attention="sdpa", attention_dropout=0.5)
     depass = DePass(model)
-    quiet = depass.attribute(input_ids=prompt(7)[None], target=5, rule="taylor", path="control")[0]
+    quiet = depass.attribute(input_ids=prompt(7)[None], target=5, rule="taylor", attention_path="control")[0]
     model.train()
     with surroundings(), must_stay_untouched(model):
         found = [
@@ -252,11 +252,17 @@ def test_blocks_that_are_run_again_give_the_same(kind: str, monkeypatch: pytest.
     ("arguments", "message"),
     [
         ({"rule": "dual", "engine": "propagate"}, r"rule='dual' only goes back from a target"),
-        ({"rule": "dual", "compat": "release"}, r"rule='dual' only goes back from a target"),
-        ({"rule": "softmax", "path": "control"}, r"path='control' needs rule='taylor'"),
-        ({"rule": "dual", "path": "control"}, r"path='control' needs rule='taylor'"),
-        ({"rule": "taylor", "path": "control", "engine": "propagate"}, r"engine='auto' or 'adjoint'"),
-        ({"rule": "taylor", "path": "query"}, r"path='query' is unknown; choose 'content' or 'control'"),
+        ({"rule": "dual", "compat": "paper_code"}, r"rule='dual' only goes back from a target"),
+        ({"rule": "softmax", "attention_path": "control"}, r"attention_path='control' needs rule='taylor'"),
+        ({"rule": "dual", "attention_path": "control"}, r"attention_path='control' needs rule='taylor'"),
+        (
+            {"rule": "taylor", "attention_path": "control", "engine": "propagate"},
+            r"engine='auto' or 'adjoint'",
+        ),
+        (
+            {"rule": "taylor", "attention_path": "query"},
+            r"attention_path='query' is unknown; choose 'content' or 'control'",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(arguments: dict[str, Any], message: str) -> None:

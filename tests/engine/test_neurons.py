@@ -321,7 +321,7 @@ def test_the_embedded_models_neurons_and_their_error() -> None:
     [
         ({"rule": "taylor"}, "rule='softmax'"),
         ({"rule": "max"}, "rule='softmax'"),
-        ({"compat": "release"}, "no compat"),
+        ({"compat": "paper_code"}, "no compat"),
         ({"bias": "drop"}, "bias='component'"),
     ],
 )

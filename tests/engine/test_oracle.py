@@ -1,4 +1,4 @@
-"""`compat="release"` against values made with the paper's published code, and the tests' own twin too.
+"""`compat="paper_code"` against values made with the paper's published code, and the tests' own twin too.
 
 Left out is `token_chunked`: the published code's chunks of tokens are another method (each chunk competes
 with the sum of all other tokens), which the package does not reproduce.
@@ -98,7 +98,7 @@ def test_states_are_those_of_the_published_code(name: str) -> None:
     errors = {}
     for case in ref.cases("token/"):
         result = depass.decompose(
-            input_ids=ref.input_ids[None], source=case.source, rule=case.rule, compat="release"
+            input_ids=ref.input_ids[None], source=case.source, rule=case.rule, compat="paper_code"
         )[0]
         errors[case.name] = distance(ref.normed(result.states), case.expected)
     assert_all_below(errors, 1e-4, count=17 if name == "llama-mha" else 16)
@@ -110,7 +110,7 @@ def test_states_between_layers_are_those_of_the_published_code(name: str) -> Non
     depass = DePass(ref.model)
     errors = {}
     for layer, expected in enumerate(ref.by_layer):
-        result = depass.decompose(input_ids=ref.input_ids[None], to_layer=layer, compat="release")[0]
+        result = depass.decompose(input_ids=ref.input_ids[None], to_layer=layer, compat="paper_code")[0]
         errors[f"layer {layer}"] = distance(result.states, expected)
     assert_all_below(errors, 1e-4, count=ref.model.config.num_hidden_layers + 1)
 
@@ -126,7 +126,7 @@ def test_scores_are_those_of_the_published_code(name: str) -> None:
             target=Token(case.target["token_id"], position=case.target["position"]),
             source=case.source,
             rule=case.rule,
-            compat="release",
+            compat="paper_code",
         )[0]
         errors[case.name] = distance(result.scores, case.expected)
     assert_all_below(errors, 1e-4, count=34 if name == "llama-mha" else 32)

@@ -1,4 +1,4 @@
-"""`compat="release"` at the level of heads, modules, neurons and subspaces, against published values."""
+"""`compat="paper_code"` at the level of heads, modules, neurons and subspaces, against published values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_states_are_those_of_the_published_code(name: str) -> None:
     errors = {}
     for tensor, source, rule, _ in published(ref, ""):
         states = (
-            depass.decompose(input_ids=ref.input_ids[None], source=source, rule=rule, compat="release")[0]
+            depass.decompose(input_ids=ref.input_ids[None], source=source, rule=rule, compat="paper_code")[0]
         ).states
         errors[tensor] = distance(ref.normed(states), ref.tensors[tensor])
     assert_all_below(errors, 1e-4, count=COUNTS[name])
@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_published_code(name: str) -> None:
             target=Token(target["token_id"], position=target["position"]),
             source=cut(source, target["position"] + 1),
             rule=rule,
-            compat="release",
+            compat="paper_code",
         )[0]
         errors[tensor] = distance(found.scores, ref.tensors[tensor])
     assert_all_below(errors, 1e-4, count=SCORES[name])
@@ -108,7 +108,7 @@ def test_neurons_with_the_exact_base_are_those_of_the_published_code(name: str) 
             target=Token(aim["token_id"], position=aim["position"]),
             source=Components(index + 1, initial),
             rule=rule,
-            compat="release",
+            compat="paper_code",
         )[0]
         errors[tensor] = distance(found.scores, expected)
     assert_all_below(errors, 1e-4, count=10 * (layers - 1))

@@ -114,7 +114,7 @@ def alone():
     ("family", "options", "message"),
     [
         ("llama", {"source": Heads()}, "the components of 'heads' are not spread over processes"),
-        ("llama", {"compat": "release"}, "compat='release' runs in one process only"),
+        ("llama", {"compat": "paper_code"}, "compat='paper_code' runs in one process only"),
         ("mixtral", {}, "mixture of experts"),
     ],
 )

@@ -212,7 +212,10 @@ def test_the_published_codes_steps(name: str, rule: Rule) -> None:
     for layer, exclude_first in ((0, True), (0, False), (1, True)):
         options = Options(layer, rule, exclude_first=exclude_first, release=True)
         given = DePass(model).decompose(
-            input_ids=prompt(LENGTH)[None], source=Tokens(layer, exclude_first), rule=rule, compat="release"
+            input_ids=prompt(LENGTH)[None],
+            source=Tokens(layer, exclude_first),
+            rule=rule,
+            compat="paper_code",
         )[0]
         expected = expected_states(name, options)[len(trace.layers)]
         assert len(given.names) == LENGTH

@@ -74,7 +74,7 @@ def everything(depass: DePass) -> list[Tensor]:
     results: list[Tensor] = []
     for rule in ("softmax", "taylor"):
         results += [one.scores for one in depass.attribute(**batch, target=Contrast(5, 6), rule=rule)]
-        results += [one.scores for one in depass.attribute(**batch, target=5, rule=rule, compat="release")]
+        results += [one.scores for one in depass.attribute(**batch, target=5, rule=rule, compat="paper_code")]
         results += [one.states for one in depass.decompose(**batch, rule=rule, to_layer=2)]
     return results
 

@@ -81,7 +81,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "neurons": {"source": Neurons(1)},
     "taylor": {"rule": "taylor", "engine": "adjoint"},
     "taylor, carried": {"rule": "taylor", "engine": "propagate"},
-    "control": {"rule": "taylor", "path": "control"},
+    "control": {"rule": "taylor", "attention_path": "control"},
 }
 
 
@@ -121,8 +121,10 @@ def assert_explained_alike(model: Any, other: Any, ways: Any = None) -> None:
         assert given.names == expected.names
         assert given.value == pytest.approx(expected.value, rel=1e-4, abs=1e-5)
         # The control path's scores cancel, so float32 leaves more of them.
-        assert distance(given.scores, expected.scores) < (5e-5 if way.get("path") == "control" else 1e-5)
-        if way.get("path") != "control":
+        assert distance(given.scores, expected.scores) < (
+            5e-5 if way.get("attention_path") == "control" else 1e-5
+        )
+        if way.get("attention_path") != "control":
             assert given.completeness < 1e-5
 
 

@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "heads": {"source": Heads()},
     "neurons": {"source": Neurons(1)},
     "taylor": {"rule": "taylor"},
-    "control": {"rule": "taylor", "path": "control"},
+    "control": {"rule": "taylor", "attention_path": "control"},
 }
 
 

@@ -109,7 +109,7 @@ function askedFor(view) {
 
 // The largest score of a component that stands in the text. A bias has no place there and may outweigh all.
 function strongest(view) {
-  if (view.most) return view.most; // a film has one scale
+  if (view.most) return view.most; // a training timeline has one scale
   const counted = inText(view) ? view.scores.filter((_, i) => view.spans[i]) : askedFor(view).map((i) => view.scores[i]);
   return counted.reduce((most, score) => Math.max(most, Math.abs(score)), 0) || 1;
 }

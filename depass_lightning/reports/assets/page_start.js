@@ -12,7 +12,7 @@ function choose(i, { remember = true, show = false } = {}) {
   scrollToChosen();
   drawList();
   drawDetail();
-  drawFilm();
+  drawTimeline();
   // On a narrow screen the prompt stands above the list, out of sight.
   if (show && byId("detail").getBoundingClientRect().bottom < 120) byId("detail").scrollIntoView();
 }
@@ -61,7 +61,7 @@ function useTheme(name) {
   drawMean();
   drawList();
   drawDetail();
-  drawFilm();
+  drawTimeline();
 }
 
 function otherTheme() {
@@ -88,7 +88,7 @@ function start() {
   byId("browser").hidden = LEADING.length === 1;
   document.querySelector(".explorer").classList.toggle("single", LEADING.length === 1);
   fillControls();
-  startFilm();
+  startTimeline();
   useTheme(rememberedTheme());
   arrange();
   drawCurves();
