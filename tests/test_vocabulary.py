@@ -50,12 +50,9 @@ NOT_YET = (
     "depass_lightning/tasks",
     "depass_lightning/utils",
     "callbacks",
-    "conf",
     "docs",
     "examples",
     "benchmarks",
-    "README.md",
-    "CONTRIBUTING.md",
 )
 
 
