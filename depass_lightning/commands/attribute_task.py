@@ -28,7 +28,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.logit_lens import notes_on
 from depass_lightning.methods import DePassMethod, Method, make_method
-from depass_lightning.modules.attribution_module import AttributionModule, Masking, Removal
+from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.modules.prompt_datamodule import PromptData
 from depass_lightning.monitoring.publish import is_named
 from depass_lightning.sources import Source
@@ -232,13 +232,12 @@ def attribution_module(
     config: DictConfig, source: Source, depass: DePass, task: Task, fingerprint: str
 ) -> AttributionModule:
     """Make the module that attributes as the configuration says."""
-    measured = None if config.faithfulness is None else instantiate(config.faithfulness, _convert_="all")
+    measures = [] if config.faithfulness is None else [instantiate(config.faithfulness, _convert_="all")]
     return AttributionModule(
         depass,
         method=method_of(config, source, depass),
         target=config.target.kind,
-        removal=measured if isinstance(measured, Removal) else None,
-        masking=measured if isinstance(measured, Masking) else None,
+        measures=measures,
         run={"model": config.model.name, "fingerprint": fingerprint},
         trial=trials([example.prompt for example in task]),
         states=config.states,

@@ -1,8 +1,21 @@
 """How well scores say what the model needs: parts taken away, and answers that are known."""
 
 from depass_lightning.faithfulness.accuracy import answered_right
-from depass_lightning.faithfulness.component_masking import MASKED, MaskingCurves, masking_curves
-from depass_lightning.faithfulness.evidence import Evidence, evidence_found
+from depass_lightning.faithfulness.component_masking import (
+    MASKED,
+    ComponentMasking,
+    MaskingCurves,
+    masking_curves,
+)
+from depass_lightning.faithfulness.evaluate import (
+    ROW_MEASURES,
+    Case,
+    Columns,
+    Measure,
+    ScoreMeasure,
+    evaluate,
+)
+from depass_lightning.faithfulness.evidence import Evidence, evidence_found, text_components
 from depass_lightning.faithfulness.metrics import CurveMean, CurvesMean, PromptMean, PromptsMean
 from depass_lightning.faithfulness.summary import (
     masking_metrics,
@@ -14,10 +27,10 @@ from depass_lightning.faithfulness.token_removal import (
     PERCENTS,
     RATIONALES,
     RemovalCurves,
+    TokenRemoval,
     area,
     check_percents,
     removal_curves,
-    text_components,
 )
 from depass_lightning.utils.bootstrap import Interval, bootstrap
 
@@ -25,18 +38,26 @@ __all__ = [
     "MASKED",
     "PERCENTS",
     "RATIONALES",
+    "ROW_MEASURES",
+    "Case",
+    "Columns",
+    "ComponentMasking",
     "CurveMean",
     "CurvesMean",
     "Evidence",
     "Interval",
     "MaskingCurves",
+    "Measure",
     "PromptMean",
     "PromptsMean",
     "RemovalCurves",
+    "ScoreMeasure",
+    "TokenRemoval",
     "answered_right",
     "area",
     "bootstrap",
     "check_percents",
+    "evaluate",
     "evidence_found",
     "masking_curves",
     "masking_metrics",

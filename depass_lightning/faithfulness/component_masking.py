@@ -17,7 +17,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from depass_lightning.depass import DePass
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness.evaluate import Case, Columns
 from depass_lightning.faithfulness.token_removal import check_percents
 from depass_lightning.methods.hook_points import Site, masking, sites_of
 from depass_lightning.models.decoder import Decoder
@@ -163,6 +164,50 @@ def masking_curves(
         asked += [Asked(ids, wanted, kept) for kept in masks.values()]
     given = answers_given(depass.decoder, asked, sites, batch_size, progress)
     return [_curves(percents, plan, given) for plan in plans]
+
+
+@dataclass(frozen=True)
+class ComponentMasking:
+    """The measure of masked heads or neurons: see `masking_curves`.
+
+    Args:
+        percents: the percentages to measure at, ascending from 0 to 100.
+        draws: the number of random orders per prompt; 0 leaves them out.
+        seed: of the random orders.
+        batch_size: the number of prompts, each with its mask, in one pass.
+        progress: show a progress bar.
+
+    Raises:
+        DePassError: percentages are out of range or do not rise.
+    """
+
+    percents: Sequence[float] = MASKED
+    draws: int = 1
+    seed: int = 0
+    batch_size: int = 64
+    progress: bool = False
+
+    name = "component masking"
+    needs_model = True
+
+    def __post_init__(self) -> None:
+        check_percents(self.percents)
+
+    def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
+        """Return the curves of every case whose components are heads or neurons.
+
+        Args:
+            cases: what is measured; an answer is right where the model gives all of its tokens.
+            depass: the model that was attributed.
+        """
+        columns: list[Columns] = [{} for _ in cases]
+        indices = [i for i, case in enumerate(cases) if case.attribution.source in ("heads", "neurons")]
+        attributions = [cases[i].attribution for i in indices]
+        answers = [cases[i].answer or cases[i].target_ids[:1] for i in indices]
+        curves = masking_curves(depass, attributions, answers, **asdict(self))
+        for i, curve in zip(indices, curves, strict=True):
+            columns[i] = {name: values for name, values in asdict(curve).items() if values is not None}
+        return columns
 
 
 def answer_ids(depass: DePass, prompt: str | None, answer: str) -> list[int]:

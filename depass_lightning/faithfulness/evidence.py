@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from depass_lightning.faithfulness.token_removal import text_components
 from depass_lightning.results.attribution import Attribution
 
 
@@ -24,6 +23,22 @@ class Evidence:
     first: bool
     chance: float
     auroc: float | None = None
+
+
+def text_components(attribution: Attribution) -> list[int]:
+    """Return the indices of the components that stand for text up to the target's position.
+
+    Not among them: a bias, and special tokens, which the tokenizer adds and which have no characters of the
+    text. Where the tokenizer gave no offsets, every component that stands for tokens counts.
+    """
+    offsets = attribution.offsets
+    indices = []
+    for i, span in enumerate(attribution.positions):
+        if span is None or span[1] > attribution.position + 1:
+            continue
+        if offsets is None or any(end > start for start, end in offsets[slice(*span)]):
+            indices.append(i)
+    return indices
 
 
 def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) -> Evidence | None:

@@ -22,14 +22,17 @@ ACL 2020, arXiv 1911.03429, section 4.2, equations 1 to 4).
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from torch import nn
 
+from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
+from depass_lightning.faithfulness.evaluate import Case, Columns
+from depass_lightning.faithfulness.evidence import text_components
 from depass_lightning.results.attribution import Attribution
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -112,22 +115,6 @@ def check_percents(percents: Sequence[float]) -> None:
         raise DePassError(f"percents must rise from 0 at least to 100 at most; got {list(percents)}")
 
 
-def text_components(attribution: Attribution) -> list[int]:
-    """Return the indices of the components that stand for text up to the target's position.
-
-    Not among them: a bias, and special tokens, which the tokenizer adds and which have no characters of the
-    text. Where the tokenizer gave no offsets, every component that stands for tokens counts.
-    """
-    offsets = attribution.offsets
-    found = []
-    for i, span in enumerate(attribution.positions):
-        if span is None or span[1] > attribution.position + 1:
-            continue
-        if offsets is None or any(end > start for start, end in offsets[slice(*span)]):
-            found.append(i)
-    return found
-
-
 def removal_curves(
     model: nn.Module,
     attributions: Sequence[Attribution],
@@ -172,6 +159,58 @@ def removal_curves(
     asked = [own for plan, answer in zip(plans, answers, strict=True) for own in plan.prompts(answer)]
     found = iter(answers_of(model, asked, batch_size, progress))
     return [plan.read(list(itertools.islice(found, plan.count))) for plan in plans]
+
+
+@dataclass(frozen=True)
+class TokenRemoval:
+    """The measure of deletion and insertion curves, of components that stand for text: see `removal_curves`.
+
+    Args:
+        percents: the percentages to measure at, ascending from 0 to 100.
+        draws: the number of random orders per prompt; 0 leaves them out.
+        seed: of the random orders.
+        batch_size: the number of ablated prompts in one pass.
+        zeroed: also measure with embeddings set to zero, which doubles the number of passes.
+        rationales: the percentages of comprehensiveness and sufficiency; empty leaves both out.
+        progress: show a progress bar.
+
+    Raises:
+        DePassError: percentages are out of range or do not rise.
+    """
+
+    percents: Sequence[float] = PERCENTS
+    draws: int = 1
+    seed: int = 0
+    batch_size: int = 64
+    zeroed: bool = False
+    rationales: Sequence[float] = RATIONALES
+    progress: bool = False
+
+    name = "token removal"
+    needs_model = True
+
+    def __post_init__(self) -> None:
+        check_percents(self.percents)
+        if self.rationales:
+            check_percents(self.rationales)
+
+    def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
+        """Return the curves of every case whose components stand for text and whose target is a token.
+
+        Args:
+            cases: what is measured; the explained token is the answer whose probability is followed.
+            depass: the model that was attributed.
+        """
+        columns: list[Columns] = [{} for _ in cases]
+        indices = [i for i, case in enumerate(cases) if case.target_ids and text_components(case.attribution)]
+        if not indices:
+            return columns
+        attributions = [cases[i].attribution for i in indices]
+        answers = [cases[i].target_ids[0] for i in indices]
+        curves = removal_curves(depass.model, attributions, answers, **asdict(self))
+        for i, curve in zip(indices, curves, strict=True):
+            columns[i] = {name: values for name, values in asdict(curve).items() if values not in (None, [])}
+        return columns
 
 
 class _Plan:

@@ -1,6 +1,5 @@
 """Attributes the prompts of a task, batch by batch, as a LightningModule for `Trainer.predict`."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,18 +10,7 @@ from lightning.pytorch import LightningModule
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
-from depass_lightning.faithfulness import (
-    MASKED,
-    PERCENTS,
-    RATIONALES,
-    MaskingCurves,
-    RemovalCurves,
-    check_percents,
-    evidence_found,
-    masking_curves,
-    removal_curves,
-    text_components,
-)
+from depass_lightning.faithfulness import ROW_MEASURES, Case, Measure, evaluate
 from depass_lightning.methods import DePassMethod, Method
 from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.attribution import Attribution
@@ -59,36 +47,6 @@ class Predictions:
         return Predictions(self.rows + other.rows, self.skipped + other.skipped, self.states | other.states)
 
 
-@dataclass(frozen=True)
-class Removal:
-    """How patch top and recover top are measured; see `depass_lightning.faithfulness.removal_curves`."""
-
-    percents: Sequence[float] = PERCENTS
-    draws: int = 1
-    seed: int = 0
-    batch_size: int = 64
-    zeroed: bool = False
-    rationales: Sequence[float] = RATIONALES
-
-    def __post_init__(self) -> None:
-        check_percents(self.percents)
-        if self.rationales:
-            check_percents(self.rationales)
-
-
-@dataclass(frozen=True)
-class Masking:
-    """How masked heads or neurons are measured; see `depass_lightning.faithfulness.masking_curves`."""
-
-    percents: Sequence[float] = MASKED
-    draws: int = 1
-    seed: int = 0
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        check_percents(self.percents)
-
-
 class AttributionModule(LightningModule):
     """Attribute batches of examples with DePass or another method, and measure what the scores are worth.
 
@@ -98,10 +56,8 @@ class AttributionModule(LightningModule):
         target: what is explained: "contrast", the answer against the task's foil (the answer alone where
             there is none); "token", the answer; "own", whatever the model itself finds most likely;
             "generation", every token that it goes on with.
-        removal: how patch top and recover top are measured, where components stand for text; None leaves
-            them out, which is much faster.
-        masking: how masking the highest and the lowest is measured, where components are heads or neurons;
-            None leaves it out. An answer counts as right where the model gives all of its tokens.
+        measures: what is measured besides `ROW_MEASURES`, such as `TokenRemoval` of tokens and spans or
+            `ComponentMasking` of heads and neurons; without them an analysis is much faster.
         method: what attributes instead of DePass with these settings.
         run: what every row says about the run: `model`, its name, and `fingerprint`, its weights'.
         trial: prompts, the first of which that can be is attributed once at the start: where none can be, as
@@ -122,8 +78,7 @@ class AttributionModule(LightningModule):
         settings: Mapping[str, Any] | None = None,
         *,
         target: Literal["contrast", "token", "own", "generation"] = "contrast",
-        removal: Removal | None = None,
-        masking: Masking | None = None,
+        measures: Sequence[Measure] = (),
         method: Method | None = None,
         run: Mapping[str, Any] | None = None,
         trial: Sequence[str] = (),
@@ -146,8 +101,7 @@ class AttributionModule(LightningModule):
         self.model = None if depass.decoder.placed else depass.model  # what Lightning moves to the device
         self.method = method
         self.target = target
-        self.removal = removal
-        self.masking = masking
+        self.measures = (*ROW_MEASURES, *measures)
         self.run = dict(run or {})
         self.trial = trial
         self.at_once: int | None = None  # prompts in a pass, once memory has run out
@@ -259,13 +213,21 @@ class AttributionModule(LightningModule):
         )
         for attribution in attributions:
             attribution.metadata |= self.run  # the model by the name that the reader gave it
-        curves = self._curves(examples, attributions)
+        cases = [self._case(*pair) for pair in zip(examples, attributions, strict=True)]
+        measured = evaluate(cases, self.measures, self.depass)
+        if self.target == "own":
+            for columns, example, case in zip(measured, examples, cases, strict=True):
+                columns["correct"] = self._is_answer(case.target_ids[0], example)
         return [
-            {"index": index, **attribution_to_row(attribution), **self._measured(example, attribution, curve)}
-            for index, example, attribution, curve in zip(
-                indices, examples, attributions, curves, strict=True
-            )
+            {"index": index, **attribution_to_row(case.attribution), **self._known(example), **columns}
+            | self.run
+            for index, example, case, columns in zip(indices, examples, cases, measured, strict=True)
         ]
+
+    def _case(self, example: Example, attribution: Attribution) -> Case:
+        """Return what is measured: the answer that was explained, not the foil."""
+        answer = None if self.target == "own" else example.answer
+        return Case(attribution, example.evidence_ranges(), answer)
 
     def _explained(self, example: Example) -> Token | Contrast:
         """Return the target of one example."""
@@ -274,52 +236,14 @@ class AttributionModule(LightningModule):
         # A long answer stands for its first token, as in `Example.target`.
         return Token(example.answer, first=True) if self.target == "token" else example.target()
 
-    def _curves(
-        self, examples: Sequence[Example], attributions: Sequence[Attribution]
-    ) -> Sequence[RemovalCurves | MaskingCurves | None]:
-        """Follow the answer (what was explained, not the foil) as components go.
-
-        Components that stand for text are taken out of the prompt, heads and neurons are masked. For others
-        there is nothing to measure.
-        """
-        if self.method.source.kind in ("heads", "neurons"):
-            if self.masking is not None:
-                own = [attribution.metadata["target_ids"][:1] for attribution in attributions]
-                answers = own if self.target == "own" else [example.answer for example in examples]
-                return masking_curves(self.depass, attributions, answers, **dataclasses.asdict(self.masking))
-        elif self.removal is not None and all(map(text_components, attributions)):
-            answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
-            return removal_curves(
-                self.depass.model, attributions, answers, **dataclasses.asdict(self.removal)
-            )
-        return [None] * len(attributions)
-
-    def _is_right(self, example: Example, attribution: Attribution) -> bool | None:
-        """Say whether the model's own most likely next token is the answer, or the answer's first."""
-        if self.target != "own":
-            return attribution.correct
+    def _is_answer(self, token: int, example: Example) -> bool:
+        """Whether a token is the answer of an example, or the answer's first."""
         tokenizer = self.depass.tokenizer
         assert tokenizer is not None
         try:
-            answer = token_id(example.answer, example.prompt, tokenizer, len(tokenizer), first=True)
+            return token == token_id(example.answer, example.prompt, tokenizer, len(tokenizer), first=True)
         except DePassError:  # the model has no token for it
             return False
-        return attribution.metadata["target_ids"][0] == answer
-
-    def _measured(
-        self, example: Example, attribution: Attribution, curves: RemovalCurves | MaskingCurves | None
-    ) -> dict[str, Any]:
-        """Return what a row says beside the attribution itself."""
-        evidence = evidence_found(attribution, example.evidence_ranges())
-        row = {
-            **self._known(example),
-            "correct": self._is_right(example, attribution),
-            "evidence_first": evidence.first if evidence else None,
-            "evidence_chance": evidence.chance if evidence else None,
-            "evidence_auroc": evidence.auroc if evidence else None,
-            **self.run,
-        }
-        return row if curves is None else row | dataclasses.asdict(curves)
 
     def _known(self, example: Example) -> dict[str, Any]:
         """Return what the task knows of a prompt."""

@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from depass_lightning.faithfulness import RemovalCurves, area, text_components
+from depass_lightning.faithfulness import Case, Columns, area, evaluate
+from depass_lightning.faithfulness.evaluate import completeness, entropy, on_target, probability, rank, value
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution, Comparison
 
+PROBE_MEASURES = (value, completeness, entropy, probability, rank, on_target)
 SCALARS = (
     "value",
     "probability",
@@ -33,42 +31,18 @@ SCALARS = (
 )
 
 
-def measure(
-    probe: ProbePrompt, attribution: Attribution, curves: RemovalCurves | None = None
-) -> dict[str, float]:
+def measure(case: Case, curves: Columns) -> dict[str, float]:
     """Return the scalars of one probe that need no history; what cannot be known of it is left out.
 
     Args:
-        probe: what was asked.
-        attribution: what came of it.
-        curves: what removing tokens does to the answer, if that was measured.
+        case: the probe's attribution.
+        curves: what removing tokens does to the answer; empty where that was not measured.
     """
-    found = {
-        "value": attribution.value,
-        "completeness": attribution.completeness,
-        "entropy": entropy(attribution.scores),
-    }
-    if attribution.probability is not None:
-        found["probability"] = attribution.probability
-    if attribution.rank is not None:
-        found["rank"] = float(attribution.rank)
-    if probe.evidence and attribution.offsets is not None and text_components(attribution):
-        found["on_target"] = attribution.share(probe.evidence)
-    if curves is not None:
-        found["faithfulness"] = area(curves.percents, curves.patch_random) - area(
-            curves.percents, curves.patch_top
-        )
-    return found
-
-
-def entropy(scores: Float[Tensor, " component"]) -> float:
-    """Return the entropy, in nats, of how the scores' absolute values are spread over the components.
-
-    0 where one component has everything; the logarithm of their number where all have the same.
-    """
-    size = scores.double().abs()
-    shares = size / size.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.special.entr(shares).sum().item()
+    (scalars,) = evaluate([case], PROBE_MEASURES)
+    if curves:
+        random, top = (area(curves["percents"], curves[name]) for name in ("patch_random", "patch_top"))
+        scalars["faithfulness"] = random - top
+    return scalars
 
 
 def summarise(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,6 @@ Files are always written. What a logger gets beside the scalars:
 """
 
 import csv
-import dataclasses
 import hashlib
 import io
 import logging
@@ -128,10 +127,7 @@ def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
         examples=known,
     )
     rows = [
-        attribution_to_row(attribution)
-        | probe
-        | {"index": i}
-        | (dataclasses.asdict(curves) if curves else {})
+        attribution_to_row(attribution) | probe | {"index": i} | curves
         for i, (probe, attribution, curves) in enumerate(
             zip(known, result.attributions, result.curves, strict=True)
         )

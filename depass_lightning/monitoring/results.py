@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from depass_lightning.faithfulness import RemovalCurves
+from depass_lightning.faithfulness import Case, Columns
 from depass_lightning.monitoring.history import SCALARS, History, measure, similarities, summarise
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.monitoring.runner import Finding, Outcome
@@ -19,7 +19,7 @@ class Result:
         step: the optimiser step.
         probes: those that succeeded.
         attributions: one a probe.
-        curves: for each probe what removing tokens does to the answer, if that was measured.
+        curves: for each probe what removing tokens does to the answer; empty where that was not measured.
         drifts: for each probe how its scores differ from the `first` run's and the `previous` one's.
         rows: the scalars of each probe.
         metrics: the scalars of the set.
@@ -30,7 +30,7 @@ class Result:
     step: int
     probes: Sequence[ProbePrompt]
     attributions: Sequence[Attribution]
-    curves: Sequence[RemovalCurves | None]
+    curves: Sequence[Columns]
     drifts: Sequence[Mapping[str, Comparison]]
     rows: Sequence[dict[str, float]]
     metrics: dict[str, float]
@@ -66,7 +66,7 @@ def result_of(
     curves = [finding.curves[index] for _, finding in scored]
     drifts = [history.compare(*pair) for pair in zip(asked, attributions, strict=True)]
     rows = [
-        measure(probe, attribution, curve) | similarities(drift)
+        measure(Case(attribution, probe.evidence), curve) | similarities(drift)
         for probe, attribution, curve, drift in zip(asked, attributions, curves, drifts, strict=True)
     ]
     metrics = summarise(rows, _scalars(probes, rows, history))

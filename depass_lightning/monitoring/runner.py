@@ -14,7 +14,7 @@ from torch import distributed
 
 from depass_lightning.attribution.options import RuleOptions
 from depass_lightning.depass import DePass
-from depass_lightning.faithfulness import RemovalCurves, removal_curves, text_components
+from depass_lightning.faithfulness import Case, Columns, TokenRemoval, evaluate
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source
@@ -38,11 +38,11 @@ class Finding:
 
     Attributes:
         attributions: one a source.
-        curves: for each source what removal does to the answer; None where it was not measured.
+        curves: for each source what removal does to the answer; empty where it was not measured.
     """
 
     attributions: list[Attribution]
-    curves: list[RemovalCurves | None]
+    curves: list[Columns]
 
 
 Outcome = Finding | Failure
@@ -114,25 +114,15 @@ class ProbeRunner:
 
     def _remove(self, places: Sequence[tuple[Finding, int]]) -> None:
         """Measure what removal does, where components stand for text and the target is a token."""
-        places = [
-            (finding, i)
-            for finding, i in places
-            if finding.attributions[i].metadata.get("target_ids") and text_components(finding.attributions[i])
-        ]
-        attributions = [finding.attributions[i] for finding, i in places]
-        if not attributions:
-            return
-        answers = [attribution.metadata["target_ids"][0] for attribution in attributions]
-        curves = removal_curves(
-            self.depass.model,
-            attributions,
-            answers,
+        removal = TokenRemoval(
             percents=REMOVED,
             draws=ORDERS,
             batch_size=8 * self.batch_size,  # plain passes: no components to hold
+            rationales=(),
         )
-        for (finding, i), curve in zip(places, curves, strict=True):
-            finding.curves[i] = curve
+        curves = evaluate([Case(finding.attributions[i]) for finding, i in places], [removal], self.depass)
+        for (finding, i), columns in zip(places, curves, strict=True):
+            finding.curves[i] = columns
 
 
 def gather(share: Any) -> list[Any]:
@@ -182,7 +172,7 @@ def _checked(attributions: list[Attribution]) -> Outcome:
     for own in attributions:
         if not (math.isfinite(own.value) and bool(own.scores.isfinite().all())):
             return Failure("its value or its scores are not finite")
-    return Finding(attributions, [None] * len(attributions))
+    return Finding(attributions, [{} for _ in attributions])
 
 
 def _reason(error: Exception) -> str:

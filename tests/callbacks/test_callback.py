@@ -19,7 +19,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from depass_lightning import DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.monitoring.history import SCALARS, entropy
+from depass_lightning.faithfulness import Case
+from depass_lightning.faithfulness.evaluate import entropy
+from depass_lightning.monitoring.history import SCALARS
 from depass_lightning.monitoring.runner import isolated
 from depass_lightning.storage import read_attributions, read_rows
 from depass_lightning.tasks import Example, Task
@@ -165,7 +167,7 @@ def test_what_is_logged_and_when(tmp_path: Path) -> None:
         "rank": last.rank,
         "completeness": last.completeness,
         "on_target": last.share([(at, at + 4)]),
-        "entropy": entropy(last.scores),
+        "entropy": entropy(Case(last)),
     }.items():
         assert logged[f"depass/ioi/{name}"] == pytest.approx(value, rel=1e-5)
     [first] = read_attributions(tmp_path / "depass/ioi/step-000000.parquet")

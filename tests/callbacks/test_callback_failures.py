@@ -16,7 +16,7 @@ from torch import distributed
 
 from depass_lightning import DePass
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.monitoring import runner
+from depass_lightning.faithfulness import token_removal
 from depass_lightning.storage import read_rows
 from tests.callbacks.test_callback import Witness, history_of, same
 from tests.reference.training import PROMPTS, OwnModule, fit, trainer
@@ -87,7 +87,7 @@ def test_want_of_memory_on_one_rank_halves_its_batch(tmp_path: Path, monkeypatch
 def test_want_of_memory_while_tokens_are_removed_halves_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    removal, sizes = runner.removal_curves, []
+    removal, sizes = token_removal.removal_curves, []
 
     def short(model: Any, attributions: Any, answers: Any, **options: Any) -> Any:
         sizes.append(len(attributions))
@@ -95,7 +95,7 @@ def test_want_of_memory_while_tokens_are_removed_halves_the_batch(
             raise torch.OutOfMemoryError("no room")
         return removal(model, attributions, answers, **options)
 
-    monkeypatch.setattr(runner, "removal_curves", short)
+    monkeypatch.setattr(token_removal, "removal_curves", short)
     callback = DePassCallback(list(PROMPTS), batch_size=4, faithfulness=3)
     with caplog.at_level(logging.WARNING):
         fit(trainer(tmp_path, [callback], max_steps=1), OwnModule())

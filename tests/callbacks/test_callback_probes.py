@@ -14,7 +14,7 @@ import torch
 from depass_lightning import Contrast, DePassError
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.monitoring.discovery import find_model, find_tokenizer
-from depass_lightning.monitoring.history import History, entropy
+from depass_lightning.monitoring.history import History
 from depass_lightning.monitoring.probe_sets import load_set, name_sets
 from depass_lightning.tasks import Example, load
 from tests.reference.training import PROMPTS, OwnModule, language_model, tokenizer, trainer
@@ -101,12 +101,6 @@ BAD: list[tuple[Callable[[], Any], str]] = [
 def test_bad_arguments_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(DePassError, match=message):
         make()
-
-
-def test_entropy_goes_from_one_component_to_all() -> None:
-    assert entropy(torch.tensor([0.0, -3.0, 0.0])) == 0
-    assert entropy(torch.tensor([2.0, -2.0, 2.0, 2.0])) == pytest.approx(math.log(4))
-    assert entropy(torch.zeros(3)) == 0
 
 
 def test_history_pads_curves_that_begin_or_end_late() -> None:

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from depass_lightning import Contrast, DePass, DePassError, Heads, Neurons, tasks
-from depass_lightning.faithfulness import MaskingCurves, answered_right, masking_curves
+from depass_lightning.faithfulness import (
+    ComponentMasking,
+    MaskingCurves,
+    TokenRemoval,
+    answered_right,
+    masking_curves,
+)
 from depass_lightning.methods import make_method
-from depass_lightning.modules.attribution_module import AttributionModule, Masking, Removal
+from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import ATTRIBUTION_SCHEMA
@@ -217,10 +223,7 @@ def test_the_module_measures_what_its_components_are(tiny: DePass) -> None:
     """Tokens are removed, heads and neurons masked, by any method, and rows have columns for all of it."""
     examples = list(tasks.load("ioi", size=3))
     batch = PromptBatch([0, 1, 2], examples)
-    measures: dict[str, Any] = {
-        "removal": Removal(percents=(0, 50, 100), zeroed=True),
-        "masking": Masking(percents=(0, 20)),
-    }
+    measures = [TokenRemoval(percents=(0, 50, 100), zeroed=True), ComponentMasking(percents=(0, 20))]
     for name, source in (
         ("input_gradient", None),
         ("atp", Heads()),
@@ -228,7 +231,7 @@ def test_the_module_measures_what_its_components_are(tiny: DePass) -> None:
         ("depass", Heads()),
     ):
         method = make_method(name, tiny, source)
-        module = AttributionModule(tiny, method=method, **measures)
+        module = AttributionModule(tiny, method=method, measures=measures)
         rows = module.predict_step(batch).rows
         assert all(set(row) <= set(ATTRIBUTION_SCHEMA.names) for row in rows)
         if source is None:
@@ -245,7 +248,8 @@ def test_the_module_measures_what_its_components_are(tiny: DePass) -> None:
             assert row["rule"] == attributions[0].rule
             for field in fields:
                 assert row[field] == pytest.approx(getattr(curve, field), rel=1e-3)
-    own = AttributionModule(tiny, method=make_method("atp", tiny), target="own", masking=Masking((0,)))
+    measures = [ComponentMasking((0,))]
+    own = AttributionModule(tiny, method=make_method("atp", tiny), target="own", measures=measures)
     assert [row["mask_top"] for row in own.predict_step(batch).rows] == [[1.0]] * 3
 
 
@@ -260,7 +264,7 @@ def test_a_module_takes_settings_or_a_method(tiny: DePass) -> None:
         "source": Heads(),
     }
     with pytest.raises(DePassError, match="must rise"):
-        Masking((20, 10))
+        ComponentMasking((20, 10))
     rows = (
         AttributionModule(tiny, method=method)
         .predict_step(

@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 
 from depass_lightning import Contrast, DePass, DePassError, Direction, Heads, Neurons, Spans, Token, Tokens
 from depass_lightning.engine.rules import RuleName
-from depass_lightning.faithfulness import MASKED, PERCENTS, RATIONALES
+from depass_lightning.faithfulness import MASKED, PERCENTS, RATIONALES, ComponentMasking, TokenRemoval
 from depass_lightning.methods import METHODS, Baseline, DePassMethod, make_method
-from depass_lightning.modules.attribution_module import Masking, Removal
 from tests.conftest import ROOT
 from tests.engine.test_untouched import in_the_middle_of_training, must_stay_untouched
 from tests.reference import zoo
@@ -213,6 +212,6 @@ def test_what_is_measured_has_a_configuration() -> None:
     assert found.pop("none") == {"faithfulness": None}
     measures = {name: instantiate(own, _convert_="all") for name, own in found.items()}
     assert measures == {
-        "removal": Removal(list(PERCENTS), seed=5, rationales=list(RATIONALES)),
-        "masking": Masking(list(MASKED), seed=5),
+        "removal": TokenRemoval(list(PERCENTS), seed=5, rationales=list(RATIONALES)),
+        "masking": ComponentMasking(list(MASKED), seed=5),
     }

@@ -11,24 +11,23 @@ Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, hea
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import (
     MASKED,
     PERCENTS,
-    RATIONALES,
+    ROW_MEASURES,
+    Case,
+    ComponentMasking,
     CurveMean,
     Interval,
+    TokenRemoval,
     area,
-    evidence_found,
-    masking_curves,
-    removal_curves,
+    evaluate,
 )
 from depass_lightning.methods import Method
-from depass_lightning.results.attribution import Attribution
 from depass_lightning.studies.study_result import Cell, Curve, Panel
 from depass_lightning.tasks import Example
 from depass_lightning.utils.bootstrap import bootstrap
@@ -95,61 +94,23 @@ def run_method(
     Raises:
         DePassError: as for the method, or for what measures it.
     """
+    # No random orders, because "random" is a method. Plain passes need less memory than scores.
+    options: dict[str, Any] = {"draws": 0, "batch_size": 4 * batch_size, "progress": progress}
+    measures = (
+        TokenRemoval(percents or PERCENTS, zeroed=zeroed, **options),
+        ComponentMasking(percents or MASKED, **options),
+    )
     started = time.perf_counter()
-    prompts, targets = [own.prompt for own in examples], [own.target() for own in examples]
-    found = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
+    prompts, targets = [example.prompt for example in examples], [example.target() for example in examples]
+    attributions = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - started
-    rows = _measured(method.depass, examples, found, percents, zeroed, batch_size, progress)
+    cases = [
+        Case(attribution, example.evidence_ranges(), example.answer)
+        for attribution, example in zip(attributions, examples, strict=True)
+    ]
+    measured = evaluate(cases, [*ROW_MEASURES, *measures], method.depass)
+    rows = [{"id": example.id, **columns} for example, columns in zip(examples, measured, strict=True)]
     return MethodRun(rows, seconds)
-
-
-def _measured(
-    depass: DePass,
-    examples: Sequence[Example],
-    found: Sequence[Attribution],
-    percents: Sequence[float] | None,
-    zeroed: bool,
-    batch_size: int,
-    progress: bool,
-) -> list[dict[str, Any]]:
-    """Return a row a prompt: what removing its tokens, or masking heads or neurons, does to the answer."""
-    rows = 4 * batch_size  # plain passes, which hold less than scores do
-    if found[0].source in ("heads", "neurons"):
-        curves: Sequence[Any] = masking_curves(
-            depass,
-            found,
-            [own.answer for own in examples],
-            percents=percents or MASKED,
-            draws=0,  # "random" is a method of its own
-            batch_size=rows,
-            progress=progress,
-        )
-    else:
-        curves = removal_curves(
-            depass.model,
-            found,
-            [own.metadata["target_ids"][0] for own in found],
-            percents=percents or PERCENTS,
-            draws=0,
-            batch_size=rows,
-            zeroed=zeroed,
-            rationales=RATIONALES,
-            progress=progress,
-        )
-    measured = []
-    for example, attribution, curve in zip(examples, found, curves, strict=True):
-        evidence = evidence_found(attribution, example.evidence_ranges())
-        measured.append(
-            {
-                "id": example.id,
-                "correct": attribution.correct,
-                "completeness": attribution.completeness,
-                "evidence_first": evidence.first if evidence else None,
-                "evidence_auroc": evidence.auroc if evidence else None,
-                **{name: own for name, own in asdict(curve).items() if own is not None and own != []},
-            }
-        )
-    return measured
 
 
 def compare_rows(
