@@ -109,8 +109,8 @@ def keep_manifest(manifest: Manifest, folder: str | Path) -> bool:
         )
     if found := before.differences(manifest):
         raise OtherRunError(
-            f"{Path(folder).parent} holds the results of another run: {'; '.join(found)}. Start with the "
-            "settings of then to go on with it, or with resume=false to begin anew in another folder"
+            f"{Path(folder).parent} holds the results of another run: {'; '.join(found)}. Use the earlier "
+            "settings to continue it, or resume=false to start over in another folder"
         )
     return True
 

@@ -36,7 +36,7 @@ from tests.reference.zoo import ALL, ZOO, build, derivatives
 PAGE = ROOT / "docs" / "families.md"
 TARGET = Contrast(5, 7)
 RULES: tuple[RuleName, ...] = ("softmax", "max", "taylor")
-TEXTS = ("name", "model type", "sublayers", "norms", "attention", "MLP", "besides")
+TEXTS = ("name", "model type", "sublayers", "norms", "attention", "MLP", "other")
 ERRORS = ("sums, float64", "scores, float64", "completeness, float32", "bfloat16", "rounding", "check")
 
 
@@ -60,15 +60,15 @@ def described(name: str) -> dict[str, str]:
         _norms(decoder),
         _attention(decoder),
         " or ".join(dict.fromkeys(_mlp(block, decoder) for block in blocks)),
-        ", ".join(_besides(decoder)),
+        ", ".join(_other(decoder)),
     )
     return dict(zip(TEXTS, cells, strict=True))
 
 
 def _order(block: Block) -> str:
     if not block.parallel:
-        return "in turn"
-    return "beside, one norm" if block.attention.norm is block.mlp.norm else "beside, two norms"
+        return "sequential"
+    return "parallel, one norm" if block.attention.norm is block.mlp.norm else "parallel, two norms"
 
 
 def _norms(decoder: Decoder) -> str:
@@ -77,7 +77,7 @@ def _norms(decoder: Decoder) -> str:
     assert norm is not None
     probe = NormParameters.of(norm, decoder.hidden_size, torch.float32, torch.float32)
     kind = "LayerNorm" if probe.centred else "RMSNorm"
-    places = [word for word, own in (("before", attention.norm), ("behind", attention.post_norm)) if own]
+    places = [word for word, own in (("before", attention.norm), ("after", attention.post_norm)) if own]
     return f"{kind} {' and '.join(places)}"
 
 
@@ -108,7 +108,7 @@ def _mlp(block: Block, decoder: Decoder) -> str:
     return words + (", biases" if has_bias(block.mlp.dense.down.module) else "")
 
 
-def _besides(decoder: Decoder) -> Iterable[str]:
+def _other(decoder: Decoder) -> Iterable[str]:
     spec = decoder.spec
     if spec.residual_scale is not None:
         yield "sublayers scaled"
