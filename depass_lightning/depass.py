@@ -11,7 +11,6 @@ checked before anything expensive starts.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -20,15 +19,9 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.arguments import checked
-from depass_lightning.attribution.attribute import (
-    attribute_batch,
-    attribute_targets,
-    check_target,
-    reading_place,
-    warn_of_gaps,
-)
+from depass_lightning.attribution.attribute import attribute
 from depass_lightning.attribution.cost import Estimate, estimate
-from depass_lightning.attribution.forward import decompose_batch, decompose_layers
+from depass_lightning.attribution.decompose import decompose, decompose_layers
 from depass_lightning.attribution.generate import generate
 from depass_lightning.attribution.options import (
     AttributeOptions,
@@ -36,6 +29,7 @@ from depass_lightning.attribution.options import (
     Engine,
     RuleOptions,
 )
+from depass_lightning.attribution.question import questions_of
 from depass_lightning.attribution.settings import Settings, settings_of
 from depass_lightning.engine.rules import AttentionPath, RuleName
 from depass_lightning.engine.validate import bind_checked
@@ -46,9 +40,8 @@ from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
-from depass_lightning.sources import Source, Tokens, resolve_layer
-from depass_lightning.targets import TargetLike, as_targets, has_constant
-from depass_lightning.utils.batching import in_batches
+from depass_lightning.sources import Source, Tokens
+from depass_lightning.targets import TargetLike, as_targets
 
 
 class DePass:
@@ -262,38 +255,20 @@ class DePass:
         Raises:
             DePassError: the list of sources is empty, or what `attribute` raises.
         """
-        bias = options.get("bias", "component")
         settings = self._settings(sources, compat=compat, process_group=self.process_group, **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
-        targets, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
-        if bias == "component" and any(has_constant(aim) for aims in targets for aim in aims):
-            settings = replace(settings, bias=True, bias_mode=bias)
-        layers = len(self.decoder.blocks)
-        last_source_layer = max(own.layers(layers)[-1] for own in settings.sources)
-        for entry, aims in zip(prompts, targets, strict=True):
-            for aim in aims:
-                check_target(self.decoder, self.tokenizer, entry, aim, last_source_layer)
-            for own in settings.sources:
-                own.describe(entry, self.decoder)
-
-        def explain(batch: list[int]) -> list[Any]:
-            if several:
-                (i,) = batch
-                return [attribute_targets(self.decoder, self.tokenizer, prompts[i], targets[i], settings)]
-            chosen, aims = [prompts[i] for i in batch], [targets[i][0] for i in batch]
-            return attribute_batch(self.decoder, self.tokenizer, chosen, aims, settings)
-
-        # Targets of one batch are read at the same place.
-        kinds = [
-            (
-                (0 if several else reading_place(aims[0], layers), self.decoder.regime(len(entry.ids))),
-                len(entry.ids),
-            )
-            for entry, aims in zip(prompts, targets, strict=True)
+        targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
+        questions = questions_of(self.decoder, self.tokenizer, prompts, targets, settings.last_source_layer)
+        for source in settings.sources:
+            for entry in prompts:
+                source.describe(entry, self.decoder)
+        by_prompt = attribute(
+            self.decoder, self.tokenizer, questions, settings, batch_size=batch_size, progress=progress
+        )
+        results = [
+            [Attributions(scored) if isinstance(asked, list) else scored[0] for scored in by_source]
+            for by_source, asked in zip(by_prompt, targets, strict=True)
         ]
-        results = in_batches(kinds, 1 if several else batch_size, explain, progress)
-        if bias == "component":
-            warn_of_gaps([one for own in results for one in own], settings)
         return results[0] if isinstance(prompt, str) else results
 
     @overload
@@ -369,20 +344,8 @@ class DePass:
             compat=compat,
             engine="propagate",
         )
-        layers = len(self.decoder.blocks)
-        stop = layers
-        if to_layer is not None and to_layer != layers:
-            stop = resolve_layer(to_layer, layers, "to_layer")
-        last = settings.sources[0].layers(layers)[-1]
-        if stop < last:
-            raise DePassError(f"to_layer={stop} lies before layer {last}, where the state is split")
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
-
-        def states(batch: list[int]) -> list[Decomposition]:
-            return decompose_batch(self.decoder, [prompts[i] for i in batch], settings, stop)
-
-        kinds = [(self.decoder.regime(len(entry.ids)), len(entry.ids)) for entry in prompts]
-        results = in_batches(kinds, batch_size, states, progress=False)
+        results = decompose(self.decoder, prompts, settings, to_layer, batch_size)
         return results[0] if isinstance(prompt, str) else results
 
     @checked
@@ -466,10 +429,7 @@ class DePass:
         )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
-        found = generate(self.decoder, self.tokenizer, prompts, settings, arguments)
-        if bias == "component":
-            warn_of_gaps([found], settings)
-        return found
+        return generate(self.decoder, self.tokenizer, prompts, settings, arguments)
 
     @checked
     def estimate(

@@ -103,8 +103,8 @@ def as_target(target: TargetLike) -> Target:
     )
 
 
-def as_targets(target: Any, prompts: int | None) -> tuple[list[list[Target]], bool]:
-    """Sort out what each prompt's targets are, and whether they were given as lists.
+def as_targets(target: Any, prompts: int | None) -> list[Target | list[Target]]:
+    """Sort out what each prompt's target is, or its list of targets.
 
     Args:
         target: one target for all; a list with one a prompt, or with a list for each prompt; for one prompt
@@ -116,9 +116,9 @@ def as_targets(target: Any, prompts: int | None) -> tuple[list[list[Target]], bo
             is no target.
     """
     if not isinstance(target, (list, tuple)):
-        return [[as_target(target)]] * (prompts or 1), False
+        return [as_target(target)] * (prompts or 1)
     if prompts is None:
-        return [_listed(target, "the list of targets")], True
+        return [_listed(target, "the list of targets")]
     if len(target) != prompts:
         raise DePassError(
             f"there are {len(target)} targets for {prompts} prompts; pass one a prompt, one for all, or a "
@@ -126,27 +126,18 @@ def as_targets(target: Any, prompts: int | None) -> tuple[list[list[Target]], bo
         )
     lists = [isinstance(entry, (list, tuple)) for entry in target]
     if not any(lists):
-        return [[as_target(entry)] for entry in target], False
+        return [as_target(entry) for entry in target]
     if not all(lists):
         raise DePassError(
             f"the target of prompt {lists.index(False)} is no list, but others are; give every prompt a list"
         )
-    return [_listed(own, f"the list of targets of prompt {index}") for index, own in enumerate(target)], True
+    return [_listed(own, f"the list of targets of prompt {index}") for index, own in enumerate(target)]
 
 
 def _listed(targets: Sequence[Any], name: str) -> list[Target]:
     if not targets:
         raise DePassError(f"{name} is empty; give at least one, or None for the model's own next token")
     return [as_target(entry) for entry in targets]
-
-
-def has_constant(target: Target) -> bool:
-    """Say whether a target adds something of its own, which no component of the state has: an intercept."""
-    return isinstance(target, ProbeLogit) and bool(torch.as_tensor(_intercept(target)).any())
-
-
-def _intercept(target: ProbeLogit) -> Any:
-    return getattr(target.probe, "intercept_", 0.0)
 
 
 def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:
@@ -173,7 +164,7 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
         vector = torch.as_tensor(target.probe.coef_)
         if vector.ndim == 2 and len(vector) == 1:
             vector = vector[0]
-        constant = float(torch.as_tensor(_intercept(target)).flatten()[0])
+        constant = float(torch.as_tensor(getattr(target.probe, "intercept_", 0.0)).flatten()[0])
     if vector.shape != (hidden,):
         raise DePassError(
             f"{what}: its shape is {tuple(vector.shape)}, but the model's states have {hidden} numbers; "
@@ -207,8 +198,7 @@ def target_ids(
     prompt: str | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     vocabulary: int,
-    own: int,
-) -> list[int]:
+) -> list[int] | None:
     """Find the token that a target names and, for a contrast, its foil.
 
     Args:
@@ -216,14 +206,16 @@ def target_ids(
         prompt: the prompt up to the target's position; None where only ids were given.
         tokenizer: the model's tokenizer; needed for text.
         vocabulary: the number of tokens.
-        own: the model's own most likely next token.
+
+    Returns:
+        The ids; None for the model's own next token, which only its logits show.
 
     Raises:
         DePassError: as for `token_id`; or a contrast compares a token with itself.
     """
     if not isinstance(target, Contrast):
         if target.token is None:
-            return [own]
+            return None
         return [token_id(target.token, prompt, tokenizer, vocabulary, first=target.first)]
     ids = [
         token_id(token, prompt, tokenizer, vocabulary, first=target.first)

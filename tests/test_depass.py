@@ -114,7 +114,7 @@ def test_bad_input_is_named(depass: DePass, arguments: dict, message: str, monke
     def must_not_run(*_: object, **__: object) -> None:
         raise AssertionError("the expensive part has started")
 
-    monkeypatch.setattr("depass_lightning.depass.attribute_batch", must_not_run)
+    monkeypatch.setattr("depass_lightning.attribution.attribute.attribute_batch", must_not_run)
     with pytest.raises(DePassError, match=message):
         depass.attribute(**arguments)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from depass_lightning.attribution.attribute import attribute_targets
+from depass_lightning.attribution.attribute import attribute_batch, warn_of_gaps
+from depass_lightning.attribution.question import Question
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError, DePassWarning
@@ -65,10 +66,15 @@ def generate(
     _warn_of_borders(decoder, count, len(ids))
     text = continued(prompt, ids, tokenizer)
     # The token behind a position is that position's target.
-    targets = [Token(token, position=count - 1 + index) for index, token in enumerate(ids)]
-    (found,) = attribute_targets(decoder, tokenizer, text, targets, settings)
-    said = None if tokenizer is None else continuation(text.ids, count, tokenizer)
-    return Generation(list(found), said)
+    questions = [
+        Question.of(decoder, tokenizer, text, Token(token, position=count - 1 + index))
+        for index, token in enumerate(ids)
+    ]
+    ((results,),) = attribute_batch(decoder, tokenizer, [questions], settings)
+    if settings.complete:
+        warn_of_gaps(results)
+    decoded = None if tokenizer is None else continuation(text.ids, count, tokenizer)
+    return Generation(results, decoded)
 
 
 def _warn_of_borders(decoder: Decoder, count: int, new: int) -> None:

@@ -1,7 +1,7 @@
 """How a pass is made: what a call's arguments come to."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch.distributed import ProcessGroup
 
@@ -32,6 +32,8 @@ class Settings:
         attention_path: content, or control for what is added where attention's probabilities are not held
             fixed.
         budget: the engine's memory.
+        keeps_constants: constants are scored, not dropped.
+        layers: the model's number of blocks.
         spread: the processes that the components are spread over, if they are.
 
     Raises:
@@ -48,6 +50,8 @@ class Settings:
     adjoint: bool
     attention_path: str
     budget: Budget
+    keeps_constants: bool
+    layers: int
     spread: ComponentParallel | None = None
 
     def __post_init__(self) -> None:
@@ -66,11 +70,31 @@ class Settings:
 
     @property
     def complete(self) -> bool:
-        """Whether scores sum to the value, where no constant is left out."""
-        return self.attention_path == "content" and self.compat is None and self.rule_name != "dual"
+        """Whether scores must sum to the value."""
+        exact = self.attention_path == "content" and self.compat is None and self.rule_name != "dual"
+        return exact and self.keeps_constants
 
-    def begin(self, prompts: list[Prompt]) -> SplitContext:
-        """What sources must know of a batch's pass."""
+    @property
+    def last_source_layer(self) -> int:
+        """The last block at or in which components begin."""
+        return max(source.layers(self.layers)[-1] for source in self.sources)
+
+    def with_constants(self, constants: Iterable[float]) -> "Settings":
+        """Add the bias component for targets with a constant of their own, such as a probe's intercept.
+
+        Args:
+            constants: the targets' constants.
+        """
+        if not self.keeps_constants or not any(constants):
+            return self
+        return replace(self, bias=True, bias_mode="component")
+
+    def split_context(self, prompts: Sequence[Prompt]) -> SplitContext:
+        """What sources must know of a batch's pass.
+
+        Args:
+            prompts: the batch.
+        """
         return SplitContext(
             prompts,
             bias=self.bias,
@@ -122,6 +146,7 @@ def settings_of(
     check_sources(sources)
     for source in sources:
         source.layers(len(decoder.blocks))
+    keeps_constants = bias == "component"
     if compat == "paper_code":
         bias = "drop"
         chosen = paper_code_rule(chosen, remainder=sources[0].positional)
@@ -142,6 +167,8 @@ def settings_of(
         adjoint=adjoint,
         attention_path=attention_path,
         budget=Budget.default(decoder.device, memory_budget),
+        keeps_constants=keeps_constants,
+        layers=len(decoder.blocks),
         spread=spread,
     )
 

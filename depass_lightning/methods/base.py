@@ -7,11 +7,11 @@ from typing import Any, ClassVar, overload
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from depass_lightning.attribution.attribute import check_target
+from depass_lightning.attribution.question import ModelAnswer, Question
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.methods.model_runs import Answer, Batch, as_depass_runs
-from depass_lightning.prompts import IdsLike, Prompt, prompts_of, read_length
+from depass_lightning.methods.model_runs import Batch, as_depass_runs
+from depass_lightning.prompts import IdsLike, prompts_of, read_length
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source, Tokens
 from depass_lightning.targets import Contrast, TargetLike, Token, as_targets
@@ -150,40 +150,36 @@ class Baseline(Method):
     ) -> Any:
         decoder, tokenizer = self.depass.decoder, self.depass.tokenizer
         prompts = prompts_of(decoder, tokenizer, prompt, given["input_ids"], given["attention_mask"])
-        lists, several = as_targets(target, None if isinstance(prompt, str) else len(prompts))
-        if several:
-            raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
-        targets: list[Token | Contrast] = []
-        for entry, (aim,) in zip(prompts, lists, strict=True):
+        targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
+        questions: list[Question] = []
+        for entry, aim in zip(prompts, targets, strict=True):
+            if isinstance(aim, list):
+                raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
             if not isinstance(aim, (Token, Contrast)):
                 raise DePassError(
                     f"{self.name} explains a token or a contrast of two, not {type(aim).__name__}"
                 )
-            # What the model gives out is behind every layer.
-            check_target(decoder, tokenizer, entry, aim, 0)
+            questions.append(Question.of(decoder, tokenizer, entry, aim))
             self.source.describe(entry, decoder)
-            targets.append(aim)
-        lengths = [
-            read_length(decoder, own, own.resolve_position(aim.position))
-            for own, aim in zip(prompts, targets, strict=True)
-        ]
+        lengths = [read_length(decoder, question.prompt, question.position) for question in questions]
         kinds = [(decoder.regime(length), length) for length in lengths]
 
         def explain(numbers: list[int]) -> list[Attribution]:
-            chosen = [prompts[i] for i in numbers]
+            asked = [questions[i] for i in numbers]
             with as_depass_runs(decoder):
-                batch = Batch(decoder, tokenizer, chosen, [targets[i] for i in numbers])
+                batch = Batch(decoder, tokenizer, asked)
                 scores = self.score(batch)
                 answers = batch.answers
-            return [self._attribution(*own) for own in zip(chosen, answers, scores.detach(), strict=True)]
+            return [self._attribution(*own) for own in zip(asked, answers, scores.detach(), strict=True)]
 
         results = in_batches(kinds, batch_size, explain, progress)
         return results[0] if isinstance(prompt, str) else results
 
     def _attribution(
-        self, prompt: Prompt, answer: Answer, scores: Float[Tensor, "group component"]
+        self, question: Question, answer: ModelAnswer, scores: Float[Tensor, "group component"]
     ) -> Attribution:
         """Name one prompt's scores."""
+        prompt = question.prompt
         described = self.source.describe(prompt, self.depass.decoder)
         # In front of heads and neurons stands the rest of the state.
         first = 0 if self.source.positional else 1
@@ -203,7 +199,7 @@ class Baseline(Method):
             source=self.source.kind,
             rule=self.name,
             layer=self.source.layers(len(self.depass.decoder.blocks))[0],
-            position=answer.position,
+            position=question.position,
             prediction=answer.prediction,
             probability=answer.probability,
             rank=answer.rank,

@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.attribution.question import ModelAnswer, Question
 from depass_lightning.engine.freeze import Capture
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt, pad, read_length
-from depass_lightning.targets import Contrast, Token, finite, target_ids
-from depass_lightning.utils.tokenization import token_text
+from depass_lightning.prompts import pad, read_length
 
 
 @contextmanager
@@ -74,47 +72,31 @@ def run(
     return logits[rows, places], uncapped[rows, places]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One prompt's target as the model itself has it; as in `Attribution`."""
-
-    position: int
-    ids: list[int]
-    name: str
-    value: float
-    prediction: str
-    probability: float
-    rank: int
-
-
 class Batch:
     """Prompts that are scored together: cut behind their targets' positions, and padded on the right.
 
     Args:
         decoder: the model.
         tokenizer: to name tokens by; None shows ids.
-        prompts: the prompts.
-        targets: one a prompt.
+        questions: one a prompt, each about tokens.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase | None,
-        prompts: list[Prompt],
-        targets: list[Token | Contrast],
+        questions: list[Question],
     ) -> None:
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.targets = targets
-        ends = [own.resolve_position(aim.position) for own, aim in zip(prompts, targets, strict=True)]
-        self.rows = [
-            own.ids[: read_length(decoder, own, end)] for own, end in zip(prompts, ends, strict=True)
-        ]
+        self.questions = questions
+        self.prompts = [question.prompt for question in questions]
+        ends = [question.position for question in questions]
+        lengths = [read_length(decoder, question.prompt, question.position) for question in questions]
+        self.rows = [prompt.ids[:length] for prompt, length in zip(self.prompts, lengths, strict=True)]
         self.ids = pad(self.rows).to(decoder.device)
         self.positions = torch.tensor(ends, device=decoder.device)
-        self._answers: list[Answer] | None = None
+        self._answers: list[ModelAnswer] | None = None
 
     @property
     def real(self) -> Tensor:
@@ -123,7 +105,7 @@ class Batch:
         return places <= self.positions[:, None]
 
     @property
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[ModelAnswer]:
         """What the model itself says of the targets."""
         if self._answers is None:
             self.values()
@@ -160,28 +142,9 @@ class Batch:
         logits = uncapped.gather(1, wanted.to(uncapped.device)).to(self.decoder.dtype)
         return (logits * signs.to(logits)).sum(1)
 
-    def _read(self, logits: Tensor, uncapped: Tensor) -> list[Answer]:
-        answers = []
-        for row, (prompt, target) in enumerate(zip(self.prompts, self.targets, strict=True)):
-            position, own = int(self.positions[row]), logits[row].to(self.decoder.dtype)
-            ids = target_ids(
-                target,
-                prompt.text_until(position),
-                self.tokenizer,
-                self.decoder.vocabulary_size,
-                int(own.argmax()),
-            )
-            name = " − ".join(repr(token_text(token, self.tokenizer)) for token in ids)
-            values = uncapped[row, ids].to(self.decoder.dtype)
-            answers.append(
-                Answer(
-                    position=position,
-                    ids=ids,
-                    name=name,
-                    value=finite(float(values[0] - values[1:].sum()), name),
-                    prediction=token_text(int(own.argmax()), self.tokenizer),
-                    probability=float(own.softmax(-1)[ids[0]]),
-                    rank=1 + int((own > own[ids[0]]).sum()),
-                )
-            )
-        return answers
+    def _read(self, logits: Tensor, uncapped: Tensor) -> list[ModelAnswer]:
+        logits, uncapped = logits.to(self.decoder.dtype), uncapped.to(self.decoder.dtype)
+        return [
+            ModelAnswer.of_token(question, logits[row], uncapped[row], self.tokenizer)
+            for row, question in enumerate(self.questions)
+        ]

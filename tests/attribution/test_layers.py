@@ -71,5 +71,5 @@ def test_nothing_runs_before_the_first_layer_is_asked_for(depass: DePass, monkey
 
 @pytest.mark.parametrize("source", [Heads(1), Module("mlp", 1)])
 def test_a_layer_at_which_components_are_missing_is_refused(depass: DePass, source: Any) -> None:
-    with pytest.raises(DePassError, match="begin behind layer 1; take a later layer"):
+    with pytest.raises(DePassError, match="begin after layer 1; take a later layer"):
         depass.decompose(input_ids=prompt(9)[None], source=source, to_layer=1)

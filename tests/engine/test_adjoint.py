@@ -172,7 +172,7 @@ def test_a_target_inside_the_model(name: str, rule: Any) -> None:
     [
         ({"rule": "softmax", "engine": "adjoint"}, r"linear in the components: rule='taylor'"),
         ({"engine": "backward"}, r"choose 'auto' or 'propagate' or 'adjoint'"),
-        ({"target": Direction(torch.ones(36), 1), "source": Tokens(1)}, r"read it behind the source"),
+        ({"target": Direction(torch.ones(36), 1), "source": Tokens(1)}, r"read it at a later layer"),
         ({"target": Direction(torch.ones(35))}, r"shape is \(35,\), but the model's states have 36"),
         ({"target": Direction(torch.full((36,), torch.nan))}, r"the direction is not finite"),
         ({"target": ProbeLogit(object())}, r"it has no coef_"),

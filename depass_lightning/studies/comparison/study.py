@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from depass_lightning import tasks
-from depass_lightning.attribution.attribute import check_target
+from depass_lightning.attribution.question import Question
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import answered_right, check_percents
@@ -256,7 +256,7 @@ def _can_be_explained(depass: DePass, example: Example) -> bool:
     """Whether answer and foil begin with two tokens to this model, not with the same part of two names."""
     (prompt,) = prompts_of(depass.decoder, depass.tokenizer, example.prompt, None, None)
     try:
-        check_target(depass.decoder, depass.tokenizer, prompt, example.target(), 0)
+        Question.of(depass.decoder, depass.tokenizer, prompt, example.target())
     except DePassError:
         return False
     return True

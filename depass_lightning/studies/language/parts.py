@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from depass_lightning.attribution.forward import carry_to, record_batch
+from depass_lightning.attribution.forward import propagate_to, record_batch
 from depass_lightning.attribution.settings import settings_of
 from depass_lightning.depass import DePass
 from depass_lightning.engine.isolation import alone, exact
@@ -60,13 +60,14 @@ def carry_parts(
         own, error = [prompts[i] for i in batch], 0.0
         lengths = [len(prompt.ids) for prompt in own]
         with alone(decoder.model):
-            recording = record_batch(decoder, own, [[length - 1] for length in lengths], lengths, settings)
+            recording = record_batch(decoder, own, [[length - 1] for length in lengths], settings)
             last = torch.tensor(lengths, device=decoder.device)[:, None] - 1
             kept = [recording.kept.index(int(place)) for place in last]
             logits = recording.uncapped[range(len(own)), kept].to(recording.dtype)
             parts = []
+            context = settings.split_context(own)
             for source in sources:
-                carry = carry_to(recording, source, settings, settings.begin(own), recording.layers, last)
+                carry = propagate_to(recording, source, settings, context, recording.layers, last)
                 states = carry.read(recording.final_norm)[:, :, 0]
                 whole = states.sum(1)
                 given = whole @ unembedded.weight.T
