@@ -84,8 +84,17 @@ class AttentionRollout(_Attention):
 
     def of(self, layers: list[Tensor]) -> Tensor:
         identity = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype, device=layers[0].device)
-        rolled = identity
-        for own in layers:
-            both = own + identity
-            rolled = both / both.sum(-1, keepdim=True) @ rolled
-        return rolled
+        with_residual = [layer + identity for layer in layers]
+        return rolled_out([layer / layer.sum(-1, keepdim=True) for layer in with_residual])
+
+
+def rolled_out(layers: list[Tensor]) -> Float[Tensor, "*batch query key"]:
+    """Return the product of layers, the last one first: how much of each token is in each final position.
+
+    Args:
+        layers: each block's weights `[*batch, query, key]`, the first block first.
+    """
+    product = layers[0]
+    for layer in layers[1:]:
+        product = layer @ product
+    return product

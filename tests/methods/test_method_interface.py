@@ -20,7 +20,13 @@ from tests.reference.models import build, padded, prompt
 TARGET = Contrast(7, 11)
 PROMPTS = [prompt(length, seed=length) for length in (5, 9)]
 FAMILIES = ("llama", "gpt2", "gemma2", "falcon-rw", "gpt_oss")
-OPTIONS: dict[str, dict[str, Any]] = {"integrated_gradients": {"steps": 3}, "gradient_shap": {"samples": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "integrated_gradients": {"steps": 3},
+    "gradient_shap": {"samples": 2},
+    "shapley": {"samples": 1},
+    "lime": {"samples": 6},
+    "context_cite": {"samples": 6},
+}
 # Ids have no words. What these leave out of the longer prompt does not stand together.
 RANGES = Spans([(4, 5), (1, 3)], "token")
 
@@ -144,8 +150,8 @@ def test_frozen_parameters_do_not_matter() -> None:
 def test_what_cannot_be_scored_is_refused() -> None:
     depass = DePass(build("llama"))
     ids = prompt(5)[None]
-    with pytest.raises(DePassError, match="no method 'lime'; choose one of depass, taylor"):
-        make_method("lime", depass)
+    with pytest.raises(DePassError, match="no method 'sage'; choose one of depass, taylor"):
+        make_method("sage", depass)
     with pytest.raises(DePassError, match="no option 'stepz'; it takes steps, rows"):
         make_method("integrated_gradients", depass, stepz=3)
     with pytest.raises(DePassError, match="atp does not score Tokens"):

@@ -33,7 +33,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model's tokenizer does not k
 SPANS = Spans([(4, 6), (1, 3)], "token")
 GROUPS = [[0], [4, 5], [1, 2], [3, 6]]
 NAMES = [name for name, own in METHODS.items() if issubclass(own, Baseline) and Spans in own.sources]
-OPTIONS: dict[str, dict[str, Any]] = {"integrated_gradients": {"steps": 3}, "gradient_shap": {"samples": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "integrated_gradients": {"steps": 3},
+    "gradient_shap": {"samples": 2},
+    "shapley": {"samples": 1},
+    "lime": {"samples": 6},
+    "context_cite": {"samples": 6},
+}
 TEXTS = [
     "When Mary-Anna and John went out, John didn't give it to",
     "Then Anna met Mary. She gave a drink to",

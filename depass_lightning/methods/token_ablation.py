@@ -1,0 +1,91 @@
+"""The target's value on prompts without some of their tokens."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.methods.gradients import embeddings_of
+from depass_lightning.methods.model_runs import Batch, embeddings_replaced, run
+from depass_lightning.methods.token_method import TokenBaseline
+from depass_lightning.prompts import pad
+from depass_lightning.sources import Source
+
+
+class AblationBaseline(TokenBaseline):
+    """A method that runs the model on prompts without some of their tokens.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`, whose tokens go together.
+        how: `remove` takes tokens out of the prompt, which is encoded again and read after its last token;
+            `zero` sets their embeddings to zero and keeps all positions. Where `remove` would leave nothing,
+            the last token stays.
+        rows: the number of ablated prompts in one pass.
+
+    Raises:
+        DePassError: `how` is unknown, or there are no rows.
+    """
+
+    hows: ClassVar[tuple[str, ...]] = ("remove", "zero")
+
+    def __init__(
+        self,
+        depass: DePass,
+        source: Source | None = None,
+        *,
+        how: Literal["remove", "zero"] = "remove",
+        rows: int = 64,
+    ) -> None:
+        super().__init__(depass, source)
+        if how not in self.hows:
+            raise DePassError(f"{self.name}: how must be 'remove' or 'zero'; got {how!r}")
+        if rows < 1:
+            raise DePassError(f"{self.name}: rows must be at least 1; got {rows}")
+        self.how = how
+        self.rows = rows
+
+    def values(
+        self, batch: Batch, rows: Int[Tensor, "run"], removed: Bool[Tensor, "run position"]
+    ) -> Float[Tensor, "run"]:
+        """Return the target's value in prompts without some of their tokens.
+
+        Args:
+            batch: the prompts.
+            rows: the prompt of each run.
+            removed: the tokens that are ablated in each run.
+        """
+        wanted, signs = batch.wanted()
+        values = []
+        for start in range(0, len(rows), self.rows):
+            part = slice(start, start + self.rows)
+            logits = self._logits(batch, rows[part], removed[part])
+            values.append(self.read(batch, logits, wanted[rows[part]], signs[rows[part]]))
+        return torch.cat(values)
+
+    def read(
+        self, batch: Batch, logits: Float[Tensor, "run vocabulary"], wanted: Tensor, signs: Tensor
+    ) -> Float[Tensor, "run"]:
+        """Return what a run is judged by: the target's value.
+
+        Args:
+            batch: the prompts.
+            logits: the logits, before any soft cap.
+            wanted: `[run, 2]` the targets' tokens.
+            signs: `[run, 2]` how they count.
+        """
+        return batch.read(logits, wanted, signs)
+
+    def _logits(self, batch: Batch, rows: Tensor, removed: Tensor) -> Tensor:
+        if self.how == "zero":
+            embeddings = embeddings_of(batch).detach()[rows].masked_fill(removed[..., None], 0)
+            with embeddings_replaced(batch.decoder, embeddings):
+                return run(batch.decoder, batch.ids[rows], batch.positions[rows])[1]
+        kept = batch.real[rows] & ~removed
+        empty = ~kept.any(1)
+        kept[empty, batch.positions[rows][empty]] = True  # a model needs one token to read
+        ids = pad([row[left].tolist() for row, left in zip(batch.ids[rows], kept, strict=True)])
+        return run(batch.decoder, ids.to(batch.ids.device), kept.sum(1) - 1)[1]

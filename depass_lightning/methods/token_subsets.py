@@ -1,0 +1,128 @@
+"""Scores from the target's value on subsets of a prompt's tokens or spans."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from typing_extensions import override
+
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.methods.model_runs import Batch
+from depass_lightning.methods.random_scores import seed_of
+from depass_lightning.methods.token_ablation import AblationBaseline
+from depass_lightning.sources import Source
+
+Values = Callable[[Bool[Tensor, "subset candidate"]], Float[Tensor, "subset"]]
+"""The target's value with only the candidates kept that are true."""
+
+
+class SubsetBaseline(AblationBaseline):
+    """A method that is fitted to the target's value on subsets of a prompt's tokens or spans.
+
+    Special tokens, which stand for no text, are never removed and score zero. What is drawn depends on the
+    seed and the prompt alone.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`, whose tokens go together.
+        samples: the number of draws.
+        seed: of the draws.
+        how: `remove` takes tokens out of the prompt, which is encoded again and read after its last token;
+            `zero` sets their embeddings to zero and keeps all positions.
+        rows: the number of ablated prompts in one pass.
+
+    Raises:
+        DePassError: `how` is unknown, or a number is less than one.
+    """
+
+    def __init__(
+        self,
+        depass: DePass,
+        source: Source | None = None,
+        *,
+        samples: int = 32,
+        seed: int = 0,
+        how: Literal["remove", "zero"] = "remove",
+        rows: int = 64,
+    ) -> None:
+        super().__init__(depass, source, how=how, rows=rows)
+        if samples < 1:
+            raise DePassError(f"{self.name}: samples must be at least 1; got {samples}")
+        self.samples = samples
+        self.seed = seed
+
+    @override
+    def score(self, batch: Batch) -> Tensor:
+        whole, owners = batch.values(), self.owners(batch)
+        scores = whole.new_zeros(len(whole), int(owners.max()) + 1)
+        for row, ids in enumerate(batch.rows):
+            candidates = self._candidates(batch, row, owners[row])
+            if len(candidates):
+                values = self._values(batch, row, owners[row], candidates)
+                fitted = self.fit(values, len(candidates), seed_of(ids, self.seed))
+                scores[row, candidates] = fitted.to(scores)
+        return scores[:, None, 1:]
+
+    @abstractmethod
+    def fit(self, values: Values, count: int, seed: int) -> Float[Tensor, "candidate"]:
+        """Return the scores of one prompt's candidates.
+
+        Args:
+            values: the target's value on subsets of the candidates.
+            count: the number of candidates.
+            seed: of this prompt's draws.
+        """
+
+    def _candidates(self, batch: Batch, row: int, owners: Tensor) -> Tensor:
+        """Return the numbers of the components of one prompt that stand for text."""
+        offsets = batch.prompts[row].offsets
+        positions = range(len(batch.rows[row]))
+        text = [i for i in positions if offsets is None or offsets[i][1] > offsets[i][0]]
+        return owners[text].unique()
+
+    def _values(self, batch: Batch, row: int, owners: Tensor, candidates: Tensor) -> Values:
+        def values(kept: Tensor) -> Tensor:
+            # position -> candidate, [position, candidate]; each position belongs to at most one
+            members = owners[:, None] == candidates
+            removed = (~kept.to(members.device)).double() @ members.T.double() > 0
+            return self.values(batch, torch.full((len(kept),), row, device=owners.device), removed)
+
+        return values
+
+
+class SurrogateBaseline(SubsetBaseline):
+    """A linear surrogate with an L1 penalty, from which tokens or spans are kept to the target's value.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`, whose tokens go together.
+        samples: the number of ablated prompts.
+        alpha: the weight of the penalty.
+        seed: of the draws.
+        how: `remove` takes tokens out of the prompt, which is encoded again and read after its last token;
+            `zero` sets their embeddings to zero and keeps all positions.
+        rows: the number of ablated prompts in one pass.
+
+    Raises:
+        DePassError: `how` is unknown, a number is less than one, or alpha is not positive.
+    """
+
+    def __init__(
+        self,
+        depass: DePass,
+        source: Source | None = None,
+        *,
+        samples: int = 32,
+        alpha: float = 0.01,
+        seed: int = 0,
+        how: Literal["remove", "zero"] = "remove",
+        rows: int = 64,
+    ) -> None:
+        super().__init__(depass, source, samples=samples, seed=seed, how=how, rows=rows)
+        if not alpha > 0:
+            raise DePassError(f"{self.name}: alpha must be positive; got {alpha}")
+        self.alpha = alpha
