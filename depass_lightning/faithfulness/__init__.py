@@ -1,5 +1,6 @@
 """How well scores say what the model needs: parts taken away, and answers that are known."""
 
+from depass_lightning.faithfulness.ablation_agreement import AblationAgreement, Agreement, agreement
 from depass_lightning.faithfulness.accuracy import answered_right
 from depass_lightning.faithfulness.component_masking import (
     MASKED,
@@ -32,6 +33,7 @@ from depass_lightning.faithfulness.token_removal import (
     check_percents,
     removal_curves,
 )
+from depass_lightning.faithfulness.true_ablation import ablation_effects
 from depass_lightning.utils.bootstrap import Interval, bootstrap
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "PERCENTS",
     "RATIONALES",
     "ROW_MEASURES",
+    "AblationAgreement",
+    "Agreement",
     "Case",
     "Columns",
     "ComponentMasking",
@@ -53,6 +57,8 @@ __all__ = [
     "RemovalCurves",
     "ScoreMeasure",
     "TokenRemoval",
+    "ablation_effects",
+    "agreement",
     "answered_right",
     "area",
     "bootstrap",

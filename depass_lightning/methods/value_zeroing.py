@@ -1,9 +1,9 @@
 """Value zeroing: how much a token's value vector matters to each block's output, block after block.
 
-Source: Mohebbi et al., "Quantifying Context Mixing in Transformers" (EACL 2023, arXiv 2301.12971): `C[i, j]`
-is the cosine distance of a block's output at position i from the same output with the value vector of position
-j set to zero in all heads, the block's input unchanged. Rows are made to sum to one, and blocks are multiplied
-as in attention rollout; a block's output holds its residual, so that no identity is added.
+Source: Mohebbi et al., "Quantifying Context Mixing in Transformers" (EACL 2023, arXiv 2301.12971). `C[i, j]`
+is the cosine distance between a block's output at position i and the same output with the value vector of
+position j set to zero in all heads, the block's input unchanged. Rows are made to sum to one, and blocks are
+multiplied as in attention rollout; a block's output holds its residual, so that no identity is added.
 """
 
 from collections.abc import Callable
