@@ -73,7 +73,7 @@ def naive(depass: DePass, ids: Tensor, token: int) -> Tensor:
         gates[0, 1:] = 0
         gates[0, 0] = 1
         shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
-        components = components + (shares * mlp.neurons) @ mlp.down.weight.T
+        components = components + (shares * mlp.activations) @ mlp.down.weight.T
     row, _ = decoder.readout(torch.tensor([token]))
     return _normed(components, recording.final_norm)[:, -1] @ row[0]
 

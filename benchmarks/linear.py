@@ -75,7 +75,7 @@ def _shared(mlp: FrozenMLP, components: Tensor) -> Tensor:
     """What the MLP adds to every component under the softmax rule."""
     gates = _normed(components, mlp.norm) @ mlp.gate.weight.T
     shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
-    return (shares * mlp.neurons) @ mlp.down.weight.T
+    return (shares * mlp.activations) @ mlp.down.weight.T
 
 
 def head_cases(tokens: int) -> dict[str, Callable[[], Tensor]]:

@@ -40,7 +40,7 @@ def naive(depass: DePass, ids: Tensor, layer: int, token: int) -> Tensor:
     count = ids.shape[1]
     recording = record(decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
     block = recording.block(layer)
-    neurons = block.mlp.neurons[0].T[:, :, None] * block.mlp.down.weight.T[:, None]
+    neurons = block.mlp.activations[0].T[:, :, None] * block.mlp.down.weight.T[:, None]
     components = torch.cat([(recording.state(layer + 1)[0] - neurons.sum(0))[None], neurons])
     for index in range(layer + 1, recording.layers):
         block = recording.block(index)
@@ -55,7 +55,7 @@ def naive(depass: DePass, ids: Tensor, layer: int, token: int) -> Tensor:
         del projected
         gates = _normed(components, mlp.norm) @ mlp.gate.weight.T
         shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
-        components = components + (shares * mlp.neurons[0]) @ mlp.down.weight.T
+        components = components + (shares * mlp.activations[0]) @ mlp.down.weight.T
         del gates, shares
     row, _ = decoder.readout(torch.tensor([token]))
     return _normed(components, recording.final_norm)[:, -1] @ row[0]

@@ -19,6 +19,7 @@ TESTS = {
     "depass_lightning/engine/adjoint.py": "engine/adjoint engine/linear_rules",
     "depass_lightning/engine/variants/top_neurons.py": "engine/neurons",
     "depass_lightning/engine/freeze.py": "engine/twin models/families",
+    "depass_lightning/engine/attention.py": "engine/twin engine/batches",
     "depass_lightning/engine/state.py": "engine/twin engine/batches",
     "depass_lightning/engine/control.py": "engine/linear_rules engine/adjoint",
     "depass_lightning/engine/frozen.py": "engine/twin models/families",

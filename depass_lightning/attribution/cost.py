@@ -17,6 +17,7 @@ import torch
 
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.adjoint import at_readout, backward
+from depass_lightning.engine.attention import propagate_attention
 from depass_lightning.engine.component_groups import DenseGroup
 from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.memory import Budget
@@ -154,7 +155,7 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
         return _Rates(plain, 0.0, 0.0, len(ids))
     block = recording.block(len(decoder.blocks) // 2)  # neither the first nor the last
     count = max(1, rows // len(ids))
-    components = block.state[:, None].expand(-1, count, -1, -1) / count
+    components = block.resid_pre[:, None].expand(-1, count, -1, -1) / count
     positions = torch.arange(len(ids), device=decoder.device)[None]
     real = torch.ones_like(positions, dtype=torch.bool)
 
@@ -162,7 +163,7 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
         carry = DecomposedState.begin(
             DenseGroup(components), real, positions, bias=None, budget=settings.budget
         )
-        carry.propagate_attention(block.attention)
+        propagate_attention(carry, block.attention)
         propagate_mlp(carry, block.mlp, settings.rule)
 
     with alone(decoder.model):

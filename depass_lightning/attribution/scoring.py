@@ -114,7 +114,7 @@ def _scores_of_propagated(
         targets_at.setdefault(place, []).append(target)
     for place, selected in targets_at.items():  # one place after another, to bound memory
         index = torch.full_like(places[:, :1], place) if few else places[:, place : place + 1]
-        state_there = state if few and count == 1 else state.at(index)
+        state_there = state if few and count == 1 else state.select_positions(index)
         states = state_there.read(recording.final_norm) if readout.normed else state_there.dense()
         # [batch, target, hidden] @ [batch, hidden, component]
         scores[:, selected] = readout.vectors[:, selected] @ states[:, :, 0].mT
@@ -146,7 +146,7 @@ def _scores_of_neurons(
     assert isinstance(source, Neurons)
     (layer,) = source.layers(recording.layers)
     split = source.split(recording, context)
-    group = None if layer >= readout.layer else split.inside(recording.block(layer), "after")
+    group = None if layer >= readout.layer else split.inside(recording.block(layer), "resid_post")
     if not isinstance(group, NeuronGroup):
         raise DePassError(f"neurons of block {layer} begin after layer {readout.layer}; take a later layer")
     batch = torch.arange(len(readout.positions), device=readout.positions.device)
@@ -226,7 +226,7 @@ def _swept_back(
                 continue
             group = source.inside_scores(gradients, context)
             if group is None:
-                group = source.entry_scores(recording, context, block, gradients.entry)
+                group = source.entry_scores(recording, context, block, gradients.resid_pre)
             assert group is not None
             groups.append(group)
     return [torch.stack(groups[::-1], 1) for groups in scores]

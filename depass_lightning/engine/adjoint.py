@@ -53,21 +53,21 @@ class BlockGradients:
 
     Args:
         block: the frozen block.
-        entry: at its entry.
-        middle: between its attention and its MLP.
-        after: behind its MLP.
-        beside: by what its MLP reads, where that is what enters the block and not the middle.
+        resid_pre: by the state that enters it.
+        resid_mid: by the state between its attention and its MLP.
+        resid_post: by the state that leaves it.
+        mlp_input: through the MLP of a parallel block, by the state that enters it; None in other blocks.
         heads: by each head's mixed values, `[batch, position, head, size]`.
-        neurons: by each neuron's value.
+        activations: by each neuron's value.
     """
 
     block: FrozenBlock
-    entry: TargetGradient
-    middle: TargetGradient
-    after: TargetGradient
-    beside: Float[Tensor, "batch position hidden"] | None
+    resid_pre: TargetGradient
+    resid_mid: TargetGradient
+    resid_post: TargetGradient
+    mlp_input: Float[Tensor, "batch position hidden"] | None
     heads: Float[Tensor, "batch position head size"]
-    neurons: Float[Tensor, "batch position neuron"]
+    activations: Float[Tensor, "batch position neuron"]
 
 
 def at_readout(
@@ -132,15 +132,15 @@ def backward(
 
 def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: TargetGradient, neurons: Tensor) -> TargetGradient:
     """From behind the MLP to what it reads."""
-    gates = neurons * rule.slopes(mlp.pre_activations, mlp.neurons)
+    gates = neurons * rule.slopes(mlp.pre_activations, mlp.activations)
     normed, constants = _through(mlp.gate, mlp.norm, gates if rule.gate == 1 else rule.gate * gates)
     if rule.up:
         assert mlp.up is not None  # checked with the settings
         values = torch.nn.functional.linear(mlp.normed.to(neurons), mlp.up.weight, mlp.up.bias)
-        ups = rule.up * neurons * rule.slopes(values, mlp.neurons)
+        ups = rule.up * neurons * rule.slopes(values, mlp.activations)
         beside, added = _through(mlp.up, mlp.norm, ups)
         normed, constants = normed + beside, constants + added
-    return TargetGradient(_before_norm(mlp.norm, normed), constants + _of_constants(after, mlp.added))
+    return TargetGradient(_before_norm(mlp.norm, normed), constants + _of_constants(after, mlp.bias_terms))
 
 
 def _through_attention(
@@ -157,7 +157,7 @@ def _through_attention(
         normed, constants = normed + beside, constants + added
         if attention.norm.probe.bias is not None:
             constants = constants + beside.sum(1) @ attention.norm.probe.bias
-    constants = constants + _of_constants(middle, attention.added)
+    constants = constants + _of_constants(middle, attention.bias_terms)
     return TargetGradient(_before_norm(attention.norm, normed), constants)
 
 

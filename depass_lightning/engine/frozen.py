@@ -185,7 +185,7 @@ class FrozenAttention:
         probabilities: of each query for each key; they need not sum to one.
         value: the value map.
         output: the output map, without its bias.
-        added: what it adds at each position besides, from biases.
+        bias_terms: what biases add at each position.
         call: how the model called it.
     """
 
@@ -193,7 +193,7 @@ class FrozenAttention:
     probabilities: Float[Tensor, "batch head query key"]
     value: AffineMap
     output: AffineMap
-    added: Float[Tensor, "batch position hidden"] | None
+    bias_terms: Float[Tensor, "batch position hidden"] | None
     call: AttentionCall
 
     @property
@@ -269,29 +269,29 @@ class FrozenMLP:
     Args:
         norm: what it reads the residual stream through.
         gate: the map to the pre-activations.
-        beside: the map beside the gate, if there is one that is known.
+        up_projection: the up map, read when `up` is asked for; None where there is none, or it is not known.
         down: the map from the neurons' values, without its bias.
-        added: what it adds at each position besides, from biases.
+        bias_terms: what biases add at each position.
         pre_activations: the activation's true input, biases included.
-        neurons: the neurons' true values, which the down map reads.
+        activations: the neurons' true values, which the down map reads.
         normed: what gate and up map read, in the model's precision.
         experts: where it is a mixture, its experts, a shared one among them.
     """
 
     norm: FrozenNorm
     gate: AffineMap
-    beside: Projection | None
+    up_projection: Projection | None
     down: AffineMap
-    added: Float[Tensor, "batch position hidden"] | None
+    bias_terms: Float[Tensor, "batch position hidden"] | None
     pre_activations: Float[Tensor, "batch position neuron"]
-    neurons: Float[Tensor, "batch position neuron"]
+    activations: Float[Tensor, "batch position neuron"]
     normed: Float[Tensor, "batch position hidden"]
     experts: tuple[Expert, ...] | None = None
 
     @cached_property
     def up(self) -> AffineMap | None:
         """The map beside the gate, read when it is asked for: most rules do not need it."""
-        return None if self.beside is None else self.beside.linear(self.neurons.dtype)
+        return None if self.up_projection is None else self.up_projection.linear(self.activations.dtype)
 
 
 @dataclass(frozen=True)
@@ -300,15 +300,15 @@ class FrozenBlock:
 
     Args:
         index: the block's number.
-        state: the residual stream that enters it.
-        leaving: the residual stream that leaves it.
+        resid_pre: the residual stream that enters it.
+        resid_post: the residual stream that leaves it.
         attention: its first sublayer.
         mlp: its second sublayer.
         parallel: the MLP reads what enters the block, beside attention.
     """
 
     index: int
-    state: Float[Tensor, "batch position hidden"]
+    resid_pre: Float[Tensor, "batch position hidden"]
     resid_post: Float[Tensor, "batch position hidden"]
     attention: FrozenAttention
     mlp: FrozenMLP
@@ -317,14 +317,14 @@ class FrozenBlock:
     @cached_property
     def attention_output(self) -> Float[Tensor, "batch position hidden"]:
         """What attention adds to the residual stream, biases included."""
-        values, constants = self.attention.head_values(self.state)
+        values, constants = self.attention.head_values(self.resid_pre)
         total = values if constants is None else values + constants
-        return _plus(total.flatten(2) @ self.attention.output.weight.T, self.attention.added)
+        return _plus(total.flatten(2) @ self.attention.output.weight.T, self.attention.bias_terms)
 
     @cached_property
     def mlp_output(self) -> Float[Tensor, "batch position hidden"]:
         """What the MLP adds to the residual stream, biases included."""
-        return _plus(self.mlp.neurons @ self.mlp.down.weight.T, self.mlp.added)
+        return _plus(self.mlp.activations @ self.mlp.down.weight.T, self.mlp.bias_terms)
 
 
 def _plus(states: Tensor, added: Tensor | None) -> Tensor:

@@ -32,26 +32,26 @@ def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelR
     sharing = MLPStep.of(carry, mlp)
     if isinstance(rule, ParallelRule):
         sharing.among_processes(rule)
-        carry.beside = None
+        carry.mlp_input = None
         return
     slopes = None
     if isinstance(rule, TaylorRule):
         slopes = rule.slopes(carry.at_positions(mlp.pre_activations), sharing.neurons)
     limit = sharing.limit
     for chunk in carry.layout.chunks(limit):
-        count = len(chunk.row_at)
+        count = len(chunk.row_places)
         if mlp.experts is not None:
             sharing.among_experts(rule, chunk, slopes)
         elif slopes is not None:
             for part in _parts(count, limit):
                 gates = sharing.gates(chunk, part)
-                sharing.add_down(chunk, part, gates.mul_(slopes[chunk.row_at[part]]))
+                sharing.add_down(chunk, part, gates.mul_(slopes[chunk.row_places[part]]))
         elif isinstance(rule, CompetingRule):
-            if count > limit and len(chunk.at) == 1:  # one position alone is too large
+            if count > limit and len(chunk.places) == 1:  # one position alone is too large
                 sharing.in_parts(rule, chunk)
             else:
                 sharing.whole(rule, chunk)
-    carry.beside = None
+    carry.mlp_input = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class MLPStep:
             carry,
             mlp,
             carry.at_positions(mlp.norm.scale),
-            carry.at_positions(mlp.neurons),
+            carry.at_positions(mlp.activations),
             mlp.norm.constant_through(mlp.gate),
-            None if mlp.added is None else carry.at_positions(mlp.added),
+            None if mlp.bias_terms is None else carry.at_positions(mlp.bias_terms),
         )
 
     @property
@@ -93,7 +93,7 @@ class MLPStep:
     def gates(self, chunk: Chunk, part: slice) -> Tensor:
         """The components' parts of the pre-activation, for some of a chunk's rows."""
         rows = self._read(chunk)[part]
-        gates = self.mlp.norm(rows, self.scale[chunk.row_at[part]]) @ self.mlp.gate.weight.T
+        gates = self.mlp.norm(rows, self.scale[chunk.row_places[part]]) @ self.mlp.gate.weight.T
         if self.constant is not None:
             gates[_within(chunk.bias, part)] += self.constant
         return gates
@@ -107,15 +107,15 @@ class MLPStep:
 
     def whole(self, rule: CompetingRule, chunk: Chunk) -> None:
         """Share the neurons of a chunk whose segments each fit."""
-        everything = slice(0, len(chunk.row_at))
+        everything = slice(0, len(chunk.row_places))
         gates = self.gates(chunk, everything)
         present = torch.cat([nonzero(gates[run.rows]) for run in chunk.runs])
         all_present = bool(present.all())
-        neurons = self.neurons[chunk.at]
+        neurons = self.neurons[chunk.places]
         for run in chunk.runs:
             table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
             live = present[run.rows].view(*table.shape[:2], 1)
-            prepared, live = rule.prepare(table, live, self._at_origin(chunk.at[run.segments]))
+            prepared, live = rule.prepare(table, live, self._at_origin(chunk.places[run.segments]))
             shares = rule.shares(prepared, live, all_present=all_present)
             torch.mul(shares, neurons[run.segments, None], out=table)
             if rule.complete and not all_present:
@@ -124,8 +124,8 @@ class MLPStep:
 
     def in_parts(self, rule: CompetingRule, chunk: Chunk) -> None:
         """Share one position's neurons among more components than fit at once: twice over them, in parts."""
-        count, limit = len(chunk.row_at), self.limit
-        neurons = self.neurons[chunk.at]
+        count, limit = len(chunk.row_places), self.limit
+        neurons = self.neurons[chunk.places]
         # Gates that fit by themselves are kept for the second time.
         keep = count <= self.carry.budget.rows(neurons.shape[1], neurons.dtype)
         kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -134,10 +134,10 @@ class MLPStep:
             if part.start in kept:
                 return kept.pop(part.start)
             gates = self.gates(chunk, part)
-            at_origin = self._at_origin(chunk.at) & (part.start == 0)
+            at_origin = self._at_origin(chunk.places) & (part.start == 0)
             return rule.prepare(gates[None], nonzero(gates)[None], at_origin)
 
-        summary, any_present = None, torch.zeros_like(chunk.at, dtype=torch.bool)
+        summary, any_present = None, torch.zeros_like(chunk.places, dtype=torch.bool)
         for part in _parts(count, limit):
             gates, present = table(part)
             own = rule.summarise(gates, present, part.start)
@@ -206,10 +206,10 @@ class MLPStep:
         """This carry's rows in pieces that fit: the chunk, the rows in it, and the places they stand at."""
         limit = self.limit
         for chunk in self.carry.layout.chunks(limit):
-            if len(chunk.row_at) > limit and len(chunk.at) == 1:
-                yield from ((chunk, part, chunk.at) for part in _parts(len(chunk.row_at), limit))
+            if len(chunk.row_places) > limit and len(chunk.places) == 1:
+                yield from ((chunk, part, chunk.places) for part in _parts(len(chunk.row_places), limit))
             else:
-                yield from ((chunk, run.rows, chunk.at[run.segments]) for run in chunk.runs)
+                yield from ((chunk, run.rows, chunk.places[run.segments]) for run in chunk.runs)
 
     def _assign_unclaimed_everywhere(self, any_present: Tensor) -> None:
         """Give a place's whole output to one component where none competes for it, if that lives here."""
@@ -233,12 +233,12 @@ class MLPStep:
         for expert in self.mlp.experts or ():
             active = self.carry.at_positions(expert.active)
             for run in chunk.runs:
-                segments = active[chunk.at[run.segments]].nonzero()[:, 0]
+                segments = active[chunk.places[run.segments]].nonzero()[:, 0]
                 if len(segments):
                     self._expert(rule, chunk, run, expert, segments, slopes, added)
         # Every expert reads what the rows were before any of them wrote.
         rows += added
-        self._add_constants(chunk, slice(0, len(chunk.row_at)), rows)
+        self._add_constants(chunk, slice(0, len(chunk.row_places)), rows)
         self.carry.release_pages()
 
     def _expert(
@@ -256,10 +256,10 @@ class MLPStep:
         every = torch.arange(members, device=segments.device)
         rows = (run.rows.start + segments[:, None] * members + every).flatten()
         gate, down = self.mlp.gate.weight[expert.neurons], self.mlp.down.weight[:, expert.neurons]
-        gates = self.mlp.norm(self._read(chunk)[rows], self.scale[chunk.row_at[rows]]) @ gate.T
+        gates = self.mlp.norm(self._read(chunk)[rows], self.scale[chunk.row_places[rows]]) @ gate.T
         if self.constant is not None:
             gates[torch.isin(rows, chunk.bias)] += self.constant[expert.neurons]
-        at = chunk.at[run.segments][segments]
+        at = chunk.places[run.segments][segments]
         table = gates.unflatten(0, (len(segments), members))
         if slopes is not None:
             shared = table * slopes[at][:, None, expert.neurons]
@@ -274,14 +274,14 @@ class MLPStep:
 
     def _read(self, chunk: Chunk) -> Float[Tensor, "row hidden"]:
         """A chunk's rows as the MLP reads them."""
-        source = self.carry.rows if self.carry.beside is None else self.carry.beside
+        source = self.carry.rows if self.carry.mlp_input is None else self.carry.mlp_input
         return source[chunk.rows]
 
     def _add_constants(self, chunk: Chunk, part: slice, rows: Float[Tensor, "row hidden"]) -> None:
         """Add what biases behind the neurons add to the bias component."""
         if self.added is not None:
             bias = _within(chunk.bias, part)
-            rows[bias] += self.added[chunk.row_at[part][bias]]
+            rows[bias] += self.added[chunk.row_places[part][bias]]
 
     def _at_origin(self, at: Tensor) -> Bool[Tensor, "segment"]:
         """Which segments are a prompt's first position."""
@@ -297,7 +297,7 @@ class MLPStep:
     ) -> None:
         """Give a position's whole output of some neurons to one component where none competes for it."""
         if not bool(any_present.all()):
-            rows, at = chunk.fallback[run][segments][~any_present], chunk.at[run][segments][~any_present]
+            rows, at = chunk.fallback[run][segments][~any_present], chunk.places[run][segments][~any_present]
             output = self.neurons[at][:, neurons] @ self.mlp.down.weight[:, neurons].T
             self.carry.rows.index_add_(0, rows, output)
 

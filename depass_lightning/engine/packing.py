@@ -38,16 +38,16 @@ class Chunk:
     Args:
         rows: the rows.
         runs: the chunk's segments by their size.
-        at: `[segment]` the flat `batch * position` index of each segment.
-        row_at: `[row]` the same for each row.
+        places: `[segment]` the flat `batch * position` index of each segment.
+        row_places: `[row]` the same for each row.
         bias: rows of the bias component, counted from the chunk's start.
         fallback: `[segment]` the row that takes what no component of a segment competes for.
     """
 
     rows: slice
     runs: list[Run]
-    at: Int[Tensor, "segment"]
-    row_at: Int[Tensor, "row"]
+    places: Int[Tensor, "segment"]
+    row_places: Int[Tensor, "row"]
     bias: Int[Tensor, "row"]
     fallback: Int[Tensor, "segment"]
 
@@ -58,7 +58,7 @@ class ComponentBlock:
 
     Args:
         rows: `[row]` their rows.
-        at: `[row]` the flat `batch * position` index of each row.
+        places: `[row]` the flat `batch * position` index of each row.
         where: the rows' places in a dense `[batch, position, component]` table, one index tensor an axis.
         first: the first position that the table covers.
         shape: the table's shape.
@@ -66,7 +66,7 @@ class ComponentBlock:
     """
 
     rows: Int[Tensor, "row"]
-    at: Int[Tensor, "row"]
+    places: Int[Tensor, "row"]
     where: tuple[Tensor, Tensor, Tensor]
     first: int
     shape: tuple[int, int, int]
@@ -78,14 +78,14 @@ class Layout:
     """Maps `(prompt, position, component)` to a row.
 
     Args:
-        alive: `[batch, position, group, component]` which components live where.
+        present: `[batch, position, group, component]` which components live where.
         competes: the same shape; which of the living take part in sharing neurons.
         bias: the bias component's index inside each group, or None.
         fallback: the component, inside each group, that takes a neuron for which no component competes.
         device: where the indices are needed.
     """
 
-    alive: Bool[Tensor, "batch position group component"]
+    present: Bool[Tensor, "batch position group component"]
     competes: Bool[Tensor, "batch position group component"]
     bias: int | None
     fallback: int
@@ -100,7 +100,7 @@ class Layout:
     _blocks: dict[int, list[ComponentBlock]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        batch, positions, groups, members = self.alive.shape
+        batch, positions, groups, members = self.present.shape
         # Segments of equal size stand together: a chunk of them is a dense table and needs no gathering.
         competing = self.competes.transpose(2, 1).reshape(batch * groups * positions, members)
         counts = competing.sum(1)
@@ -108,7 +108,7 @@ class Layout:
         order = order[counts[order] > 0]
         segment, component = competing[order].nonzero(as_tuple=True)
         prompt, group, position = self._place(order[segment])
-        quiet = (self.alive & ~self.competes).nonzero(as_tuple=True)
+        quiet = (self.present & ~self.competes).nonzero(as_tuple=True)
         prompt, position, group, component = (
             torch.cat([loud, silent])
             for loud, silent in zip((prompt, position, group, component), quiet, strict=True)
@@ -123,7 +123,7 @@ class Layout:
     @property
     def groups(self) -> int:
         """The number of groups that compete among themselves only."""
-        return self.alive.shape[2]
+        return self.present.shape[2]
 
     @property
     def components(self) -> int:
@@ -147,14 +147,14 @@ class Layout:
 
     def _place(self, segment: Int[Tensor, "segment"]) -> tuple[Tensor, Tensor, Tensor]:
         """The prompt, the group and the position of segments, counted through in this order."""
-        _, positions, groups, _ = self.alive.shape
+        _, positions, groups, _ = self.present.shape
         prompt, rest = segment // (groups * positions), segment % (groups * positions)
         return prompt, rest // positions, rest % positions
 
     def _chunk(self, segments: slice, rows: slice) -> Chunk:
-        _, positions, _, members = self.alive.shape
+        _, positions, _, members = self.present.shape
         prompt, group, position = self._place(self._segments[segments])
-        at = prompt * positions + position
+        places = prompt * positions + position
         bias = (self._row_component[rows] == (-1 if self.bias is None else self.bias)).nonzero()[:, 0]
         runs, row, segment = [], 0, 0
         sizes, repeats = self._counts[segments].unique_consecutive(return_counts=True)
@@ -164,8 +164,8 @@ class Layout:
         return Chunk(
             rows=rows,
             runs=runs,
-            at=at.to(self.device),
-            row_at=at[self._row_segment[rows] - segments.start].to(self.device),
+            places=places.to(self.device),
+            row_places=places[self._row_segment[rows] - segments.start].to(self.device),
             bias=bias.to(self.device),
             fallback=self.index[prompt, position, group * members + self.fallback].to(self.device),
         )
@@ -189,13 +189,13 @@ class Layout:
         prompt, position, component = lives.nonzero(as_tuple=True)
         first = int(position.min())
         rows = self.index[prompt, position, component + components.start]
-        members = self.alive.shape[3]
+        members = self.present.shape[3]
         is_bias = (component + components.start) % members == (-1 if self.bias is None else self.bias)
         batch, positions, count = lives.shape
         to = self.device
         return ComponentBlock(
             rows=rows.to(to),
-            at=(prompt * positions + position).to(to),
+            places=(prompt * positions + position).to(to),
             where=(prompt.to(to), (position - first).to(to), component.to(to)),
             first=first,
             shape=(batch, positions - first, count),
@@ -239,10 +239,9 @@ def token_layout(
     """
     start_positions, lengths = start_positions.cpu(), lengths.cpu()
     position = torch.arange(positions)
-    alive = (position[None, :, None] >= start_positions[:, None, :]) & (position[None, :] < lengths[:, None])[
-        :, :, None
-    ]
-    competes = alive.clone()
+    started = position[None, :, None] >= start_positions[:, None, :]
+    present = started & (position[None, :] < lengths[:, None])[:, :, None]  # [batch, position, component]
+    competes = present.clone()
     if exclude_first:
         competes[:, 1:, first] = False
-    return Layout(alive[:, :, None], competes[:, :, None], bias, first, device)
+    return Layout(present[:, :, None], competes[:, :, None], bias, first, device)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from depass_lightning.engine.attention import propagate_attention
 from depass_lightning.engine.component_groups import (
     ComponentGroup,
     DenseGroup,
@@ -26,7 +27,7 @@ from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import Rule
 from depass_lightning.engine.state import DecomposedState
 
-Place = Literal["middle", "after"]
+Place = Literal["resid_mid", "resid_post"]
 
 
 class Injection(Protocol):
@@ -78,7 +79,7 @@ def propagate(
     with exact(device):
         carry = split.at_entry(recording)
         if carry is not None and split.first == stop and positions is not None:
-            carry = carry.at(positions)
+            carry = carry.select_positions(positions)
     if carry is not None:
         yield split.first, carry
     deferred: NeuronGroup | None = None
@@ -88,20 +89,20 @@ def propagate(
         with exact(device):
             block = recording.block(layer)
             if carry is not None and block.parallel:
-                carry.beside = carry.rows.clone()
+                carry.mlp_input = carry.rows.clone()
             if deferred is not None:
                 carry, deferred = after_attention(recording, split, deferred, block, wanted), None
             elif carry is not None and last:
-                carry = carry.propagate_attention_at(block.attention, wanted)
+                carry = propagate_attention(carry, block.attention, wanted)
             elif carry is not None:
-                carry.propagate_attention(block.attention)
-            before, group = carry, split.inside(block, "middle")
+                propagate_attention(carry, block.attention)
+            before, group = carry, split.inside(block, "resid_mid")
             carry = _take_in(recording, split, group, carry, wanted)
             if carry is not None and group is not None and block.parallel:
-                carry.read_beside(before)
+                carry.keep_mlp_input(before)
             if carry is not None:
                 propagate_mlp(carry, block.mlp, rule)
-            group = split.inside(block, "after")
+            group = split.inside(block, "resid_post")
             ahead = positions is not None and layer == stop - 2 and not block.parallel
             if isinstance(group, NeuronGroup) and carry is None and ahead:
                 deferred = group  # only the next attention's target needs it
@@ -129,9 +130,8 @@ def after_attention(
     """
     length = recording.input_ids.shape[1]
     everywhere = torch.arange(length, device=positions.device).expand(len(positions), -1)
-    base = split.begin(recording, DenseGroup(group.base), everywhere).propagate_attention_at(
-        block.attention, positions
-    )
+    base = split.begin(recording, DenseGroup(group.base), everywhere)
+    base = propagate_attention(base, block.attention, positions)
     return split.begin(
         recording, NeuronGroupAfterAttention(group, block.attention, base.dense(), positions), positions
     )

@@ -132,11 +132,11 @@ def _check_block(
     frozen = recording.block(block.index)
     name = f"block {block.index} of {type(decoder.model).__name__}"
     added = frozen.attention_output + frozen.mlp_output
-    left = recording.state(block.index + 1) - frozen.state
+    left = recording.state(block.index + 1) - frozen.resid_pre
     _check_gate(frozen, block, activations, limit, name)
     # The model's own precision rounds what stands in the stream, which may be far more than a block adds.
     grain = torch.finfo(decoder.model_dtype).eps
-    stream = frozen.state.norm(dim=-1) + frozen.resid_post.norm(dim=-1)
+    stream = frozen.resid_pre.norm(dim=-1) + frozen.resid_post.norm(dim=-1)
     error = float(((added - left).norm(dim=-1) / (left.norm(dim=-1) + stream * grain / limit)).max())
     if not error <= limit:
         # Which sublayer is it? Attention's own output stands at its module, where no norm is behind it.
@@ -154,11 +154,13 @@ def _check_gate(
 ) -> None:
     """Check that the gate map gives what the activation reads, and the map beside it the rest."""
     mlp = frozen.mlp
-    read = frozen.state if frozen.parallel else frozen.state + frozen.attention_output
+    read = frozen.resid_pre if frozen.parallel else frozen.resid_pre + frozen.attention_output
     normed = mlp.norm(read.flatten(0, 1), mlp.norm.scale.flatten())
     constant = mlp.norm.constant_through(mlp.gate)
     gates = (normed @ mlp.gate.weight.T).view(*read.shape[:2], -1) + (0 if constant is None else constant)
-    routed = mlp.neurons != 0 if block.mlp.experts is not None else torch.ones_like(gates, dtype=torch.bool)
+    routed = (
+        mlp.activations != 0 if block.mlp.experts is not None else torch.ones_like(gates, dtype=torch.bool)
+    )
     error = _distance(gates[routed], mlp.pre_activations[routed])
     _expect(error, limit, f"{name}, MLP: the gate map does not give the pre-activations from what it reads")
     if block.mlp.dense is None or not activations.seen:

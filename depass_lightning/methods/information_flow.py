@@ -47,7 +47,7 @@ class InformationFlow(TokenBaseline):
 
 def _routes(block: FrozenBlock) -> Float[Tensor, "batch query key"]:
     """Return what part of each position's state after attention comes from each position."""
-    attention, state = block.attention, block.state
+    attention, state = block.attention, block.resid_pre
     batch, positions, _ = state.shape
     normed = attention.norm(state.flatten(0, 1), attention.norm.scale.flatten())
     values = normed @ attention.value.weight.T

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.question import ModelAnswer, Question
-from depass_lightning.engine.freeze import Capture
+from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import pad, read_length

@@ -173,7 +173,7 @@ class GroupInjection:
         if begun is None:
             return None
         group, constants = begun
-        return self._with_bias(group, torch.zeros_like(block.state) if constants is None else constants)
+        return self._with_bias(group, torch.zeros_like(block.resid_pre) if constants is None else constants)
 
     def begin(
         self, recording: Recording, group: ComponentGroup, positions: Int[Tensor, "batch position"]
@@ -206,8 +206,8 @@ class GroupSource(Source):
 
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor | None:
         places: tuple[tuple[Place, TargetGradient], ...] = (
-            ("middle", derivatives.middle),
-            ("after", derivatives.after),
+            ("resid_mid", derivatives.resid_mid),
+            ("resid_post", derivatives.resid_post),
         )
         for place, derivative in places:
             begun = self.inside(derivatives.block, place, settings)
@@ -219,9 +219,9 @@ class GroupSource(Source):
                 if constants is not None:
                     total = total + derivative.of(constants[:, None])[:, 0]
                 scores = derivative.of(components)
-                if place == "middle" and derivatives.beside is not None:
+                if place == "resid_mid" and derivatives.mlp_input is not None:
                     # Only the base was there already when the MLP read the block's input.
-                    scores[:, 0] += (components[:, 0] * derivatives.beside).sum((1, 2))
+                    scores[:, 0] += (components[:, 0] * derivatives.mlp_input).sum((1, 2))
                 return with_constants(scores, total, settings)
         return None
 

@@ -58,29 +58,29 @@ class Heads(_Blockwise):
     kind: ClassVar[str] = "heads"
 
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
-        if place != "middle":
+        if place != "resid_mid":
             return None
         attention = block.attention
-        values, constants = attention.head_values(block.state)
+        values, constants = attention.head_values(block.resid_pre)
         heads = attention.head_outputs(values)
-        total = attention.added
+        total = attention.bias_terms
         if constants is not None:
             mixed = constants.flatten(2) @ attention.output.weight.T
             total = mixed if total is None else mixed + total
-        return DenseGroup(torch.cat([block.state[:, None], heads], 1)), total
+        return DenseGroup(torch.cat([block.resid_pre[:, None], heads], 1)), total
 
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
         """Without ever building a head's state: its score is its values times the derivative by them."""
-        block, middle = derivatives.block, derivatives.middle
-        values, constants = block.attention.head_values(block.state)
+        block, middle = derivatives.block, derivatives.resid_mid
+        values, constants = block.attention.head_values(block.resid_pre)
         scores = (values * derivatives.heads).sum((1, 3))
-        through = middle.states if derivatives.beside is None else middle.states + derivatives.beside
-        state = (block.state * through).sum((1, 2))
+        through = middle.states if derivatives.mlp_input is None else middle.states + derivatives.mlp_input
+        state = (block.resid_pre * through).sum((1, 2))
         total = middle.constants
         if constants is not None:
             total = total + (constants * derivatives.heads).sum((1, 2, 3))
-        if block.attention.added is not None:
-            total = total + (block.attention.added * middle.states).sum((1, 2))
+        if block.attention.bias_terms is not None:
+            total = total + (block.attention.bias_terms * middle.states).sum((1, 2))
         return with_constants(torch.cat([state[:, None], scores], 1), total, settings)
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
@@ -111,10 +111,10 @@ class Module(_Blockwise):
         return self.module == "mlp"
 
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
-        if place != ("after" if self.behind_mlp else "middle"):
+        if place != ("resid_post" if self.behind_mlp else "resid_mid"):
             return None
         if self.module == "attention":
-            return DenseGroup(torch.stack([block.state, block.attention_output], 1)), None
+            return DenseGroup(torch.stack([block.resid_pre, block.attention_output], 1)), None
         return DenseGroup(torch.stack([block.resid_post - block.mlp_output, block.mlp_output], 1)), None
 
     def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
@@ -164,10 +164,10 @@ class Neurons(_Blockwise):
         return [replace(self, layer=layer) for layer in self.layers(count)]
 
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
-        if place != "after":
+        if place != "resid_post":
             return None
         chosen = slice(None) if self.indices is None else list(self.indices)
-        values = block.mlp.neurons[:, :, chosen]
+        values = block.mlp.activations[:, :, chosen]
         weights = block.mlp.down.weight[:, chosen]
         rest = block.resid_post - values @ weights.T
         if settings.release:  # the published code's base has lost the MLP's output
@@ -176,8 +176,8 @@ class Neurons(_Blockwise):
 
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
         """Without ever building a neuron's state: its score is its value times the derivative by it."""
-        mlp, after = derivatives.block.mlp, derivatives.after
-        scores = (mlp.neurons * derivatives.neurons).sum(1)
+        mlp, after = derivatives.block.mlp, derivatives.resid_post
+        scores = (mlp.activations * derivatives.activations).sum(1)
         total = (derivatives.block.resid_post * after.states).sum((1, 2))
         if self.indices is not None:
             scores = scores[:, list(self.indices)]

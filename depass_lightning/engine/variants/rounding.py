@@ -51,7 +51,7 @@ def rounding_scores(
     total = torch.zeros_like(derivative.constants)
     sums = {}
     for at in backward(recording, way, derivative, layer=layer, first=first):
-        behind, total = total, total + (at.after.states * _rounded(at.block, rule)).sum((1, 2))
+        behind, total = total, total + (at.resid_post.states * _rounded(at.block, rule)).sum((1, 2))
         sums[at.block.index] = (total, behind)
     return sums
 
@@ -92,7 +92,7 @@ def summed_gates(
         The sum, and what rounding has added to the state that leaves the block.
     """
     behind = _through(block, rule, rounded)
-    read = block.state - rounded if block.parallel else block.state + block.attention_output - behind
+    read = block.resid_pre - rounded if block.parallel else block.resid_pre + block.attention_output - behind
     return _gates(block, read, block.mlp.norm.constant_through(block.mlp.gate)), behind + _rounded(
         block, rule
     )
@@ -100,13 +100,13 @@ def summed_gates(
 
 def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hidden"]:
     """The recorded output of a block less what the frozen block gives for its input."""
-    left = block.resid_post - block.state - block.attention_output
+    left = block.resid_post - block.resid_pre - block.attention_output
     if isinstance(rule, CompetingRule):
         return left - block.mlp_output
     # The neurons as the rule's slopes give them, which rounding has moved too.
-    read = block.state if block.parallel else block.state + block.attention_output
+    read = block.resid_pre if block.parallel else block.resid_pre + block.attention_output
     mlp = _through_slopes(block, rule, read, block.mlp.norm.constant_through(block.mlp.gate))
-    return left - (mlp if block.mlp.added is None else mlp + block.mlp.added)
+    return left - (mlp if block.mlp.bias_terms is None else mlp + block.mlp.bias_terms)
 
 
 def _through(block: FrozenBlock, rule: Rule, states: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _through(block: FrozenBlock, rule: Rule, states: Tensor) -> Tensor:
 
 def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, constant: Tensor | None) -> Tensor:
     mlp = block.mlp
-    slopes = rule.slopes(mlp.pre_activations, mlp.neurons)
+    slopes = rule.slopes(mlp.pre_activations, mlp.activations)
     return (_gates(block, states, constant) * slopes) @ mlp.down.weight.T
 
 

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import TargetGradient, backward
+from depass_lightning.engine.attention import propagate_attention
 from depass_lightning.engine.component_groups import NeuronGroup
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP
 from depass_lightning.engine.mlp import MLPStep, nonzero
@@ -133,11 +134,11 @@ class TopNeuronApproximation:
             if self.recording.decoder.rounds:
                 z, rounded = summed_gates(block, rounded, self.rule)
             if block.parallel:
-                carry.beside = carry.rows.clone()
+                carry.mlp_input = carry.rows.clone()
             if index == self.stop - 1:
-                carry = carry.propagate_attention_at(block.attention, self.positions[:, None])
+                carry = propagate_attention(carry, block.attention, self.positions[:, None])
             else:
-                carry.propagate_attention(block.attention)
+                propagate_attention(carry, block.attention)
             alive = _reached(block.attention, alive, bulk)
             slopes, constants = share_with_bulk(carry, block.mlp, self.rule, alive.sum(2), z)
             found.append(
@@ -153,9 +154,9 @@ class TopNeuronApproximation:
         entry = self.derivative
         for at in backward(self.recording, rule, self.derivative, layer=self.stop, first=self.layer):
             own = forward[at.block.index - self.layer]
-            added = (at.neurons * own.constants).sum(2)
+            added = (at.activations * own.constants).sum(2)
             scores += (added[:, None] @ own.alive.to(added))[:, 0]
-            entry = at.entry
+            entry = at.resid_pre
         return scores + (self.group.values * self.group.through(entry.states)).sum(1)
 
 
@@ -210,12 +211,12 @@ def share_with_bulk(
     z, many = carry.at_positions(gates_sum), carry.at_positions(count)[:, None, None]
     slopes, constants = torch.zeros_like(z), torch.zeros_like(z)
     for chunk in carry.layout.chunks(sharing.limit):
-        whole = slice(0, len(chunk.row_at))
+        whole = slice(0, len(chunk.row_places))
         gates = sharing.gates(chunk, whole)
         for run in chunk.runs:
             table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
             present = nonzero(gates[run.rows]).view(*table.shape[:2], 1)
-            at = chunk.at[run.segments]
+            at = chunk.places[run.segments]
             bulk = (z[at] - table.sum(1))[:, None] / rule.temperature
             shares, slope, constant = _shares(table / rule.temperature, present, bulk, many[at])
             values = sharing.neurons[at]

@@ -1,0 +1,128 @@
+"""Forward hooks on one block that keep what a plain pass computes there (`engine/freeze.py` freezes it)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from depass_lightning.models.block import Block, DenseParts
+
+
+@dataclass
+class Capture:
+    """What the hooks of one block have seen; without `everything` only what entered and left it.
+
+    Args:
+        everything: keep all that a block is frozen from.
+    """
+
+    everything: bool
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    probabilities: Tensor | None = None
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def entered(self) -> Float[Tensor, "batch position hidden"]:
+        """The state that entered the block."""
+        return self.arguments[0] if self.arguments else self.keywords["hidden_states"]
+
+    @property
+    def left(self) -> Float[Tensor, "batch position hidden"]:
+        """The state that left the block."""
+        return self.seen["left"]
+
+    def hooks(self, block: Block) -> list[RemovableHandle]:
+        """Hang this capture on a block.
+
+        Args:
+            block: the block.
+        """
+        handles = [
+            block.module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            block.module.register_forward_hook(self._leave),
+        ]
+        if block.attention.in_mask is not None:
+            hook = _left_out(block.attention.in_mask)
+            handles.append(block.attention.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if not self.everything:
+            return handles
+        attention, mlp = block.attention, block.mlp
+        norms = {
+            "attention": attention.norm,
+            "latent": attention.latent and attention.latent[1],
+            "behind attention": attention.post_norm,
+            "mlp": mlp.norm,
+            "behind mlp": mlp.post_norm,
+        }
+        handles += [
+            norm.register_forward_hook(self._norm(name)) for name, norm in norms.items() if norm is not None
+        ]
+        handles += [
+            attention.module.register_forward_pre_hook(self._call, with_kwargs=True),
+            attention.module.register_forward_hook(self._attention),
+        ]
+        if mlp.dense is not None:
+            handles += self._dense(mlp.dense, "")
+        if mlp.experts is not None:
+            handles.append(mlp.experts.module.register_forward_pre_hook(self._experts))
+            if mlp.experts.shared is not None:
+                handles += self._dense(mlp.experts.shared, "shared ")
+            if mlp.experts.shared_gate is not None:
+                handles.append(mlp.experts.shared_gate.register_forward_hook(self._output("shared scale")))
+        return handles
+
+    def _dense(self, parts: DenseParts, name: str) -> list[RemovableHandle]:
+        return [
+            parts.gate.module.register_forward_hook(self._output(f"{name}gate")),
+            parts.down.module.register_forward_pre_hook(self._input(f"{name}down")),
+        ]
+
+    def _enter(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.arguments, self.keywords = arguments, keywords
+
+    def _leave(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        self.seen["left"] = output[0] if isinstance(output, tuple) else output
+
+    def _norm(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self.norms[name] = (arguments[0], output)
+
+        return hook
+
+    def _call(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.attention_call = arguments, keywords
+
+    def _attention(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        self.probabilities = output[1]
+
+    def _output(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self.seen[name], self.seen[f"{name} input"] = output, arguments[0]
+
+        return hook
+
+    def _input(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.seen[name] = arguments[0]
+
+        return hook
+
+    def _experts(self, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.seen["experts"] = arguments
+
+
+def _left_out(name: str) -> Callable[..., Any]:
+    """Pass zeros as a keyword argument that is in the attention mask already, and would count twice."""
+
+    def hook(_module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
+        given = keywords.get(name)
+        return arguments, keywords | ({} if given is None else {name: torch.zeros_like(given)})
+
+    return hook
