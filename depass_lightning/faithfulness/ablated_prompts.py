@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,10 +31,26 @@ class AblatedPrompt:
     answer: int
 
 
+class AnswerReading(NamedTuple):
+    """What the model gives an answer.
+
+    Attributes:
+        probability: the answer's probability p.
+        logit: its logit.
+        log_odds: log p - log(1 - p).
+        rank: its rank among all tokens, from 1 for the most likely.
+    """
+
+    probability: float
+    logit: float
+    log_odds: float
+    rank: float
+
+
 def answers_of(
     model: nn.Module, prompts: Sequence[AblatedPrompt], batch_size: int, progress: bool = False
-) -> list[tuple[float, float]]:
-    """Return the probability and the logit of each prompt's answer, running prompts of like length together.
+) -> list[AnswerReading]:
+    """Return what the model gives each prompt's answer, running prompts of similar length together.
 
     Args:
         model: the causal LM.
@@ -48,11 +64,18 @@ def answers_of(
 
     inner = unwrapped(model)
 
-    def work(batch: list[int]) -> list[tuple[float, float]]:
+    def work(batch: list[int]) -> list[AnswerReading]:
         logits = _next_token(inner, [prompts[i] for i in batch])
         wanted = torch.tensor([prompts[i].answer for i in batch], device=logits.device)[:, None]
-        probabilities = logits.softmax(-1).gather(1, wanted)[:, 0].tolist()
-        return list(zip(probabilities, logits.gather(1, wanted)[:, 0].tolist(), strict=True))
+        answers = logits.gather(1, wanted)
+        columns = (
+            logits.softmax(-1).gather(1, wanted)[:, 0],
+            answers[:, 0],
+            answers[:, 0] - logits.scatter(1, wanted, -torch.inf).logsumexp(-1),
+            1 + (logits > answers).sum(-1),
+        )
+        readings = zip(*(column.tolist() for column in columns), strict=True)
+        return [AnswerReading(*map(float, reading)) for reading in readings]
 
     # Whole prompts need no hook: they go by themselves.
     config = inner.config.get_text_config() if isinstance(inner, PreTrainedModel) else None

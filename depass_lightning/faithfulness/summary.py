@@ -12,7 +12,11 @@ CHUNK = 256  # rows that are held at once
 
 NUMBERS = (
     *("correct", "completeness", "evidence_first", "evidence_chance", "evidence_auroc"),
-    *("comprehensiveness", "comprehensiveness_random", "sufficiency", "sufficiency_random"),
+    *(
+        f"{prefix}{name}"
+        for prefix in ("", "kept_")
+        for name in ("comprehensiveness", "comprehensiveness_random", "sufficiency", "sufficiency_random")
+    ),
 )
 """The columns with a number a prompt."""
 
@@ -30,7 +34,12 @@ REMOVAL: dict[str, dict[str, tuple[str, str, str]]] = {
     }
     for kind, prefix, suffix in (
         ("curves", "", ""),
+        ("kept_curves", "kept_", ""),
         ("logit_curves", "", "_logit"),
+        ("log_odds_curves", "", "_log_odds"),
+        ("kept_log_odds_curves", "kept_", "_log_odds"),
+        ("rank_curves", "", "_rank"),
+        ("kept_rank_curves", "kept_", "_rank"),
         ("zero_curves", "zero_", ""),
         ("zero_logit_curves", "zero_", "_logit"),
     )
@@ -43,7 +52,8 @@ MASKING: dict[str, dict[str, tuple[str, str, str]]] = {
     for kind, suffix in (("masking_curves", ""), ("masking_probability_curves", "_probability"))
 }
 
-WITH_AREA = ("curves", "zero_curves", "masking_curves")  # whose areas are numbers of the summary
+# Whose areas are numbers of the summary.
+WITH_AREA = ("curves", "kept_curves", "zero_curves", "masking_curves")
 
 
 def removal_metrics(percents: Iterable[float], **options: Any) -> MetricCollection:
@@ -98,11 +108,12 @@ def summarise(rows: Rows) -> dict[str, Any]:
         What the rows know of these: `prompts`; `correct`, the share of prompts that the model answers right;
         `completeness_max` and `completeness_mean`; `evidence_first` and `evidence_auroc`, how well scores
         find the known evidence; `comprehensiveness` and `sufficiency`; the areas under the curves of patch
-        top and recover top, with tokens removed or embeddings zeroed (`zero_`), and of masked heads or
-        neurons; and the mean curves themselves: `curves`, the answer's probability at each fraction,
-        `logit_curves`, `zero_curves`, `zero_logit_curves`, `masking_curves` and
-        `masking_probability_curves`. What has a `value` has what it is by `chance` or in random order, and
-        between which bounds it lies: `low` and `high`, 95% of the means over prompts drawn anew.
+        top and recover top, with tokens removed, the last one always kept (`kept_`) or embeddings zeroed
+        (`zero_`), and of masked heads or neurons; and the mean curves themselves: `curves`, the answer's
+        probability at each fraction, `logit_curves`, `log_odds_curves` and `rank_curves`, with the last token
+        kept `kept_curves`, `kept_log_odds_curves` and `kept_rank_curves`; `zero_curves`, `zero_logit_curves`,
+        `masking_curves` and `masking_probability_curves`. What has a `value` has what it is by `chance` or in
+        random order, and its bootstrap 95% CI over prompts, from `low` to `high`.
     """
     # A process that writes the summary alone must not wait for the others.
     alone: dict[str, Any] = {"sync_on_compute": False}
@@ -151,6 +162,8 @@ def _numbers(found: Mapping[str, PromptsMean | None], prompts: int) -> dict[str,
         ("evidence_auroc", 0.5, ""),
         ("comprehensiveness", "comprehensiveness_random", HIGH),
         ("sufficiency", "sufficiency_random", LOW),
+        ("kept_comprehensiveness", "kept_comprehensiveness_random", HIGH),
+        ("kept_sufficiency", "kept_sufficiency_random", LOW),
     ):
         own = found[name]
         if own is None:

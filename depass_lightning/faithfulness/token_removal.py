@@ -30,13 +30,18 @@ from torch import nn
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
+from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, AnswerReading, answers_of
 from depass_lightning.faithfulness.evaluate import Case, Columns
 from depass_lightning.faithfulness.evidence import text_components
 from depass_lightning.results.attribution import Attribution
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 RATIONALES = (1, 5, 10, 20, 50)  # ERASER's
+
+READINGS = {"": "probability", "_logit": "logit", "_log_odds": "log_odds", "_rank": "rank"}
+"""What a curve's name ends with, and the field of `AnswerReading` that it follows."""
+ZERO_READINGS = ("", "_logit")  # those of curves with embeddings set to zero
+RATIONALE_READINGS = ("", "_log_odds")  # those of comprehensiveness and sufficiency
 
 Curve = list[float]
 
@@ -45,30 +50,29 @@ Curve = list[float]
 class RemovalCurves:
     """The answer's probability with K% of a prompt's tokens removed, or only K% kept.
 
+    Every curve follows the answer's probability; the same name with `_logit`, `_log_odds` or `_rank` follows
+    another reading of it (`AnswerReading`).
+
     Attributes:
         percents: each K, from 0 to 100.
         patch_top: with the K% highest scores removed.
         recover_top: with only the K% highest scores kept.
         patch_random: with a random K% removed, the mean over the random orders.
         recover_random: with only a random K% kept, the mean over the same orders.
-        patch_top_logit: the answer's logit, where `patch_top` has its probability; and so the others.
-        recover_top_logit: of `recover_top`.
-        patch_random_logit: of `patch_random`.
-        recover_random_logit: of `recover_random`.
         zero_patch_top: as `patch_top`, with embeddings set to zero instead; None where not measured, and so
             the others.
         zero_recover_top: as `recover_top`.
         zero_patch_random: as `patch_random`.
         zero_recover_random: as `recover_random`.
-        zero_patch_top_logit: of `zero_patch_top`, and so the others.
-        zero_recover_top_logit: of `zero_recover_top`.
-        zero_patch_random_logit: of `zero_patch_random`.
-        zero_recover_random_logit: of `zero_recover_random`.
         comprehensiveness: how much probability the removal of the highest scores takes, the mean over the
             rationales' sizes; None where not measured, and so the others.
         sufficiency: how much is missing where only the highest scores are kept, the mean over the same.
         comprehensiveness_random: in random orders.
         sufficiency_random: in random orders.
+        comprehensiveness_log_odds: in log-odds instead of probability, and so the others.
+        sufficiency_log_odds: in log-odds.
+        comprehensiveness_random_log_odds: in log-odds, in random orders.
+        sufficiency_random_log_odds: in log-odds, in random orders.
     """
 
     percents: list[float]
@@ -80,6 +84,14 @@ class RemovalCurves:
     recover_top_logit: Curve
     patch_random_logit: Curve
     recover_random_logit: Curve
+    patch_top_log_odds: Curve
+    recover_top_log_odds: Curve
+    patch_random_log_odds: Curve
+    recover_random_log_odds: Curve
+    patch_top_rank: Curve
+    recover_top_rank: Curve
+    patch_random_rank: Curve
+    recover_random_rank: Curve
     zero_patch_top: Curve | None = None
     zero_recover_top: Curve | None = None
     zero_patch_random: Curve | None = None
@@ -92,6 +104,10 @@ class RemovalCurves:
     sufficiency: float | None = None
     comprehensiveness_random: float | None = None
     sufficiency_random: float | None = None
+    comprehensiveness_log_odds: float | None = None
+    sufficiency_log_odds: float | None = None
+    comprehensiveness_random_log_odds: float | None = None
+    sufficiency_random_log_odds: float | None = None
 
 
 def area(percents: Sequence[float], curve: Sequence[float]) -> float:
@@ -125,6 +141,7 @@ def removal_curves(
     seed: int = 0,
     batch_size: int = 64,
     zeroed: bool = False,
+    keep_last: bool = False,
     rationales: Sequence[float] = (),
     progress: bool = False,
 ) -> list[RemovalCurves]:
@@ -140,6 +157,8 @@ def removal_curves(
             process.
         batch_size: how many shortened prompts go through the model together.
         zeroed: measure it with embeddings set to zero, too; that is as many prompts again.
+        keep_last: never remove the component that the target's position belongs to. Without its last token a
+            prompt asks for something else, so that a curve mostly shows whether a method ranks it first.
         rationales: the K of comprehensiveness and sufficiency, such as `RATIONALES`, each of one token at
             least; none leaves the two out.
         progress: show a progress bar.
@@ -153,7 +172,7 @@ def removal_curves(
     if len(answers) != len(attributions):
         raise DePassError(f"{len(attributions)} attributions need as many answers; got {len(answers)}")
     plans = [
-        _Plan(attribution, percents, rationales, draws=draws, seed=seed, zeroed=zeroed)
+        _Plan(attribution, percents, rationales, draws=draws, seed=seed, zeroed=zeroed, keep_last=keep_last)
         for attribution in attributions
     ]
     asked = [own for plan, answer in zip(plans, answers, strict=True) for own in plan.prompts(answer)]
@@ -171,6 +190,8 @@ class TokenRemoval:
         seed: of the random orders.
         batch_size: the number of ablated prompts in one pass.
         zeroed: also measure with embeddings set to zero, which doubles the number of passes.
+        keep_last: also measure with the last token kept, never a candidate for removal: columns that begin
+            with `kept_`, which again takes as many passes.
         rationales: the percentages of comprehensiveness and sufficiency; empty leaves both out.
         progress: show a progress bar.
 
@@ -183,6 +204,7 @@ class TokenRemoval:
     seed: int = 0
     batch_size: int = 64
     zeroed: bool = False
+    keep_last: bool = False
     rationales: Sequence[float] = RATIONALES
     progress: bool = False
 
@@ -207,9 +229,14 @@ class TokenRemoval:
             return columns
         attributions = [cases[i].attribution for i in indices]
         answers = [cases[i].target_ids[0] for i in indices]
-        curves = removal_curves(depass.model, attributions, answers, **asdict(self))
-        for i, curve in zip(indices, curves, strict=True):
-            columns[i] = {name: values for name, values in asdict(curve).items() if values not in (None, [])}
+        for kept in (False, True)[: 1 + self.keep_last]:
+            options: dict[str, Any] = asdict(self) | {"keep_last": kept, "zeroed": self.zeroed and not kept}
+            curves = removal_curves(depass.model, attributions, answers, **options)
+            for i, curve in zip(indices, curves, strict=True):
+                known = {name: values for name, values in asdict(curve).items() if values not in (None, [])}
+                if kept:
+                    del known["percents"]
+                columns[i] |= {f"kept_{name}" if kept else name: values for name, values in known.items()}
         return columns
 
 
@@ -223,6 +250,7 @@ class _Plan:
         draws: how many random orders.
         seed: of these.
         zeroed: ask with embeddings set to zero, too.
+        keep_last: what holds the last token is no candidate.
     """
 
     def __init__(
@@ -234,11 +262,15 @@ class _Plan:
         draws: int,
         seed: int,
         zeroed: bool,
+        keep_last: bool,
     ) -> None:
         self.attribution = attribution
         self.percents = [float(percent) for percent in percents]
         self.zeroed = zeroed
-        self.candidates = text_components(attribution)
+        ends = [span[1] if span else 0 for span in attribution.positions]
+        self.candidates = [
+            i for i in text_components(attribution) if not (keep_last and ends[i] > attribution.position)
+        ]
         self.kept: dict[tuple[int, ...], int] = {}
         ranked = sorted(self.candidates, key=lambda i: -attribution.scores[i].item())
         generator = random.Random(f"{seed} {attribution.token_ids}")
@@ -271,27 +303,33 @@ class _Plan:
             asked += [AblatedPrompt(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
         return asked
 
-    def read(self, found: list[tuple[float, float]]) -> RemovalCurves:
-        """Make curves of the answers' probabilities and logits."""
-        values: dict[str, Any] = self._rationales([own for own, _ in found[: len(self.kept)]])
+    def read(self, readings: Sequence[AnswerReading]) -> RemovalCurves:
+        """Make curves of what the model gives the answers."""
+        values: dict[str, Any] = {}
         for prefix, start in (("", 0), ("zero_", len(self.kept)))[: 1 + self.zeroed]:
-            for suffix, part in (("", 0), ("_logit", 1)):
-                own = [pair[part] for pair in found[start : start + len(self.kept)]]
+            rows = readings[start : start + len(self.kept)]
+            for suffix, field in READINGS.items():
+                if prefix and suffix not in ZERO_READINGS:
+                    continue
+                column = [getattr(reading, field) for reading in rows]
                 for name, orders in self.curves.items():
-                    values[f"{prefix}{name}{suffix}"] = _means(orders, own)
+                    values[f"{prefix}{name}{suffix}"] = _means(orders, column)
+                if not prefix and suffix in RATIONALE_READINGS:
+                    values |= self._rationales(column, suffix)
         return RemovalCurves(percents=self.percents, **values)
 
-    def _rationales(self, probabilities: list[float]) -> dict[str, float]:
-        """Return what removing or keeping a few tokens costs, in probability."""
-        means = {name: _means(orders, probabilities) for name, orders in self.few.items()}
-        whole = probabilities[self.whole]
+    def _rationales(self, values: Sequence[float], suffix: str) -> dict[str, float]:
+        """Return what removing or keeping a few tokens takes from a reading."""
+        means = {name: _means(orders, values) for name, orders in self.few.items()}
         names = {
             "patch_top": "comprehensiveness",
             "recover_top": "sufficiency",
             "patch_random": "comprehensiveness_random",
             "recover_random": "sufficiency_random",
         }
-        return {own: whole - fmean(means[name]) for name, own in names.items() if means[name]}
+        whole = values[self.whole]
+        known = {name: column for name, column in names.items() if means[name]}
+        return {f"{column}{suffix}": whole - fmean(means[name]) for name, column in known.items()}
 
     def _numbers(self, counts: list[int], orders: list[list[int]], keep: bool) -> list[list[int]]:
         """Return, for each order, the shortened prompt at each count."""
@@ -315,6 +353,6 @@ class _Plan:
         return tuple(i for i in range(last + 1) if i not in gone) or (last,)
 
 
-def _means(orders: list[list[int]], values: list[float]) -> Curve:
+def _means(orders: list[list[int]], values: Sequence[float]) -> Curve:
     """Return each point's mean over the orders."""
     return [fmean(values[i] for i in at) for at in zip(*orders, strict=True)]

@@ -15,7 +15,7 @@ from depass_lightning.methods.integrated import IntegratedGradients
 from depass_lightning.methods.lime import Lime
 from depass_lightning.methods.occlusion import Occlusion
 from depass_lightning.methods.patching import AttributionPatching
-from depass_lightning.methods.random_scores import Random
+from depass_lightning.methods.random_scores import Random, RandomLastFirst
 from depass_lightning.methods.shap import GradientShap
 from depass_lightning.methods.shapley import Shapley
 from depass_lightning.methods.sizes import Activation, Norm
@@ -45,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         Norm,
         Activation,
         Random,
+        RandomLastFirst,
     )
 }
 """Every method by its name."""
@@ -95,6 +96,7 @@ __all__ = [
     "Norm",
     "Occlusion",
     "Random",
+    "RandomLastFirst",
     "Shapley",
     "Taylor",
     "ValueZeroing",

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.methods.base import Baseline
@@ -63,3 +64,27 @@ class Random(Baseline):
             layers = len(sites)
             count = sites[0].count if source.indices is None else len(source.indices)
         return layers, [list(range(count))] * len(batch.rows)
+
+
+class RandomLastFirst(Random):
+    """Random scores with the last token, after which the target is read, always first.
+
+    The control of deletion and insertion curves: what it gains over `Random` is gained by ranking the last
+    token first, not by evidence.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`.
+        seed: of the draws.
+    """
+
+    name: ClassVar[str] = "random_last_first"
+    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans)
+
+    @override
+    def score(self, batch: Batch) -> Tensor:
+        scores = super().score(batch)
+        assert isinstance(self.source, Positional)
+        for row, prompt, position in zip(scores, batch.prompts, batch.positions.tolist(), strict=True):
+            row[:, self.source.owners(prompt)[position]] += 1
+        return scores

@@ -309,7 +309,7 @@ def _draw_curves(axes: Axes, name: str, curve: Mapping[str, Sequence[float]], th
         if label == "random":
             look = {"color": hexadecimal(theme.muted), "linewidth": 1.6, "linestyle": (0, (4, 3))}
         axes.plot([100 * x for x in curve["fraction"]], ys, label=label.replace("_", " "), **look)
-    what = "tokens kept" if name.startswith("recover") else "tokens removed"
+    what = "tokens kept" if "recover" in name else "tokens removed"
     measured = "probability of the answer"
     if name.startswith("mask"):
         what, measured = "masked", "answers right"

@@ -96,7 +96,8 @@ def curves_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         summary: as `summary_cards` takes it.
     """
-    return {**(summary.get("curves") or {}), **(summary.get("masking_curves") or {})}
+    kinds = ("curves", "kept_curves", "masking_curves")
+    return {name: curve for kind in kinds for name, curve in (summary.get(kind) or {}).items()}
 
 
 def summary_cards(summary: Mapping[str, Any]) -> list[Card]:

@@ -16,6 +16,8 @@ RANGES = pa.list_(pa.list_(pa.int32()))
 ROLES = pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))
 CURVE = pa.list_(pa.float64())
 REMOVAL = ("patch_top", "recover_top", "patch_random", "recover_random")
+READINGS = ("_logit", "_log_odds", "_rank")
+RATIONALES = ("comprehensiveness", "sufficiency", "comprehensiveness_random", "sufficiency_random")
 MASKING = ("mask_top", "mask_bottom", "mask_random")
 
 ATTRIBUTION_SCHEMA = pa.schema(
@@ -51,16 +53,19 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("evidence_first", pa.bool_()),
         ("evidence_chance", pa.float64()),
         ("evidence_auroc", pa.float64()),
-        # tokens removed, or their embeddings zeroed
+        # tokens removed, the last one too or never ("kept_"), or their embeddings zeroed
         ("percents", CURVE),
         *((name, CURVE) for name in REMOVAL),
-        *((f"{name}_logit", CURVE) for name in REMOVAL),
+        *((f"{name}{reading}", CURVE) for reading in READINGS for name in REMOVAL),
+        *((f"kept_{name}{reading}", CURVE) for reading in ("", *READINGS) for name in REMOVAL),
         *((f"zero_{name}", CURVE) for name in REMOVAL),
         *((f"zero_{name}_logit", CURVE) for name in REMOVAL),
-        ("comprehensiveness", pa.float64()),
-        ("sufficiency", pa.float64()),
-        ("comprehensiveness_random", pa.float64()),
-        ("sufficiency_random", pa.float64()),
+        *(
+            (f"{prefix}{name}{reading}", pa.float64())
+            for prefix in ("", "kept_")
+            for reading in ("", "_log_odds")
+            for name in RATIONALES
+        ),
         # heads or neurons masked
         ("masked_percents", CURVE),
         *((name, CURVE) for name in MASKING),

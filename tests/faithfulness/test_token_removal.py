@@ -2,20 +2,25 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from depass_lightning import DePass
+from depass_lightning import DePass, Token
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import (
+    TokenRemoval,
     area,
     evidence_found,
     removal_curves,
     summarise,
     text_components,
 )
+from depass_lightning.faithfulness.evaluate import Case
+from depass_lightning.methods import Random, RandomLastFirst
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.storage import ATTRIBUTION_SCHEMA
 from tests.reference.models import build, prompt
 
 BOS, KEY, ANSWER = 1, 5, 7
@@ -278,3 +283,82 @@ def test_what_no_row_knows_is_left_out():
     row = dict.fromkeys(["correct", "evidence_first", "evidence_chance", "patch_top"]) | {"completeness": 0.0}
     assert summarise([row]) == {"prompts": 1, "completeness_max": 0.0, "completeness_mean": 0.0}
     assert summarise([]) == {"prompts": 0}
+
+
+class LastModel(torch.nn.Module):
+    """Gives the answer log-odds of 2 after the last token "e", and 1 more with the key in the prompt."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep):
+        logits = torch.zeros(len(input_ids), logits_to_keep, 10)
+        for i, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+            prompt = ids[mask].tolist()
+            odds = 2.0 * (prompt[-1] == 6) + (KEY in prompt)
+            logits[i, :, ANSWER] = odds + math.log(9)  # against nine tokens with a logit of zero
+            logits[i, :, 8] = 3.0
+            logits[i, :, ANSWER] += math.log((8 + math.exp(3.0)) / 9)
+        return SimpleNamespace(logits=logits)
+
+
+def test_the_last_token_can_be_kept():
+    """It ranks first here: removing it alone takes 2 of the log-odds; kept, the key's 1 is what is left."""
+    scored = attribution([0.1, 0.2, 0.3, 0.4, 9.0])
+    percents = [0, 20, 40, 100]
+    options = {"percents": percents, "draws": 30, "rationales": [20]}
+    (whole,) = removal_curves(LastModel(), [scored], [ANSWER], **options)
+    (kept,) = removal_curves(LastModel(), [scored], [ANSWER], keep_last=True, **options)
+    assert whole.patch_top_log_odds == pytest.approx([3, 1, 0, 0], abs=1e-5)
+    assert whole.recover_top_log_odds == pytest.approx([0, 2, 3, 3], abs=1e-5)
+    # One and two of the four others: the key is the first of them.
+    assert kept.patch_top_log_odds == pytest.approx([3, 2, 2, 2], abs=1e-5)
+    assert kept.recover_top_log_odds == pytest.approx([2, 3, 3, 3], abs=1e-5)
+    assert kept.patch_top == pytest.approx([1 / (1 + math.exp(-odds)) for odds in (3, 2, 2, 2)])
+    assert whole.patch_top_rank == [1, 1, 1, 1]
+    assert min(kept.patch_random_log_odds) == pytest.approx(2, abs=1e-5), "in no order is it removed"
+    assert 2 < kept.patch_random_log_odds[1] < 3
+    assert whole.comprehensiveness_log_odds == pytest.approx(2, abs=1e-5)
+    assert whole.sufficiency_log_odds == pytest.approx(1, abs=1e-5)
+    assert kept.comprehensiveness_log_odds == pytest.approx(1, abs=1e-5)
+    assert kept.sufficiency_log_odds == pytest.approx(0, abs=1e-5)
+    assert kept.comprehensiveness == pytest.approx(1 / (1 + math.exp(-3)) - 1 / (1 + math.exp(-2)))
+
+
+def test_the_rank_counts_the_tokens_that_are_more_likely():
+    scored = attribution([0.1, 0.5, 0.2, 0.9, 0.3])
+    (curves,) = removal_curves(KeyModel(), [scored], [2], percents=[0], draws=0)
+    assert curves.patch_top_rank == [2], "the key's answer is ahead"
+    odds = 0.1 / 9 / (1 - 0.1 / 9)
+    assert curves.patch_top_log_odds == pytest.approx([math.log(odds)], abs=1e-5)
+
+
+def test_one_measure_gives_both():
+    model = LastModel()
+    scored = attribution([0.1, 0.2, 0.3, 0.4, 9.0])
+    scored.metadata["target_ids"] = [ANSWER]
+    measure = TokenRemoval([0, 50, 100], keep_last=True, draws=2)
+    depass: Any = SimpleNamespace(model=model)
+    (columns,) = measure.columns([Case(scored)], depass)
+    (plain,) = TokenRemoval([0, 50, 100], draws=2).columns([Case(scored)], depass)
+    assert {name: values for name, values in columns.items() if not name.startswith("kept_")} == plain
+    assert {name for name in columns if name.startswith("kept_")} == {
+        f"kept_{name}" for name in plain if name != "percents"
+    }
+    assert set(columns) <= set(ATTRIBUTION_SCHEMA.names)
+    summary = summarise([columns])
+    assert summary["kept_patch_top_area"]["value"] == area([0, 50, 100], columns["kept_patch_top"])
+    assert summary["kept_log_odds_curves"]["kept_recover_top_log_odds"]["depass"] == pytest.approx([2, 3, 3])
+    assert summary["kept_comprehensiveness"]["value"] == columns["kept_comprehensiveness"]
+
+
+def test_the_control_ranks_the_last_token_first():
+    depass = DePass(build("llama"))
+    ids = prompt(8)[None]
+    for position in (-1, 4):
+        (control,) = RandomLastFirst(depass).attribute(input_ids=ids, target=Token(3, position=position))
+        (plain,) = Random(depass).attribute(input_ids=ids, target=Token(3, position=position))
+        assert int(control.scores.argmax()) == position % 8
+        rest = torch.arange(8) != position % 8
+        assert torch.equal(control.scores[rest], plain.scores[rest])

@@ -4,6 +4,8 @@ const CURVE = { width: 460, height: 260, left: 46, right: 96, top: 14, bottom: 4
 const CURVE_MEANING = {
   patch_top: "probability of the answer as the strongest tokens are removed",
   recover_top: "probability of the answer as only the strongest tokens are kept",
+  kept_patch_top: "the same, the last token never removed",
+  kept_recover_top: "the same, the last token always kept",
   mask_top: "share of answers that stay right as the highest are masked",
   mask_bottom: "share of answers that stay right as the lowest are masked",
 };
@@ -52,7 +54,7 @@ function curveFigure(name, curve) {
 
 function axisName(name) {
   if (name.startsWith("mask")) return "masked";
-  return name.startsWith("recover") ? "tokens kept" : "tokens removed";
+  return name.includes("recover") ? "tokens kept" : "tokens removed";
 }
 
 const niceTop = (y) => [0.01, 0.04, 0.1, 0.2, 0.4, 0.6, 0.8, 1].find((top) => y <= top);
