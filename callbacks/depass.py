@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.attribution.options import RuleOptions
+from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.checkpoints import ranks_after_batch, ranks_after_epoch

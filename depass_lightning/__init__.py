@@ -1,12 +1,20 @@
-"""What does a language model base its answer on? Decomposed forward passes, for Lightning."""
+"""What does a language model base its answer on? Decomposed forward passes, for Lightning.
 
+Imports run one way, from the first of these to the last:
+
+    errors, utils -> models -> engine -> prompts, targets, sources -> results -> attribution -> depass
+    -> logit_lens, tasks, methods, faithfulness, linear_probes, storage, reports
+    -> studies, modules, monitoring -> callbacks, commands
+
+One import runs the other way: `results` import `reports` when something is drawn.
+"""
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 __version__ = "0.1.0.dev0"
-
-# In a bare checkout callbacks/ and conf/ stand beside the package, not inside it.
-if (_root := Path(__file__).resolve().parent.parent).joinpath("callbacks", "__init__.py").is_file():
-    __path__.append(str(_root))
 
 from depass_lightning.attribution.cost import Estimate
 from depass_lightning.depass import DePass
@@ -47,3 +55,27 @@ __all__ = [
     "__version__",
     "register_family",
 ]
+
+
+class _Checkout:
+    """Finds `callbacks` and `conf`, which are inside the package only when it is installed."""
+
+    root = Path(__file__).resolve().parent.parent
+    folders = ("callbacks", "conf")
+
+    @classmethod
+    def find_spec(cls, name: str, *_: object) -> ModuleSpec | None:
+        """Find one of the two packages in a checkout.
+
+        Args:
+            name: the full name of any module.
+        """
+        folder = name.removeprefix(f"{__name__}.")
+        if folder == name or folder not in cls.folders:
+            return None
+        path = cls.root / folder
+        return spec_from_file_location(name, path / "__init__.py", submodule_search_locations=[str(path)])
+
+
+if (_Checkout.root / "callbacks" / "__init__.py").is_file():
+    sys.meta_path.insert(0, _Checkout)

@@ -1,13 +1,7 @@
 """DePass: attribution by one decomposed forward pass (Hong et al., NeurIPS 2025, arXiv 2510.18462).
 
-1. Tokenise, and pad prompts of similar length into batches.
-2. Record one plain pass (`engine/record.py`).
-3. Split a state into components (`sources/`).
-4. Carry them through the remaining blocks (`engine/propagate.py`).
-5. Read each component's part of the target (`targets.py`) into an `Attribution`.
-
-Steps 2 to 4 are in `passes.py`, step 5 in `scores.py` and `readings.py`; here stands the face, and what is
-checked before anything expensive starts.
+The public face. Each call resolves its arguments, and refuses what cannot be done, before the model runs; the
+rest is in `attribution/`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,19 +12,20 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.attribution.arguments import checked
 from depass_lightning.attribution.attribute import attribute
 from depass_lightning.attribution.cost import Estimate, estimate
 from depass_lightning.attribution.decompose import decompose, decompose_layers
 from depass_lightning.attribution.generate import generate
-from depass_lightning.attribution.options import (
+from depass_lightning.attribution.question import questions_of
+from depass_lightning.attribution.settings import (
     AttributeOptions,
     BiasMode,
-    Engine,
+    DecomposeOptions,
     RuleOptions,
+    Settings,
+    checked,
+    settings_of,
 )
-from depass_lightning.attribution.question import questions_of
-from depass_lightning.attribution.settings import Settings, settings_of
 from depass_lightning.engine.rules import AttentionPath, RuleName
 from depass_lightning.engine.validate import bind_checked
 from depass_lightning.errors import DePassError
@@ -45,23 +40,22 @@ from depass_lightning.targets import TargetLike, as_targets
 
 
 class DePass:
-    """Explains what a causal language model says by carrying components through one frozen pass.
+    """Attributes what a causal language model predicts to components of its prompts.
 
-    The model is left exactly as it was found: its mode, hooks, attention implementation, gradients and
-    random state. Calls from several threads take turns on a model, and a plain forward pass that another
-    thread starts meanwhile waits.
+    The model is left unchanged: its mode, hooks, attention implementation, gradients and random state. Calls
+    from several threads take turns on a model, and plain forward passes of other threads wait meanwhile.
 
     Args:
         model: a Hugging Face causal language model of a supported family.
-        tokenizer: its tokenizer; without one, prompts are given as ids and targets too.
-        compute_dtype: the precision that components are carried and scores are computed in; by default
-            float64 for a model in float64 and float32 for every other.
-        memory_budget: bytes of working memory for one step of the engine, beside the components; by default
-            chosen for the device.
-        max_positions: tokens that a prompt may have at most; by default the configuration's
+        tokenizer: its tokenizer; without one, prompts and targets are passed as ids.
+        compute_dtype: the precision of components and scores; by default float64 for a model in float64 and
+            float32 for every other.
+        memory_budget: bytes of working memory for one step of the engine, in addition to the components; by
+            default chosen for the device.
+        max_positions: the most tokens that a prompt may have; by default the configuration's
             `max_position_embeddings`. More is possible where positions are rotary, such as with scaled RoPE.
         process_group: a `torch.distributed` group whose processes share the components of each prompt, for
-            very long ones. All of them must make the same calls, and all get the same scores.
+            very long prompts. All of them must make the same calls, and all get the same scores.
 
     Raises:
         DePassError: the model's architecture is not supported, or is not built as its family is declared.
@@ -99,17 +93,22 @@ class DePass:
         """Load a model and its tokenizer.
 
         Args:
-            name: `tiny` for the embedded model, a hub name, a folder, or the path of a `.gguf` file.
-            compute_dtype: as for `DePass`.
-            memory_budget: as for `DePass`, and so is `max_positions`.
-            options: as for `depass_lightning.models.load.load_model`: `revision`, `dtype`, `device`,
+            name: `tiny` for the bundled model, a hub name, a folder, or the path of a `.gguf` file.
+            compute_dtype: the precision of components and scores.
+            memory_budget: bytes of working memory for one step of the engine.
+            max_positions: the most tokens that a prompt may have.
+            options: those of `depass_lightning.models.load.load_model`: `revision`, `dtype`, `device`,
                 `device_map`.
 
         Raises:
             DePassError: the model cannot be loaded, or its architecture is not supported.
         """
-        own: dict[str, Any] = {"compute_dtype": compute_dtype, "memory_budget": memory_budget}
-        return cls(*load_model(name, **options), **own, max_positions=max_positions)
+        return cls(
+            *load_model(name, **options),
+            compute_dtype=compute_dtype,
+            memory_budget=memory_budget,
+            max_positions=max_positions,
+        )
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
@@ -158,64 +157,41 @@ class DePass:
         target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]] = None,
         *,
         source: Source | None = None,
-        rule: RuleName = "softmax",
-        temperature: float = 0.1,
-        bias: BiasMode = "component",
-        compat: Literal["paper_code"] | None = None,
-        engine: Engine = "auto",
-        attention_path: AttentionPath = "content",
-        batch_size: int = 16,
-        progress: bool = False,
-        input_ids: IdsLike | None = None,
-        attention_mask: IdsLike | None = None,
+        **options: Unpack[AttributeOptions],
     ) -> Any:
         """Compute how much each component of a prompt contributes to a target.
 
         Args:
             prompt: one prompt, or several.
             target: what is explained; None for the model's own next token. For one prompt a list explains
-                several targets from one recorded pass. For several prompts it is one for all, a list of one a
-                prompt, or a list with a list for each prompt.
+                several targets from one recorded pass. For several prompts it is one for all, a list with one
+                per prompt, or a list with a list for each prompt.
             source: what the state is split into; by default `Tokens()`.
-            rule: how neurons are shared: softmax, max, relu, linear, taylor or dual.
-            temperature: of the softmax rule.
-            bias: `component` gives constants a component of their own, so that scores sum to the value;
+            rule: how neurons are shared: softmax (the default), max, relu, linear, taylor or dual.
+            temperature: of the softmax rule, by default 0.1.
+            bias: `component` (the default) scores constants as a component, so that scores sum to the value;
                 `drop` leaves them out.
-            compat: `paper_code` reproduces the published code, with its quirks.
-            engine: `propagate` propagates components forward; `adjoint` computes a linear rule's scores by
-                one backward pass from the target; `auto` chooses the latter where it can.
-            attention_path: `content` holds attention's probabilities fixed; `control`, under taylor, scores
-                what is added when they are not: all paths to the target that pass at least once through a
-                query or a key. These scores do not sum to the value.
-            batch_size: how many prompts go through the model at once; with several targets each goes alone.
-            progress: show a progress bar.
-            input_ids: token ids instead of prompts, padded on either side; lists of ids are taken too.
+            compat: `paper_code` reproduces the published code, with its quirks; by default None.
+            engine: `propagate` propagates components forward; `adjoint` scores a linear rule by one backward
+                pass from the target; `auto` (the default) prefers the latter where it is exact.
+            attention_path: `content` (the default) holds attention's probabilities fixed; `control`, under
+                taylor, scores what is added when they are not: all paths to the target that pass at least
+                once through a query or a key. These scores do not sum to the value.
+            batch_size: how many prompts go through the model at once, by default 16; a prompt with several
+                targets goes alone.
+            progress: show a progress bar; by default False.
+            input_ids: token ids instead of prompts, padded on either side; or lists of ids.
             attention_mask: 1 at the real positions of `input_ids`.
 
         Returns:
-            One `Attribution` for one prompt; `Attributions`, a sequence of one a target, where its targets
-            are a list. For several prompts or for ids a list of these, in their order.
+            One `Attribution` for one prompt; `Attributions`, a sequence with one per target, where its
+            targets are a list. For several prompts or for ids a list of these, in their order.
 
         Raises:
-            DePassError: a prompt is empty or too long, a target is not one token, a list of targets is empty
-                or of another length than that of prompts, a layer is out of range, a setting is unknown, or
-                the model's values are not finite.
+            DePassError: a prompt is empty or too long, a target is not one token, there are too few or too
+                many targets, a layer is out of range, a setting is unknown, or a value is not finite.
         """
-        results = self.attribute_sources(
-            prompt,
-            target,
-            [Tokens() if source is None else source],
-            rule=rule,
-            temperature=temperature,
-            bias=bias,
-            compat=compat,
-            engine=engine,
-            attention_path=attention_path,
-            batch_size=batch_size,
-            progress=progress,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-        )
+        results = self.attribute_sources(prompt, target, [source or Tokens()], **options)
         return results[0] if isinstance(prompt, str) else [result for (result,) in results]
 
     @checked
@@ -255,13 +231,17 @@ class DePass:
         Raises:
             DePassError: the list of sources is empty, or what `attribute` raises.
         """
-        settings = self._settings(sources, compat=compat, process_group=self.process_group, **options)
+        settings = settings_of(
+            self.decoder,
+            sources,
+            compat=compat,
+            memory_budget=self.memory_budget,
+            process_group=self.process_group,
+            **options,
+        )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
-        questions = questions_of(self.decoder, self.tokenizer, prompts, targets, settings.last_source_layer)
-        for source in settings.sources:
-            for entry in prompts:
-                source.describe(entry, self.decoder)
+        questions = questions_of(self.decoder, self.tokenizer, prompts, targets, sources)
         by_prompt = attribute(
             self.decoder, self.tokenizer, questions, settings, batch_size=batch_size, progress=progress
         )
@@ -273,15 +253,7 @@ class DePass:
 
     @overload
     def decompose(  # pyright: ignore[reportOverlappingOverload]
-        self,
-        prompt: str,
-        *,
-        source: Source | None = None,
-        rule: RuleName = "softmax",
-        temperature: float = 0.1,
-        bias: BiasMode = "component",
-        compat: Literal["paper_code"] | None = None,
-        to_layer: int | None = None,
+        self, prompt: str, *, to_layer: int | None = None, **options: Unpack[DecomposeOptions]
     ) -> Decomposition: ...
 
     @overload
@@ -289,15 +261,11 @@ class DePass:
         self,
         prompt: Sequence[str] | None = None,
         *,
-        source: Source | None = None,
-        rule: RuleName = "softmax",
-        temperature: float = 0.1,
-        bias: BiasMode = "component",
-        compat: Literal["paper_code"] | None = None,
         to_layer: int | None = None,
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
+        **options: Unpack[DecomposeOptions],
     ) -> list[Decomposition]: ...
 
     @checked
@@ -305,30 +273,22 @@ class DePass:
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        source: Source | None = None,
-        rule: RuleName = "softmax",
-        temperature: float = 0.1,
-        bias: BiasMode = "component",
-        compat: Literal["paper_code"] | None = None,
         to_layer: int | None = None,
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
+        **options: Unpack[DecomposeOptions],
     ) -> Decomposition | list[Decomposition]:
         """Compute every component's state at one layer.
 
         Args:
             prompt: one prompt, or several.
-            source: what the state is split into; by default `Tokens()`.
-            rule: how neurons are shared, as in `attribute`.
-            temperature: of the softmax rule.
-            bias: whether constants have a component of their own, as in `attribute`.
-            compat: `paper_code` reproduces the published code.
             to_layer: the block whose input is decomposed; None for the last block's output, before the final
                 norm.
             batch_size: how many prompts go through the model at once.
             input_ids: token ids instead of prompts.
             attention_mask: 1 at the real positions of `input_ids`.
+            options: `source`, `rule`, `temperature`, `bias` and `compat` of `attribute`.
 
         Returns:
             One `Decomposition` for one prompt, a list for several or for ids, in their order.
@@ -336,14 +296,7 @@ class DePass:
         Raises:
             DePassError: what `attribute` raises; or the layer is out of range or before the source's.
         """
-        settings = self._settings(
-            [source or Tokens()],
-            rule=rule,
-            temperature=temperature,
-            bias=bias,
-            compat=compat,
-            engine="propagate",
-        )
+        settings = self._settings(engine="propagate", **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         results = decompose(self.decoder, prompts, settings, to_layer, batch_size)
         return results[0] if isinstance(prompt, str) else results
@@ -353,23 +306,15 @@ class DePass:
         self,
         prompt: str | None = None,
         *,
-        source: Source | None = None,
-        rule: RuleName = "softmax",
-        temperature: float = 0.1,
-        bias: BiasMode = "component",
-        compat: Literal["paper_code"] | None = None,
         input_ids: IdsLike | None = None,
+        **options: Unpack[DecomposeOptions],
     ) -> Iterator[Decomposition]:
         """Compute every component's state at every layer of one prompt, one layer after another.
 
         Args:
             prompt: one prompt.
-            source: what the state is split into; by default `Tokens()`.
-            rule: how neurons are shared, as in `attribute`.
-            temperature: of the softmax rule.
-            bias: whether constants have a component of their own, as in `attribute`.
-            compat: `paper_code` reproduces the published code.
             input_ids: `[1, position]` the prompt's ids instead.
+            options: `source`, `rule`, `temperature`, `bias` and `compat` of `attribute`.
 
         Returns:
             An iterator from the first layer at which all components exist. The model runs while it is read,
@@ -378,14 +323,7 @@ class DePass:
         Raises:
             DePassError: there are several prompts, or what `attribute` raises.
         """
-        settings = self._settings(
-            [source or Tokens()],
-            rule=rule,
-            temperature=temperature,
-            bias=bias,
-            compat=compat,
-            engine="propagate",
-        )
+        settings = self._settings(engine="propagate", **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         if len(prompts) != 1:
             raise DePassError(f"there are {len(prompts)} prompts; decompose the layers of one at a time")
@@ -405,27 +343,25 @@ class DePass:
         input_ids: IdsLike | None = None,
         **arguments: Any,
     ) -> Generation:
-        """Generate, and say how much every token contributes to each token that is generated behind it.
+        """Generate a continuation, and attribute each of its tokens to all tokens before it.
 
         Args:
             prompt: one prompt.
-            max_new_tokens: how many tokens are generated at most.
+            max_new_tokens: the most tokens to generate.
             source: the tokens of which layer; by default `Tokens()`.
-            rule: as for `attribute`, and so are `bias` and `attention_path`.
+            rule: how neurons are shared, as in `attribute`.
             rule_temperature: of the softmax rule.
+            bias: whether constants have a component of their own, as in `attribute`.
+            attention_path: `content` or `control`, as in `attribute`.
             input_ids: `[1, position]` the prompt's ids instead.
             arguments: of the model's own `generate`, `temperature` among them; greedy by default.
 
         Raises:
-            DePassError: as for `attribute`; or the finished text would be longer than the model's context,
-                or `generate` refuses an argument.
+            DePassError: what `attribute` raises; or the finished text would be longer than the model's
+                context, or `generate` refuses an argument.
         """
         settings = self._settings(
-            [source or Tokens()],
-            rule=rule,
-            temperature=rule_temperature,
-            bias=bias,
-            attention_path=attention_path,
+            source, rule=rule, temperature=rule_temperature, bias=bias, attention_path=attention_path
         )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
@@ -442,19 +378,22 @@ class DePass:
         attention_mask: IdsLike | None = None,
         **options: Unpack[RuleOptions],
     ) -> Estimate:
-        """Estimate the time and the memory that `attribute` will take, by trying a small piece of it.
+        """Estimate the time and memory that `attribute` will take, by trying a small piece of it.
 
         Args:
-            prompt: as for `attribute`, and so are all other arguments (`rule`, `engine`, ...).
+            prompt: one prompt, or several.
+            source: what the state is split into; by default `Tokens()`.
+            batch_size: how many prompts go through the model at once.
+            input_ids: token ids instead of prompts.
+            attention_mask: 1 at the real positions of `input_ids`.
+            options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
 
         Raises:
-            DePassError: as for `attribute`.
+            DePassError: what `attribute` raises.
         """
-        settings = self._settings([source or Tokens()], **options)
+        settings = self._settings(source, **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
-        ordered = sorted(prompts, key=lambda entry: len(entry.ids))
-        batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
-        return estimate(self.decoder, batches, settings)
+        return estimate(self.decoder, prompts, settings, batch_size)
 
-    def _settings(self, sources: Sequence[Source], **options: Any) -> Settings:
-        return settings_of(self.decoder, sources, **options, memory_budget=self.memory_budget)
+    def _settings(self, source: Source | None = None, **options: Any) -> Settings:
+        return settings_of(self.decoder, [source or Tokens()], memory_budget=self.memory_budget, **options)

@@ -110,8 +110,10 @@ def prompts_of(
 
 
 def read_length(decoder: Decoder, prompt: Prompt, position: int) -> int:
-    """How many tokens of a prompt the model reads for a target: up to its position, since none after it can
-    reach it; but all of them where the shorter prompt would get other rotary frequencies.
+    """Return how many tokens of a prompt the model has to read for a target.
+
+    Tokens after the target's position cannot reach it and are cut off, except where the shorter prompt would
+    get other rotary frequencies.
 
     Args:
         decoder: the model.
@@ -174,8 +176,8 @@ def _tables(ids: IdsLike, mask: IdsLike | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _whole_numbers(row: Any) -> bool:
-    """Say whether something is a list of ids; a truth value is not one."""
-    return isinstance(row, list | tuple) and bool(row) and all(type(own) is int for own in row)
+    """Return whether something is a list of ids; a truth value is not one."""
+    return isinstance(row, list | tuple) and bool(row) and all(type(entry) is int for entry in row)
 
 
 def _table(name: str, values: Any) -> Tensor:
@@ -243,7 +245,7 @@ def pad(rows: list[list[int]]) -> Int[Tensor, "batch position"]:
 
 
 def continued(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    """Put generated tokens behind a prompt, and keep their ids: read anew from the text they may differ.
+    """Append generated tokens to a prompt by their ids, which tokenising the text again may not give.
 
     Args:
         prompt: the prompt.

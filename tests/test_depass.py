@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -201,3 +202,10 @@ def test_a_prompt_far_beyond_the_context_is_refused_unread(
 @pytest.mark.filterwarnings("ignore:.*does not know")
 def test_a_long_prompt_of_few_tokens_is_explained(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(DePass(build("llama"), tokenizer).attribute("w1 " + "x" * 3_000).scores) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "is_there"), [("callbacks", True), ("conf", True), ("tests", False), ("docs", False)]
+)
+def test_a_checkout_adds_only_callbacks_and_conf_to_the_package(name: str, is_there: bool) -> None:
+    assert (importlib.util.find_spec(f"depass_lightning.{name}") is not None) == is_there

@@ -1,11 +1,11 @@
-"""What an attribution will take, before it is run: seconds and bytes.
+"""Estimate the seconds and bytes that an attribution will take, before it is run.
 
 1. Count the rows (a component at a position) that the prompt and the source have in each block.
-2. Record the prompt's beginning, and carry as many rows, or some thousand, through one block by the rule:
-   seconds a row, and seconds a token of the plain pass.
-3. Multiply; a row's products grow with the prompt only by what attention mixes.
+2. Record the beginning of the longest prompt, and propagate as many rows, or some thousands, through one
+   block: seconds per row, and seconds per token of the plain pass.
+3. Multiply. A row's cost grows with the prompt's length in attention only.
 
-Bytes are counted, not measured: what is recorded, the rows, the working memory, and the weights of one block
+Bytes are counted, not measured: the recording, the rows, the working memory, and the weights of one block
 where they must be held in another precision.
 """
 
@@ -32,19 +32,19 @@ from depass_lightning.sources import Neurons, Source
 from depass_lightning.sources.tokens import Positional
 
 SHORT = 64  # tokens of the prompt that is tried
-ROWS = 4096  # that are carried through one block
+ROWS = 4096  # the most rows that are propagated through one block
 REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an attribution will take.
+    """The time and memory that an attribution will take.
 
     Attributes:
-        seconds: of time on this machine as busy as it is now, loading and writing left out.
-        recording: bytes of what is recorded of the largest batch.
-        components: bytes of the components that are carried at once; 0 where scores are taken back.
-        working: bytes of working memory beside them.
+        seconds: time on this machine under its current load, without loading and writing.
+        recording: bytes of the recording of the largest batch.
+        components: bytes of the components that are propagated at once; 0 for a backward pass.
+        working: bytes of working memory.
     """
 
     seconds: float
@@ -54,7 +54,7 @@ class Estimate:
 
     @property
     def bytes(self) -> int:
-        """All of it, which is what comes on top of the model's own weights."""
+        """All bytes, which are in addition to the model's weights."""
         return self.recording + self.components + self.working
 
     def __str__(self) -> str:
@@ -62,39 +62,43 @@ class Estimate:
         taken = f"{self.seconds:.1f} s" if minutes < 2 else f"{minutes:.0f} min"
         if minutes > 120:
             taken = f"{minutes / 60:.1f} h"
-        return f"about {taken} and {self.bytes / 2**30:.2g} GiB beside the model"
+        return f"about {taken} and {self.bytes / 2**30:.2g} GiB in addition to the model"
 
 
-def estimate(decoder: Decoder, batches: Sequence[Sequence[Prompt]], settings: Settings) -> Estimate:
-    """Estimate what attributing batches of prompts takes.
+def estimate(decoder: Decoder, prompts: Sequence[Prompt], settings: Settings, batch_size: int) -> Estimate:
+    """Estimate what attributing prompts takes.
 
     Args:
         decoder: the model.
-        batches: the prompts, as they would go through the model.
+        prompts: the prompts.
         settings: how the pass is made.
+        batch_size: how many prompts go through the model at once.
     """
-    longest = max((prompt for batch in batches for prompt in batch), key=lambda prompt: len(prompt.ids))
-    sources = [own for source in settings.sources for own in source.per_layer(len(decoder.blocks))]
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
+    batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
+    longest = ordered[-1]
+    sources = [part for source in settings.sources for part in source.per_layer(len(decoder.blocks))]
+    # [batch][prompt and source][block]
     rows = [
-        [carried_rows(source, prompt, decoder, settings) for prompt in batch for source in sources]
+        [propagated_rows(source, prompt, decoder, settings) for prompt in batch for source in sources]
         for batch in batches
     ]
-    most = max((max(own, default=0) for batch in rows for own in batch), default=0)
+    most = max((max(blocks, default=0) for batch in rows for blocks in batch), default=0)
     rates = _tried(decoder, longest.ids[:SHORT], settings, min(most, ROWS))
     seconds = 0.0
-    for batch, own in zip(batches, rows, strict=True):
+    for batch, batch_rows in zip(batches, rows, strict=True):
         length = max(len(prompt.ids) for prompt in batch)
         twice = recorded_bytes(decoder, len(batch), length) > settings.budget.recording
         seconds += rates.plain * (2 if twice else 1) * len(batch) * length
         if settings.adjoint:
             seconds += rates.back * len(batch) * length * (2 if settings.attention_path == "control" else 1)
         else:
-            seconds += rates.row * _growth(decoder, length, rates.length) * sum(map(sum, own))
+            seconds += rates.row * _growth(decoder, length, rates.length) * sum(map(sum, batch_rows))
     return _with_bytes(seconds, decoder, batches, settings)
 
 
-def carried_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: Settings) -> list[int]:
-    """How many rows of a source's components go through each block but the last, where only the target does.
+def propagated_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: Settings) -> list[int]:
+    """Count the rows of a source's components in each block but the last, where only the target's are needed.
 
     Args:
         source: what the state is split into.
@@ -105,23 +109,23 @@ def carried_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: Set
     layers, length, extra = len(decoder.blocks), len(prompt.ids), int(settings.bias)
     if isinstance(source, Positional):
         owners = source.owners(prompt)
-        rows = sum(length - owners.index(own) for own in set(owners)) + extra * length
+        rows = sum(length - owners.index(owner) for owner in set(owners)) + extra * length
         return [rows if layer >= source.layers(layers)[0] else 0 for layer in range(layers - 1)]
-    members, behind = len(source.describe(prompt, decoder)[0]) + extra, source.behind_mlp
+    members, behind = len(source.describe(prompt, decoder).names[0]) + extra, source.behind_mlp
     if isinstance(source, Neurons):
         if source.layers(layers)[0] >= layers - 2:
-            return []  # next to the target none are carried
+            return []  # next to the target none are propagated
         if source.top is not None:  # once with these, and once with twice as many
             members = 3 * source.top + 2 * (1 + extra)
     return [
-        members * length * sum(own + behind <= layer for own in source.layers(layers))
+        members * length * sum(start + behind <= layer for start in source.layers(layers))
         for layer in range(layers - 1)
     ]
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """Seconds: of the plain pass a token, of a row through a block, of the way back a token."""
+    """Seconds per token of the plain pass, per row in a block, per token of the backward pass."""
 
     plain: float
     row: float
@@ -130,7 +134,7 @@ class _Rates:
 
 
 def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _Rates:
-    """Run the pieces on a short prompt, with about so many rows."""
+    """Run the pieces on a short prompt, with about this number of rows."""
     tokens = torch.tensor([ids], device=decoder.device)
     lengths = torch.tensor([len(ids)], device=decoder.device)
 
@@ -145,8 +149,8 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
         vector = torch.ones(1, decoder.hidden_size, device=decoder.device, dtype=decoder.dtype)
 
         def back() -> None:
-            derivative = at_readout(recording, lengths - 1, vector, zeros, normed=True)
-            for _ in backward(recording, rule, derivative, layer=recording.layers, first=0):
+            gradient = at_readout(recording, lengths - 1, vector, zeros, normed=True)
+            for _ in backward(recording, rule, gradient, layer=recording.layers, first=0):
                 pass
 
         with alone(decoder.model):
@@ -160,18 +164,18 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
     real = torch.ones_like(positions, dtype=torch.bool)
 
     def through() -> None:
-        carry = DecomposedState.begin(
+        state = DecomposedState.begin(
             DenseGroup(components), real, positions, bias=None, budget=settings.budget
         )
-        propagate_attention(carry, block.attention)
-        propagate_mlp(carry, block.mlp, settings.rule)
+        propagate_attention(state, block.attention)
+        propagate_mlp(state, block.mlp, settings.rule)
 
     with alone(decoder.model):
         return _Rates(plain, _fastest(through, decoder) / (count * len(ids)), 0.0, len(ids))
 
 
 def _fastest(work: Callable[[], object], decoder: Decoder) -> float:
-    """Seconds that something takes."""
+    """Return the fewest seconds that some work takes."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -183,7 +187,7 @@ def _fastest(work: Callable[[], object], decoder: Decoder) -> float:
 
 
 def _products(decoder: Decoder, length: int) -> float:
-    """Multiplications of one row in one block, where a prompt has so many tokens."""
+    """Count the multiplications of one row in one block, for a prompt of this length."""
     block = decoder.blocks[0]
     (values, hidden), (_, mixed) = block.attention.value.shape, block.attention.output.shape
     return hidden * (values + mixed + 2 * block.mlp.width) + mixed * length / 2
@@ -204,9 +208,9 @@ def _with_bytes(
         recordings.append(_recorded(decoder, len(batch), length, settings.budget))
         most = max(most, len(batch) * length)
         for source in () if settings.adjoint else settings.sources:
-            for own in source.per_layer(len(decoder.blocks)):
-                each = [carried_rows(own, prompt, decoder, settings) for prompt in batch]
-                components.append(sum(max(rows, default=0) for rows in each) * hidden * size)
+            for part in source.per_layer(len(decoder.blocks)):
+                by_prompt = [propagated_rows(part, prompt, decoder, settings) for prompt in batch]
+                components.append(sum(max(blocks, default=0) for blocks in by_prompt) * hidden * size)
     block = decoder.blocks[0]
     weights = (
         sum(

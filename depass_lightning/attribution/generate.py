@@ -1,10 +1,10 @@
-"""What a model bases each token that it generates on, from one recorded pass over the finished text.
+"""Attribute every token that a model generates, from one recorded pass over the finished text.
 
 1. The model generates by its own `generate`.
-2. One plain pass over the finished text is recorded: what stands behind a token cannot reach it, so every
-   generated token sees there what it saw when it was generated.
-3. Components are carried through that pass once, and read at every place from which a token was generated,
-   each place with its own token's row of the unembedding.
+2. One plain pass over the finished text is recorded. Later tokens cannot reach earlier ones, so every
+   generated token depends on the same states as when it was generated.
+3. Components are propagated through that pass once, and read at every position from which a token was
+   generated, with that token's row of the unembedding.
 """
 
 import warnings
@@ -35,7 +35,7 @@ def generate(
     settings: Settings,
     arguments: Mapping[str, Any],
 ) -> Generation:
-    """Generate behind a prompt, and attribute every token of it.
+    """Generate a continuation of a prompt, and attribute every token of it.
 
     Args:
         decoder: the model.
@@ -49,7 +49,7 @@ def generate(
             model's context, `generate` refuses an argument, or the model's values are not finite.
     """
     if len(prompts) != 1:
-        raise DePassError(f"there are {len(prompts)} prompts; generate behind one at a time")
+        raise DePassError(f"there are {len(prompts)} prompts; generate from one at a time")
     (source,), (prompt,) = settings.sources, prompts
     if not isinstance(source, Tokens):
         raise DePassError(f"source is {type(source).__name__}; what is generated is attributed to Tokens()")
@@ -65,7 +65,7 @@ def generate(
     ids = _generated(decoder, tokenizer, prompt, arguments)
     _warn_of_borders(decoder, count, len(ids))
     text = continued(prompt, ids, tokenizer)
-    # The token behind a position is that position's target.
+    # The token after a position is that position's target.
     questions = [
         Question.of(decoder, tokenizer, text, Token(token, position=count - 1 + index))
         for index, token in enumerate(ids)
@@ -107,9 +107,9 @@ class _StopStrings(StoppingCriteria):
     def __init__(self, strings: Sequence[str], start: int, tokenizer: PreTrainedTokenizerBase) -> None:
         self.strings, self.start, self.tokenizer = strings, start, tokenizer
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        texts = [continuation(row, self.start, self.tokenizer) for row in input_ids.tolist()]
-        ended = [any(own in text for own in self.strings) for text in texts]
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Any:
+        texts = [continuation(ids, self.start, self.tokenizer) for ids in input_ids.tolist()]
+        ended = [any(string in text for string in self.strings) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
 
 

@@ -13,7 +13,7 @@ from depass_lightning.engine.record import Recording
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources import resolve_layer
+from depass_lightning.sources import Source, resolve_layer
 from depass_lightning.targets import (
     Contrast,
     Direction,
@@ -99,30 +99,33 @@ def questions_of(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Prompt],
     targets: Sequence[Target | list[Target]],
-    last_source_layer: int,
+    sources: Sequence[Source],
 ) -> list[list[Question]]:
-    """Resolve every prompt's targets.
+    """Resolve every prompt's targets, and check that the sources can split the prompts.
 
     Args:
         decoder: the model.
         tokenizer: its tokenizer, if there is one.
         prompts: the prompts.
         targets: for each prompt one target or several.
-        last_source_layer: the last block at or in which components begin.
+        sources: what the state is split into.
 
     Returns:
         For each prompt a list of its questions.
 
     Raises:
-        DePassError: a target cannot be explained.
+        DePassError: a target cannot be explained, or a prompt cannot be split.
     """
-    return [
-        [
-            Question.of(decoder, tokenizer, prompt, target, last_source_layer)
-            for target in (several if isinstance(several, list) else [several])
-        ]
-        for prompt, several in zip(prompts, targets, strict=True)
-    ]
+    last_source_layer = max(source.layers(len(decoder.blocks))[-1] for source in sources)
+    questions = []
+    for prompt, asked in zip(prompts, targets, strict=True):
+        several = asked if isinstance(asked, list) else [asked]
+        questions.append(
+            [Question.of(decoder, tokenizer, prompt, target, last_source_layer) for target in several]
+        )
+        for source in sources:
+            source.describe(prompt, decoder)
+    return questions
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,8 @@ def _scores_of_propagated(
         states = state_there.read(recording.final_norm) if readout.normed else state_there.dense()
         # [batch, target, hidden] @ [batch, hidden, component]
         scores[:, selected] = readout.vectors[:, selected] @ states[:, :, 0].mT
-    if settings.spread is not None:
-        scores = settings.spread.summed(scores)
+    if settings.parallel is not None:
+        scores = settings.parallel.summed(scores)
     grouped = scores.unflatten(2, (state.layout.groups, -1))  # [batch, target, group, component]
     if settings.bias:
         grouped[..., 0] += readout.constants[..., None]

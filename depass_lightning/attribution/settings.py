@@ -1,19 +1,76 @@
-"""How a pass is made: what a call's arguments come to."""
+"""A call's arguments, and the settings of the pass that they define, or an error."""
 
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
+import torch
 from torch.distributed import ProcessGroup
 
-from depass_lightning.attribution.options import check_choices, check_sources
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
-from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule, goes_back, rule_named
+from depass_lightning.engine.rules import (
+    AttentionPath,
+    CompetingRule,
+    LinearPaths,
+    Rule,
+    RuleName,
+    goes_back,
+    rule_named,
+)
 from depass_lightning.engine.variants.paper_code import paper_code_rule
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt
+from depass_lightning.prompts import IdsLike, Prompt
 from depass_lightning.sources import Neurons, Source, SplitContext
+from depass_lightning.sources.base import is_whole
+
+BiasMode = Literal["component", "drop"]
+Engine = Literal["auto", "propagate", "adjoint"]
+
+
+class RuleOptions(TypedDict, total=False):
+    """How neurons are shared, what becomes of constants, and how scores are computed."""
+
+    rule: RuleName
+    temperature: float
+    bias: BiasMode
+    engine: Engine
+    attention_path: AttentionPath
+
+
+class AttributeOptions(RuleOptions, total=False):
+    """The keyword arguments of a call that returns scores."""
+
+    compat: Literal["paper_code"] | None
+    batch_size: int
+    progress: bool
+    input_ids: IdsLike | None
+    attention_mask: IdsLike | None
+
+
+class DecomposeOptions(TypedDict, total=False):
+    """The keyword arguments of a call that returns states: those of `attribute` that are not about scores."""
+
+    source: Source | None
+    rule: RuleName
+    temperature: float
+    bias: BiasMode
+    compat: Literal["paper_code"] | None
+
+
+DEFAULTS = RuleOptions(
+    rule="softmax", temperature=0.1, bias="component", engine="auto", attention_path="content"
+)
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "bias": get_args(BiasMode),
+    "compat": (None, "paper_code"),
+    "engine": get_args(Engine),
+    "attention_path": get_args(AttentionPath),
+}
 
 
 @dataclass(frozen=True)
@@ -21,51 +78,52 @@ class Settings:
     """How a pass is made: the same for every prompt of a call.
 
     Args:
-        sources: what the state is split into, each by itself.
+        sources: what the state is split into, each source by itself.
         rule: how neurons are shared.
-        rule_name: what the rule is called.
-        bias: whether constants have a component of their own.
-        rounding: whether the model's own rounding has one.
+        rule_name: the rule's name.
         bias_mode: what becomes of constants: component, drop, or none where the model has none.
+        keeps_constants: whether the call asked for a bias component.
+        rounding: whether the model's own rounding has a component.
         compat: `paper_code` for the published code's behaviour, else None.
-        adjoint: take scores back from the target instead of carrying components to it.
-        attention_path: content, or control for what is added where attention's probabilities are not held
+        adjoint: compute scores by a backward pass instead of propagating components.
+        attention_path: content, or control for what is added when attention's probabilities are not held
             fixed.
         budget: the engine's memory.
-        keeps_constants: constants are scored, not dropped.
-        layers: the model's number of blocks.
-        spread: the processes that the components are spread over, if they are.
+        parallel: the processes that share the components, if several do.
 
     Raises:
-        DePassError: a source approximates what this pass has exact, or does not have.
+        DePassError: a source approximates what this pass computes exactly, or does not have.
     """
 
     sources: tuple[Source, ...]
     rule: Rule
     rule_name: str
-    bias: bool
-    rounding: bool
     bias_mode: str
+    keeps_constants: bool
+    rounding: bool
     compat: str | None
     adjoint: bool
     attention_path: str
     budget: Budget
-    keeps_constants: bool
-    layers: int
-    spread: ComponentParallel | None = None
+    parallel: ComponentParallel | None = None
 
     def __post_init__(self) -> None:
         softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
         tops = [source.top for source in self.sources if isinstance(source, Neurons)]
         if not softmax and any(top is not None for top in tops):
             raise DePassError(
-                "Neurons(top=) approximates rule='softmax' with every constant carried (bias='component', no "
-                "compat); leave top out"
+                "Neurons(top=) approximates rule='softmax' with every constant propagated (bias='component', "
+                "no compat); leave top out"
             )
 
     @property
+    def bias(self) -> bool:
+        """Whether constants have a component of their own."""
+        return self.bias_mode == "component"
+
+    @property
     def constant_names(self) -> list[str]:
-        """The components that stand behind a source's own in each group."""
+        """The components that follow a source's own in each group."""
         return ["bias"] * self.bias + ["rounding"] * self.rounding
 
     @property
@@ -75,9 +133,11 @@ class Settings:
         return exact and self.keeps_constants
 
     @property
-    def last_source_layer(self) -> int:
-        """The last block at or in which components begin."""
-        return max(source.layers(self.layers)[-1] for source in self.sources)
+    def effective_rule(self) -> Rule | ParallelRule:
+        """The rule, by which several processes share the components where they do."""
+        if self.parallel is None or not isinstance(self.rule, CompetingRule):
+            return self.rule
+        return ParallelRule(self.rule, self.parallel)
 
     def with_constants(self, constants: Iterable[float]) -> "Settings":
         """Add the bias component for targets with a constant of their own, such as a probe's intercept.
@@ -85,12 +145,10 @@ class Settings:
         Args:
             constants: the targets' constants.
         """
-        if not self.keeps_constants or not any(constants):
-            return self
-        return replace(self, bias=True, bias_mode="component")
+        return replace(self, bias_mode="component") if self.keeps_constants and any(constants) else self
 
     def split_context(self, prompts: Sequence[Prompt]) -> SplitContext:
-        """What sources must know of a batch's pass.
+        """Collect what sources must know of a batch's pass.
 
         Args:
             prompts: the batch.
@@ -101,100 +159,176 @@ class Settings:
             competing=not isinstance(self.rule, LinearPaths),
             release=self.compat == "paper_code",
             budget=self.budget,
-            spread=self.spread,
+            spread=self.parallel,
         )
-
-    @property
-    def effective_rule(self) -> Rule | ParallelRule:
-        """How components are carried: by the rule, in one process or in several."""
-        if self.spread is None or not isinstance(self.rule, CompetingRule):
-            return self.rule
-        return ParallelRule(self.rule, self.spread)
 
 
 def settings_of(
     decoder: Decoder,
     sources: Sequence[Source],
     *,
-    rule: str = "softmax",
-    temperature: float = 0.1,
-    bias: str = "component",
     compat: str | None = None,
-    engine: str = "auto",
-    attention_path: str = "content",
     memory_budget: int | None = None,
     process_group: ProcessGroup | None = None,
+    **options: Unpack[RuleOptions],
 ) -> Settings:
-    """Check a call's arguments and say what they come to.
+    """Check a call's arguments together.
 
     Args:
         decoder: the model.
-        sources: what states are split into; the other arguments are those of `DePass.attribute`.
-        memory_budget: as for `DePass`.
-        process_group: as for `DePass`; a backward pass carries no components, and needs none.
+        sources: what states are split into.
+        compat: `paper_code` for the published code's behaviour.
+        memory_budget: bytes of working memory; None chooses them for the device.
+        process_group: processes that share the components; a backward pass has none to share.
+        options: those of `DEFAULTS` that differ.
 
     Raises:
-        DePassError: a setting is unknown, or two of them do not go together.
+        DePassError: a setting is unknown, or two of them exclude each other.
     """
-    chosen = rule_named(rule, temperature)
-    check_choices(bias=bias, compat=compat, engine=engine, attention_path=attention_path)
-    adjoint = goes_back(chosen, engine=engine, compat=compat, attention_path=attention_path)
-    if isinstance(chosen, LinearPaths) and chosen.up and not decoder.gated:
+    if unknown := sorted(options.keys() - DEFAULTS.keys()):
+        raise DePassError(f"there is no setting {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
+    chosen: dict[str, Any] = {**DEFAULTS, **options}
+    name, bias, path = chosen["rule"], chosen["bias"], chosen["attention_path"]
+    rule = rule_named(name, chosen["temperature"])
+    _check_choices(bias=bias, compat=compat, engine=chosen["engine"], attention_path=path)
+    adjoint = goes_back(rule, engine=chosen["engine"], compat=compat, attention_path=path)
+    if isinstance(rule, LinearPaths) and rule.up and not decoder.gated:
         raise DePassError(
-            f"rule='{rule}' is for gated MLPs, which not all of this model's are; take rule='taylor'"
+            f"rule='{name}' is for gated MLPs, which not all of this model's are; take rule='taylor'"
         )
-    check_sources(sources)
+    _check_sources(sources)
     for source in sources:
         source.layers(len(decoder.blocks))
-    keeps_constants = bias == "component"
     if compat == "paper_code":
-        bias = "drop"
-        chosen = paper_code_rule(chosen, remainder=sources[0].positional)
-    if not decoder.has_biases:
-        bias = "none"
-    spread = None if adjoint or process_group is None else ComponentParallel(process_group)
-    if spread is not None:
-        check_spread(decoder, sources, compat)
+        rule = paper_code_rule(rule, remainder=sources[0].positional)
+    parallel = None if adjoint or process_group is None else ComponentParallel(process_group)
+    if parallel is not None:
+        _check_parallel(decoder, sources, compat)
+    drops = compat == "paper_code" or bias == "drop"
     return Settings(
         sources=tuple(sources),
-        rule=chosen,
-        rule_name=rule,
-        bias=bias == "component",
-        # What is off with a rule or a way that does not add up cannot be told from rounding.
-        rounding=decoder.rounds and compat is None and rule != "dual" and attention_path == "content",
-        bias_mode=bias,
+        rule=rule,
+        rule_name=name,
+        bias_mode="none" if not decoder.has_biases else "drop" if drops else "component",
+        keeps_constants=bias == "component",
+        # Rounding error can only be separated when the scores are complete.
+        rounding=decoder.rounds and compat is None and name != "dual" and path == "content",
         compat=compat,
         adjoint=adjoint,
-        attention_path=attention_path,
+        attention_path=path,
         budget=Budget.default(decoder.device, memory_budget),
-        keeps_constants=keeps_constants,
-        layers=len(decoder.blocks),
-        spread=spread,
+        parallel=parallel,
     )
 
 
-def check_spread(decoder: Decoder, sources: Sequence[Source], compat: str | None) -> None:
-    """Refuse what cannot be spread over processes.
+def _check_choices(**settings: str | None) -> None:
+    """Refuse a value that a setting does not have, which no type checker has seen."""
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            known = " or ".join(map(repr, CHOICES[name]))
+            raise DePassError(f"{name}={value!r} is unknown; choose {known}")
 
-    Args:
-        decoder: the model.
-        sources: what its states are split into.
-        compat: as for `DePass.attribute`.
 
-    Raises:
-        DePassError: a source's components are no places in the text, or the published code's behaviour is
-            asked for, or the model has a mixture of experts.
-    """
+def _check_sources(sources: Sequence[Source]) -> None:
+    """Refuse a list of sources that is empty or contains anything else."""
+    if not sources:
+        raise DePassError("the list of sources is empty; pass at least one, such as Tokens()")
+    for source in sources:
+        if not isinstance(source, Source):
+            raise DePassError(f"source {source!r} is a {type(source).__name__}; pass Tokens(), Heads(), ...")
+
+
+def _check_parallel(decoder: Decoder, sources: Sequence[Source], compat: str | None) -> None:
+    """Refuse what several processes cannot share: components that begin at every position, or experts."""
     for source in sources:
         if not source.positional:
             raise DePassError(
-                f"the components of {source.kind!r} are not spread over processes; take Tokens() or Spans(), "
+                f"the components of {source.kind!r} cannot be shared by processes; take Tokens() or Spans(), "
                 "or give each process prompts of its own"
             )
     if compat is not None:
         raise DePassError(f"compat={compat!r} runs in one process only; leave process_group out")
     if any(block.mlp.experts is not None for block in decoder.blocks):
         raise DePassError(
-            "the components of a model with a mixture of experts are not spread over processes; give each "
+            "the components of a model with a mixture of experts cannot be shared by processes; give each "
             "process prompts of its own"
         )
+
+
+# The types that public calls declare, checked when they are called.
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+Kind = tuple[str, Callable[[Any], bool]]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+
+
+def _none_or(kind: Kind) -> Kind:
+    name, fits = kind
+    return f"{name} or None", lambda value: value is None or fits(value)
+
+
+TEXT: Kind = ("a text", lambda value: isinstance(value, str))
+WHOLE: Kind = ("a whole number", is_whole)
+COUNT: Kind = ("a whole number of at least 1", lambda value: is_whole(value) and value >= 1)
+NUMBER: Kind = ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool))
+FLAG: Kind = ("True or False", lambda value: isinstance(value, bool))
+DTYPE: Kind = ("a torch.dtype or its name", lambda value: isinstance(value, str | torch.dtype))
+IDS: Kind = ("a tensor of whole numbers", lambda value: isinstance(value, torch.Tensor) or _is_list(value))
+KINDS: dict[str, Kind] = {
+    "name": TEXT,
+    "revision": _none_or(TEXT),
+    "device": _none_or(
+        ("a device or its name", lambda value: isinstance(value, str | torch.device) or is_whole(value))
+    ),
+    "trust_remote_code": FLAG,
+    "dtype": DTYPE,
+    "compute_dtype": _none_or(DTYPE),
+    "memory_budget": _none_or(COUNT),
+    "max_positions": _none_or(COUNT),
+    "tokenizer": _none_or(("a tokenizer", callable)),
+    "prompt": _none_or(
+        ("a text or a list of texts", lambda value: isinstance(value, str) or _is_list(value))
+    ),
+    "source": _none_or(("one source, such as Tokens()", lambda value: isinstance(value, Source))),
+    "sources": ("a list of sources", lambda value: isinstance(value, Sequence)),
+    "rule": TEXT,
+    "temperature": NUMBER,
+    "rule_temperature": NUMBER,
+    "bias": TEXT,
+    "compat": _none_or(TEXT),
+    "engine": TEXT,
+    "attention_path": TEXT,
+    "to_layer": _none_or(WHOLE),
+    "batch_size": COUNT,
+    "progress": FLAG,
+    "max_new_tokens": COUNT,
+    "input_ids": _none_or(IDS),
+    "attention_mask": _none_or(IDS),
+}
+
+
+def checked(call: Call) -> Call:
+    """Refuse arguments of a call that are not of the type that `KINDS` declares for their name.
+
+    Args:
+        call: a function or method; what it takes as `**options` is checked, as `**arguments` it is not.
+
+    Raises:
+        DePassError: by the call, naming the argument, what it is and what it must be.
+    """
+    names = list(inspect.signature(call).parameters)
+    known = KINDS if "options" in names else {name: KINDS[name] for name in names if name in KINDS}
+
+    @functools.wraps(call)
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name in known and not known[name][1](value):
+                raise DePassError(
+                    f"{name} is {value!r:.80}, a {type(value).__name__}; it must be {known[name][0]}"
+                )
+        return call(*args, **kwargs)
+
+    return checking  # type: ignore[return-value]

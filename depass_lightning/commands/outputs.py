@@ -19,7 +19,6 @@ from depass_lightning.reports.numbers import curves_of
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from depass_lightning.results.attribution import Attribution
-from depass_lightning.results.component import Component
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import RowFile, attribution_from_row, checked_file, write_json
 
@@ -54,7 +53,7 @@ def write_results(
     subtitle: str = "",
     prompts: int = 200,
     figures: int = 4,
-    notes: Callable[[Sequence[Component]], Mapping[str, str]] | None = None,
+    notes: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
     generated: bool = False,
 ) -> Results:
     """Write the summary, the page and the figures of a run.
@@ -67,7 +66,7 @@ def write_results(
         subtitle: the line below it.
         prompts: how many prompts the page shows at most, the first ones.
         figures: how many prompts are drawn as pictures.
-        notes: returns what is known about components, by their labels, such as what a neuron promotes.
+        notes: says what is known of components, given their names, such as what a neuron promotes.
         generated: each row is a generated token, and those of a prompt follow one another.
     """
     rows = RowFile(table)
@@ -97,7 +96,7 @@ def write_results(
         summary=_shown(summary),
         examples=examples,
         mean=mean,
-        notes=None if notes is None or mean is None else notes(_leading_components([mean, *shown])),
+        notes=None if notes is None or mean is None else notes(_leading([mean, *shown])),
     )
     return Results(folder, rows, summary, page, generated)
 
@@ -154,12 +153,12 @@ def _summary(rows: RowFile, counts: Sequence[int]) -> dict[str, Any]:
 def _rounding(rows: RowFile) -> dict[str, Any]:
     """Return how large what the model itself rounds off is, where it computes in less than is carried."""
     shares = []
-    for row in RowFile(rows.path, ["value", "kinds", "scores"]):
+    for row in RowFile(rows.path, ["value", "names", "positions", "scores"]):
         largest = max(abs(row["value"]), *map(abs, row["scores"]))
-        kinds = zip(row["kinds"], row["scores"], strict=True)
-        rounded = [abs(score) for kind, score in kinds if kind == "rounding"]
-        if rounded and largest:
-            shares.append(max(rounded) / largest)
+        named = zip(row["names"], row["positions"], row["scores"], strict=True)
+        own = [abs(score) for name, place, score in named if place is None and name.endswith("rounding")]
+        if own and largest:
+            shares.append(max(own) / largest)
     if not shares:
         return {}
     return {"rounding": {"value": max(shares), "note": "of the value or the largest score, worst prompt"}}
@@ -173,12 +172,10 @@ def _mean_scores(mean: Attribution | None) -> dict[str, Any]:
     return {"mean_scores": dict(zip(listed.names, listed.scores.tolist(), strict=True))}
 
 
-def _leading_components(attributions: Sequence[Attribution]) -> list[Component]:
-    """Return the components that are among the strongest of many prompts."""
-    count: Counter[Component] = Counter()
-    for attribution in map(asked_for, attributions):
-        count.update(attribution.components[i] for i in attribution.ranked(12, absolute=True))
-    return [component for component, _ in count.most_common(NOTED)]
+def _leading(attributions: Sequence[Attribution]) -> list[str]:
+    """Return the names of the components that are among the strongest of many prompts."""
+    found = Counter(name for each in attributions for name, _ in asked_for(each).top(12, absolute=True))
+    return [name for name, _ in found.most_common(NOTED)]
 
 
 def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from depass_lightning import tasks
-from depass_lightning.attribution.options import BiasMode
+from depass_lightning.attribution.settings import BiasMode
 from depass_lightning.engine.rules import AttentionPath, RuleName, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.methods import METHODS, Baseline

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from depass_lightning.attribution.options import RuleOptions
-from depass_lightning.attribution.settings import settings_of
+from depass_lightning.attribution.settings import RuleOptions, settings_of
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.sources import Heads, Module, Neurons, Source, Spans, Tokens

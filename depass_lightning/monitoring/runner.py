@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from depass_lightning.attribution.options import RuleOptions
+from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.faithfulness import Case, Columns, TokenRemoval, evaluate
 from depass_lightning.monitoring.probe_sets import ProbePrompt

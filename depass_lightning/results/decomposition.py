@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from depass_lightning.results.component import Component
-
 
 @dataclass(frozen=True)
 class Decomposition:
@@ -14,15 +12,10 @@ class Decomposition:
 
     Attributes:
         states: `[component, position, hidden]`; within each group they sum to the model's residual stream.
-        components: what each state belongs to.
+        names: the components' names.
         layer: the block whose input this is; the number of blocks for the last block's output.
     """
 
     states: Float[Tensor, "component position hidden"]
-    components: list[Component]
+    names: list[str]
     layer: int
-
-    @property
-    def names(self) -> list[str]:
-        """The components' labels."""
-        return [component.label for component in self.components]

@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch
 
 from depass_lightning.results.attribution import Attribution
-from depass_lightning.results.component import from_columns, to_columns
 from depass_lightning.storage.shards import read_rows
 
 RANGES = pa.list_(pa.list_(pa.int32()))
@@ -33,11 +32,7 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("target", pa.string()),
         ("value", pa.float64()),
         ("scores", pa.list_(pa.float32())),
-        # its components, a list each: see `results.component.Component`
-        ("kinds", pa.list_(pa.string())),
         ("names", pa.list_(pa.string())),
-        ("layers", pa.list_(pa.int32())),
-        ("indices", pa.list_(pa.int32())),
         ("positions", RANGES),
         ("groups", pa.int32()),
         ("source", pa.string()),
@@ -48,9 +43,6 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("probability", pa.float64()),
         ("rank", pa.int32()),
         ("completeness", pa.float64()),
-        ("target_ids", pa.list_(pa.int64())),
-        ("method", pa.string()),
-        ("attention_path", pa.string()),
         ("metadata", pa.string()),
         # what is known of the prompt, and measured on it
         ("answer", pa.string()),
@@ -87,12 +79,10 @@ ATTRIBUTION_SCHEMA = pa.schema(
 """The columns of a run's attributions; ranges are pairs of first and one past last, in characters or
 tokens; `states` is the SHA-256 of the file of the prompt's states."""
 
-PLAIN = tuple(field.name for field in dataclasses.fields(Attribution) if field.name != "components")
-
 
 def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
     """Return the attribution's fields, and its completeness error, as values of `ATTRIBUTION_SCHEMA`."""
-    row = {name: getattr(attribution, name) for name in PLAIN} | to_columns(attribution.components)
+    row = {field.name: getattr(attribution, field.name) for field in dataclasses.fields(attribution)}
     row["scores"] = attribution.scores.tolist()
     row["completeness"] = attribution.completeness
     row["metadata"] = json.dumps(attribution.metadata, ensure_ascii=False)
@@ -100,18 +90,14 @@ def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
 
 
 def attribution_from_row(row: Mapping[str, Any]) -> Attribution:
-    """Return the attribution that `attribution_to_row` made a row of.
-
-    Raises:
-        DePassError: an earlier version wrote the row.
-    """
-    components = from_columns(row)  # first: an earlier version's rows lack other fields too
-    fields = {name: row[name] for name in PLAIN}
+    """Return the attribution that `attribution_to_row` made a row of."""
+    fields = {field.name: row[field.name] for field in dataclasses.fields(Attribution)}
     fields["scores"] = torch.tensor(row["scores"], dtype=torch.float32)
     fields["metadata"] = json.loads(row["metadata"])
-    if row["offsets"] is not None:
-        fields["offsets"] = [tuple(pair) for pair in row["offsets"]]
-    return Attribution(components=components, **fields)
+    for name in ("offsets", "positions"):
+        pairs = row[name]
+        fields[name] = None if pairs is None else [None if pair is None else tuple(pair) for pair in pairs]
+    return Attribution(**fields)
 
 
 def read_attributions(path: str | Path) -> list[Attribution]:

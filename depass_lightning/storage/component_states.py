@@ -9,7 +9,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from depass_lightning.errors import DePassError
-from depass_lightning.results.component import from_columns, to_columns
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.utils.atomic_files import write_whole
 
@@ -29,8 +28,7 @@ def write_states(folder: str | Path, states: Mapping[int, Decomposition]) -> dic
     hashes = {}
     for index, state in states.items():
         # One entry: safetensors writes several in an order that changes from run to run.
-        known = {"layer": state.layer, "components": to_columns(state.components)}
-        header = {HEADER: json.dumps(known, ensure_ascii=False)}
+        header = {HEADER: json.dumps({"layer": state.layer, "names": state.names}, ensure_ascii=False)}
         content = save({"states": state.states.detach().cpu().contiguous()}, header)
         write_whole(state_path(folder, index), content)
         hashes[index] = hashlib.sha256(content).hexdigest()
@@ -53,8 +51,7 @@ def read_states(path: str | Path) -> Decomposition:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            known = json.loads(file.metadata()[HEADER])
-            components = from_columns(known.get("components", {}))
-            return Decomposition(file.get_tensor("states"), components, known["layer"])
+            header = json.loads(file.metadata()[HEADER])
+            return Decomposition(file.get_tensor("states"), header["names"], header["layer"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DePassError(f"{path} holds no components' states ({error})") from error

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens, tasks
-from depass_lightning.attribution.cost import carried_rows
+from depass_lightning.attribution.cost import propagated_rows
 from depass_lightning.attribution.settings import settings_of
 from depass_lightning.commands.attribute_task import tell_estimate
 from depass_lightning.engine import propagate
@@ -43,7 +43,7 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
     (entry,) = prompts_of_ids(ids, None, None, None, 61)
     settings = settings_of(depass.decoder, [source], rule="softmax", temperature=0.1, bias="component")
     expected = [
-        rows for own in source.per_layer(5) for rows in carried_rows(own, entry, depass.decoder, settings)
+        rows for own in source.per_layer(5) for rows in propagated_rows(own, entry, depass.decoder, settings)
     ]
     found: list[int] = []
     share, bulk_share = propagate.propagate_mlp, top_neurons.share_with_bulk
@@ -72,7 +72,7 @@ def test_bytes_grow_with_the_prompt_and_not_where_scores_are_taken_back() -> Non
     back = depass.estimate(input_ids=prompt(32)[None], rule="taylor")
     assert back.components == 0
     assert back.seconds > 0
-    assert "GiB beside the model" in str(back)
+    assert "GiB in addition to the model" in str(back)
 
 
 def test_an_estimate_refuses_what_attribute_refuses() -> None:

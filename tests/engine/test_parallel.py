@@ -113,7 +113,7 @@ def alone():
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llama", {"source": Heads()}, "the components of 'heads' are not spread over processes"),
+        ("llama", {"source": Heads()}, "the components of 'heads' cannot be shared by processes"),
         ("llama", {"compat": "paper_code"}, "compat='paper_code' runs in one process only"),
         ("mixtral", {}, "mixture of experts"),
     ],

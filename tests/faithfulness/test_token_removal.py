@@ -21,7 +21,6 @@ from depass_lightning.faithfulness.evaluate import Case
 from depass_lightning.methods import Random, RandomLastFirst
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import ATTRIBUTION_SCHEMA
-from tests.reference.attributions import spans
 from tests.reference.models import build, prompt
 
 BOS, KEY, ANSWER = 1, 5, 7
@@ -57,13 +56,14 @@ def attribution(scores, *, bos=True, ids=(2, 3, 4, KEY, 6)):
     offsets = [(0, 0)] * bos + [(2 * i, 2 * i + 1) for i in range(len(letters))]
     return Attribution(
         scores=torch.tensor([*([9.0] * bos), *scores, 99.0]),
-        components=spans([*tokens, "bias"], [*((i, i + 1) for i in range(len(tokens))), None]),
+        names=[*tokens, "bias"],
         value=1.0,
         target="x",
         text=" ".join(letters),
         tokens=tokens,
         token_ids=[BOS] * bos + list(ids),
         offsets=offsets,
+        positions=[*((i, i + 1) for i in range(len(tokens))), None],
         source="tokens",
         rule="softmax",
         layer=0,
@@ -337,7 +337,7 @@ def test_the_rank_counts_the_tokens_that_are_more_likely():
 def test_one_measure_gives_both():
     model = LastModel()
     scored = attribution([0.1, 0.2, 0.3, 0.4, 9.0])
-    scored.target_ids = [ANSWER]
+    scored.metadata["target_ids"] = [ANSWER]
     measure = TokenRemoval([0, 50, 100], keep_last=True, draws=2)
     depass: Any = SimpleNamespace(model=model)
     (columns,) = measure.columns([Case(scored)], depass)
