@@ -4,11 +4,11 @@ That components add up proves little: shares of the wrong gates add up too. Here
 """
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from depass_lightning import Contrast, DePass, Token, Tokens
 from tests.reference import twin
@@ -19,14 +19,19 @@ LENGTH = 11  # longer than the tiny models' attention windows
 
 
 @cache
-def model_and_trace(name: str) -> tuple[PreTrainedModel, twin.Trace]:
+def depass_and_trace(name: str, length: int = LENGTH) -> tuple[DePass, twin.Trace]:
     model = build(name, dtype=torch.float64)
-    return model, twin.record(model, prompt(LENGTH))
+    return DePass(model), twin.record(model, prompt(length))
+
+
+@cache
+def in_float32(name: str) -> DePass:
+    return DePass(build(name))
 
 
 @cache
 def expected_states(name: str, options: Options) -> dict[int, Tensor]:
-    return twin.decompose(model_and_trace(name)[1], options)
+    return twin.decompose(depass_and_trace(name)[1], options)
 
 
 def largest_error(given: Tensor, expected: Tensor, scale: Tensor) -> float:
@@ -37,7 +42,8 @@ def largest_error(given: Tensor, expected: Tensor, scale: Tensor) -> float:
 
 @pytest.mark.parametrize("name", ALL)
 def test_twin_itself_is_complete(name: str) -> None:
-    model, _ = model_and_trace(name)
+    depass, _ = depass_and_trace(name)
+    model: Any = depass.model
     true = real_states(model, prompt(LENGTH))
     for rule in RULES:
         for layer, components in expected_states(name, Options(rule=rule)).items():
@@ -47,8 +53,7 @@ def test_twin_itself_is_complete(name: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ALL)
 def test_states_of_every_layer(name: str, rule: Rule) -> None:
-    model, trace = model_and_trace(name)
-    depass = DePass(model)
+    depass, trace = depass_and_trace(name)
     for layer, components in expected_states(name, Options(rule=rule)).items():
         given = depass.decompose(input_ids=prompt(LENGTH)[None], rule=rule, to_layer=layer)[0]
         assert largest_error(given.states, components, trace.state(layer)) < 1e-9, layer
@@ -57,19 +62,19 @@ def test_states_of_every_layer(name: str, rule: Rule) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ALL)
 def test_states_with_the_first_token_included(name: str, rule: Rule) -> None:
-    model, trace = model_and_trace(name)
+    depass, trace = depass_and_trace(name)
     expected = expected_states(name, Options(rule=rule, exclude_first=False))[len(trace.layers)]
     source = Tokens(exclude_first=False)
-    given = DePass(model).decompose(input_ids=prompt(LENGTH)[None], source=source, rule=rule)[0]
+    given = depass.decompose(input_ids=prompt(LENGTH)[None], source=source, rule=rule)[0]
     assert largest_error(given.states, expected, trace.final) < 1e-9
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ALL)
 def test_states_in_float32(name: str, rule: Rule) -> None:
-    _, trace = model_and_trace(name)
+    _, trace = depass_and_trace(name)
     expected = expected_states(name, Options(rule=rule))[len(trace.layers)]
-    given = DePass(build(name)).decompose(input_ids=prompt(LENGTH)[None], rule=rule)[0]
+    given = in_float32(name).decompose(input_ids=prompt(LENGTH)[None], rule=rule)[0]
     assert largest_error(given.states, expected, trace.final) < 1e-4
 
 
@@ -77,13 +82,13 @@ def test_states_in_float32(name: str, rule: Rule) -> None:
 @pytest.mark.parametrize("layer", [1, 2, -1])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_split_at_a_later_layer(name: str, layer: int, rule: Rule) -> None:
-    model, trace = model_and_trace(name)
+    depass, trace = depass_and_trace(name)
     start = layer % len(trace.layers)
     for exclude_first in (True, False):
         expected = expected_states(name, Options(start, rule, exclude_first=exclude_first))
         source = Tokens(layer=layer, exclude_first=exclude_first)
         for to_layer in (start, len(trace.layers)):
-            given = DePass(model).decompose(
+            given = depass.decompose(
                 input_ids=prompt(LENGTH)[None], source=source, rule=rule, to_layer=to_layer
             )[0]
             assert largest_error(given.states, expected[to_layer], trace.state(to_layer)) < 1e-9, to_layer
@@ -91,18 +96,18 @@ def test_split_at_a_later_layer(name: str, layer: int, rule: Rule) -> None:
 
 @pytest.mark.parametrize("temperature", [0.02, 1.0, 30.0])
 def test_temperature(temperature: float) -> None:
-    model, trace = model_and_trace("qwen2")
+    depass, trace = depass_and_trace("qwen2")
     expected = twin.decompose(trace, Options(temperature=temperature))[len(trace.layers)]
-    given = DePass(model).decompose(input_ids=prompt(LENGTH)[None], temperature=temperature)[0]
+    given = depass.decompose(input_ids=prompt(LENGTH)[None], temperature=temperature)[0]
     assert largest_error(given.states, expected, trace.final) < 1e-9
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", WITH_BIAS_COMPONENT)
 def test_bias_dropped(name: str, rule: Rule) -> None:
-    model, trace = model_and_trace(name)
+    depass, trace = depass_and_trace(name)
     expected = twin.decompose(trace, Options(rule=rule, bias=False))[len(trace.layers)]
-    given = DePass(model).decompose(input_ids=prompt(LENGTH)[None], rule=rule, bias="drop")[0]
+    given = depass.decompose(input_ids=prompt(LENGTH)[None], rule=rule, bias="drop")[0]
     assert len(given.names) == LENGTH
     assert "bias" not in given.names
     assert largest_error(given.states, expected, trace.final) < 1e-9
@@ -111,9 +116,9 @@ def test_bias_dropped(name: str, rule: Rule) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_bias_component_exists_where_the_model_has_biases(name: str) -> None:
-    model, trace = model_and_trace(name)
-    given = DePass(model).decompose(input_ids=prompt(LENGTH)[None])[0]
-    scored = DePass(model).attribute(input_ids=prompt(LENGTH)[None], target=3)[0]
+    depass, trace = depass_and_trace(name)
+    given = depass.decompose(input_ids=prompt(LENGTH)[None])[0]
+    scored = depass.attribute(input_ids=prompt(LENGTH)[None], target=3)[0]
     expected = name in WITH_BIAS_COMPONENT
     assert twin.has_bias(trace.model) == expected
     assert len(given.names) == len(given.states) == LENGTH + expected
@@ -127,9 +132,8 @@ def test_a_bias_component_exists_where_the_model_has_biases(name: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ALL)
 def test_scores(name: str, rule: Rule) -> None:
-    model, trace = model_and_trace(name)
+    depass, trace = depass_and_trace(name)
     components = expected_states(name, Options(rule=rule))[len(trace.layers)]
-    depass = DePass(model)
     for target in (Token(7), Token(7, 5), Token(7, 0), Contrast(7, 20), Contrast(7, 20, -4)):
         position = target.position
         foil = target.foil if isinstance(target, Contrast) else None
@@ -146,9 +150,9 @@ def test_scores(name: str, rule: Rule) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", WITH_BIAS_COMPONENT)
 def test_scores_with_the_bias_dropped_at_a_later_layer(name: str, rule: Rule) -> None:
-    model, trace = model_and_trace(name)
+    depass, trace = depass_and_trace(name)
     expected = twin.decompose(trace, Options(1, rule, exclude_first=False, bias=False))[len(trace.layers)]
-    given = DePass(model).attribute(
+    given = depass.attribute(
         input_ids=prompt(LENGTH)[None],
         target=Token(30, position=8),
         source=Tokens(layer=1, exclude_first=False),
@@ -161,10 +165,10 @@ def test_scores_with_the_bias_dropped_at_a_later_layer(name: str, rule: Rule) ->
 
 
 def test_no_target_means_the_models_own_next_token() -> None:
-    model, trace = model_and_trace("llama")
+    depass, trace = depass_and_trace("llama")
     best = int(trace.logits[-1].argmax())
-    given = DePass(model).attribute(input_ids=prompt(LENGTH)[None])[0]
-    explicit = DePass(model).attribute(input_ids=prompt(LENGTH)[None], target=best)[0]
+    given = depass.attribute(input_ids=prompt(LENGTH)[None])[0]
+    explicit = depass.attribute(input_ids=prompt(LENGTH)[None], target=best)[0]
     assert torch.equal(given.scores, explicit.scores)
     assert given.rank == 1
     assert given.correct
@@ -191,13 +195,12 @@ def test_a_token_whose_embedding_is_zero(name: str, rule: Rule) -> None:
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_the_shortest_prompts(name: str, length: int, rule: Rule) -> None:
-    model, _ = model_and_trace(name)
+    depass, trace = depass_and_trace(name, length)
     ids = prompt(length)
-    trace = twin.record(model, ids)
     expected = twin.decompose(trace, Options(rule=rule))[len(trace.layers)]
-    given = DePass(model).decompose(input_ids=ids[None], rule=rule)[0]
+    given = depass.decompose(input_ids=ids[None], rule=rule)[0]
     assert largest_error(given.states, expected, trace.final) < 1e-9
-    scored = DePass(model).attribute(input_ids=ids[None], target=4, rule=rule)[0]
+    scored = depass.attribute(input_ids=ids[None], target=4, rule=rule)[0]
     assert distance(scored.scores, twin.scores(trace, expected, -1, 4)) < 1e-5
 
 
@@ -208,10 +211,10 @@ def test_the_published_codes_steps(name: str, rule: Rule) -> None:
 
     Models with MLP biases are left out: the published code was made for none.
     """
-    model, trace = model_and_trace(name)
+    depass, trace = depass_and_trace(name)
     for layer, exclude_first in ((0, True), (0, False), (1, True)):
         options = Options(layer, rule, exclude_first=exclude_first, release=True)
-        given = DePass(model).decompose(
+        given = depass.decompose(
             input_ids=prompt(LENGTH)[None],
             source=Tokens(layer, exclude_first),
             rule=rule,

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from depass_lightning import (
     Components,
@@ -110,15 +109,19 @@ CASES: dict[str, Case] = {
 
 
 @cache
-def model_and_trace(name: str, length: int = LENGTH) -> tuple[PreTrainedModel, Trace]:
-    model = build(name, dtype=torch.float64)
-    return model, twin.record(model, prompt(length, seed=length))
+def depass_of(name: str, dtype: torch.dtype = torch.float64) -> DePass:
+    return DePass(build(name, dtype=dtype))
+
+
+@cache
+def trace_of(name: str, length: int = LENGTH) -> Trace:
+    return twin.record(depass_of(name).model, prompt(length, seed=length))
 
 
 @cache
 def expected_states(name: str, case: str, rule: Rule, length: int = LENGTH) -> list[dict[int, Tensor]]:
     """Each group's components at every layer."""
-    _, trace = model_and_trace(name, length)
+    trace = trace_of(name, length)
     with torch.no_grad():
         return [twin_sources.carry(trace, group, rule) for group in CASES[case].groups(trace)]
 
@@ -137,7 +140,7 @@ def largest_error(given: Tensor, expected: Tensor, scale: Tensor) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_the_twin_is_complete(case: str) -> None:
     for name in NAMES:
-        _, trace = model_and_trace(name)
+        trace = trace_of(name)
         for rule in RULES:
             for found in expected_states(name, case, rule):
                 for layer, states in found.items():
@@ -148,7 +151,7 @@ def test_the_twin_is_complete(case: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", NAMES)
 def test_both_twins_agree_on_tokens(name: str, rule: Rule) -> None:
-    _, trace = model_and_trace(name)
+    trace = trace_of(name)
     expected = twin.decompose(trace, twin.Options(rule=rule))[LAYERS]
     assert largest_error(at_the_end(name, "tokens", rule), expected, trace.final) < 1e-10
 
@@ -156,8 +159,7 @@ def test_both_twins_agree_on_tokens(name: str, rule: Rule) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_states_behind_the_last_block(name: str, case: str, dtype: torch.dtype) -> None:
-    model, trace = model_and_trace(name)
-    depass = DePass(model if dtype == torch.float64 else build(name, dtype=dtype))
+    depass, trace = depass_of(name, dtype), trace_of(name)
     source = CASES[case].source(trace)
     for rule in RULES:
         given = depass.decompose(input_ids=prompt(LENGTH, seed=LENGTH)[None], source=source, rule=rule)[0]
@@ -169,11 +171,11 @@ def test_states_behind_the_last_block(name: str, case: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["llama", "llama-biases"])
 def test_states_at_every_layer(name: str, case: str) -> None:
-    model, trace = model_and_trace(name)
+    depass, trace = depass_of(name), trace_of(name)
     ids = prompt(LENGTH, seed=LENGTH)[None]
     for rule in RULES:
         found = expected_states(name, case, rule)
-        tour = DePass(model).decompose_layers(input_ids=ids, source=CASES[case].source(trace), rule=rule)
+        tour = depass.decompose_layers(input_ids=ids, source=CASES[case].source(trace), rule=rule)
         layers = []
         for given in tour:
             expected = torch.cat([own[given.layer] for own in found])
@@ -186,7 +188,7 @@ def test_states_at_every_layer(name: str, case: str) -> None:
 @pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("llama-biases", "left")])
 def test_a_padded_batch(name: str, case: str, side: str) -> None:
     lengths = (6, 9, 7)
-    model, trace = model_and_trace(name)
+    depass, trace = depass_of(name), trace_of(name)
     ids, mask = padded([prompt(length, seed=length) for length in lengths], side)
     for rule in RULES:
         arguments: dict[str, Any] = {
@@ -195,10 +197,10 @@ def test_a_padded_batch(name: str, case: str, side: str) -> None:
             "source": CASES[case].source(trace),
             "rule": rule,
         }
-        states = DePass(model).decompose(**arguments)
-        scored = DePass(model).attribute(**arguments, target=Token(11, position=-2))
+        states = depass.decompose(**arguments)
+        scored = depass.attribute(**arguments, target=Token(11, position=-2))
         for length, given, scores in zip(lengths, states, scored, strict=True):
-            _, own = model_and_trace(name, length)
+            own = trace_of(name, length)
             expected = at_the_end(name, case, rule, length)
             assert largest_error(given.states, expected, own.final) < 1e-9, (rule, length)
             wanted = twin_sources.token_scores(own, expected, -2, 11)
@@ -241,12 +243,12 @@ TARGETS: dict[str, tuple[Any, Read]] = {
 @pytest.mark.parametrize("name", ["llama", "llama-biases"])
 def test_scores_of_every_kind_of_target(name: str, case: str, probes: bool) -> None:
     """Probes, and all others, in one call, the prompt once for each."""
-    model, trace = model_and_trace(name)
+    depass, trace = depass_of(name), trace_of(name)
     for rule in RULES:
         found = expected_states(name, case, rule)
         begun = all(2 in own for own in found)
         kinds = [kind for kind in TARGETS if ("probe" in kind) == probes and (begun or "at 2" not in kind)]
-        scored = DePass(model).attribute(
+        scored = depass.attribute(
             input_ids=prompt(LENGTH, seed=LENGTH)[None].expand(len(kinds), -1),
             target=[TARGETS[kind][0] for kind in kinds],
             source=CASES[case].source(trace),
@@ -260,10 +262,10 @@ def test_scores_of_every_kind_of_target(name: str, case: str, probes: bool) -> N
 @pytest.mark.parametrize("kind", [kind for kind in TARGETS if "earlier" not in kind])
 @pytest.mark.parametrize("name", ["llama", "llama-biases"])
 def test_scores_of_given_components(name: str, kind: str) -> None:
-    model, trace = model_and_trace(name)
+    depass, trace = depass_of(name), trace_of(name)
     target, read = TARGETS[kind]
     for rule in RULES:
-        given = DePass(model).attribute(
+        given = depass.attribute(
             input_ids=prompt(LENGTH, seed=LENGTH)[None],
             target=target,
             source=CASES["components"].source(trace),
@@ -292,7 +294,7 @@ def test_a_sweep_over_all_layers_is_what_each_layer_gives_alone(
     ids, mask = padded([prompt(6, seed=6), prompt(9, seed=9)], "left")
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "rule": rule}
     targets = [Contrast(7, 20), Token(11, -2)]
-    depass = DePass(model_and_trace(name)[0])
+    depass = depass_of(name)
 
     def states(layer: int | None) -> list[Tensor]:
         return [own.states for own in depass.decompose(**arguments, source=SWEEPS[sweep](layer))]

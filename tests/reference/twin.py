@@ -220,25 +220,18 @@ def shares(gates: Tensor, options: Options) -> Tensor:
 
 def shares_of_competing(gates: Tensor, options: Options) -> Tensor:
     """The shares `[m, i]` of components that all compete, from their gates `[m, i]`."""
-    result = torch.zeros_like(gates)
-    for i in range(gates.shape[1]):
-        g = gates[:, i]
-        if options.rule == "softmax":
-            result[:, i] = torch.softmax(g / options.temperature, 0)
-        elif options.rule == "max":
-            result[g.argmax(), i] = 1
-        elif options.rule == "relu":
-            positive = g.clamp(min=0)
-            if positive.sum() > 0:
-                result[:, i] = positive / positive.sum()
-            else:
-                result[g.argmax(), i] = 1
-        elif options.rule == "linear":
-            above = g - g.min()
-            result[:, i] = above / above.sum() if above.sum() > 0 else 1 / len(g)
-        else:
-            raise ValueError(options.rule)
-    return result
+    winner = torch.zeros_like(gates).scatter(0, gates.argmax(0, keepdim=True), 1.0)
+    if options.rule == "softmax":
+        return torch.softmax(gates / options.temperature, 0)
+    if options.rule == "max":
+        return winner
+    if options.rule == "relu":
+        positive = gates.clamp(min=0)
+        return torch.where(positive.sum(0) > 0, positive / positive.sum(0), winner)
+    if options.rule == "linear":
+        above = gates - gates.min(0).values
+        return torch.where(above.sum(0) > 0, above / above.sum(0), 1 / len(gates))
+    raise ValueError(options.rule)
 
 
 def release_mlp_parts(layer: Layer, normed: list[Tensor], options: Options) -> list[Tensor]:
