@@ -103,6 +103,41 @@ def test_it_comes_back_where_there_is_room(caplog: pytest.LogCaptureFixture) -> 
     assert "well below max_overhead=10%: they run at every occasion now" in caplog.records[-1].getMessage()
 
 
+def test_every_decision_by_hand(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    pace = Throttle(0.5, clock)
+    assert pace.share == 0
+    clock.now = 10.0
+    pace.spend(2.5)
+    assert pace.share == 0.25
+    pace.start()
+    assert pace.share == 0
+    pace.spend(1.0)
+    clock.now = 13.0
+    assert pace.has_room()  # (1 + 1) / (3 + 1) is the limit itself
+    pace.spend(1.0)
+    # (2 + 1) / (3 + 1) is above it: refused at the 1st, 2nd and 4th occasion, passed over at the 3rd
+    assert [(pace.has_room(), pace.every) for _ in range(4)] == [
+        (False, 2),
+        (False, 4),
+        (False, 4),
+        (False, 8),
+    ]
+    clock.now = 110.0
+    assert [(pace.has_room(), pace.every) for _ in range(4)] == [(False, 8)] * 3 + [(True, 4)]
+    pace.spend(20.0)
+    clock.now = 158.0
+    # (22 + 20) / (148 + 20) is half of the limit: not less
+    assert [(pace.has_room(), pace.every) for _ in range(4)] == [(False, 4)] * 3 + [(True, 4)]
+    told = "another run of the probes would bring their share of the time to"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{told} 75.0%, above max_overhead=50%: they run at one occasion in 2 now",
+        f"{told} 75.0%, above max_overhead=50%: they run at one occasion in 4 now",
+        f"{told} 75.0%, above max_overhead=50%: they run at one occasion in 8 now",
+        f"{told} 3.0%, well below max_overhead=50%: they run at one occasion in 4 now",
+    ]
+
+
 @contextmanager
 def turned(monkeypatch: pytest.MonkeyPatch, *, cost: float, step: float) -> Iterator[tuple[Clock, Callback]]:
     """A clock that a probe set's attribution turns by `cost`, and a training step by `step`."""

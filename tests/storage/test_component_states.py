@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from depass_lightning import DePass, DePassError, Spans, Tokens, tasks
 from depass_lightning.storage import read_states
@@ -50,7 +51,19 @@ def test_what_has_no_states_is_refused(tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_file_without_states_is_named(tmp_path):
-    (tmp_path / "0.safetensors").write_bytes(b"nothing")
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"nothing",
+        save({"states": torch.zeros(1)}),
+        save({"states": torch.zeros(1)}, {"format": "pt"}),
+        save({"states": torch.zeros(1)}, {"decomposition": "no JSON"}),
+    ],
+    ids=["no file", "no safetensors", "no header", "another header", "a header that is no JSON"],
+)
+def test_a_file_without_states_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "0.safetensors").write_bytes(content)
     with pytest.raises(DePassError, match="holds no components' states"):
         read_states(tmp_path / "0.safetensors")

@@ -1,5 +1,6 @@
 """What a disk, a copy or a hand may do to finished results: it is noticed, and costs nothing else."""
 
+import hashlib
 import json
 import os
 import random
@@ -92,9 +93,32 @@ def test_either_checksum_fits_while_a_file_is_replaced(tmp_path: Path) -> None:
         check_file(path)
 
 
+def test_a_checksum_is_of_one_file(tmp_path: Path) -> None:
+    """Of several in a folder, listed by their names; a file or a line that is none of them is let be."""
+    contents = {"c": b"1", "a": b"2", "b": b"3"}
+    for name, content in contents.items():
+        with checked_file(tmp_path / name) as draft:
+            draft.write_bytes(content)
+    sums = tmp_path / "SHA256SUMS"
+    lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in "abc"]
+    assert sums.read_text() == "".join(lines)
+    assert [line[:64] for line in lines] != sorted(line[:64] for line in lines)
+    for name in contents:
+        check_file(tmp_path / name)
+        for other in contents.keys() - {name}:
+            (tmp_path / name).write_bytes(contents[other])
+            with pytest.raises(DePassError, match=f"{name} is damaged"):
+                check_file(tmp_path / name)
+        (tmp_path / name).write_bytes(contents[name])
+    (tmp_path / "none").write_bytes(b"4")
+    sums.write_bytes(b"\xff no line of it\n" + sums.read_bytes())
+    for name in (*contents, "none"):
+        check_file(tmp_path / name)
+
+
 def test_states_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     hashes = {write_states(tmp_path, {0: DECOMPOSITION})[0] for _ in range(20)}
-    assert len(hashes) == 1
+    assert hashes == {hashlib.sha256((tmp_path / "0.safetensors").read_bytes()).hexdigest()}
 
 
 def test_states_that_are_lost_or_cut_are_made_again(

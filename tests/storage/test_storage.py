@@ -16,11 +16,13 @@ from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     Journal,
+    RowFile,
     attribution_from_row,
     attribution_to_row,
     merge_shards,
     read_attributions,
     read_rows,
+    shards,
     weights_fingerprint,
     write_shard,
 )
@@ -45,11 +47,58 @@ def test_the_merge_leaves_no_trace_of_the_shards(tmp_path):
     assert read_rows(tmp_path / "a.parquet") == rows(0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("at_once", [1, 300, 2**30])
+def test_rows_are_merged_in_parts_that_leave_no_trace(tmp_path, monkeypatch, at_once):
+    """However little fits into memory: the same rows in groups of one size; the first of equals stays."""
+    monkeypatch.setattr(shards, "AT_ONCE", at_once)
+    monkeypatch.setattr(shards, "GROUP", 2)
+    for name, indices in (("a", (5, 0, 2)), ("b", (8, 9)), ("c", (2, 3, 8, 1, 4)), ("d", (7, 6)), ("e", ())):
+        own = [row | {"word": f"{name}{row['index']}"} for row in rows(*indices)]
+        write_shard(tmp_path / f"{name}.parquet", own, SCHEMA)
+    merged = tmp_path / "merged"
+    assert merge_shards(tmp_path.glob("*.parquet"), merged, without={3, 7}) == 8
+    words = [row["word"] for row in read_rows(merged)]
+    assert words == ["a0", "c1", "a2", "c4", "a5", "d6", "b8", "b9"]
+    metadata = pq.ParquetFile(merged).metadata
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [2] * 4
+
+
+def test_a_merge_reads_no_more_at_a_time_than_fits(tmp_path, monkeypatch):
+    paths = [write_shard(tmp_path / f"{i}.parquet", rows(i), SCHEMA) for i in range(6)]
+    monkeypatch.setattr(shards, "GROUP", 2)
+    monkeypatch.setattr(shards, "AT_ONCE", sum(map(shards._encoded, paths)) // 3 + 1)
+    gathered, gather = [], shards._gathered
+    monkeypatch.setattr(
+        shards, "_gathered", lambda ranges, *bounds: gathered.append(bounds) or gather(ranges, *bounds)
+    )
+    merge_shards(paths, tmp_path / "merged")
+    assert gathered == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_there_must_be_shards(tmp_path):
+    with pytest.raises(DePassError, match="no shards to merge"):
+        merge_shards([], tmp_path / "merged")
+
+
+def test_rows_of_a_file_are_read_each_time(tmp_path):
+    file = RowFile(write_shard(tmp_path / "rows", rows(*range(130)), SCHEMA), ["word"])
+    assert len(file) == 130
+    assert [row["word"] for row in file] == [row["word"] for row in file] == [f"word {i}" for i in range(130)]
+    assert file.first(2) == [{"word": "word 0"}, {"word": "word 1"}]
+    assert len(file.first(200)) == 130
+
+
 def test_the_merge_names_what_is_missing(tmp_path):
     shard = write_shard(tmp_path / "rank0.parquet", rows(0, 2), SCHEMA)
-    with pytest.raises(DePassError, match=r"2 rows are in no shard: 1, 3"):
+    with pytest.raises(DePassError, match=r"2 rows are in no shard: 1, 3. Run"):
         merge_shards([shard], tmp_path / "all.parquet", expected=range(4))
     assert not (tmp_path / "all.parquet").exists()
+    with pytest.raises(DePassError, match=r"10 rows are in no shard: 1, 3, 4, 5, 6, 7, 8, 9, 10, 11. Run"):
+        merge_shards([shard], tmp_path / "all.parquet", expected=range(12))
+    with pytest.raises(
+        DePassError, match=r"11 rows are in no shard: 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, \.\.\.. R"
+    ):
+        merge_shards([shard], tmp_path / "all.parquet", expected=range(13))
 
 
 def test_a_shard_that_fails_leaves_nothing(tmp_path, monkeypatch):
