@@ -66,5 +66,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("\n".join(sorted(written)))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save figures without drawing them, which takes most of a small study's time; `tests/studies` draws."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.write(b"<svg/>"))
+
+
 def pytest_unconfigure() -> None:
     CACHES.cleanup()

