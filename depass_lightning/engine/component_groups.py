@@ -1,10 +1,10 @@
-"""Components before they are carried, whose states are given some at a time, so that nobody holds them all.
+"""Groups of components where they start, whose states are built a few at a time to bound memory.
 
-A neuron's state is its value times its column of the down map, one number a position: a group of neurons is
-never larger than the MLP itself until it is carried. Two places are reached without carrying it:
+A neuron's state is its value at each position times its column of the down map, so a group of neurons needs
+no more memory than the MLP until it is propagated. Two places are reached without propagating it:
 
-1. right behind its own block a target reads each neuron by one product with its column;
-2. attention is linear, so behind the next block's attention a neuron's state at a target's position is its
+1. directly after its block, a target reads each neuron by one product with its column;
+2. attention is linear, so after the next block's attention a neuron's state at a target's position is its
    column through each head's value map, times its values mixed by that head's probabilities.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.engine.frozen import FrozenAttention
 
@@ -22,7 +23,7 @@ Positions = Int[Tensor, "batch position"]
 
 
 class ComponentGroup(ABC):
-    """Components that compete among themselves, where they begin."""
+    """Components that compete among themselves only, where they start."""
 
     @property
     @abstractmethod
@@ -32,20 +33,29 @@ class ComponentGroup(ABC):
     @property
     @abstractmethod
     def like(self) -> Tensor:
-        """Any tensor `[batch, ..., hidden]` with the states' precision and device."""
+        """Any tensor `[batch, ..., hidden]` of the states' precision and device."""
 
     @abstractmethod
     def states(self, components: slice, positions: Positions) -> States:
-        """Some components' states at some of the prompts' positions."""
+        """Build the states of some components at some positions.
+
+        Args:
+            components: the components.
+            positions: `[batch, position]` the positions, as indices into the prompts.
+        """
 
     @abstractmethod
-    def after(self, first: Float[Tensor, "batch position hidden"]) -> "ComponentGroup":
-        """The same group with one more component in front, whose state is given at all positions."""
+    def prepend(self, state: Float[Tensor, "batch position hidden"]) -> "ComponentGroup":
+        """Return the same group with one more component in front.
+
+        Args:
+            state: that component's state at all positions.
+        """
 
 
 @dataclass(frozen=True)
 class DenseGroup(ComponentGroup):
-    """A group whose states are all there.
+    """A group whose states are all in memory.
 
     Args:
         table: the states at all positions.
@@ -54,28 +64,32 @@ class DenseGroup(ComponentGroup):
     table: States
 
     @property
+    @override
     def count(self) -> int:
         return self.table.shape[1]
 
     @property
+    @override
     def like(self) -> Tensor:
         return self.table
 
+    @override
     def states(self, components: slice, positions: Positions) -> States:
-        return _at(self.table[:, components], positions)
+        return _select_states(self.table[:, components], positions)
 
-    def after(self, first: Tensor) -> "DenseGroup":
-        return DenseGroup(torch.cat([first[:, None], self.table], 1))
+    @override
+    def prepend(self, state: Tensor) -> "DenseGroup":
+        return DenseGroup(torch.cat([state[:, None], self.table], 1))
 
 
 @dataclass(frozen=True)
 class NeuronGroup(ComponentGroup):
-    """The rest of a state, and neurons that each write one direction.
+    """Neurons, each of which writes one direction, and the rest of the state.
 
     Args:
-        base: the components in front, which are no neurons.
+        base: the components in front, which are not neurons.
         values: the neurons' values.
-        columns: what each neuron writes where its value is one; the batch may share it (size 1).
+        columns: the direction that each neuron writes; of batch size 1 where all prompts share it.
     """
 
     base: States
@@ -83,24 +97,32 @@ class NeuronGroup(ComponentGroup):
     columns: Float[Tensor, "batch neuron hidden"]
 
     @property
+    @override
     def count(self) -> int:
         return self.base.shape[1] + self.values.shape[2]
 
     @property
+    @override
     def like(self) -> Tensor:
         return self.base
 
+    @override
     def states(self, components: slice, positions: Positions) -> States:
         first, neurons = self._cut(components)
-        values = _rows(self.values[:, :, neurons], positions)
+        values = _select_rows(self.values[:, :, neurons], positions)  # [batch, position, neuron]
         written = values.transpose(1, 2)[..., None] * self.columns[:, neurons, None]
-        return torch.cat([_at(self.base[:, first], positions), written], 1)
+        return torch.cat([_select_states(self.base[:, first], positions), written], 1)
 
-    def after(self, first: Tensor) -> "NeuronGroup":
-        return replace(self, base=torch.cat([first[:, None], self.base], 1))
+    @override
+    def prepend(self, state: Tensor) -> "NeuronGroup":
+        return replace(self, base=torch.cat([state[:, None], self.base], 1))
 
-    def some(self, neurons: Int[Tensor, "batch chosen"]) -> "NeuronGroup":
-        """Keep some of each prompt's neurons, and leave the others out."""
+    def select(self, neurons: Int[Tensor, "batch selected"]) -> "NeuronGroup":
+        """Return the group with only some of each prompt's neurons.
+
+        Args:
+            neurons: the neurons to keep.
+        """
         columns = self.columns.expand(len(neurons), -1, -1)
         return NeuronGroup(
             self.base,
@@ -111,35 +133,44 @@ class NeuronGroup(ComponentGroup):
     def read(
         self, positions: Int[Tensor, "batch"], direction: Float[Tensor, "batch hidden"]
     ) -> Float[Tensor, "batch component"]:
-        """Each component's state at a position, times a direction."""
-        base = _at(self.base, positions[:, None])[:, :, 0] @ direction[:, :, None]
-        values = _rows(self.values, positions[:, None])[:, 0]
-        return torch.cat([base[..., 0], values * self.through(direction[:, None])[:, 0]], 1)
+        """Return the product of each component's state with a direction.
 
-    def through(
-        self, derivative: Float[Tensor, "batch position hidden"]
+        Args:
+            positions: the position of each prompt.
+            direction: the direction of each prompt.
+        """
+        base = _select_states(self.base, positions[:, None])[:, :, 0] @ direction[:, :, None]
+        values = _select_rows(self.values, positions[:, None])[:, 0]
+        return torch.cat([base[..., 0], values * self.gradient_of_values(direction[:, None])[:, 0]], 1)
+
+    def gradient_of_values(
+        self, gradient: Float[Tensor, "batch position hidden"]
     ) -> Float[Tensor, "batch position neuron"]:
-        """A derivative by the state, as one by each neuron's value."""
+        """Turn a gradient by the state into one by each neuron's value.
+
+        Args:
+            gradient: the gradient by the state.
+        """
         if len(self.columns) == 1:
-            return derivative @ self.columns[0].T
-        return derivative @ self.columns.transpose(1, 2)
+            return gradient @ self.columns[0].T
+        return gradient @ self.columns.transpose(1, 2)
 
     def _cut(self, components: slice) -> tuple[slice, slice]:
-        """Which of the base's components, and which of the neurons, a slice of all of them takes."""
+        """Split a slice of components into one of the base's components and one of the neurons."""
         start, stop, _ = components.indices(self.count)
-        before = self.base.shape[1]
-        return slice(start, stop), slice(max(0, start - before), max(0, stop - before))
+        offset = self.base.shape[1]
+        return slice(start, stop), slice(max(0, start - offset), max(0, stop - offset))
 
 
 @dataclass(frozen=True)
 class NeuronGroupAfterAttention(ComponentGroup):
-    """A group of neurons behind the next block's attention, at a few positions.
+    """A group of neurons after the next block's attention, at the targets' positions only.
 
     Args:
-        group: the neurons where they begin.
+        group: the neurons where they start.
         attention: the next block's attention.
-        base: the group's base behind it, at the targets.
-        targets: the positions.
+        base: the group's base after that attention, at the targets.
+        targets: the targets' positions.
     """
 
     group: NeuronGroup
@@ -148,42 +179,47 @@ class NeuronGroupAfterAttention(ComponentGroup):
     targets: Positions
 
     @property
+    @override
     def count(self) -> int:
         return self.group.count
 
     @property
+    @override
     def like(self) -> Tensor:
         return self.base
 
+    @override
     def states(self, components: slice, positions: Positions) -> States:
-        """At the targets: the positions asked for are these."""
+        # Only the targets' positions are ever asked for.
         attention, group = self.attention, self.group
         first, neurons = group._cut(components)
-        heads, shared = attention.heads, attention.key_value_heads
+        heads, value_heads = attention.heads, attention.key_value_heads
         batch = torch.arange(len(positions), device=positions.device)[:, None]
-        queries = attention.probabilities[batch, :, positions]
+        queries = attention.probabilities[batch, :, positions]  # [batch, target, head, key]
         values = group.values[:, :, neurons]
         scaled = values * attention.norm.scale[:, :, None]
-        mixed = (queries.flatten(1, 2) @ scaled).view(*positions.shape, shared, heads // shared, -1)
+        mixed = (queries.flatten(1, 2) @ scaled).view(*positions.shape, value_heads, heads // value_heads, -1)
         columns = group.columns[:, neurons]
-        taken = attention.norm.probe.direction(columns) @ attention.value.weight.T
-        taken = taken.unflatten(2, (shared, -1))
-        each = torch.einsum("btsgi,bisv->btisgv", mixed, taken.expand(len(positions), -1, -1, -1))
-        added = each.flatten(3) @ attention.output.weight.T
-        own = _rows(values, positions)[..., None] * columns[:, None]
-        return torch.cat([self.base[:, first], (own + added).transpose(1, 2)], 1)
+        head_columns = attention.norm.probe.direction(columns) @ attention.value.weight.T
+        head_columns = head_columns.unflatten(2, (value_heads, -1))  # [batch, neuron, value head, size]
+        head_columns = head_columns.expand(len(positions), -1, -1, -1)
+        # [batch, target, neuron, value head, group, size]
+        head_outputs = torch.einsum("btsgi,bisv->btisgv", mixed, head_columns)
+        attended = head_outputs.flatten(3) @ attention.output.weight.T
+        written = _select_rows(values, positions)[..., None] * columns[:, None]
+        return torch.cat([self.base[:, first], (written + attended).transpose(1, 2)], 1)
 
-    def after(self, first: Tensor) -> ComponentGroup:
-        raise NotImplementedError("the components in front are in the base already")
+    @override
+    def prepend(self, state: Tensor) -> ComponentGroup:
+        raise NotImplementedError("the base already includes the components in front")
 
 
-def _at(table: States, positions: Positions) -> States:
-    """Some positions of a table."""
+def _select_states(table: States, positions: Positions) -> States:
     batch = torch.arange(len(positions), device=positions.device)[:, None]
     # Indexing by two tensors around a slice moves them to the front: [batch, position, component, hidden].
     return table[batch, :, positions].transpose(1, 2)
 
 
-def _rows(values: Float[Tensor, "batch any *rest"], positions: Positions) -> Tensor:
+def _select_rows(values: Float[Tensor, "batch any *rest"], positions: Positions) -> Tensor:
     batch = torch.arange(len(positions), device=positions.device)[:, None]
     return values[batch, positions]

@@ -98,7 +98,7 @@ class _Freezer:
             scaled = self._norm("latent", self.probes.latent)
             weight = (value.weight * scaled.probe.weight) @ inner.weight
             value, norm = AffineMap(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
-        post = self._post("behind attention", self.probes.behind_attention)
+        post = self._post("attention post-norm", self.probes.behind_attention)
         output, added = self._projected(parts.output.linear(dtype), post)
         probabilities = capture.probabilities.to(dtype)
         if post is not None:
@@ -116,7 +116,7 @@ class _Freezer:
         """Its MLP."""
         parts, dtype = self.block.mlp, self.state.dtype
         norm = self._norm("mlp", self.probes.mlp)
-        post = self._post("behind mlp", self.probes.behind_mlp)
+        post = self._post("mlp post-norm", self.probes.behind_mlp)
         if parts.dense is not None:
             gates, neurons = self._recorded(parts.dense, "")
             gate, down = parts.dense.gate.linear(dtype), parts.dense.down.linear(dtype)

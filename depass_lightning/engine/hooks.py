@@ -14,10 +14,10 @@ from depass_lightning.models.block import Block, DenseParts
 
 @dataclass
 class Capture:
-    """What the hooks of one block have seen; without `everything` only what entered and left it.
+    """What the hooks of one block recorded.
 
     Args:
-        everything: keep all that a block is frozen from.
+        everything: record all that `freeze` needs; else only what enters and leaves the block.
     """
 
     everything: bool
@@ -39,17 +39,20 @@ class Capture:
         return self.seen["left"]
 
     def hooks(self, block: Block) -> list[RemovableHandle]:
-        """Hang this capture on a block.
+        """Register the hooks on a block.
 
         Args:
             block: the block.
+
+        Returns:
+            The handles that remove them.
         """
         handles = [
             block.module.register_forward_pre_hook(self._enter, with_kwargs=True),
             block.module.register_forward_hook(self._leave),
         ]
         if block.attention.in_mask is not None:
-            hook = _left_out(block.attention.in_mask)
+            hook = _zeroed_argument(block.attention.in_mask)
             handles.append(block.attention.module.register_forward_pre_hook(hook, with_kwargs=True))
         if not self.everything:
             return handles
@@ -57,9 +60,9 @@ class Capture:
         norms = {
             "attention": attention.norm,
             "latent": attention.latent and attention.latent[1],
-            "behind attention": attention.post_norm,
+            "attention post-norm": attention.post_norm,
             "mlp": mlp.norm,
-            "behind mlp": mlp.post_norm,
+            "mlp post-norm": mlp.post_norm,
         }
         handles += [
             norm.register_forward_hook(self._norm(name)) for name, norm in norms.items() if norm is not None
@@ -118,11 +121,11 @@ class Capture:
         self.seen["experts"] = arguments
 
 
-def _left_out(name: str) -> Callable[..., Any]:
-    """Pass zeros as a keyword argument that is in the attention mask already, and would count twice."""
+def _zeroed_argument(name: str) -> Callable[..., Any]:
+    """Replace a keyword argument that the attention mask already includes by zeros."""
 
     def hook(_module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
-        given = keywords.get(name)
-        return arguments, keywords | ({} if given is None else {name: torch.zeros_like(given)})
+        value = keywords.get(name)
+        return arguments, keywords | ({} if value is None else {name: torch.zeros_like(value)})
 
     return hook

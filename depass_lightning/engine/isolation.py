@@ -1,9 +1,9 @@
-"""Run a model as it is meant to be explained, and leave it and the process exactly as they were found.
+"""Run a model without side effects, and restore the model and the process exactly.
 
-What would silently change results is held off meanwhile: dropout, gradients, autocast (also the one that
-Accelerate puts into `forward`), matrix products coarser than the tensors' precision, compiled code that calls
+What would silently change results is disabled meanwhile: dropout, gradients, autocast (also the one that
+Accelerate adds to `forward`), matrix products of less than the tensors' precision, compiled code that calls
 no hooks, rotary frequencies left by an earlier prompt, and other threads. Each model has a lock: calls of
-DePass on it take turns, and while it is changed a plain forward pass in another thread waits.
+DePass on it take turns, and a plain forward pass in another thread waits while the model is changed.
 """
 
 import sys
@@ -26,10 +26,10 @@ POLL = 0.0005  # seconds
 
 
 class _Shared:
-    """Settings of the whole process, changed by the first thread that needs it and put back by the last.
+    """Settings of the whole process, changed by the first thread that needs them and restored by the last.
 
     Args:
-        change: changes the settings, and returns what puts them back.
+        change: changes the settings, and returns a function that restores them; None if nothing changed.
     """
 
     def __init__(self, change: Callable[[], Callable[[], object] | None]) -> None:
@@ -40,7 +40,7 @@ class _Shared:
 
     @contextmanager
     def changed(self) -> Iterator[None]:
-        """Have the settings changed."""
+        """Change the settings inside the context."""
         with self._guard:
             if self._users == 0:
                 self._restore = self._change()
@@ -57,24 +57,24 @@ class _Shared:
 def _full_precision() -> Callable[[], object] | None:
     """Multiply float32 matrices in float32, not in TF32 or bfloat16."""
     try:
-        found = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by each backend's name, which torch does not let one read by the older one
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each backend, which the older function cannot read
         backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-        before = [(own, own.fp32_precision) for own in backends]
-        for own in backends:
-            own.fp32_precision = "ieee"
+        saved = [(backend, backend.fp32_precision) for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
 
-        def put_back() -> None:
-            for own, precision in before:
-                own.fp32_precision = "none"
-                if own.fp32_precision != precision:  # it was this backend's, not inherited
-                    own.fp32_precision = precision
+        def restore() -> None:
+            for backend, value in saved:
+                backend.fp32_precision = "none"
+                if backend.fp32_precision != value:  # it was set for this backend, not inherited
+                    backend.fp32_precision = value
 
-        return put_back
-    if found == "highest":
+        return restore
+    if precision == "highest":
         return None
     torch.set_float32_matmul_precision("highest")
-    return lambda: torch.set_float32_matmul_precision(found)
+    return lambda: torch.set_float32_matmul_precision(precision)
 
 
 def _uncompiled() -> Callable[[], object]:
@@ -87,10 +87,10 @@ _PRECISION, _STANCE = _Shared(_full_precision), _Shared(_uncompiled)
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Compute in the tensors' own precision and without gradients, whatever surrounds it.
+    """Compute in the tensors' precision and without gradients, whatever contexts are active.
 
     Args:
-        device: where the computation runs.
+        device: the device of the computation.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -101,9 +101,9 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 class _Turns:
-    """One thread at a time on one model, the others waiting.
+    """A lock that lets one thread at a time use one model.
 
-    A thread that waits is listed, so that nobody waits for it.
+    Waiting threads are listed, so that `drain` does not wait for them.
     """
 
     def __init__(self) -> None:
@@ -112,24 +112,28 @@ class _Turns:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Have the model."""
+        """Hold the lock."""
         if not self._lock.acquire(blocking=False):
-            here = threading.get_ident()
-            self._waiting.add(here)
+            thread = threading.get_ident()
+            self._waiting.add(thread)
             self._lock.acquire()
-            self._waiting.discard(here)
+            self._waiting.discard(thread)
         try:
             yield
         finally:
             self._lock.release()
 
     def wait(self, *_hook: Any) -> None:
-        """Wait for the thread that has the model; a forward hook."""
+        """Wait for the thread that holds the lock; a forward hook."""
         with self.taken():
             pass
 
     def drain(self, model: nn.Module) -> None:
-        """Wait until forward passes that other threads have begun are over."""
+        """Wait until forward passes that other threads have started are over.
+
+        Args:
+            model: the model.
+        """
         while threading.active_count() > 1 and self._running(model):
             time.sleep(POLL)
 
@@ -159,10 +163,10 @@ def _turns(model: nn.Module) -> _Turns:
 
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
-    """Compute with a model and its weights exactly, while no other thread does so by DePass.
+    """Compute with a model in its weights' precision, while no other thread uses it through DePass.
 
     Args:
-        model: the model, compiled or with adapters or not.
+        model: the model; it may be compiled or have adapters.
     """
     inner = unwrapped(model)
     with _turns(inner).taken(), exact(device_of(inner)):
@@ -171,15 +175,14 @@ def alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
-    """Run a model to look at it: no dropout, no gradients, no autocast, eager attention, nothing compiled;
-    undone on leaving.
+    """Disable dropout, gradients, autocast and compiled code, and use eager attention, inside the context.
 
-    Each module's training flag and each configuration's attention implementation are put back one by one,
+    Each module's training flag and each configuration's attention implementation are restored one by one,
     since a model may mix them.
 
     Args:
-        model: the model, compiled or with adapters or not.
-        eager: have attention compute its probabilities; else it runs as it is.
+        model: the model; it may be compiled or have adapters.
+        eager: use eager attention, which returns its probabilities; else keep the model's implementation.
     """
     inner = unwrapped(model)
     turns = _turns(inner)
@@ -195,11 +198,12 @@ def undisturbed(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
             frequencies.reset()
             stack.callback(inner.register_forward_pre_hook(frequencies.reset).remove)
         _evaluate(inner, stack)
-        if "_original_forward" in vars(inner):  # Accelerate's, without its autocast
+        if "_original_forward" in vars(inner):  # Accelerate's wrapper applies autocast
             _replace(inner, "forward", inner._original_forward, stack)
         if eager:
-            found = (getattr(module, "config", None) for module in inner.modules())
-            for config in {id(own): own for own in found if isinstance(own, PretrainedConfig)}.values():
+            configs = (getattr(module, "config", None) for module in inner.modules())
+            unique = {id(config): config for config in configs if isinstance(config, PretrainedConfig)}
+            for config in unique.values():
                 _replace(config, "_attn_implementation_internal", "eager", stack)
         yield
 
@@ -209,13 +213,13 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _evaluate(model: nn.Module, stack: ExitStack) -> None:
-    """Leave training mode, until the stack is left."""
-    for module in [own for own in model.modules() if own.training]:
+    """Leave training mode until the stack is closed."""
+    for module in [module for module in model.modules() if module.training]:
         stack.callback(setattr, module, "training", True)
         module.training = False
 
 
 def _replace(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
-    """Set an attribute until the stack is left."""
+    """Set an attribute until the stack is closed."""
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)

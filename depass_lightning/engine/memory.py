@@ -1,4 +1,4 @@
-"""How large the pieces are that the engine works on, and where components are kept: memory is bounded."""
+"""Memory bounds: the size of the engine's steps, and where components are stored."""
 
 import math
 import mmap
@@ -24,8 +24,8 @@ class Budget:
 
     Args:
         working: bytes for the temporary tensors of one attention or MLP step.
-        recording: bytes that a recording may hold; beyond, blocks are run again one at a time.
-        components: bytes of components on a CPU that are kept in memory; beyond, they are kept in a file.
+        recording: bytes that a recording may hold; beyond that, blocks are run again one at a time.
+        components: bytes of components that are kept in memory on a CPU; beyond that, they go to a file.
     """
 
     working: int
@@ -37,8 +37,8 @@ class Budget:
         """Choose a budget for a device.
 
         Args:
-            device: where the model is.
-            working: bytes of working memory, or None to choose.
+            device: the model's device.
+            working: bytes of working memory; None for the device's default.
 
         Raises:
             DePassError: the working memory asked for is not positive.
@@ -51,46 +51,46 @@ class Budget:
         return cls(working or _CPU_BYTES, 4 * 2**30, available() // 2)
 
     def rows(self, width: int, dtype: torch.dtype) -> int:
-        """How many rows may be worked on at once.
+        """The number of rows that may be processed at once.
 
         Args:
-            width: how many numbers are alive for each row.
+            width: the numbers that are in memory for each row.
             dtype: their precision.
         """
         return max(1, self.working // (width * dtype.itemsize))
 
 
 def available() -> int:
-    """Bytes of memory that can still be used here, as far as the system tells; a quarter GiB at least."""
-    found = []
+    """Return the bytes of memory that can still be used, by what the system reports; at least 256 MiB."""
+    bounds = []
     try:
-        found.append(_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024)
-        # What a container may take, where there is a limit; files that were read are not in the way.
+        bounds.append(_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024)
+        # The limit of a container, where there is one; cached files can be dropped and do not count.
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
-        found.append(limit - used + _numbers(group / "memory.stat")["inactive_file"])
+        bounds.append(limit - used + _numbers(group / "memory.stat")["inactive_file"])
     except (OSError, ValueError, KeyError):
         pass
-    return max(2**28, min(found, default=8 * 2**30))
+    return max(2**28, min(bounds, default=8 * 2**30))
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """A system file's lines of a name and a number."""
+    """The names and numbers of a system file, one pair a line."""
     lines = (line.split() for line in path.read_text().splitlines())
     return {name: int(value) for name, value, *_ in lines}
 
 
 @dataclass
 class Storage:
-    """Where components' rows are kept: in memory, or in a temporary file that has no name and ends with them.
+    """The components' rows: in memory, or in a temporary file that is deleted with them.
 
     The file is as large as the rows: components x positions x hidden x 4 bytes in float32, so 3.2 GB for an
-    MLP of 2048 neurons at 512 tokens of 768 hidden. It is made where Python's `tempfile` makes files
-    (`TMPDIR`), which must be a disk for it to spare memory.
+    MLP of 2048 neurons at 512 tokens of 768 hidden. It is created in Python's temporary
+    folder (`TMPDIR`), which must be on a disk to save memory.
 
     Args:
-        rows: the rows, zero at first.
+        rows: the rows, initially zero.
         file: the mapped file, or None.
     """
 
@@ -99,12 +99,12 @@ class Storage:
 
     @classmethod
     def of(cls, rows: int, like: Float[Tensor, "*any hidden"], budget: Budget) -> "Storage":
-        """Keep so many rows.
+        """Allocate rows of zeros.
 
         Args:
-            rows: their number.
-            like: a tensor with their width, precision and device.
-            budget: says how many bytes may be kept in memory.
+            rows: the number of rows.
+            like: a tensor of their width, precision and device.
+            budget: the bytes that may be kept in memory.
 
         Raises:
             DePassError: the disk has no room for them.
@@ -115,7 +115,7 @@ class Storage:
             return cls(like.new_zeros(shape))
         with tempfile.TemporaryFile() as file:
             try:
-                # Room is taken now: a full disk would otherwise end the process in the middle.
+                # Allocate the blocks now: a disk that fills up later would kill the process.
                 os.posix_fallocate(file.fileno(), 0, size) if hasattr(
                     os, "posix_fallocate"
                 ) else file.truncate(size)
@@ -129,6 +129,6 @@ class Storage:
         return cls(torch.frombuffer(mapped, dtype=like.dtype).view(shape), mapped)
 
     def release_pages(self) -> None:
-        """Give the file's pages back to the system, which writes them out when it needs to."""
+        """Return the file's pages to the system, which writes them to disk when it needs to."""
         if self.file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.file.madvise(mmap.MADV_DONTNEED)

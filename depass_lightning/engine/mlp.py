@@ -162,7 +162,7 @@ class MLPStep:
         """
         competing, layout = rule.rule, self.carry.layout
         places, width = self.neurons.shape
-        offset = rule.spread.rank * (layout.components + 1)  # no two processes number theirs alike
+        offset = rule.ranks.rank * (layout.components + 1)  # no two processes number theirs alike
         none = self.neurons.new_zeros(1, 1, width)
         empty = competing.summarise(none, torch.zeros_like(none[..., :1], dtype=torch.bool))
         summary = tuple(part.repeat(places, 1, 1) for part in empty)
@@ -180,8 +180,8 @@ class MLPStep:
             any_present[at] += present.any(1)[:, 0]
             if keep:
                 kept[chunk.rows.start, rows.start] = gates, present
-        summary = rule.spread.merged(competing, summary)
-        any_present = rule.spread.summed(any_present)
+        summary = rule.ranks.merged(competing, summary)
+        any_present = rule.ranks.summed(any_present)
         self._write_shares(competing, summary, offset, kept)
         self._assign_unclaimed_everywhere(any_present)
 

@@ -1,13 +1,12 @@
-"""Where each component's state at each position is stored: packed rows without causal zeros.
+"""Packed rows: the place of each component's state at each position, without causal zeros.
 
-A token's component is zero before the token itself, so half of `[component, position]` need never be
-stored nor multiplied. The rows that live are packed position by position, so that a *segment*, the
-components of one position that compete for its neurons, is one contiguous run, and the MLP works on
-contiguous chunks of rows. Rows that carry a component which takes no share at its position are stored
-last, behind all segments.
+A token's component is zero before the token itself, so half of `[component, position]` is neither stored nor
+multiplied. The rows of present components are packed position by position. A *segment*, the components of one
+position that compete for its neurons, is then one contiguous run, and the MLP works on contiguous chunks of
+rows. Rows of components that take no share at their position are stored last, after all segments.
 
-Components may come in groups that compete among themselves only (all layers' heads in one sweep): a
-segment then is one position of one group.
+Components may come in groups that compete among themselves only (the heads of all layers in one sweep). A
+segment is then one position of one group.
 """
 
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """Segments of equal size that stand together, so that their rows are a dense table.
+    """Adjacent segments of equal size, whose rows form a dense table `[segment, component]`.
 
     Args:
         rows: their rows, counted from the chunk's start.
@@ -33,15 +32,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of whole segments, as the MLP takes them.
+    """Some whole segments, which the MLP processes together.
 
     Args:
-        rows: the rows.
-        runs: the chunk's segments by their size.
+        rows: the chunk's rows.
+        runs: the chunk's segments, grouped by size.
         places: `[segment]` the flat `batch * position` index of each segment.
-        row_places: `[row]` the same for each row.
+        row_places: `[row]` the flat `batch * position` index of each row.
         bias: rows of the bias component, counted from the chunk's start.
-        fallback: `[segment]` the row that takes what no component of a segment competes for.
+        fallback: `[segment]` the row that receives neurons for which no component of the segment competes.
     """
 
     rows: slice
@@ -54,15 +53,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ComponentBlock:
-    """Some components at all positions where any of them lives, as attention takes them.
+    """Some components at all positions where any of them is present, which attention processes together.
 
     Args:
         rows: `[row]` their rows.
         places: `[row]` the flat `batch * position` index of each row.
-        where: the rows' places in a dense `[batch, position, component]` table, one index tensor an axis.
+        where: the rows' indices in a dense `[batch, position, component]` table, one index tensor an axis.
         first: the first position that the table covers.
         shape: the table's shape.
-        bias: which of `rows` belong to the bias component.
+        bias: the entries of `rows` that belong to the bias component.
     """
 
     rows: Int[Tensor, "row"]
@@ -78,11 +77,11 @@ class Layout:
     """Maps `(prompt, position, component)` to a row.
 
     Args:
-        present: `[batch, position, group, component]` which components live where.
-        competes: the same shape; which of the living take part in sharing neurons.
+        present: `[batch, position, group, component]` whether a component is present at a position.
+        competes: `[batch, position, group, component]` whether it also competes for neurons there.
         bias: the bias component's index inside each group, or None.
-        fallback: the component, inside each group, that takes a neuron for which no component competes.
-        device: where the indices are needed.
+        fallback: the component inside each group that receives a neuron for which no component competes.
+        device: the device of the indices.
     """
 
     present: Bool[Tensor, "batch position group component"]
@@ -101,17 +100,16 @@ class Layout:
 
     def __post_init__(self) -> None:
         batch, positions, groups, members = self.present.shape
-        # Segments of equal size stand together: a chunk of them is a dense table and needs no gathering.
+        # Segments of equal size are adjacent: a chunk of them is a dense table and needs no gathering.
         competing = self.competes.transpose(2, 1).reshape(batch * groups * positions, members)
         counts = competing.sum(1)
         order = counts.sort(stable=True).indices
         order = order[counts[order] > 0]
         segment, component = competing[order].nonzero(as_tuple=True)
         prompt, group, position = self._place(order[segment])
-        quiet = (self.present & ~self.competes).nonzero(as_tuple=True)
+        non_competing = (self.present & ~self.competes).nonzero(as_tuple=True)
         prompt, position, group, component = (
-            torch.cat([loud, silent])
-            for loud, silent in zip((prompt, position, group, component), quiet, strict=True)
+            torch.cat(pair) for pair in zip((prompt, position, group, component), non_competing, strict=True)
         )
         self.rows = len(prompt)
         index = torch.full((batch, positions, groups, members), self.rows)
@@ -136,17 +134,17 @@ class Layout:
         return self.index.shape[1]
 
     def chunks(self, rows: int) -> list[Chunk]:
-        """Cut the segments into runs of about so many rows; a segment is never cut here.
+        """Divide the segments into chunks; a segment is never divided.
 
         Args:
-            rows: how many rows a run may have; a single larger segment is a run of its own.
+            rows: the most rows of a chunk; a single larger segment is a chunk by itself.
         """
         if rows not in self._chunks:
             self._chunks[rows] = [self._chunk(*run) for run in _runs(self._counts, rows)]
         return self._chunks[rows]
 
     def _place(self, segment: Int[Tensor, "segment"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompt, the group and the position of segments, counted through in this order."""
+        """The prompt, group and position of segments, which are numbered in this order."""
         _, positions, groups, _ = self.present.shape
         prompt, rest = segment // (groups * positions), segment % (groups * positions)
         return prompt, rest // positions, rest % positions
@@ -171,27 +169,27 @@ class Layout:
         )
 
     def component_blocks(self, rows: int) -> list[ComponentBlock]:
-        """Cut the components into runs of about so many rows.
+        """Divide the components into blocks.
 
         Args:
-            rows: how many rows a run may have; a single component's may be more.
+            rows: the most rows of a block; a single component may have more.
         """
         if rows not in self._blocks:
-            lives = self.index < self.rows
+            present = self.index < self.rows
             self._blocks[rows] = [
-                self._component_block(components, lives[:, :, components])
-                for components, own in _runs(lives.sum((0, 1)), rows)
-                if own.stop > own.start
+                self._component_block(components, present[:, :, components])
+                for components, block_rows in _runs(present.sum((0, 1)), rows)
+                if block_rows.stop > block_rows.start
             ]
         return self._blocks[rows]
 
-    def _component_block(self, components: slice, lives: Tensor) -> ComponentBlock:
-        prompt, position, component = lives.nonzero(as_tuple=True)
+    def _component_block(self, components: slice, present: Tensor) -> ComponentBlock:
+        prompt, position, component = present.nonzero(as_tuple=True)
         first = int(position.min())
         rows = self.index[prompt, position, component + components.start]
         members = self.present.shape[3]
         is_bias = (component + components.start) % members == (-1 if self.bias is None else self.bias)
-        batch, positions, count = lives.shape
+        batch, positions, count = present.shape
         to = self.device
         return ComponentBlock(
             rows=rows.to(to),
@@ -204,7 +202,7 @@ class Layout:
 
 
 def _runs(counts: Int[Tensor, "part"], rows: int) -> Iterator[tuple[slice, slice]]:
-    """Cut parts into runs of at most so many rows, or one part: which parts, and which of all their rows."""
+    """Group parts into runs of at most `rows` rows, or of one larger part: the run's parts and its rows."""
     ends = counts.cumsum(0).tolist()
     first = 0
     while first < len(ends):
@@ -226,16 +224,16 @@ def token_layout(
     exclude_first: bool,
     device: torch.device,
 ) -> Layout:
-    """Lay out components that begin at a position and live from there on.
+    """Lay out components that start at a position and are present from there on.
 
     Args:
-        births: the position where each component begins; a padding component begins behind the last position.
-        lengths: real positions of each prompt.
+        start_positions: the position where each component starts; past the last position for padding.
+        lengths: the number of real positions of each prompt.
         positions: the number of positions, padding included.
         bias: the bias component's index, or None.
         first: the index of the first position's component.
-        exclude_first: that component takes no share of any neuron behind its own position.
-        device: where the indices are needed.
+        exclude_first: let that component compete at its own position only, as the published code does.
+        device: the device of the indices.
     """
     start_positions, lengths = start_positions.cpu(), lengths.cpu()
     position = torch.arange(positions)

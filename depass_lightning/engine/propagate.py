@@ -1,8 +1,8 @@
-"""Carry components through frozen blocks, one after another (Hong et al., section 3).
+"""Propagate components through frozen blocks, one after another (Hong et al., section 3).
 
-1. Components begin at a block's entry, between its attention and its MLP, or behind its MLP.
-2. Each block carries them through its attention and its MLP (`engine/state.py`).
-3. Behind the last block only the target's positions are needed, so only these go through it.
+1. Components start at a block's entry, between its attention and its MLP, or after its MLP.
+2. Each block propagates them through its attention (`engine/attention.py`) and its MLP (`engine/mlp.py`).
+3. Only the target's positions are needed after the last block, so only these go through it.
 """
 
 from collections.abc import Iterator
@@ -31,120 +31,129 @@ Place = Literal["resid_mid", "resid_post"]
 
 
 class Injection(Protocol):
-    """Where components come from, and what they are there."""
+    """Where the components of a source enter the residual stream, and their states there."""
 
     @property
     def first(self) -> int:
-        """The first block that is looked at."""
+        """The first block at which components may start."""
         ...
 
     def at_entry(self, recording: Recording) -> DecomposedState | None:
-        """The components that begin at the entry of block `first`, if any do."""
+        """The components that start at the entry of block `first`, if any do."""
         ...
 
     def inside(self, block: FrozenBlock, place: Place) -> ComponentGroup | None:
-        """The group of components that begins inside a block, if one does."""
+        """The group of components that starts inside a block, if one does.
+
+        Args:
+            block: the block.
+            place: between its attention and its MLP, or after its MLP.
+        """
         ...
 
     def begin(
         self, recording: Recording, group: ComponentGroup, positions: Int[Tensor, "batch position"]
     ) -> DecomposedState:
-        """A carry of the first such group."""
+        """Start a state with the first such group.
+
+        Args:
+            recording: the recorded pass.
+            group: the group.
+            positions: the positions that are needed, as indices into the prompts.
+        """
         ...
 
 
 def propagate(
     recording: Recording,
-    split: Injection,
+    injection: Injection,
     rule: Rule | ParallelRule,
     *,
     stop: int,
     positions: Int[Tensor, "batch target"] | None = None,
 ) -> Iterator[tuple[int, DecomposedState]]:
-    """Carry components from where they begin to a layer, block by block.
+    """Propagate components from where they start to a layer, block by block.
 
     Args:
         recording: the recorded pass.
-        split: where components begin.
+        injection: where components start.
         rule: how neurons are shared.
-        stop: the layer that they are carried to; `recording.layers` is behind the last block.
-        positions: `[batch, target]` the only positions needed at `stop`, or None for all.
+        stop: the layer to reach; `recording.layers` is after the last block.
+        positions: `[batch, target]` the only positions that are needed at `stop`; None for all.
 
     Yields:
-        Each layer reached with the components that enter it, from the first where there are any. They are
-        changed in place by going on.
+        Each layer that is reached, and the components that enter it. They are changed in place when the
+        iteration continues.
     """
     device = recording.final_state.device
     everywhere = torch.arange(recording.input_ids.shape[1], device=device).expand(len(recording.lengths), -1)
     with exact(device):
-        carry = split.at_entry(recording)
-        if carry is not None and split.first == stop and positions is not None:
-            carry = carry.select_positions(positions)
-    if carry is not None:
-        yield split.first, carry
+        state = injection.at_entry(recording)
+        if state is not None and injection.first == stop and positions is not None:
+            state = state.select_positions(positions)
+    if state is not None:
+        yield injection.first, state
     deferred: NeuronGroup | None = None
-    for layer in range(split.first, stop):
-        last = layer == stop - 1 and positions is not None
-        wanted = positions if last and positions is not None else everywhere
+    for layer in range(injection.first, stop):
+        targets = positions if layer == stop - 1 else None
+        kept = everywhere if targets is None else targets
         with exact(device):
             block = recording.block(layer)
-            if carry is not None and block.parallel:
-                carry.mlp_input = carry.rows.clone()
+            if state is not None and block.parallel:
+                state.mlp_input = state.rows.clone()
             if deferred is not None:
-                carry, deferred = after_attention(recording, split, deferred, block, wanted), None
-            elif carry is not None and last:
-                carry = propagate_attention(carry, block.attention, wanted)
-            elif carry is not None:
-                propagate_attention(carry, block.attention)
-            before, group = carry, split.inside(block, "resid_mid")
-            carry = _take_in(recording, split, group, carry, wanted)
-            if carry is not None and group is not None and block.parallel:
-                carry.keep_mlp_input(before)
-            if carry is not None:
-                propagate_mlp(carry, block.mlp, rule)
-            group = split.inside(block, "resid_post")
-            ahead = positions is not None and layer == stop - 2 and not block.parallel
-            if isinstance(group, NeuronGroup) and carry is None and ahead:
-                deferred = group  # only the next attention's target needs it
+                state, deferred = after_attention(recording, injection, deferred, block, kept), None
+            elif state is not None:
+                state = propagate_attention(state, block.attention, targets)
+            earlier, group = state, injection.inside(block, "resid_mid")
+            state = _join(recording, injection, group, state, kept)
+            if state is not None and group is not None and block.parallel:
+                state.keep_mlp_input(earlier)
+            if state is not None:
+                propagate_mlp(state, block.mlp, rule)
+            group = injection.inside(block, "resid_post")
+            next_is_last = positions is not None and layer == stop - 2
+            if isinstance(group, NeuronGroup) and state is None and next_is_last and not block.parallel:
+                deferred = group  # the next block's attention reads it at the targets only
             else:
-                carry = _take_in(recording, split, group, carry, wanted)
-        if carry is not None:
-            yield layer + 1, carry
+                state = _join(recording, injection, group, state, kept)
+        if state is not None:
+            yield layer + 1, state
 
 
 def after_attention(
     recording: Recording,
-    split: Injection,
+    injection: Injection,
     group: NeuronGroup,
     block: FrozenBlock,
     positions: Int[Tensor, "batch target"],
 ) -> DecomposedState:
-    """A group of neurons behind the next block's attention, only at the target, without carrying it there.
+    """Return a group of neurons after the next block's attention, at the targets, without propagating it.
 
     Args:
         recording: the recorded pass.
-        split: where the group comes from.
+        injection: the group's origin.
         group: the neurons at the block's entry.
         block: the block.
         positions: `[batch, target]` the targets.
     """
     length = recording.input_ids.shape[1]
     everywhere = torch.arange(length, device=positions.device).expand(len(positions), -1)
-    base = split.begin(recording, DenseGroup(group.base), everywhere)
+    base = injection.begin(recording, DenseGroup(group.base), everywhere)
     base = propagate_attention(base, block.attention, positions)
-    return split.begin(
+    return injection.begin(
         recording, NeuronGroupAfterAttention(group, block.attention, base.dense(), positions), positions
     )
 
 
-def _take_in(
+def _join(
     recording: Recording,
-    split: Injection,
+    injection: Injection,
     group: ComponentGroup | None,
-    carry: DecomposedState | None,
+    state: DecomposedState | None,
     positions: Int[Tensor, "batch position"],
 ) -> DecomposedState | None:
-    """Let the group that begins here, if one does, join those that are under way."""
+    """Add a group that starts here, if one does, to the components that are propagated already."""
     if group is None:
-        return carry
-    return split.begin(recording, group, positions) if carry is None else carry.join(group)
+        return state
+    return injection.begin(recording, group, positions) if state is None else state.join(group)

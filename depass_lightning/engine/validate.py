@@ -1,13 +1,13 @@
-"""Check a family's declaration against the model at hand, by one short pass, before anything is explained.
+"""Check a family's declaration against a model, by one short pass, before anything is attributed.
 
-A declaration that names the wrong parts may well give components that add up: sums alone do not tell a gate
-from the map beside it. So each piece is checked by itself:
+A declaration that names the wrong parts may still give components that sum to the state: sums alone do not
+distinguish the gate map from the up map. So each part is checked separately:
 
-1. the model gives the same logits with its attention's probabilities kept (`eager`) as by itself;
-2. every norm is one (`FrozenNorm.fit`);
-3. what enters a block, plus what its frozen attention and MLP add, is what leaves it;
-4. the gate map gives the recorded pre-activations, an activation function reads these, and what it gives,
-   times what the map beside gives, are the recorded neurons.
+1. eager attention, which returns its probabilities, gives the same logits as the model's implementation;
+2. every norm is an RMSNorm or a LayerNorm (`FrozenNorm.fit`);
+3. a block's input plus the outputs of its frozen attention and MLP is the block's output;
+4. the gate map gives the recorded pre-activations, an activation function reads these, and its output times
+   the up map's output is the recorded activations.
 """
 
 import logging
@@ -34,11 +34,11 @@ LENGTH = 8  # tokens of the pass that checks a model
 
 
 def bind_checked(model: nn.Module, **options: Any) -> Decoder:
-    """Bind a model to the declaration of its family, and check that this describes it.
+    """Bind a model to its family's declaration, and check that the declaration describes it.
 
     Args:
         model: a Hugging Face causal language model.
-        options: as for `Decoder`: `compute_dtype`, `max_positions`.
+        options: `compute_dtype` and `max_positions`, see `Decoder`.
 
     Raises:
         DePassError: the architecture is not supported, or the declaration does not describe this model; the
@@ -81,21 +81,21 @@ def _discovered(model: nn.Module, kind: str) -> FamilySpec:
 
 
 def _order(parallel: bool) -> str:
-    return "beside each other" if parallel else "one behind the other"
+    return "in parallel" if parallel else "sequential"
 
 
 def validate(decoder: Decoder) -> float:
-    """Check a bound declaration by a short pass over the model.
+    """Check a bound declaration by one short pass of the model.
 
     Args:
-        decoder: the model with its declaration.
+        decoder: the model and its declaration.
 
     Returns:
-        The largest error of any block's sum, relative to what the block adds.
+        The largest error of a block's sum, relative to what the block adds.
 
     Raises:
-        DePassError: the declaration does not describe the model; the block, the sublayer and the error are
-            named.
+        DePassError: the declaration does not describe the model; the message names the block, the sublayer
+            and the error.
     """
     length = min(LENGTH, decoder.max_positions or LENGTH)
     numbers = torch.Generator().manual_seed(0)
@@ -103,11 +103,13 @@ def validate(decoder: Decoder) -> float:
     last = torch.tensor([[length - 1]], device=decoder.device)
     with alone(decoder.model):
         with undisturbed(decoder.model, eager=False):
-            own, _, _ = decoder.logits(ids, last)
+            expected, _, _ = decoder.logits(ids, last)
         with _activations(decoder) as activations:
             recording = record(decoder, ids, torch.tensor([length], device=decoder.device), last)
         limit = tolerance(decoder)
-        _expect(_distance(recording.logits, own), limit, "eager attention gives other logits than its own")
+        _expect(
+            _distance(recording.logits, expected), limit, "eager attention gives other logits than its own"
+        )
         _check_readout(decoder, recording, limit)
         worst = 0.0
         for block in decoder.blocks:
@@ -116,10 +118,10 @@ def validate(decoder: Decoder) -> float:
 
 
 def tolerance(decoder: Decoder) -> float:
-    """How far a right declaration may be off in the model's own precision.
+    """The relative error that a correct declaration may have in the model's precision.
 
     Args:
-        decoder: the model.
+        decoder: the model and its declaration.
     """
     exact_weights = decoder.model_dtype in (torch.float32, torch.float64)
     return 1e-3 if exact_weights and not decoder.quantised else 1e-1
@@ -128,18 +130,18 @@ def tolerance(decoder: Decoder) -> float:
 def _check_block(
     decoder: Decoder, recording: Recording, block: Block, activations: "_Activations", limit: float
 ) -> float:
-    """Check one block's sum and its gate; returns the error of its sum."""
+    """Check one block's sum and its gate map, and return the error of the sum."""
     frozen = recording.block(block.index)
     name = f"block {block.index} of {type(decoder.model).__name__}"
     added = frozen.attention_output + frozen.mlp_output
     left = recording.state(block.index + 1) - frozen.resid_pre
     _check_gate(frozen, block, activations, limit, name)
-    # The model's own precision rounds what stands in the stream, which may be far more than a block adds.
+    # The model rounds the residual stream, which may be far larger than what a block adds.
     grain = torch.finfo(decoder.model_dtype).eps
     stream = frozen.resid_pre.norm(dim=-1) + frozen.resid_post.norm(dim=-1)
     error = float(((added - left).norm(dim=-1) / (left.norm(dim=-1) + stream * grain / limit)).max())
     if not error <= limit:
-        # Which sublayer is it? Attention's own output stands at its module, where no norm is behind it.
+        # Report attention's error separately, so that the message shows which sublayer is wrong.
         alone = _distance(frozen.attention_output, left - frozen.mlp_output)
         raise DePassError(
             f"{name} does not add up as its family's declaration says: attention and MLP "
@@ -152,7 +154,7 @@ def _check_block(
 def _check_gate(
     frozen: FrozenBlock, block: Block, activations: "_Activations", limit: float, name: str
 ) -> None:
-    """Check that the gate map gives what the activation reads, and the map beside it the rest."""
+    """Check that the gate map gives what the activation function reads, and the up map the other factor."""
     mlp = frozen.mlp
     read = frozen.resid_pre if frozen.parallel else frozen.resid_pre + frozen.attention_output
     normed = mlp.norm(read.flatten(0, 1), mlp.norm.scale.flatten())
@@ -168,9 +170,9 @@ def _check_gate(
     shape = mlp.pre_activations.shape
     outputs = [
         output.reshape(shape).to(gates)
-        for given, output in activations.seen
-        if given.numel() == mlp.pre_activations.numel()
-        and _distance(given.reshape(shape).to(gates), mlp.pre_activations) < limit
+        for read, output in activations.seen
+        if read.numel() == mlp.pre_activations.numel()
+        and _distance(read.reshape(shape).to(gates), mlp.pre_activations) < limit
     ]
     if not outputs:
         raise DePassError(
@@ -193,9 +195,9 @@ def _check_readout(decoder: Decoder, recording: Recording, limit: float) -> None
         normed = normed + recording.final_norm.probe.bias
     rows, biases = decoder.readout(torch.arange(min(decoder.vocabulary_size, 256), device=normed.device))
     logits = normed @ rows.T + biases
-    found = recording.uncapped.flatten(0, 1)[:, : len(rows)].to(logits)
+    expected = recording.uncapped.flatten(0, 1)[:, : len(rows)].to(logits)
     _expect(
-        _distance(logits, found),
+        _distance(logits, expected),
         limit,
         f"the final norm and the unembedding of {type(decoder.model).__name__} do not give its logits",
     )
@@ -206,17 +208,17 @@ def _expect(error: float, limit: float, otherwise: str) -> None:
         raise DePassError(f"{otherwise} (error {error:.1e}); its family's declaration does not describe it")
 
 
-def _distance(given: Tensor, expected: Tensor) -> float:
-    expected = expected.to(given)
-    # A token that is ruled out has the logit minus infinity in both.
-    difference = torch.where(given == expected, 0, given - expected)
+def _distance(values: Tensor, expected: Tensor) -> float:
+    expected = expected.to(values)
+    # A token that is ruled out has the logit minus infinity on both sides.
+    difference = torch.where(values == expected, 0, values - expected)
     scale = expected.where(expected.isfinite(), 0).norm()
-    return float(difference.norm() / scale.clamp_min(torch.finfo(given.dtype).tiny))
+    return float(difference.norm() / scale.clamp_min(torch.finfo(values.dtype).tiny))
 
 
 @dataclass
 class _Activations:
-    """What the modules of an MLP without weights of their own were given and gave, and its neurons."""
+    """Inputs and outputs of an MLP's modules without weights, and the MLP's activations."""
 
     seen: list[tuple[Tensor, Tensor]]
     neurons: Tensor
@@ -231,20 +233,20 @@ class _Activations:
 
 @contextmanager
 def _activations(decoder: Decoder) -> Iterator[list[_Activations]]:
-    """Watch the activation functions of every dense MLP."""
+    """Record the inputs and outputs of every dense MLP's activation function."""
     watched = [_Activations([], torch.empty(0)) for _ in decoder.blocks]
     with ExitStack() as stack:
-        for block, own in zip(decoder.blocks, watched, strict=True):
+        for block, activations in zip(decoder.blocks, watched, strict=True):
             if block.mlp.dense is None:
                 continue
-            stack.callback(block.mlp.dense.down.module.register_forward_pre_hook(own.down).remove)
+            stack.callback(block.mlp.dense.down.module.register_forward_pre_hook(activations.down).remove)
             for module in _elementwise(block):
-                stack.callback(module.register_forward_hook(own.keep).remove)
+                stack.callback(module.register_forward_hook(activations.keep).remove)
         yield watched
 
 
 def _elementwise(block: Block) -> list[nn.Module]:
-    """The leaf modules of a block's MLP that may be its activation: no matrix, no norm, no dropout."""
+    """The leaf modules of a block's MLP that may be its activation function: no matrix, norm or dropout."""
     attention = set(block.attention.module.modules())
     norms = {block.attention.norm, block.attention.post_norm, block.mlp.norm, block.mlp.post_norm}
     return [

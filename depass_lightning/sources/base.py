@@ -184,7 +184,7 @@ class GroupInjection:
 
     def _with_bias(self, group: ComponentGroup, constants: Tensor) -> ComponentGroup:
         """Put the bias component in front, with the constants that belong to no component from the start."""
-        return group.after(constants) if self.settings.bias else group
+        return group.prepend(constants) if self.settings.bias else group
 
 
 Begun = tuple[ComponentGroup, Float[Tensor, "batch position hidden"] | None]

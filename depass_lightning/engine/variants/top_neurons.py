@@ -121,7 +121,7 @@ class TopNeuronApproximation:
         self, chosen: Int[Tensor, "batch chosen"]
     ) -> tuple[Float[Tensor, "batch carried"], "list[_Coefficients]"]:
         """Step 2: carry the chosen neurons; their scores, and how the bulk shares each block's neurons."""
-        values, group = self.group.values, self.group.some(chosen)
+        values, group = self.group.values, self.group.select(chosen)
         bulk = torch.ones_like(values[:, 0], dtype=torch.bool).scatter_(1, chosen, False)
         alive = (values != 0) & bulk[:, None]
         batch, positions, _ = values.shape
@@ -157,7 +157,7 @@ class TopNeuronApproximation:
             added = (at.activations * own.constants).sum(2)
             scores += (added[:, None] @ own.alive.to(added))[:, 0]
             entry = at.resid_pre
-        return scores + (self.group.values * self.group.through(entry.states)).sum(1)
+        return scores + (self.group.values * self.group.gradient_of_values(entry.states)).sum(1)
 
 
 @dataclass(frozen=True)
