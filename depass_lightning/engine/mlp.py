@@ -16,7 +16,7 @@ from torch import Tensor
 
 from depass_lightning.engine.frozen import Expert, FrozenMLP
 from depass_lightning.engine.packing import Chunk, Run
-from depass_lightning.engine.parallel import ParallelRule
+from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
 from depass_lightning.engine.rules import CompetingRule, Rule, Summary, TaylorRule
 from depass_lightning.engine.state import DecomposedState
 
@@ -31,7 +31,8 @@ def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelR
     """
     sharing = MLPStep.of(carry, mlp)
     if isinstance(rule, ParallelRule):
-        sharing.among_processes(rule)
+        groups = [group for chunk in carry.layout.chunks(sharing.limit) for group in sharing.pieces(chunk)]
+        sharing.two_passes(rule.rule, groups, rule.ranks)
         carry.mlp_input = None
         return
     slopes = None
@@ -47,8 +48,8 @@ def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelR
                 gates = sharing.gates(chunk, part)
                 sharing.add_down(chunk, part, gates.mul_(slopes[chunk.row_places[part]]))
         elif isinstance(rule, CompetingRule):
-            if count > limit and len(chunk.places) == 1:  # one position alone is too large
-                sharing.in_parts(rule, chunk)
+            if count > limit and len(chunk.places) == 1:  # one position's components do not fit
+                sharing.two_passes(rule, sharing.pieces(chunk))
             else:
                 sharing.whole(rule, chunk)
     carry.mlp_input = None
@@ -122,103 +123,88 @@ class MLPStep:
                 self._assign_unclaimed(chunk, live.any(1)[:, 0], run.segments)
         self.add_down(chunk, everything, gates)
 
-    def in_parts(self, rule: CompetingRule, chunk: Chunk) -> None:
-        """Share one position's neurons among more components than fit at once: twice over them, in parts."""
-        count, limit = len(chunk.row_places), self.limit
-        neurons = self.neurons[chunk.places]
-        # Gates that fit by themselves are kept for the second time.
-        keep = count <= self.carry.budget.rows(neurons.shape[1], neurons.dtype)
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
+    def two_passes(
+        self, rule: CompetingRule, groups: "list[list[_Piece]]", ranks: ComponentParallel | None = None
+    ) -> None:
+        """Share neurons among components that do not fit in memory, or on this rank, in two passes over them.
 
-        def table(part: slice) -> tuple[Tensor, Tensor]:
-            if part.start in kept:
-                return kept.pop(part.start)
-            gates = self.gates(chunk, part)
-            at_origin = self._at_origin(chunk.places) & (part.start == 0)
-            return rule.prepare(gates[None], nonzero(gates)[None], at_origin)
-
-        summary, any_present = None, torch.zeros_like(chunk.places, dtype=torch.bool)
-        for part in _parts(count, limit):
-            gates, present = table(part)
-            own = rule.summarise(gates, present, part.start)
-            summary = own if summary is None else rule.merge(summary, own)
-            any_present |= present.any()
-            if keep:
-                kept[part.start] = gates, present
-            self.carry.release_pages()
-        assert summary is not None
-        # The first time is over before any row changes.
-        for part in _parts(count, limit):
-            gates, present = table(part)
-            self.add_down(chunk, part, rule.share(gates, present, summary, part.start)[0] * neurons)
-        if rule.complete:
-            self._assign_unclaimed(chunk, any_present, slice(None))
-
-    def among_processes(self, rule: ParallelRule) -> None:
-        """Share the neurons among components that are spread over processes: twice over this one's.
+        The first pass finds what normalises the shares, the second writes them.
 
         Args:
-            rule: the rule and the processes.
+            rule: how neurons are shared.
+            groups: the components, divided into pieces that fit and grouped by their positions.
+            ranks: the ranks among which the components are divided; None where all are on this one.
         """
-        competing, layout = rule.rule, self.carry.layout
-        places, width = self.neurons.shape
-        offset = rule.ranks.rank * (layout.components + 1)  # no two processes number theirs alike
-        none = self.neurons.new_zeros(1, 1, width)
-        empty = competing.summarise(none, torch.zeros_like(none[..., :1], dtype=torch.bool))
-        summary = tuple(part.repeat(places, 1, 1) for part in empty)
-        any_present = torch.zeros(places, device=none.device)
+        width, budget = self.neurons.shape[1], self.carry.budget
+        rows = sum(piece.rows.stop - piece.rows.start for group in groups for piece in group)
+        # Gates that fit in memory are kept for the second pass.
+        limit = budget.working if ranks is None else budget.components // 4
+        keep = rows * width * self.neurons.itemsize <= limit
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        # Gates that fit by themselves are kept for the second time.
-        keep = layout.rows * width * none.itemsize <= self.carry.budget.components // 4
-        for chunk, rows, at in self._pieces():
-            gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
-            present = nonzero(gates.flatten(0, 1)).view(len(at), -1, 1)
-            own = competing.summarise(gates, present, offset + rows.start)
-            merged = competing.merge(tuple(part[at] for part in summary), own)
-            for part, new in zip(summary, merged, strict=True):
-                part[at] = new
-            any_present[at] += present.any(1)[:, 0]
-            if keep:
-                kept[chunk.rows.start, rows.start] = gates, present
-        summary = rule.ranks.merged(competing, summary)
-        any_present = rule.ranks.summed(any_present)
-        self._write_shares(competing, summary, offset, kept)
-        self._assign_unclaimed_everywhere(any_present)
+        # No two ranks give a component the same number.
+        offset = 0 if ranks is None else ranks.rank * (self.carry.layout.components + 1)
+        normalisers: list[tuple[Summary, Tensor]] = []
+        for group in groups:
+            summary, any_present = None, torch.zeros_like(group[0].places, dtype=torch.bool)
+            for piece in group:
+                gates, present = self._prepared(rule, piece)
+                part = rule.summarise(gates, present, offset + piece.rows.start)
+                summary = part if summary is None else rule.merge(summary, part)
+                any_present |= present.flatten(1).any(1)
+                if keep:
+                    kept[piece.key] = gates, present
+                self.carry.release_pages()
+            assert summary is not None
+            normalisers.append((summary, any_present))
+        merged = normalisers if ranks is None else self._over_ranks(rule, groups, normalisers, ranks)
+        # No row changes before the first pass is over.
+        for group, (summary, any_present) in zip(groups, merged, strict=True):
+            for piece in group:
+                gates, present = kept.pop(piece.key) if keep else self._prepared(rule, piece)
+                shares = rule.share(gates, present, summary, offset + piece.rows.start)
+                shares = shares * self.neurons[piece.places][:, None]  # [segment, component, neuron]
+                self.add_down(piece.chunk, piece.rows, shares.flatten(0, 1))
+            if rule.complete:
+                self._assign_unclaimed(group[0].chunk, any_present, group[0].segments)
 
-    def _write_shares(
+    def _over_ranks(
         self,
         rule: CompetingRule,
-        summary: Summary,
-        offset: int,
-        kept: dict[tuple[int, int], tuple[Tensor, Tensor]],
-    ) -> None:
-        """Give this process's components their shares, once what normalises them is known."""
-        for chunk, rows, at in self._pieces():
-            if (chunk.rows.start, rows.start) in kept:
-                gates, present = kept.pop((chunk.rows.start, rows.start))
-            else:
-                gates = self.gates(chunk, rows).unflatten(0, (len(at), -1))
-                present = nonzero(gates.flatten(0, 1)).view(len(at), -1, 1)
-            shares = rule.share(gates, present, tuple(part[at] for part in summary), offset + rows.start)
-            self.add_down(chunk, rows, (shares * self.neurons[at][:, None]).flatten(0, 1))
+        groups: "list[list[_Piece]]",
+        normalisers: list[tuple[Summary, Tensor]],
+        ranks: ComponentParallel,
+    ) -> Iterator[tuple[Summary, Tensor]]:
+        """Merge what normalises the shares over all ranks, and return each group's part of it."""
+        # Ranks have components at different positions: the tables cover all of them, [place, 1, neuron].
+        count, width = self.neurons.shape
+        none = self.neurons.new_zeros(1, 1, width)
+        empty = rule.summarise(none, torch.zeros_like(none[..., :1], dtype=torch.bool))
+        tables = tuple(part.repeat(count, 1, 1) for part in empty)
+        present = torch.zeros(count, device=none.device)
+        for group in groups:
+            summary, any_present = normalisers.pop(0)
+            for table, part in zip(tables, summary, strict=True):
+                table[group[0].places] = part
+            present[group[0].places] = any_present.to(present)
+        tables, present = ranks.merged(rule, tables), ranks.summed(present)
+        for group in groups:
+            places = group[0].places
+            yield tuple(table[places] for table in tables), present[places] > 0
 
-    def _pieces(self) -> Iterator[tuple[Chunk, slice, Tensor]]:
-        """This carry's rows in pieces that fit: the chunk, the rows in it, and the places they stand at."""
-        limit = self.limit
-        for chunk in self.carry.layout.chunks(limit):
-            if len(chunk.row_places) > limit and len(chunk.places) == 1:
-                yield from ((chunk, part, chunk.places) for part in _parts(len(chunk.row_places), limit))
-            else:
-                yield from ((chunk, run.rows, chunk.places[run.segments]) for run in chunk.runs)
+    def _prepared(self, rule: CompetingRule, piece: "_Piece") -> tuple[Tensor, Tensor]:
+        """A piece's gates `[segment, component, neuron]`, and which of its components take part."""
+        places = piece.places
+        gates = self.gates(piece.chunk, piece.rows).unflatten(0, (len(places), -1))
+        present = nonzero(gates.flatten(0, 1)).view(*gates.shape[:2], 1)
+        return rule.prepare(gates, present, self._at_origin(places) & piece.has_first)
 
-    def _assign_unclaimed_everywhere(self, any_present: Tensor) -> None:
-        """Give a place's whole output to one component where none competes for it, if that lives here."""
-        layout = self.carry.layout
-        rows = layout.index[:, :, layout.fallback].flatten().to(any_present.device)
-        here = (any_present == 0) & (rows < layout.rows)
-        if bool(here.any()):
-            output = self.neurons[here] @ self.mlp.down.weight.T
-            self.carry.rows.index_add_(0, rows[here], output)
+    def pieces(self, chunk: Chunk) -> "list[list[_Piece]]":
+        """A chunk's rows in pieces that fit, grouped by their positions."""
+        count, limit = len(chunk.row_places), self.limit
+        if count > limit and len(chunk.places) == 1:  # one position's components do not fit
+            parts = _parts(count, limit)
+            return [[_Piece(chunk, part, slice(0, 1), part.start == 0) for part in parts]]
+        return [[_Piece(chunk, run.rows, run.segments, True)] for run in chunk.runs]
 
     def among_experts(self, rule: Rule, chunk: Chunk, slopes: Float[Tensor, "at neuron"] | None) -> None:
         """Share the neurons of a mixture of experts, of each only where it was routed to.
@@ -297,9 +283,39 @@ class MLPStep:
     ) -> None:
         """Give a position's whole output of some neurons to one component where none competes for it."""
         if not bool(any_present.all()):
-            rows, at = chunk.fallback[run][segments][~any_present], chunk.places[run][segments][~any_present]
-            output = self.neurons[at][:, neurons] @ self.mlp.down.weight[:, neurons].T
+            rows, places = chunk.fallback[run][segments], chunk.places[run][segments]
+            # The component may be on another rank.
+            unclaimed = ~any_present & (rows < self.carry.layout.rows)
+            rows, places = rows[unclaimed], places[unclaimed]
+            output = self.neurons[places][:, neurons] @ self.mlp.down.weight[:, neurons].T
             self.carry.rows.index_add_(0, rows, output)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a chunk that fit in memory together.
+
+    Args:
+        chunk: the chunk.
+        rows: the rows, counted from the chunk's start.
+        segments: their segments, counted from the chunk's first.
+        has_first: the rows include the first component of each segment.
+    """
+
+    chunk: Chunk
+    rows: slice
+    segments: slice
+    has_first: bool
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """A key that no other piece has."""
+        return self.chunk.rows.start, self.rows.start
+
+    @property
+    def places(self) -> Int[Tensor, "segment"]:
+        """The flat `batch * position` index of each segment."""
+        return self.chunk.places[self.segments]
 
 
 def nonzero(gates: Float[Tensor, "row neuron"]) -> Bool[Tensor, "row 1"]:
@@ -313,5 +329,5 @@ def _within(rows: Tensor, part: slice) -> Tensor:
 
 
 def _parts(count: int, limit: int) -> list[slice]:
-    """So many rows, in parts of at most so many."""
+    """Divide `count` rows into parts of at most `limit`."""
     return [slice(first, min(first + limit, count)) for first in range(0, count, limit)]
