@@ -17,7 +17,10 @@ from depass_lightning.studies.comparison.method_runs import (
     TOKEN_METHODS,
     MethodRun,
     compare_rows,
+    lower_is_better,
+    notes_on,
 )
+from depass_lightning.studies.comparison.prompt_splits import SHARES, sampled, split_of
 from depass_lightning.studies.comparison.study import Components, MethodComparison
 from depass_lightning.utils.bootstrap import bootstrap
 
@@ -125,7 +128,10 @@ def test_methods_that_are_done_are_not_run_again(depass: DePass, tmp_path: Path,
     second = MethodComparison(methods=["depass", "random", "taylor"], **few).run(depass, tmp_path)
     assert ran == ["taylor"]
     for one, other in zip(first.table, second.table, strict=False):
-        assert one == other
+        # p-values are corrected for the number of methods, which is another one now
+        assert [(name, cell) for name, cell in one.items() if not name.endswith("_p")] == [
+            (name, cell) for name, cell in other.items() if not name.endswith("_p")
+        ]
     other = MethodComparison(methods=["depass"], **{**few, "percents": [0, 100]})
     with pytest.raises(DePassError, match=r"percents.* was .* and is"):
         other.run(depass, tmp_path)
@@ -181,3 +187,71 @@ def test_mistakes_are_named_before_anything_is_run(
     with pytest.raises(DePassError, match=message):
         MethodComparison(**settings).run(depass, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_p_values_are_corrected_for_the_number_of_methods() -> None:
+    """Ten prompts, each 0.1 worse by one method, by turns better and worse by the other."""
+    ours = [[1.0, 0.1 * i] for i in range(10)]
+    runs = {
+        "depass": MethodRun(rows(ours, [None] * 10), 1.0),
+        "worse": MethodRun(rows([[top, low + 0.2] for top, low in ours], [None] * 10), 1.0),
+        "level": MethodRun(
+            rows([[top, low + 0.2 * (-1) ** i] for i, (top, low) in enumerate(ours)], [None] * 10), 1.0
+        ),
+    }
+    _, table = compare_rows(runs)
+    assert "patch_top_area_p" not in table[0]
+    assert table[1]["patch_top_area_p"] == pytest.approx(2 * 2 / 2**10)
+    assert table[2]["patch_top_area_p"] == 1
+    _, table = compare_rows(runs, against="worse")
+    assert notes_on(table, "worse")[2:] == ["Ahead of worse in patch_top_area: depass."]
+    assert lower_is_better("kept_patch_top_log_odds_area")
+    assert not lower_is_better("kept_patch_top_rank_area")
+    assert lower_is_better("kept_recover_top_rank_area")
+    assert not lower_is_better("ablation_zero_pearson")
+
+
+def test_a_prompt_has_its_split_by_its_text() -> None:
+    examples = list(tasks.load("ioi", size=200))
+    by_split = {split: sampled(examples, split) for split in SHARES}
+    assert sum(map(len, by_split.values())) == len(examples)
+    for split, share in SHARES.items():
+        assert len(by_split[split]) / len(examples) == pytest.approx(share, abs=0.1)
+        assert {split_of(example.prompt) for example in by_split[split]} == {split}
+        backwards = sampled(examples[::-1], split)
+        assert [example.prompt for example in backwards] == [example.prompt for example in by_split[split]]
+        other = sampled(examples, split, seed=1)
+        assert other != by_split[split]
+        assert {example.id for example in other} == {example.id for example in by_split[split]}
+    assert sampled(examples, None) == examples
+    with pytest.raises(DePassError, match="split must be"):
+        sampled(examples, "test")  # type: ignore[arg-type]
+    with pytest.raises(DePassError, match="none of 0 prompts"):
+        sampled([], "fresh")
+
+
+def test_methods_are_compared_with_true_ablation(depass: DePass, tmp_path: Path) -> None:
+    """On held-out prompts, against another method than DePass, and the numbers are kept."""
+    study = MethodComparison(
+        "heads",
+        split="held_out",
+        size=3,
+        methods=["atp", "taylor"],
+        against="atp",
+        percents=[0, 20],
+        ablations=["zero", "mean"],
+    )
+    result = study.run(depass, tmp_path)
+    assert [row["method"] for row in result.table] == ["atp", "taylor"]
+    assert {
+        f"ablation_{how}_{name}" for how in ("zero", "mean") for name in ("pearson", "spearman", "top")
+    } <= {*result.columns()}
+    assert "ablation_zero_pearson_p" in result.columns()
+    assert "all of the split held_out" in result.notes[0]
+    kept = read_rows(tmp_path / "rows" / "taylor.parquet")
+    pearson = bootstrap([row["ablation_zero_pearson"] for row in kept])
+    assert result.table[1]["ablation_zero_pearson"] == pearson
+    again = study.run(depass, tmp_path)
+    assert again.table == result.table
+    with pytest.raises(DePassError, match="held against occlusion"):
+        MethodComparison(methods=["random"], against="occlusion").run(depass, tmp_path / "other")

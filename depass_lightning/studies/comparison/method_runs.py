@@ -12,7 +12,7 @@ Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, hea
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import (
@@ -23,14 +23,17 @@ from depass_lightning.faithfulness import (
     ComponentMasking,
     CurveMean,
     Interval,
+    Measure,
     TokenRemoval,
     area,
     evaluate,
 )
+from depass_lightning.faithfulness.true_ablation import Replacement
 from depass_lightning.methods import Method
 from depass_lightning.studies.study_result import Cell, Curve, Panel
 from depass_lightning.tasks import Example
 from depass_lightning.utils.bootstrap import bootstrap
+from depass_lightning.utils.paired_tests import holm, sign_flip_test
 
 AGAINST = "depass"  # what the other methods are held against
 
@@ -46,6 +49,12 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "recover_top": ("recover top", "tokens kept (%)", "probability of the answer"),
     "patch_top_logit": ("patch top, logit", "tokens removed (%)", "logit of the answer"),
     "recover_top_logit": ("recover top, logit", "tokens kept (%)", "logit of the answer"),
+    "kept_patch_top": ("patch top, last kept", "tokens removed (%)", "probability of the answer"),
+    "kept_recover_top": ("recover top, last kept", "tokens kept (%)", "probability of the answer"),
+    "kept_patch_top_log_odds": ("patch top, last kept, log-odds", "tokens removed (%)", "log-odds"),
+    "kept_recover_top_log_odds": ("recover top, last kept, log-odds", "tokens kept (%)", "log-odds"),
+    "kept_patch_top_rank": ("patch top, last kept, rank", "tokens removed (%)", "rank of the answer"),
+    "kept_recover_top_rank": ("recover top, last kept, rank", "tokens kept (%)", "rank of the answer"),
     "zero_patch_top": ("patch top, zeroed", "embeddings zeroed (%)", "probability of the answer"),
     "zero_recover_top": ("recover top, zeroed", "embeddings kept (%)", "probability of the answer"),
     "mask_top": ("mask top", "masked (%)", "answers right"),
@@ -55,7 +64,18 @@ PANELS: dict[str, tuple[str, str, str]] = {
 }
 """Each curve's column, and how it is drawn."""
 
-NUMBERS = ("comprehensiveness", "sufficiency", "evidence_first", "evidence_auroc")
+NUMBERS = (
+    *("comprehensiveness", "sufficiency", "kept_comprehensiveness", "kept_sufficiency"),
+    *(f"kept_{name}_log_odds" for name in ("comprehensiveness", "sufficiency")),
+    *("evidence_first", "evidence_auroc"),
+    *(
+        f"ablation_{replacement}_{number}"
+        for replacement in get_args(Replacement)
+        for number in ("pearson", "spearman", "top")
+    ),
+)
+"""The columns with a number a prompt."""
+ALPHA = 0.05  # the level at which a difference is reported
 AT = {"mask_top": (1.0, 5.0), "mask_bottom": (5.0, 20.0)}  # the K whose values the table has
 
 
@@ -78,6 +98,8 @@ def run_method(
     *,
     percents: Sequence[float] | None = None,
     zeroed: bool = True,
+    keep_last: bool = True,
+    measures: Sequence[Measure] = (),
     batch_size: int = 16,
     progress: bool = False,
 ) -> MethodRun:
@@ -88,6 +110,8 @@ def run_method(
         examples: prompts that the model answers right; see `answered_right`.
         percents: the K to measure at; by default those of `removal_curves` or `masking_curves`.
         zeroed: of tokens, measure with embeddings set to zero too.
+        keep_last: of tokens, measure with the last token kept too.
+        measures: what else is measured.
         batch_size: how many prompts are scored at once.
         progress: show progress bars.
 
@@ -96,8 +120,8 @@ def run_method(
     """
     # No random orders, because "random" is a method. Plain passes need less memory than scores.
     options: dict[str, Any] = {"draws": 0, "batch_size": 4 * batch_size, "progress": progress}
-    measures = (
-        TokenRemoval(percents or PERCENTS, zeroed=zeroed, **options),
+    removals = (
+        TokenRemoval(percents or PERCENTS, zeroed=zeroed, keep_last=keep_last, **options),
         ComponentMasking(percents or MASKED, **options),
     )
     started = time.perf_counter()
@@ -108,7 +132,7 @@ def run_method(
         Case(attribution, example.evidence_ranges(), example.answer)
         for attribution, example in zip(attributions, examples, strict=True)
     ]
-    measured = evaluate(cases, [*ROW_MEASURES, *measures], method.depass)
+    measured = evaluate(cases, [*ROW_MEASURES, *removals, *measures], method.depass)
     rows = [{"id": example.id, **columns} for example, columns in zip(examples, measured, strict=True)]
     return MethodRun(rows, seconds)
 
@@ -121,7 +145,8 @@ def compare_rows(
     Args:
         runs: each method's rows, of the same prompts in the same order.
         against: the method that the others are held against; a column `..._difference` has what it has more
-            than each of them.
+            than each of them, and `..._p` the p-value of no difference, corrected for the number of methods
+            (`sign_flip_test`, `holm`).
         draws: how many times prompts are drawn for an interval.
 
     Returns:
@@ -145,10 +170,21 @@ def compare_rows(
         for column in columns:
             row[column] = _interval(numbers[method], column, draws)
             if method != against:
-                row[f"{column}_difference"] = _difference(numbers[against], numbers[method], column, draws)
+                differences = _differences(numbers[against], numbers[method], column)
+                row[f"{column}_difference"] = bootstrap(differences, draws=draws) if differences else None
+                row[f"{column}_p"] = sign_flip_test(differences) if differences else None
         row["seconds_per_prompt"] = run.seconds / len(run.rows)
         table.append(row)
+    for column in columns:
+        _correct(table, f"{column}_p")
     return panels, table
+
+
+def _correct(table: Sequence[dict[str, Cell]], column: str) -> None:
+    """Correct a column's p-values for their number."""
+    rows = [row for row in table if isinstance(row.get(column), float)]
+    for row, p in zip(rows, holm([row[column] for row in rows]), strict=True):  # type: ignore[misc]
+        row[column] = p
 
 
 def _check(runs: Mapping[str, MethodRun], against: str) -> None:
@@ -199,25 +235,36 @@ def _interval(rows: Sequence[Mapping[str, float]], column: str, draws: int) -> I
     return bootstrap(values, draws=draws) if values else None
 
 
-def _difference(
-    ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]], column: str, draws: int
-) -> Interval | None:
-    """Return what one method has more than another, over the prompts where both have it."""
+def _differences(
+    ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]], column: str
+) -> list[float]:
+    """Return what one method has more than another, of each prompt where both have it."""
     pairs = zip(ours, theirs, strict=True)
-    values = [own[column] - other[column] for own, other in pairs if column in own and column in other]
-    return bootstrap(values, draws=draws) if values else None
+    return [row[column] - other[column] for row, other in pairs if column in row and column in other]
 
 
-def notes_on(table: Sequence[Mapping[str, Cell]]) -> list[str]:
-    """Say how the table is read, and where another method is clearly ahead of DePass.
+def lower_is_better(measure: str) -> bool:
+    """Whether a method is better where a measure of its scores is lower.
+
+    Args:
+        measure: a column of the table.
+    """
+    lower = any(part in measure for part in ("patch_top", "mask_top", "sufficiency"))
+    return lower != ("_rank" in measure)
+
+
+def notes_on(table: Sequence[Mapping[str, Cell]], against: str = AGAINST) -> list[str]:
+    """Return how the table is read, and where another method is ahead.
 
     Args:
         table: as `compare_rows` gives it.
+        against: the method that the others were held against.
     """
     notes = [
-        "Intervals hold 95% of the means over prompts drawn anew. A difference is DePass less the method, "
-        "prompt by prompt.",
-        "Patch top, mask top and sufficiency are better lower; everything else is better higher.",
+        f"Intervals are bootstrap 95% CIs over prompts. A difference is {against} less the method, per "
+        "prompt; its p-value is that of a sign-flip test, corrected for the number of methods (Holm).",
+        "Patch top, mask top and sufficiency are better lower, as are the ranks of recover top; everything "
+        "else is better higher.",
     ]
     ahead: dict[str, list[str]] = {}
     for row in table:
@@ -225,10 +272,12 @@ def notes_on(table: Sequence[Mapping[str, Cell]]) -> list[str]:
             if not column.endswith("_difference") or not isinstance(cell, Interval):
                 continue
             measure = column.removesuffix("_difference")
-            lower = any(part in measure for part in ("patch_top", "mask_top", "sufficiency"))
-            if cell.low > 0 if lower else cell.high < 0:
+            p = row.get(f"{measure}_p")
+            worse = cell.value > 0 if lower_is_better(measure) else cell.value < 0
+            if worse and isinstance(p, float) and p < ALPHA:
                 ahead.setdefault(measure, []).append(str(row["method"]))
-    notes += [f"Ahead of DePass in {name}: {', '.join(own)}." for name, own in ahead.items()]
+    name = "DePass" if against == AGAINST else against
+    notes += [f"Ahead of {name} in {measure}: {', '.join(methods)}." for measure, methods in ahead.items()]
     if not ahead:
-        notes.append("No method is ahead of DePass by more than its interval.")
+        notes.append(f"No method is ahead of {name} at p < {ALPHA} after correction.")
     return notes

@@ -22,7 +22,8 @@ from depass_lightning import tasks
 from depass_lightning.attribution.question import Question
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness import answered_right, check_percents
+from depass_lightning.faithfulness import AblationAgreement, Measure, answered_right, check_percents
+from depass_lightning.faithfulness.true_ablation import Replacement
 from depass_lightning.methods import Method, make_method
 from depass_lightning.prompts import prompts_of
 from depass_lightning.sources import Heads, Neurons, Source, Tokens
@@ -48,6 +49,7 @@ from depass_lightning.studies.comparison.method_runs import (
     notes_on,
     run_method,
 )
+from depass_lightning.studies.comparison.prompt_splits import Split, sampled
 from depass_lightning.studies.study_files import write_experiment
 from depass_lightning.studies.study_result import StudyResult, data_name
 from depass_lightning.tasks import Example
@@ -65,7 +67,7 @@ LISTED: dict[str, tuple[str, ...]] = {
 
 
 # What may differ between rows of one comparison: which prompts there are is told by their fingerprint.
-FREE = ("task", "path", "size", "pool", "methods", "batch_size")
+FREE = ("task", "path", "split", "size", "pool", "methods", "against", "batch_size")
 SECONDS = "seconds"
 
 
@@ -77,12 +79,18 @@ class MethodComparison:
         components: what is scored: tokens, heads or neurons.
         task: the task's name.
         path: its file; None for the embedded model's own.
+        split: compare on `development`, `held_out` or `fresh` prompts (`prompt_splits.py`), drawn by the seed
+            and a hash of their text; None takes all prompts in the task's order.
         size: how many prompts at most, the first that the model answers right.
-        pool: how many prompts are asked to find them; None asks all of the task.
+        pool: how many prompts of the split are asked to find them; None asks all.
         methods: the methods; None for all that score such components and suit the model.
         options: further options of some methods, by name: `{"integrated_gradients": {"steps": 64}}`.
         percents: the percentages to measure at; None for 0 to 100 of tokens, 0 to 50 of heads and neurons.
         zeroed: of tokens, measure with embeddings set to zero too, which takes as many passes again.
+        keep_last: of tokens, measure with the last token kept too, which takes as many passes again.
+        ablations: measure the agreement with true ablation (`AblationAgreement`): any of `zero`, `mean` and
+            `resample`, the latter two from the compared prompts themselves.
+        against: the method that the others are held against.
         layer: of heads and neurons, the block; None for all blocks.
         top: of neurons, how many of a block are carried exactly by `depass`, which is many times faster over
             all blocks; None carries all.
@@ -97,12 +105,16 @@ class MethodComparison:
     components: Components = "tokens"
     task: str = "ioi"
     path: str | None = None
+    split: Split | None = None
     size: int = 100
     pool: int | None = None
     methods: Sequence[str] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     percents: Sequence[float] | None = None
     zeroed: bool = True
+    keep_last: bool = True
+    ablations: Sequence[Replacement] = ()
+    against: str = AGAINST
     layer: int | None = None
     top: int | None = None
     batch_size: int = 16
@@ -133,8 +145,12 @@ class MethodComparison:
         """
         started = time.perf_counter()
         methods = self._methods(depass)
-        task = tasks.load(self.task, size=self.pool, seed=self.seed, path=self.path)
-        examples, right = self._right(depass, list(task), progress)
+        # A split is drawn from the whole task; without one the first prompts of it are enough.
+        size = self.pool if self.split is None else None
+        task = tasks.load(self.task, size=size, seed=self.seed, path=self.path)
+        asked = sampled(list(task), self.split, self.seed)[: self.pool]
+        examples, right = self._right(depass, asked, progress)
+        measures = self._measures(examples, progress)
         runs: dict[str, MethodRun] = {}
         rows = Path(folder) / "rows"
         manifest = self._manifest(depass, examples)
@@ -149,11 +165,13 @@ class MethodComparison:
                 examples,
                 percents=self.percents,
                 zeroed=self.zeroed,
+                keep_last=self.keep_last,
+                measures=measures,
                 batch_size=self.batch_size,
                 progress=progress,
             )
             _keep(path, runs[name])
-        panels, table = compare_rows(runs)
+        panels, table = compare_rows(runs, against=self.against)
         experiment = StudyResult(
             name=f"paper_{self.components}",
             title=f"Which {self.components} does the answer rest on?",
@@ -161,10 +179,10 @@ class MethodComparison:
             data=f"{task.name}, {data_name(self.path) or 'the embedded model’s own'}",
             prompts=len(examples),
             seconds=time.perf_counter() - started,
-            settings=asdict(self) | {"methods": list(methods), "asked": len(task), "answered_right": right},
+            settings=asdict(self) | {"methods": list(methods), "asked": len(asked), "answered_right": right},
             panels=panels,
             table=table,
-            notes=[*self._notes(len(task), right, len(examples)), *notes_on(table)],
+            notes=[*self._notes(len(asked), right, len(examples)), *notes_on(table, self.against)],
         )
         from_first(lambda: write_experiment(experiment, folder))
         return experiment
@@ -184,13 +202,29 @@ class MethodComparison:
         # The dual rule is for gated MLPs.
         suited = [name for name in LISTED[self.components] if name != "dual" or depass.decoder.gated]
         names = suited if self.methods is None else list(self.methods)
-        if AGAINST not in names:
-            raise DePassError(f"the methods are held against {AGAINST}; name it among {', '.join(names)}")
+        if self.against not in names:
+            raise DePassError(
+                f"the methods are held against {self.against}; name it among {', '.join(names)}"
+            )
         made = {
             name: make_method(name, depass, self._source(name), **self.options.get(name, {}))
             for name in (*names, *self.options)  # a misspelt name has options that nobody would miss
         }
         return {name: made[name] for name in names}
+
+    def _measures(self, examples: Sequence[Example], progress: bool) -> list[Measure]:
+        """Return what is measured besides removal or masking."""
+        references = [example.prompt for example in examples]
+        return [
+            AblationAgreement(
+                replacement,
+                references=references,
+                seed=self.seed,
+                batch_size=4 * self.batch_size,  # plain passes need less memory than scores
+                progress=progress,
+            )
+            for replacement in self.ablations
+        ]
 
     def _source(self, name: str) -> Source:
         if self.components == "tokens":
@@ -216,15 +250,25 @@ class MethodComparison:
         return [
             f"The model answers {right} of {asked} prompts right, judged by {judged} (not counted: prompts "
             "whose answer and foil begin with the same token); compared on the first "
-            f"{taken} of these. What is explained is the answer against the task's foil, where it has one.",
+            f"{taken} of these{_drawn(self.split, self.seed)}. What is explained is the answer against the "
+            "task's foil, where it has one.",
             removed,
         ]
+
+
+def _drawn(split: Split | None, seed: int) -> str:
+    """Describe how the prompts were chosen."""
+    if split is None:
+        return ", in the task's order"
+    return f", all of the split {split}, in an order drawn by seed {seed} and their text"
 
 
 def _keep(path: Path, run: MethodRun) -> None:
     """Write a method's rows and the time that its scores took."""
     columns = {"index"}.union(*run.rows)
-    schema = pa.schema([column for column in ATTRIBUTION_SCHEMA if column.name in columns])
+    known = [column for column in ATTRIBUTION_SCHEMA if column.name in columns]
+    others = sorted(columns - set(ATTRIBUTION_SCHEMA.names))  # numbers of measures that only a comparison has
+    schema = pa.schema([*known, *(pa.field(name, pa.float64()) for name in others)])
     rows = [{"index": i, **row} for i, row in enumerate(run.rows)]
     schema = schema.with_metadata({SECONDS: str(run.seconds)})
 
