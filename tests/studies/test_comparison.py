@@ -170,7 +170,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ["depass", "lime"]}, "no method 'lime'"),
+        ({"methods": ["depass", "sage"]}, "no method 'sage'"),
         ({"methods": ["random"]}, "held against depass; name it among random"),
         ({"methods": ["depass", "atp"]}, "atp does not score Tokens"),
         ({"components": "heads", "methods": ["depass", "activation"]}, "activation does not score Heads"),
