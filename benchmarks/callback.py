@@ -1,14 +1,13 @@
-"""What `DePassCallback` costs: the same small fine-tuning with and without it.
+"""The overhead of `DePassCallback`: the same small fine-tuning with and without it.
 
-A user's own LightningModule learns IOI sentences; 16 held-out prompts are the probes, and pages and scores
-are written as in any run. Runs are interleaved, one after another without the callback and with it under each
-rule, and medians taken. Beside the ratios of wall time and of processor time (on one thread, with other work
-on the machine, the more telling of the two) stands what the callback itself reports, `depass/overhead`, as
-the ratio that it means: 1 / (1 - overhead).
+A LightningModule learns IOI sentences; 16 held-out prompts are the probes, and pages and scores are written
+as usual. Runs without the callback and with it under each rule are interleaved; figures are medians. The
+table has the ratios of wall time and of CPU time (more reliable on a busy machine), and the overhead that the
+callback reports, `depass/overhead`, converted to a ratio: 1 / (1 - overhead).
 
-    python benchmarks/callback.py                                       # the embedded model
+    python benchmarks/callback.py                                       # the bundled model
     python benchmarks/callback.py --model smollm2-135m --steps 20 --every 10 --repeats 1
-    python benchmarks/callback.py --max-overhead 0.05                   # a limit on the share of the time
+    python benchmarks/callback.py --max-overhead 0.05                   # a limit on the overhead
 """
 
 import argparse
@@ -26,6 +25,7 @@ from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from depass_lightning import DePass, tasks
 from depass_lightning.callbacks import DePassCallback
@@ -41,14 +41,16 @@ class Learner(pl.LightningModule):
         self.model: Any = depass.model
         self.tokenizer: Any = depass.tokenizer
 
+    @override
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         return self.model(**batch).loss
 
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-5)
 
     def collate(self, examples: list[tasks.Example]) -> dict[str, torch.Tensor]:
-        """Pad sentences into a batch, and score their last token alone."""
+        """Pad sentences into a batch, with labels only for the last token."""
         texts = [example.prompt + example.answer for example in examples]
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
@@ -58,22 +60,24 @@ class Learner(pl.LightningModule):
 
 
 class Stopwatch(Callback):
-    """Measures from the first batch, and what stands before it, to the end; put it around the others."""
+    """Measures the time of a training; put it first among the callbacks."""
 
     def __init__(self) -> None:
         self.began = (0.0, 0.0)
         self.seconds = self.processor = 0.0
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began = time.perf_counter(), time.process_time()
 
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds = time.perf_counter() - self.began[0]
         self.processor = time.process_time() - self.began[1]
 
 
 def trained(options: argparse.Namespace, rule: str | None) -> tuple[float, float, float, int]:
-    """Fine-tune once; return wall and processor seconds, the callback's own overhead, and its runs."""
+    """Fine-tune once; return wall and CPU seconds, the overhead that the callback reports, and its runs."""
     pl.seed_everything(0, verbose=False)
     learner = Learner(DePass.from_pretrained(options.model))
     learner.model.train()
@@ -110,6 +114,7 @@ def trained(options: argparse.Namespace, rule: str | None) -> tuple[float, float
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=400)
@@ -126,22 +131,22 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     )
     arms: tuple[str | None, ...] = (None, *RULES)
-    found: dict[str | None, list[tuple[float, float, float, int]]] = {arm: [] for arm in arms}
+    measured: dict[str | None, list[tuple[float, float, float, int]]] = {arm: [] for arm in arms}
     if options.repeats > 1:
         trained(options, RULES[0])  # imports, caches
     for _ in range(options.repeats):
         for arm in arms:
-            found[arm].append(trained(options, arm))
-    table = Table("rule", "runs", "wall s", "ratio", "processor s", "ratio", "by its own count", "overhead")
-    base = [statistics.median(column) for column in list(zip(*found[None], strict=True))[:2]]
+            measured[arm].append(trained(options, arm))
+    table = Table("rule", "runs", "wall s", "ratio", "CPU s", "ratio", "reported ratio", "overhead")
+    base = [statistics.median(column) for column in list(zip(*measured[None], strict=True))[:2]]
     for arm in arms:
         wall, processor, overhead, runs = (
-            statistics.median(column) for column in zip(*found[arm], strict=True)
+            statistics.median(column) for column in zip(*measured[arm], strict=True)
         )
         ratios = f"{wall / base[0]:.3f}", f"{processor / base[1]:.3f}"
-        told = f"{1 / (1 - overhead):.3f}", f"{overhead:.3f}"
+        reported = f"{1 / (1 - overhead):.3f}", f"{overhead:.3f}"
         times = f"{wall:.2f}", ratios[0], f"{processor:.2f}", ratios[1]
-        table.add_row(arm or "without", str(int(runs)), *times, *told)
+        table.add_row(arm or "without", str(int(runs)), *times, *reported)
     console.print(table)
 
 

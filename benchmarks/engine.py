@@ -1,10 +1,10 @@
-"""Time and peak memory of a decomposed pass, beside a plain forward pass and the naive structure.
+"""Time and peak memory of a decomposed pass, compared with a plain forward pass and a naive implementation.
 
-The naive structure is the published one: one prompt at a time, `[component, position, head, hidden]` in
-attention, the whole `[component, position, neuron]` in the MLP, no causal zeros skipped. All run on the
-same random Llama (12 layers, 768 hidden, 2048 neurons, 12 heads), interleaved, so that a machine's moods
-strike all of them alike; figures are medians, and what counts is their ratios. Peak memory is measured in
-a fresh process for each case.
+The naive implementation has the published structure: one prompt at a time, `[component, position, head,
+hidden]` in attention, the whole `[component, position, neuron]` in the MLP, no causal zeros skipped. All run
+on the same random Llama (12 layers, 768 hidden, 2048 neurons, 12 heads), interleaved, so that other
+load affects all of them alike; figures are medians, and only their ratios are meaningful. Peak memory is
+measured in a fresh process for each case.
 
     python benchmarks/engine.py                       # 16 to 256 tokens
     python benchmarks/engine.py --tokens 64 --repeats 5
@@ -30,7 +30,7 @@ HIDDEN, NEURONS, LAYERS, HEADS, VOCABULARY = 768, 2048, 12, 12, 1000
 
 
 def random_llama() -> LlamaForCausalLM:
-    """A Llama of GPT-2's size with every parameter random."""
+    """Return a Llama of GPT-2's size with random parameters."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -54,7 +54,7 @@ def random_llama() -> LlamaForCausalLM:
 
 @torch.no_grad()
 def naive(depass: DePass, ids: Tensor, token: int) -> Tensor:
-    """Token scores with the published structure, from the same recorded pass and under the same rule."""
+    """Return token scores with the published structure, from the same recording and under the same rule."""
     decoder = depass.decoder
     count = ids.shape[1]
     recording = record(decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
@@ -83,7 +83,7 @@ def _normed(components: Tensor, norm) -> Tensor:
 
 
 def cases(tokens: int) -> dict[str, Callable[[], object]]:
-    """What is compared at one length, by name."""
+    """Return the compared computations at one length, by name."""
     model = random_llama()
     depass = DePass(model)
     ids = torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
@@ -102,14 +102,14 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
+    """Return the seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def peak_bytes(tokens: int, name: str) -> int:
-    """The growth of a fresh process's peak memory while it runs one case."""
+    """Return the growth of a fresh process's peak memory while it runs one case."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (tokens, name))
 
@@ -121,9 +121,9 @@ def _peak(tokens: int, name: str) -> int:
 
 
 def peak_growth(work: Callable[[], object]) -> int:
-    """The bytes by which resident memory grows at most while something runs (Linux).
+    """Return the peak growth of resident memory while a function runs, in bytes (Linux).
 
-    What was needed to make the model and to check it does not count: the system's mark is set back before.
+    The kernel's peak counter is reset first, so that loading and checking the model is not counted.
     """
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
@@ -143,7 +143,9 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--naive-up-to", type=int, default=256, help="longest prompt for the naive structure")
+    parser.add_argument(
+        "--naive-up-to", type=int, default=256, help="longest prompt for the naive implementation"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
     options = parser.parse_args()
     table = Table(
@@ -154,7 +156,7 @@ def main() -> None:
         "plain s",
         "naive s",
         "depass s",
-        "8 at once, each",
+        "8 at once, per prompt",
         "times faster",
         "8 at once",
     ):
@@ -167,9 +169,9 @@ def main() -> None:
 
 
 def measure(tokens: int, options: argparse.Namespace) -> list[str]:
-    """One line of the table; peaks are multiples of the least state, `N^2 / 2 * hidden * 4` bytes.
+    """Return one line of the table; peaks are multiples of the minimal state, `N^2 / 2 * hidden * 4` bytes.
 
-    What was estimated before the run is given as a multiple of what was measured then.
+    Estimates are given as multiples of the measured values.
     """
     work = cases(tokens)
     ids = torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
@@ -184,10 +186,10 @@ def measure(tokens: int, options: argparse.Namespace) -> list[str]:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     error = "-"
     if "naive" in work:
-        expected, found = outcome["naive"], outcome["depass"]
+        expected, actual = outcome["naive"], outcome["depass"]
         assert isinstance(expected, Tensor)
-        assert isinstance(found, Tensor)
-        error = f"{float((expected - found).norm() / expected.norm()):.0e}"
+        assert isinstance(actual, Tensor)
+        error = f"{float((expected - actual).norm() / expected.norm()):.0e}"
     least = tokens**2 / 2 * HIDDEN * 4
     peaks = {
         name: peak_bytes(tokens, name)
@@ -196,7 +198,7 @@ def measure(tokens: int, options: argparse.Namespace) -> list[str]:
     }
     shown = {name: f"{peaks[name] / least:.1f}" if name in peaks else "-" for name in ("naive", "depass")}
     bytes_ratio = f"{expected_cost.bytes / peaks['depass']:.2f}" if "depass" in peaks else "-"
-    each = median["depass, 8 at once"] / 8
+    per_prompt = median["depass, 8 at once"] / 8
 
     def ratio(of: str, to: float) -> str:
         return f"{median[of] / to:.1f}" if of in median else "-"
@@ -206,9 +208,9 @@ def measure(tokens: int, options: argparse.Namespace) -> list[str]:
         f"{median['plain forward']:.3f}",
         f"{median['naive']:.2f}" if "naive" in median else "-",
         f"{median['depass']:.3f}",
-        f"{each:.3f}",
+        f"{per_prompt:.3f}",
         ratio("naive", median["depass"]),
-        ratio("naive", each),
+        ratio("naive", per_prompt),
         ratio("depass", median["plain forward"]),
         error,
         shown["naive"],

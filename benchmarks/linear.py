@@ -1,13 +1,13 @@
 """Time of all layers' heads in one sweep, and of one backward pass for all components.
 
-The random Llama of `engine.py`, interleaved runs and medians, as there; what counts is the ratios.
+The random Llama of `engine.py`, with interleaved runs and medians; only the ratios are meaningful.
 
-- *Heads:* under the softmax rule the library carries the groups of all layers together, from one recorded
-  pass. Beside it stand the same layers one by one, each with its own recorded pass: by the library, and in
-  the naive structure as published (`[component, position, head, hidden]` in attention, the whole
-  `[component, position, neuron]` in the MLP).
-- *Adjoint:* under the taylor rule one backward pass gives every component's score. It is measured against
-  a plain forward pass, with the recorded pass that it needs and without it.
+- *Heads:* under the softmax rule the library propagates the groups of all layers together, from one recorded
+  pass. It is compared with the same layers one by one, each with a recorded pass: by the library, and by a
+  naive implementation with the published structure (`[component, position, head, hidden]` in attention, the
+  whole `[component, position, neuron]` in the MLP).
+- *Adjoint:* under the taylor rule one backward pass gives every component's score. It is compared with
+  a plain forward pass, with and without the recorded pass that it needs.
 
     python benchmarks/linear.py                                 # heads at 16 and 32 tokens, adjoint to 128
     python benchmarks/linear.py --heads --adjoint 32 128 512    # the adjoint alone, up to 512 tokens
@@ -32,20 +32,20 @@ TARGET = 7
 
 
 def one_prompt(tokens: int) -> Tensor:
-    """Random token ids `[1, position]`."""
+    """Return random token ids `[1, position]`."""
     return torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def recorded(depass: DePass, ids: Tensor) -> Recording:
-    """The recorded pass that every decomposition begins with."""
+    """Return the recorded pass that every decomposition starts with."""
     count = ids.shape[1]
     return record(depass.decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
 
 
 @torch.no_grad()
 def naive_heads(depass: DePass, ids: Tensor, layer: int) -> Tensor:
-    """The scores of one layer's heads with the published structure, from a recorded pass of its own."""
+    """Return the scores of one layer's heads with the published structure, recorded pass included."""
     recording = recorded(depass, ids)
     state = recording.state(layer)[0]
     attention = recording.block(layer).attention
@@ -61,7 +61,7 @@ def naive_heads(depass: DePass, ids: Tensor, layer: int) -> Tensor:
 
 
 def _head_outputs(attention: FrozenAttention, components: Tensor) -> Tensor:
-    """What every head adds to every component, `[head, component, position, hidden]`."""
+    """Return what every head adds to every component, `[head, component, position, hidden]`."""
     count, positions, hidden = components.shape
     values = (_normed(components, attention.norm) @ attention.value.weight.T).view(
         count, positions, HEADS, -1
@@ -72,14 +72,14 @@ def _head_outputs(attention: FrozenAttention, components: Tensor) -> Tensor:
 
 
 def _shared(mlp: FrozenMLP, components: Tensor) -> Tensor:
-    """What the MLP adds to every component under the softmax rule."""
+    """Return what the MLP adds to every component under the softmax rule."""
     gates = _normed(components, mlp.norm) @ mlp.gate.weight.T
     shares = (gates / 0.1).masked_fill(gates == 0, -torch.inf).softmax(0)
     return (shares * mlp.activations) @ mlp.down.weight.T
 
 
 def head_cases(tokens: int) -> dict[str, Callable[[], Tensor]]:
-    """Three ways to score every head of every layer, each giving `[layer * (head + 1)]` scores."""
+    """Return three computations of the scores of all heads, `[layer * (head + 1)]`, by name."""
     depass = DePass(random_llama())
     ids = one_prompt(tokens)
 
@@ -94,7 +94,7 @@ def head_cases(tokens: int) -> dict[str, Callable[[], Tensor]]:
 
 
 def adjoint_cases(tokens: int) -> dict[str, Callable[[], object]]:
-    """A plain pass, a recorded one, and backward passes that include a recorded one."""
+    """Return a plain pass, a recorded one, and backward passes that include a recorded one."""
     model = random_llama()
     depass = DePass(model)
     ids = one_prompt(tokens)
@@ -116,7 +116,7 @@ def adjoint_cases(tokens: int) -> dict[str, Callable[[], object]]:
 
 
 def interleaved(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every case, in rounds, behind one round that is not counted."""
+    """Return the seconds of every case per round, after a warm-up round."""
     for call in work.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -127,7 +127,7 @@ def interleaved(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def heads_row(tokens: int, repeats: int) -> list[str]:
-    """One line of the table of heads."""
+    """Return one line of the table of heads."""
     work = head_cases(tokens)
     expected = work["naive loop"]()
     errors = [float((work[name]() - expected).norm() / expected.norm()) for name in ("loop", "sweep")]
@@ -143,18 +143,19 @@ def heads_row(tokens: int, repeats: int) -> list[str]:
 
 
 def adjoint_row(tokens: int, repeats: int) -> list[str]:
-    """One line of the table of backward passes; what a recording takes is subtracted round by round."""
+    """Return one line of the table of backward passes; recording times are subtracted round by round."""
     seconds = interleaved(adjoint_cases(tokens), repeats)
     plain = statistics.median(seconds["plain"])
     row = [str(tokens), f"{plain:.3f}", f"{statistics.median(seconds['recording']) / plain:.2f}"]
     for name in ("tokens", "everything"):
-        beside = [whole - own for whole, own in zip(seconds[name], seconds["recording"], strict=True)]
-        row += [f"{statistics.median(times) / plain:.2f}" for times in (seconds[name], beside)]
+        pairs = zip(seconds[name], seconds["recording"], strict=True)
+        backward = [total - recording for total, recording in pairs]
+        row += [f"{statistics.median(times) / plain:.2f}" for times in (seconds[name], backward)]
     return row
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table of right-aligned columns."""
+    """Return an empty table of right-aligned columns."""
     empty = Table(title=title)
     for column in columns:
         empty.add_column(column, justify="right")

@@ -1,11 +1,11 @@
-"""Time, error and peak memory of neuron scores, beside the naive structure.
+"""Time, error and peak memory of neuron scores, compared with a naive implementation.
 
-The naive structure is the published one: every neuron of a layer at every position as a dense
+The naive implementation has the published structure: every neuron of a layer at every position as a dense
 `[component, position, hidden]`, `[component, position, head, hidden]` in attention, the whole
-`[component, position, neuron]` in the MLP. It is compared with the exact scores, which need less the
-nearer the layer is to the target, and with `Neurons(top=K)`, whose time includes its second run with twice as
-many. All run on the same model, interleaved; figures are medians, and what counts is their ratios: errors
-are those of the neurons' scores against the exact ones. Peaks are the growth of resident memory in a fresh
+`[component, position, neuron]` in the MLP. It is compared with the exact scores, which are cheaper
+for layers near the target, and with `Neurons(top=K)`, whose time includes its second run with `2 * K`
+neurons. All run on the same model, interleaved; figures are medians, and only their ratios are meaningful.
+Errors are relative to the exact neuron scores. Peaks are the growth of resident memory in a fresh
 process for each case.
 
     python benchmarks/neurons.py                                   # a random Llama, 8 and 32 tokens
@@ -35,7 +35,7 @@ from depass_lightning.engine.record import record
 
 @torch.no_grad()
 def naive(depass: DePass, ids: Tensor, layer: int, token: int) -> Tensor:
-    """Neuron scores with the published structure, from the same recorded pass and under the same rule."""
+    """Return neuron scores with the published structure, from the same recording and under the same rule."""
     decoder = depass.decoder
     count = ids.shape[1]
     recording = record(decoder, ids, torch.tensor([count]), torch.tensor([[count - 1]]))
@@ -66,7 +66,7 @@ def _normed(components: Tensor, norm: Any) -> Tensor:
 
 
 def load(options: argparse.Namespace) -> tuple[DePass, list[Tensor]]:
-    """The model, and the prompts' ids."""
+    """Return the model and the prompts' ids."""
     if options.model is not None:
         depass = DePass.from_pretrained(options.model)
         assert depass.tokenizer is not None
@@ -79,7 +79,7 @@ def load(options: argparse.Namespace) -> tuple[DePass, list[Tensor]]:
 def cases(
     depass: DePass, ids: Tensor, layer: int, options: argparse.Namespace
 ) -> dict[str, Callable[[], Any]]:
-    """What is compared at one layer, by name."""
+    """Return the compared computations at one layer, by name."""
 
     def ours(top: int | None) -> Attribution:
         return depass.attribute(input_ids=ids, target=Token(7), source=Neurons(layer, top=top))[0]
@@ -94,7 +94,7 @@ def cases(
 
 
 def peak_bytes(options: argparse.Namespace, prompt: int, layer: int, name: str) -> int:
-    """The growth of a fresh process's resident memory while it runs one case."""
+    """Return the growth of a fresh process's resident memory while it runs one case."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (options, prompt, layer, name))
 
@@ -112,20 +112,20 @@ def _peak(options: argparse.Namespace, prompt: int, layer: int, name: str) -> in
 
 
 def neurons_of(scores: Tensor) -> Tensor:
-    """The scores without the rest of the state's, which is first in each list here."""
+    """Return the neurons' scores, without the rest of the state, which is the first component."""
     return scores[1:]
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's."""
-    ranks = torch.stack([own.argsort().argsort() for own in (one, other)]).double()
+    """Return Spearman's rank correlation."""
+    ranks = torch.stack([scores.argsort().argsort() for scores in (one, other)]).double()
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def rows(
     depass: DePass, options: argparse.Namespace, prompt: int, ids: Tensor, layer: int
 ) -> list[list[str]]:
-    """The table's lines for one prompt and one layer."""
+    """Return the table's lines for one prompt and one layer."""
     work = cases(depass, ids, layer, options)
     outcome = {name: call() for name, call in work.items()}
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -134,12 +134,12 @@ def rows(
             seconds[name].append(timed(call))
     median = {name: statistics.median(times) for name, times in seconds.items()}
     exact = neurons_of(outcome["exact"].scores)
-    found = []
-    for name, own in outcome.items():
-        scores = neurons_of(own.scores if isinstance(own, Attribution) else own)
-        told = own.metadata.get("approximation") if isinstance(own, Attribution) else None
+    lines = []
+    for name, result in outcome.items():
+        scores = neurons_of(result.scores if isinstance(result, Attribution) else result)
+        reported = result.metadata.get("approximation") if isinstance(result, Attribution) else None
         peak = "-" if options.no_memory else f"{peak_bytes(options, prompt, layer, name) / 2**20:.0f}"
-        found.append(
+        lines.append(
             [
                 str(ids.shape[1]),
                 str(layer),
@@ -148,11 +148,11 @@ def rows(
                 f"{median['exact'] / median[name]:.2f}",
                 f"{float((scores - exact).norm() / exact.norm()):.0e}" if name != "exact" else "-",
                 f"{rank_correlation(scores, exact):.6f}" if name != "exact" else "-",
-                f"{told['relative_change']:.0e}" if told else "-",
+                f"{reported['relative_change']:.0e}" if reported else "-",
                 peak,
             ]
         )
-    return found
+    return lines
 
 
 def main() -> None:
@@ -184,7 +184,7 @@ def main() -> None:
         "times exact",
         "error",
         "Spearman",
-        "told",
+        "reported",
         "peak MiB",
     ):
         table.add_column(column, justify="right")

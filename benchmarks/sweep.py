@@ -1,10 +1,10 @@
-"""What a long analysis costs: its memory as it goes on, and what a second process saves.
+"""Memory of a long analysis, and the time saved by a second process.
 
-1. `--prompts`: `analyze.py` on so many prompts with the embedded model, as a process of its own, in one
-   process and in two. Its resident memory (of all its processes) is read as it goes: what it has when nine
-   tenths are done, beside what it had at a tenth, says whether memory grows with the number of prompts.
-2. `--tokens`: one prompt of so many tokens through a random Llama (12 layers, 768 hidden), in one process
-   and in two that share its components: the seconds of the slower one, and the growth of each one's memory.
+1. `--prompts`: `analyze.py` on this number of prompts with the bundled model, in one process and in two. The
+   resident memory of all its processes is sampled: comparing it at nine tenths of the prompts with that at
+   one tenth shows whether memory grows with the number of prompts.
+2. `--tokens`: one prompt of this length through a random Llama (12 layers, 768 hidden), in one process and in
+   two that split its components: the seconds of the slower process, and the memory growth of the larger.
 
 Every process has one thread.
 
@@ -30,17 +30,17 @@ from rich.console import Console
 from rich.table import Table
 
 from depass_lightning import DePass, Token
-from depass_lightning.storage import Journal
+from depass_lightning.storage import RunStore
 
 ANALYZE = Path(__file__).resolve().parent.parent / "analyze.py"
 
 
 def sweep(prompts: int, processes: int) -> dict[str, float]:
-    """Attribute prompts by the command, and return its prompts a second and its memory.
+    """Run `analyze.py`, and return prompts per second and memory.
 
     Args:
-        prompts: how many.
-        processes: how many share them.
+        prompts: the number of prompts.
+        processes: the number of processes.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"task.size={prompts}", "faithfulness=none", "print_config=false", "report.figures=0"]
@@ -48,22 +48,22 @@ def sweep(prompts: int, processes: int) -> dict[str, float]:
         command = [sys.executable, str(ANALYZE), *settings, *several]
         command += ["trainer.accelerator=cpu", f"hydra.run.dir={folder}/run"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with Path(folder, "said").open("w") as log:
+        with Path(folder, "log").open("w") as log:
             process = psutil.Popen(command, stdout=log, stderr=log, env=environment)
-        journal, memory = Journal(f"{folder}/run"), []
+        run_store, memory = RunStore(f"{folder}/run"), []
         while process.poll() is None:
-            memory.append((time.perf_counter(), journal.counted(), _resident(process)))
+            memory.append((time.perf_counter(), run_store.counted(), _resident(process)))
             time.sleep(0.1)
         if process.returncode:
-            raise SystemExit(Path(folder, "said").read_text())
-        begun = next(i for i, (_, done, _) in enumerate(memory) if done)
+            raise SystemExit(Path(folder, "log").read_text())
+        started = next(i for i, (_, done, _) in enumerate(memory) if done)
         tenth, most = (
             next(i for i, (_, done, _) in enumerate(memory) if done >= part * prompts) for part in (0.1, 0.9)
         )
         ended = max(i for i, (_, done, _) in enumerate(memory) if done)
-        seconds = memory[ended][0] - memory[begun][0]
+        seconds = memory[ended][0] - memory[started][0]
         return {
-            "prompts/s": (memory[ended][1] - memory[begun][1]) / seconds,
+            "prompts/s": (memory[ended][1] - memory[started][1]) / seconds,
             "MB at a tenth": memory[tenth][2] / 2**20,
             "MB at nine tenths": memory[most][2] / 2**20,
             "MB at most, merging": max(size for _, _, size in memory) / 2**20,
@@ -71,18 +71,18 @@ def sweep(prompts: int, processes: int) -> dict[str, float]:
 
 
 def _resident(process: psutil.Process) -> int:
-    """The resident memory of a process and those that it has started."""
+    """Return the resident memory of a process and its children, in bytes."""
     total = 0
     try:
-        for own in [process, *process.children(recursive=True)]:
-            total += own.memory_info().rss
+        for member in [process, *process.children(recursive=True)]:
+            total += member.memory_info().rss
     except psutil.Error:
-        pass  # it has just ended
+        pass  # the process has just ended
     return total
 
 
 def attribute(rank: int, world: int, port: int, tokens: int, results: Any) -> None:
-    """Attribute one prompt in a process of its own, and hand back its time and how its memory grew."""
+    """Attribute one prompt, and put this process's rank, time, memory growth and scores into `results`."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
@@ -92,14 +92,14 @@ def attribute(rank: int, world: int, port: int, tokens: int, results: Any) -> No
     before = psutil.Process().memory_info().rss
     dist.barrier()
     started = time.perf_counter()
-    (found,) = depass.attribute(input_ids=ids, target=Token(5))
+    (attribution,) = depass.attribute(input_ids=ids, target=Token(5))
     seconds = time.perf_counter() - started
-    results.put((rank, seconds, _peak() - before, found.scores.tolist()))
+    results.put((rank, seconds, _peak() - before, attribution.scores.tolist()))
     dist.destroy_process_group()
 
 
 def _peak() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Return the peak memory of this process, in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -112,33 +112,35 @@ def one_prompt(tokens: int, world: int) -> tuple[float, float, torch.Tensor]:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    given = (world, port, tokens, results)
-    workers = [context.Process(target=attribute, args=(rank, *given)) for rank in range(world)]
+    arguments = (world, port, tokens, results)
+    workers = [context.Process(target=attribute, args=(rank, *arguments)) for rank in range(world)]
     for worker in workers:
         worker.start()
-    found = [results.get() for _ in workers]
+    measured = [results.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return max(f[1] for f in found), max(f[2] for f in found) / 2**20, torch.tensor(found[0][3])
+    _, seconds, growth, scores = zip(*measured, strict=True)
+    return max(seconds), max(growth) / 2**20, torch.tensor(scores[0])
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--prompts", type=int, nargs="*", default=[1000])
     parser.add_argument("--tokens", type=int, nargs="*", default=[128])
     options = parser.parse_args()
     console = Console()
     for prompts in options.prompts:
-        table = Table("processes", title=f"{prompts:,} prompts, the embedded model", title_justify="left")
+        table = Table("processes", title=f"{prompts:,} prompts, the bundled model", title_justify="left")
         for processes in (1, 2):
-            found = sweep(prompts, processes)
+            measured = sweep(prompts, processes)
             if processes == 1:
-                for name in found:
+                for name in measured:
                     table.add_column(name, justify="right")
-            table.add_row(str(processes), *(f"{value:,.0f}" for value in found.values()))
+            table.add_row(str(processes), *(f"{value:,.0f}" for value in measured.values()))
         console.print(table)
     if options.tokens:
-        table = Table("tokens", "processes", "seconds", "MB grown, each", "largest difference of a score")
+        table = Table("tokens", "processes", "seconds", "MB grown, largest", "largest difference of a score")
         for tokens in options.tokens:
             alone = one_prompt(tokens, 1)
             for world in (1, 2):

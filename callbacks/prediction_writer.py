@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from depass_lightning.errors import DePassError
 from depass_lightning.modules.attribution_module import Predictions
-from depass_lightning.storage import Journal
+from depass_lightning.storage import RunStore
 
 WAIT = 0.02  # seconds between two looks at whether the other processes are done
 
@@ -48,7 +48,7 @@ class AttributionWriter(Callback):
         skipped: Sequence[dict[str, Any]] = (),
         together: bool = False,
     ) -> None:
-        self.journal = Journal(folder, rows)
+        self.run_store = RunStore(folder, rows)
         self.resume = resume
         self.expected = expected
         self.skipped = list(skipped)
@@ -61,14 +61,14 @@ class AttributionWriter(Callback):
         Returns:
             The files that were damaged or missing.
         """
-        damaged = self.journal.tidy()
-        self.done = self.journal.done()
+        damaged = self.run_store.tidy()
+        self.done = self.run_store.done()
         return damaged
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             if not self.resume:
-                self.journal.clear()
+                self.run_store.clear()
                 self.done = set()
             elif self.done is None:
                 self.tidy()
@@ -89,13 +89,13 @@ class AttributionWriter(Callback):
                 f"AttributionWriter writes what AttributionModule predicts, not a {type(outputs).__name__}"
             )
         if trainer.is_global_zero or not self.together:
-            self.journal.add(trainer.global_rank, outputs.rows, outputs.skipped, len(batch), outputs.states)
+            self.run_store.add(trainer.global_rank, outputs.rows, outputs.skipped, len(batch), outputs.states)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.journal.end(trainer.global_rank)
+        self.run_store.end(trainer.global_rank)
         if not trainer.is_global_zero:
             return
-        while self.journal.ended() < trainer.world_size:
+        while self.run_store.ended() < trainer.world_size:
             time.sleep(WAIT)
         whole = self.expected is not None and trainer.limit_predict_batches == 1.0
-        self.journal.merge(range(self.expected or 0) if whole else None, self.skipped)
+        self.run_store.merge(range(self.expected or 0) if whole else None, self.skipped)

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from depass_lightning.callbacks.prediction_writer import AttributionWriter
 from depass_lightning.modules.prompt_datamodule import PromptBatches
-from depass_lightning.storage import Journal
+from depass_lightning.storage import RunStore
 
 log = logging.getLogger("depass_lightning")
 
@@ -63,12 +63,12 @@ class AttributionProgress(ProgressBar):
         self._started = self._logged = time.monotonic()
         if not (self._enabled and trainer.is_global_zero):
             return
-        journal = _journal(trainer)
+        run_store = _run_store(trainer)
         alone = trainer.world_size == 1
         title = "Attributing prompts"
-        if journal is None and not alone:
+        if run_store is None and not alone:
             title = f"{title} (process 1 of {trainer.world_size})"
-        whole = alone or journal is not None
+        whole = alone or run_store is not None
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -79,9 +79,9 @@ class AttributionProgress(ProgressBar):
         )
         self._bar.add_task(title, total=(planned.prompts if planned and whole else self._share) or None)
         self._bar.start()
-        if journal is not None and not alone:
+        if run_store is not None and not alone:
             self._over = threading.Event()
-            self._follow(journal, self._bar, self._over)
+            self._follow(run_store, self._bar, self._over)
 
     def on_predict_batch_end(
         self,
@@ -93,7 +93,7 @@ class AttributionProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         self._own += len(batch)
-        if self._bar is not None and (trainer.world_size == 1 or _journal(trainer) is None):
+        if self._bar is not None and (trainer.world_size == 1 or _run_store(trainer) is None):
             self._bar.advance(self._bar.task_ids[0], len(batch))
         now = time.monotonic()
         if self.log_every is not None and now - self._logged >= self.log_every:
@@ -115,14 +115,14 @@ class AttributionProgress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
 
-    def _follow(self, journal: Journal, bar: Progress, over: threading.Event) -> None:
+    def _follow(self, run_store: RunStore, bar: Progress, over: threading.Event) -> None:
         """Count what all processes have done, now and then, until the run is over."""
-        before = journal.counted()  # by an earlier run
+        before = run_store.counted()  # by an earlier run
 
         def follow() -> None:
             while not over.wait(LOOK):
                 # Once they are merged the shards are gone: the bar never goes back.
-                done = max(journal.counted() - before, int(bar.tasks[0].completed))
+                done = max(run_store.counted() - before, int(bar.tasks[0].completed))
                 bar.update(bar.task_ids[0], completed=done)
 
         threading.Thread(target=follow, daemon=True, name="progress").start()
@@ -134,10 +134,10 @@ class AttributionProgress(ProgressBar):
             self._bar = None
 
 
-def _journal(trainer: Trainer) -> Journal | None:
+def _run_store(trainer: Trainer) -> RunStore | None:
     """Return where the run's results are counted, if anything writes them."""
     writers = (own for own in trainer.callbacks if isinstance(own, AttributionWriter))  # type: ignore[attr-defined]
-    return next((writer.journal for writer in writers), None)
+    return next((writer.run_store for writer in writers), None)
 
 
 class _Rate(ProgressColumn):

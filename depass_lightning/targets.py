@@ -1,4 +1,4 @@
-"""What is explained: a token's logit, the difference of two, or a direction inside the model."""
+"""Targets of an attribution: a token's logit, a difference of two, a direction or a probe's logit."""
 
 import math
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class Token:
 
     Args:
         token: the token as text (with its leading space, as in `" Mary"`), as an id, or None for the
-            model's own most likely next token.
-        position: the position whose next token is meant; negative counts from the prompt's end.
-        first: let a text of several tokens stand for the first of them, as data sets with long answers need.
+            model's most likely next token.
+        position: the position whose next token is predicted; negative counts from the prompt's end.
+        first: use the first token of a text of several tokens, for data sets with long answers.
     """
 
     token: str | int | None = None
@@ -37,10 +37,10 @@ class Contrast:
     """The difference of two tokens' logits: why this one rather than that one.
 
     Args:
-        token: the token asked for, as text or id.
-        foil: the token that it is compared with.
-        position: the position whose next token is meant; negative counts from the prompt's end.
-        first: let texts of several tokens stand for the first of them; the two must differ there.
+        token: the token to explain, as text or id.
+        foil: the token to compare it with.
+        position: the position whose next token is predicted; negative counts from the prompt's end.
+        first: use the first tokens of texts of several tokens; they must differ.
     """
 
     token: str | int
@@ -51,11 +51,11 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """How far the residual stream goes in a direction, at one layer and position.
+    """The dot product of the residual stream with a direction, at one layer and position.
 
     Args:
-        vector: `[hidden]` the direction; its length counts.
-        layer: the block whose input is meant; negative counts from the end; None for what leaves the last
+        vector: `[hidden]` the direction; not normalised.
+        layer: the block whose input is read; negative counts from the end; None for the output of the last
             block, before the final norm.
         position: the position that is read; negative counts from the prompt's end.
     """
@@ -71,7 +71,8 @@ class ProbeLogit:
 
     Args:
         probe: a fitted scikit-learn classifier with two classes (`coef_`, `intercept_`).
-        layer: the block whose input it was fitted on; as for `Direction`.
+        layer: the block whose input the probe was fitted on; negative counts from the end; None for the
+            output of the last block, before the final norm.
         position: the position that is read; negative counts from the prompt's end.
     """
 
@@ -85,13 +86,13 @@ TargetLike = Target | str | int | None
 
 
 def as_target(target: TargetLike) -> Target:
-    """Let text, an id or None stand for the `Token` that they mean.
+    """Convert text, an id or None to a `Token`; other targets are returned unchanged.
 
     Args:
-        target: a target, a token's text or id, or None for the model's own next token.
+        target: a target, a token's text or id, or None for the model's most likely next token.
 
     Raises:
-        DePassError: it is none of these.
+        DePassError: the target is none of these.
     """
     if target is None or (isinstance(target, (str, int)) and not isinstance(target, bool)):
         return Token(target)
@@ -104,16 +105,16 @@ def as_target(target: TargetLike) -> Target:
 
 
 def as_targets(target: Any, prompts: int | None) -> list[Target | list[Target]]:
-    """Sort out what each prompt's target is, or its list of targets.
+    """Return each prompt's target or list of targets.
 
     Args:
-        target: one target for all; a list with one a prompt, or with a list for each prompt; for one prompt
-            by itself a list of its targets.
-        prompts: how many prompts there are; None for one by itself.
+        target: one target for all prompts; a list with one target or one list of targets per prompt; for a
+            single prompt also a list of its targets.
+        prompts: the number of prompts; None for a single prompt.
 
     Raises:
-        DePassError: a list is empty or of another length, lists and single targets are mixed, or something
-            is no target.
+        DePassError: a list is empty or has the wrong length, lists and single targets are mixed, or an entry
+            is not a target.
     """
     if not isinstance(target, (list, tuple)):
         return [as_target(target)] * (prompts or 1)
@@ -121,7 +122,7 @@ def as_targets(target: Any, prompts: int | None) -> list[Target | list[Target]]:
         return [_listed(target, "the list of targets")]
     if len(target) != prompts:
         raise DePassError(
-            f"there are {len(target)} targets for {prompts} prompts; pass one a prompt, one for all, or a "
+            f"there are {len(target)} targets for {prompts} prompts; pass one per prompt, one for all, or a "
             "list of several for each prompt"
         )
     lists = [isinstance(entry, (list, tuple)) for entry in target]
@@ -129,9 +130,9 @@ def as_targets(target: Any, prompts: int | None) -> list[Target | list[Target]]:
         return [as_target(entry) for entry in target]
     if not all(lists):
         raise DePassError(
-            f"the target of prompt {lists.index(False)} is no list, but others are; give every prompt a list"
+            f"the target of prompt {lists.index(False)} is not a list, but others are; give each a list"
         )
-    return [_listed(own, f"the list of targets of prompt {index}") for index, own in enumerate(target)]
+    return [_listed(entry, f"the list of targets of prompt {index}") for index, entry in enumerate(target)]
 
 
 def _listed(targets: Sequence[Any], name: str) -> list[Target]:
@@ -141,14 +142,17 @@ def _listed(targets: Sequence[Any], name: str) -> list[Target]:
 
 
 def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:
-    """What a state is multiplied with and what is added, for a target inside the model.
+    """Return the vector and the constant that read a target inside the model from a state.
 
     Args:
         target: the target.
         hidden: the size of the residual stream.
 
+    Returns:
+        The vector, `[hidden]`, and the constant added to its dot product with the state.
+
     Raises:
-        DePassError: the vector has another size or is not finite, or the probe is no binary linear one.
+        DePassError: the vector has another size or is not finite, or the probe is not a binary linear one.
     """
     constant = 0.0
     if isinstance(target, Direction):
@@ -176,14 +180,14 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
 
 
 def finite(value: float, name: str) -> float:
-    """Return a target's value, where it is a number.
+    """Return a target's value if it is finite.
 
     Args:
         value: the model's value of the target.
-        name: what the target is called.
+        name: the name of the target, for the error.
 
     Raises:
-        DePassError: the value is infinite or no number, so that no scores could sum to it.
+        DePassError: the value is infinite or NaN, so no scores can sum to it.
     """
     if not math.isfinite(value):
         raise DePassError(
@@ -199,19 +203,19 @@ def target_ids(
     tokenizer: "PreTrainedTokenizerBase | None",
     vocabulary: int,
 ) -> list[int] | None:
-    """Find the token that a target names and, for a contrast, its foil.
+    """Return the id of a target's token and, for a contrast, of its foil.
 
     Args:
         target: the target.
-        prompt: the prompt up to the target's position; None where only ids were given.
-        tokenizer: the model's tokenizer; needed for text.
+        prompt: the prompt up to the target's position; None if it was passed as ids.
+        tokenizer: the model's tokenizer; required for text.
         vocabulary: the number of tokens.
 
     Returns:
-        The ids; None for the model's own next token, which only its logits show.
+        The ids; None for the model's most likely next token, which requires its logits.
 
     Raises:
-        DePassError: as for `token_id`; or a contrast compares a token with itself.
+        DePassError: a contrast compares a token with itself, or `token_id` refuses a token.
     """
     if not isinstance(target, Contrast):
         if target.token is None:
@@ -236,20 +240,20 @@ def token_id(
     *,
     first: bool = False,
 ) -> int:
-    """Find the one token that a target names.
+    """Return the id of a token.
 
-    A text is read as the prompt's continuation, since a word's token depends on what stands before it.
+    A text is tokenised as the prompt's continuation, since the tokens of a word depend on the text before it.
 
     Args:
-        token: text or id.
-        prompt: the prompt that it continues; None where only ids were given.
-        tokenizer: the model's tokenizer; needed for text.
+        token: the token's text or id.
+        prompt: the prompt that it continues; None if it was passed as ids.
+        tokenizer: the model's tokenizer; required for text.
         vocabulary: the number of tokens.
-        first: let a text of several tokens stand for the first of them.
+        first: use the first token of a text of several tokens.
 
     Raises:
         DePassError: the text is several tokens or none (the error shows the split), there is no tokenizer,
-            or the id is out of range or the token has no embedding.
+            the id is out of range, or the token has no embedding.
     """
     if isinstance(token, bool) or not isinstance(token, (str, int)):
         raise DePassError(f"target {token!r} is a {type(token).__name__}; pass a token's text or id")
@@ -276,7 +280,7 @@ def token_id(
 
 
 def continuation_ids(text: str, prompt: str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that a text adds behind a prompt; those of the text alone where the two merge at the seam."""
+    """Return the ids that a text adds to a prompt, or its ids alone if a token spans the boundary."""
     alone = tokenizer.encode(text, add_special_tokens=False)
     if prompt:
         before = tokenizer.encode(prompt, add_special_tokens=False)

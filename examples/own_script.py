@@ -1,10 +1,10 @@
-"""Fine-tune a language model in a script of your own, and watch what it bases its answers on.
+"""Fine-tune a language model in a custom script, and attribute its answers during training.
 
-The embedded model learns facts that it has never read. The probes ask for each of them in words that the
-training does not use. Run it with `python examples/own_script.py`; it takes about half a minute on a CPU.
+The bundled model learns new facts; the probes ask for each of them in words that the training does not use.
+`python examples/own_script.py` takes about half a minute on a CPU.
 """
 
-import lightning as L
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
@@ -13,22 +13,26 @@ from depass_lightning import DePass, tasks
 from depass_lightning.callbacks import DePassCallback
 
 
-class Learner(L.LightningModule):
+class Learner(pl.LightningModule):
+    """A language model that learns sentences."""
+
     def __init__(self, model, tokenizer):
         super().__init__()
         self.model = model.train()
         self.tokenizer = tokenizer
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch, _):
+        """Return the loss of a batch."""
         loss = self.model(**batch).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self):
+        """Return the optimizer."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def collate(self, examples):
-        """Pad sentences into a batch, and score their last word alone."""
+        """Pad sentences into a batch, with labels only for the last word."""
         texts = [example.prompt + example.answer for example in examples]
         batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         labels = torch.full_like(batch["input_ids"], -100)
@@ -37,7 +41,8 @@ class Learner(L.LightningModule):
 
 
 def main(steps=200):
-    L.seed_everything(0)
+    """Train the model, and print the probes' curves."""
+    pl.seed_everything(0)
     tiny = DePass.from_pretrained("tiny")
     learner = Learner(tiny.model, tiny.tokenizer)
     facts = list(tasks.load("known", split="new-train"))
@@ -46,7 +51,7 @@ def main(steps=200):
     probes = tasks.load("known", split="new-test")
     callback = DePassCallback(probes, every_n_steps=20)
     logger = CSVLogger("logs", name="own_script")
-    trainer = L.Trainer(
+    trainer = pl.Trainer(
         max_steps=steps,
         callbacks=[callback],
         logger=logger,

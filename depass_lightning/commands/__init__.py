@@ -1,1 +1,1 @@
-"""The commands: the only place that knows Hydra."""
+"""The commands; the only package that uses Hydra."""

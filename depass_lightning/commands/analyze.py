@@ -1,4 +1,4 @@
-"""`python analyze.py`: attribute a task's prompts, judge the scores, and write what was found."""
+"""`python analyze.py`: attribute a task's prompts, measure faithfulness, and write the results."""
 
 from pathlib import Path
 
@@ -7,21 +7,21 @@ from omegaconf import DictConfig
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from depass_lightning.commands.attribute_task import Done, attribute_task
+from depass_lightning.commands.attribute_task import AttributedTask, attribute_task
 from depass_lightning.commands.compare import compare, load_entry
 from depass_lightning.commands.console import (
     command,
     console,
-    expect_hub,
     first_process,
-    keep_config,
     open_run,
+    print_stderr,
+    save_config,
     shell,
-    tell,
+    work_offline_if_unreachable,
 )
 from depass_lightning.commands.launchers import check_launch
 from depass_lightning.commands.outputs import print_results
-from depass_lightning.commands.resume import claim
+from depass_lightning.commands.resume import lock_run_folder
 from depass_lightning.commands.schema import AnalyzeSettings, check_config
 from depass_lightning.commands.study import run_study
 from depass_lightning.commands.sweep_report import report_sweep
@@ -32,7 +32,7 @@ from depass_lightning.errors import DePassError
 
 @command
 def analyze(config: DictConfig) -> int:
-    """Run an analysis and return the exit code: 1 where a prompt had to be skipped."""
+    """Run an analysis and return the exit code: 1 if a prompt was skipped."""
     check_config(config, AnalyzeSettings)
     if config.sweep_report is not None:
         return report_sweep(config.sweep_report, console)
@@ -41,24 +41,24 @@ def analyze(config: DictConfig) -> int:
         for page in write_timelines(config.timeline):
             console.print(Text(f"timeline {page}"), soft_wrap=True)
         return 0
-    with claim(Path(config.paths.output_dir)):
+    with lock_run_folder(Path(config.paths.output_dir)):
         folder = open_run(config)
         code = run(config, folder)
-        keep_config(config, folder)
+        save_config(config, folder)
     return code
 
 
 def run(config: DictConfig, folder: Path) -> int:
-    """Do what the configuration asks of a model, write it into the run's folder, and return the exit code."""
+    """Run a comparison, a study or a task, write the output files, and return the exit code."""
     if config.compare is not None:
         return compare(config, folder, load, attribute_task, console)
     if config.study is not None:
         return run_study(config, folder, load, console)
-    done = attribute_task(config, folder, lambda: load(config))
-    if done is None:
+    attributed = attribute_task(config, folder, lambda: load(config))
+    if attributed is None:
         return 0
-    print_results(done.results, console, config.report.shown)
-    return tell_skipped(done)
+    print_results(attributed.results, console, config.report.shown)
+    return print_skipped(attributed)
 
 
 @shell
@@ -72,7 +72,7 @@ def load(config: DictConfig) -> DePass:
     """Load the model that the configuration names.
 
     Raises:
-        DePassError: it cannot be loaded; the message says what is missing, and where to get it.
+        DePassError: the model cannot be loaded; the message names what is missing and where to get it.
     """
     model = config.model
     if config.checkpoint is not None:
@@ -81,11 +81,13 @@ def load(config: DictConfig) -> DePass:
         return load_entry(config.checkpoint, plain, load)
     if not first_process():
         disable_progress_bar()
-    expect_hub(model.name)
+    work_offline_if_unreachable(model.name)
     options = {key: model[key] for key in ("revision", "dtype", "device_map")}
     options["compute_dtype"] = config.compute_dtype
     try:
-        return DePass.from_pretrained(model.name, **{k: v for k, v in options.items() if v is not None})
+        return DePass.from_pretrained(
+            model.name, **{key: value for key, value in options.items() if value is not None}
+        )
     except DePassError as error:
         hints = []
         if model.gated and "gated" not in str(error):
@@ -95,12 +97,12 @@ def load(config: DictConfig) -> DePass:
         raise DePassError("; ".join([str(error), *hints])) from error
 
 
-def tell_skipped(done: Done) -> int:
-    """Say how many prompts were skipped, and return the exit code."""
-    if not done.skipped:
+def print_skipped(attributed: AttributedTask) -> int:
+    """Print how many prompts were skipped, and return the exit code."""
+    if not attributed.skipped:
         return 0
-    first = done.skipped[0]
+    first = attributed.skipped[0]
     name = f"row {first['row']}" if "row" in first else f"prompt {first['id']!r}"
-    skipped = f"{len(done.skipped)} of {done.prompts} prompts were skipped, listed in {done.listed}"
-    tell(f"{skipped}; {name}: {first['reason']}", "red")
+    counts = f"{len(attributed.skipped)} of {attributed.prompts} prompts were skipped"
+    print_stderr(f"{counts}, listed in {attributed.skipped_path}; {name}: {first['reason']}", "red")
     return 1

@@ -1,4 +1,4 @@
-"""A task's prompts attributed with one model: what `analyze.py` runs, and each part of a comparison is."""
+"""Attribute a task's prompts with one model: an analysis, or one model of a comparison."""
 
 import functools
 import importlib.metadata
@@ -22,7 +22,13 @@ from depass_lightning.callbacks import (
     ComponentParallelCallback,
     ProcessWatch,
 )
-from depass_lightning.commands.console import first_process, instantiate_each, loggers_of, predict, tell
+from depass_lightning.commands.console import (
+    first_process,
+    instantiate_each,
+    loggers_of,
+    predict,
+    print_stderr,
+)
 from depass_lightning.commands.outputs import Results, write_results
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -33,8 +39,8 @@ from depass_lightning.modules.prompt_datamodule import PromptData
 from depass_lightning.monitoring.publish import is_named
 from depass_lightning.sources import Source
 from depass_lightning.storage import (
-    Journal,
     Manifest,
+    RunStore,
     keep_manifest,
     task_fingerprint,
     weights_fingerprint,
@@ -44,11 +50,11 @@ from depass_lightning.utils.tokenization import beginning_of, encode
 
 log = logging.getLogger(__name__)
 
-WORTH_TELLING = 10.0  # seconds
-TRIALS = 8  # prompts that a wrong setting is tried on before the run ends
-SHOWN = 5  # damaged files that are named
-# What of the configuration decides the numbers; the rest says how and where they are computed and shown.
-DECISIVE = (
+ESTIMATE_THRESHOLD = 10.0  # seconds; shorter estimates are not printed
+TRIALS = 8  # prompts on which the settings are tried; if all fail, the run ends
+SHOWN = 5  # damaged files listed by name
+# The part of the configuration that determines the scores; the rest is about hardware, batches and reports.
+MANIFEST_KEYS = (
     "model",
     "task",
     "source",
@@ -63,36 +69,36 @@ DECISIVE = (
     "faithfulness",
     "states",
 )
-TOLD = ("parameters", "context", "licence", "gated")  # what a model's entry says for the reader
+DESCRIPTIVE_KEYS = ("parameters", "context", "licence", "gated")  # of a model's entry; for the reader only
 
 
 @dataclass(frozen=True)
-class Done:
+class AttributedTask:
     """A task that was attributed.
 
     Attributes:
-        results: what was written.
-        skipped: the prompts that could not be attributed, and why.
-        listed: the file that lists them.
-        prompts: how many there were, those included.
+        results: the output files and their content.
+        skipped: the prompts that could not be attributed, each with the `reason`.
+        skipped_path: the file that lists them.
+        prompts: the number of prompts, skipped ones included.
     """
 
     results: Results
     skipped: list[dict[str, Any]]
-    listed: Path
+    skipped_path: Path
     prompts: int
 
 
-def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass]) -> Done | None:
-    """Attribute the prompts of the configured task, and write and log what came of it.
+def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass]) -> AttributedTask | None:
+    """Attribute the prompts of the configured task, and write and log the results.
 
     Args:
         config: the configuration.
-        folder: where to write.
-        load: loads the model, once everything else is known to be right.
+        folder: the folder for the output files.
+        load: loads the model; called after everything else has been checked.
 
     Returns:
-        What was done; None on a process that does not write it.
+        The attributed task; None on processes other than the first.
     """
     with loggers_of(config) as loggers:
         return _attribute(config, folder, load, loggers)
@@ -100,7 +106,7 @@ def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass])
 
 def _attribute(
     config: DictConfig, folder: Path, load: Callable[[], DePass], loggers: list[Logger]
-) -> Done | None:
+) -> AttributedTask | None:
     started = time.perf_counter()
     source = instantiate(config.source, _convert_="all")
     task = tasks.load(**config.task)
@@ -110,9 +116,11 @@ def _attribute(
     resumed = first_process() and keep_manifest(manifest, folder / "attributions")
     generates = config.target.kind == "generation"
     if generates and config.faithfulness is not None:
-        tell("what is generated is explained token by token; faithfulness and right answers are not measured")
+        print_stderr(
+            "what is generated is explained token by token; faithfulness and right answers are not measured"
+        )
     rows = config.target.get("max_new_tokens", 1)
-    together = spreads_components(config)
+    together = splits_components(config)
     writer = AttributionWriter(
         folder,
         resume=resumed,
@@ -121,7 +129,7 @@ def _attribute(
         skipped=task.skipped,
         together=together,
     )
-    kept = tell_kept(writer, len(task)) if resumed else 0
+    kept = print_kept(writer, len(task)) if resumed else 0
     trainer = trainer_of(config, writer, loggers)
     module = attribution_module(config, source, depass, task, fingerprint)
     data = PromptData(
@@ -132,14 +140,14 @@ def _attribute(
         together=together,
     )
     if not generates and kept < len(task) and isinstance(module.method, DePassMethod):
-        tell_estimate(config, depass, task, module, trainer)
-    predict(trainer, module, data, lambda: _kept(writer.journal))
+        print_estimate(config, depass, task, module, trainer)
+    predict(trainer, module, data, lambda: _kept(writer.run_store))
     if not trainer.is_global_zero:
         return None
-    skipped = writer.journal.skipped()
+    skipped = writer.run_store.skipped()
     results = write_results(
         folder,
-        writer.journal.path,
+        writer.run_store.path,
         about={
             "skipped": len(skipped),
             **({"attributed_before": kept} if kept else {}),
@@ -154,12 +162,12 @@ def _attribute(
         generated=generates,
     )
     log_results(loggers, results)
-    return Done(results, skipped, writer.journal.skipped_path, len(task) + len(task.skipped))
+    return AttributedTask(results, skipped, writer.run_store.skipped_path, len(task) + len(task.skipped))
 
 
 def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logger]) -> Trainer:
-    """Make the trainer that the configuration names, with what an analysis needs."""
-    # Objects are handed to a partial function: Hydra would copy them into the configuration.
+    """Build the configured trainer with the callbacks of an analysis."""
+    # `_partial_`: Hydra would copy objects passed as arguments into the configuration.
     return instantiate(config.trainer, _partial_=True)(
         callbacks=[
             writer,
@@ -172,17 +180,17 @@ def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logg
     )
 
 
-def _kept(journal: Journal) -> str:
-    """Say what an analysis that was interrupted has come to."""
-    done = journal.counted()
-    return f"{done:,} prompts are kept in {journal.folder}" if done else ""
+def _kept(run_store: RunStore) -> str:
+    """Describe the finished part of an interrupted analysis."""
+    finished = run_store.counted()
+    return f"{finished:,} prompts are kept in {run_store.folder}" if finished else ""
 
 
-def spreads_components(config: DictConfig) -> bool:
-    """Whether processes share each prompt's components, and not the prompts.
+def splits_components(config: DictConfig) -> bool:
+    """Return whether processes split each prompt's components instead of the prompts.
 
     Raises:
-        DePassError: `parallel` is neither, or what is asked for cannot be spread.
+        DePassError: `parallel` is neither of the two, or is combined with a generation.
     """
     if config.parallel not in ("prompts", "components"):
         raise DePassError(f"parallel={config.parallel!r} is unknown; choose 'prompts' or 'components'")
@@ -192,25 +200,27 @@ def spreads_components(config: DictConfig) -> bool:
     return together
 
 
-def tell_kept(writer: AttributionWriter, prompts: int) -> int:
-    """Say how many prompts an earlier run has attributed, and return the number."""
+def print_kept(writer: AttributionWriter, prompts: int) -> int:
+    """Print and return how many prompts an earlier run has attributed, and name damaged files."""
     damaged = writer.tidy()
     for path in damaged[:SHOWN]:
-        tell(f"{path} is damaged or missing; its prompts are attributed again", "yellow")
+        print_stderr(f"{path} is damaged or missing; its prompts are attributed again", "yellow")
     if len(damaged) > SHOWN:
-        tell(f"and {len(damaged) - SHOWN:,} more files", "yellow")
+        print_stderr(f"and {len(damaged) - SHOWN:,} more files", "yellow")
     kept = len(writer.done or ())
     if kept:
-        tell(f"{kept:,} of {prompts:,} prompts have been attributed before", "yellow")
+        print_stderr(f"{kept:,} of {prompts:,} prompts have been attributed before", "yellow")
     return kept
 
 
 def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
-    """Return what decides the run's numbers."""
+    """Return the manifest: everything that determines the run's scores."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    settings: dict[str, Any] = {name: plain[name] for name in DECISIVE}
-    settings["model"] = {key: own for key, own in settings["model"].items() if key not in TOLD}
+    settings: dict[str, Any] = {name: plain[name] for name in MANIFEST_KEYS}
+    settings["model"] = {
+        key: value for key, value in settings["model"].items() if key not in DESCRIPTIVE_KEYS
+    }
     return Manifest(
         settings=settings,
         weights=fingerprint,
@@ -221,7 +231,7 @@ def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
 
 
 def token_counter(depass: DePass) -> Callable[[str], int]:
-    """Return a function that counts a prompt's tokens; of one far beyond the context, its beginning's."""
+    """Return a function that counts a prompt's tokens, at most those of its beginning."""
     tokenizer = depass.tokenizer
     assert tokenizer is not None
     limit = depass.decoder.max_positions
@@ -231,7 +241,7 @@ def token_counter(depass: DePass) -> Callable[[str], int]:
 def attribution_module(
     config: DictConfig, source: Source, depass: DePass, task: Task, fingerprint: str
 ) -> AttributionModule:
-    """Make the module that attributes as the configuration says."""
+    """Build the configured attribution module."""
     measures = [] if config.faithfulness is None else [instantiate(config.faithfulness, _convert_="all")]
     return AttributionModule(
         depass,
@@ -246,13 +256,13 @@ def attribution_module(
 
 
 def trials(prompts: Sequence[str]) -> list[str]:
-    """Return the shortest of the prompts, and some others of all lengths, should that be a bad one."""
+    """Return up to `TRIALS` prompts of increasing length; several, because one of them may be invalid."""
     ordered = sorted(set(prompts), key=len)
-    return [ordered[i] for i in sorted({i * len(ordered) // TRIALS for i in range(TRIALS)})]
+    return [ordered[index] for index in sorted({k * len(ordered) // TRIALS for k in range(TRIALS)})]
 
 
 def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
-    """Return what attributes: DePass as the rule and the other keys say, or another method."""
+    """Return the configured attribution method: DePass with its options, or another one."""
     options: Any = OmegaConf.to_container(config.method, resolve=True)
     name = options.pop("name")
     if name == DePassMethod.name:
@@ -262,10 +272,10 @@ def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
     return make_method(name, depass, source, **options)
 
 
-def tell_estimate(
+def print_estimate(
     config: DictConfig, depass: DePass, task: Task, module: AttributionModule, trainer: Trainer
 ) -> None:
-    """Say how long the scores will take, and how much memory, where that is worth knowing before."""
+    """Print the estimated time and memory of the scores if they take long."""
     if not first_process():
         return
     fitting = [example.prompt for example in task if example.prompt.strip()]
@@ -273,18 +283,18 @@ def tell_estimate(
     fitting = [prompt for prompt in fitting if limit is None or count(prompt) <= limit]
     if not fitting:
         return
-    module.to(trainer.strategy.root_device)  # where the trainer will move it too
+    module.to(trainer.strategy.root_device)  # the trainer moves it there, too
     try:
         cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
-    except Exception:  # a bad prompt costs itself alone, when its turn comes
+    except Exception:  # an invalid prompt is reported when it is attributed
         log.debug("there is no estimate", exc_info=True)
         return
-    if cost.seconds > WORTH_TELLING:
-        tell(f"the scores of {len(fitting):,} prompts: {cost}")
+    if cost.seconds > ESTIMATE_THRESHOLD:
+        print_stderr(f"the scores of {len(fitting):,} prompts: {cost}")
 
 
 def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: str) -> dict[str, Any]:
-    """Return what a summary says of the run: everything that its numbers depend on."""
+    """Return the summary's description of the run: everything that its numbers depend on."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     return {
@@ -304,7 +314,7 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of the packages that compute the scores."""
     packages = ("torch", "transformers", "lightning", "datasets")
     return {
         "depass_lightning": __version__,
@@ -314,7 +324,7 @@ def versions() -> dict[str, str]:
 
 
 def log_results(loggers: list[Logger], results: Results) -> None:
-    """Hand the run's numbers to every logger, and its page and table to Weights & Biases."""
+    """Log the run's numbers with every logger, and its page and table with Weights & Biases."""
     numbers = {
         key: entry["value"] if isinstance(entry, Mapping) else entry
         for key, entry in results.summary.items()
@@ -323,12 +333,14 @@ def log_results(loggers: list[Logger], results: Results) -> None:
     for logger in loggers:
         logger.log_metrics({f"analysis/{name}": float(value) for name, value in numbers.items()})
         if is_named(logger, "WandbLogger") and results.page is not None:
-            import wandb  # takes a second, which only those who use it should wait
+            import wandb  # slow to import
 
             columns = ("id", "text", "target", "value", "prediction", "correct", "completeness")
-            table = wandb.Table(columns=[*columns], data=[[row[c] for c in columns] for row in results.rows])
+            table = wandb.Table(
+                columns=[*columns], data=[[row[name] for name in columns] for row in results.rows]
+            )
             page = wandb.Html(results.page.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)
-            served: Any = logger  # of either package's class
-            served.experiment.log({"analysis/report": page, "analysis/attributions": table})
+            wandb_logger: Any = logger  # the class of `lightning` or of `pytorch_lightning`
+            wandb_logger.experiment.log({"analysis/report": page, "analysis/attributions": table})
         logger.save()
         logger.finalize("success")

@@ -35,14 +35,14 @@ def compare(
     """Attribute a task with each of several models, and write what changed from one to the next.
 
     Args:
-        config: the configuration; its `compare` lists the models.
-        folder: the run's folder; each model's results are in a folder of their own in it.
+        config: the configuration; `compare` lists the models.
+        folder: the run's folder; each model's output files are in a subfolder.
         load: loads the model that a configuration names.
-        run: attributes a task with a model, and writes its results into a folder.
-        console: where to print.
+        run: attributes a task with a model, and writes the output files into a folder.
+        console: prints the table.
 
     Raises:
-        DePassError: fewer than two are given, two are the same, or one of them cannot be loaded.
+        DePassError: fewer than two models, two equal ones, or one that cannot be loaded.
     """
     entries = [str(entry) for entry in config.compare]
     if len(entries) < 2 or len(set(entries)) < len(entries):
@@ -51,15 +51,15 @@ def compare(
         raise DePassError(
             "compare= runs on one process; leave trainer.devices out, or sweep with -m model=..."
         )
-    frames, rows, known = [], [], {}
+    frames, rows, examples = [], [], {}
     labels = labelled(entries)
     for place, (entry, label) in enumerate(zip(entries, labels, strict=True)):
-        own_config = _of(config, label)
-        results = run(own_config, folder / label, partial(load_entry, entry, config, load)).results
-        own = {row["id"]: attribution_from_row(row) for row in results.rows}
-        frames.append(Frame(label, place, own))
+        load_model = partial(load_entry, entry, config, load)
+        results = run(_model_config(config, label), folder / label, load_model).results
+        attributions = {row["id"]: attribution_from_row(row) for row in results.rows}
+        frames.append(Frame(label, place, attributions))
         rows.append({"model": label, "from": entry} | _numbers(results.summary))
-        known |= {row["id"]: example_of(row) for row in results.rows}
+        examples |= {row["id"]: example_of(row) for row in results.rows}
     changes = changed(frames)
     for row, change in zip(rows, changes, strict=True):
         row |= change
@@ -67,23 +67,23 @@ def compare(
     page = folder / "compare.html"
     title = f"What changed from {labels[0]} to {labels[-1]}"
     subtitle = f"{config.task.name}, {len(labels)} models"
-    write_timeline(page, frames, title=title, subtitle=subtitle, examples=known)
+    write_timeline(page, frames, title=title, subtitle=subtitle, examples=examples)
     console.print(_table(rows))
     console.print(Text(f"page     {page}\nfolder   {folder}"), soft_wrap=True)
     return 0
 
 
 def load_entry(entry: str, config: DictConfig, load: Callable[[DictConfig], DePass]) -> DePass:
-    """Load one of the models.
+    """Load one of the compared models.
 
     Args:
         entry: a folder or hub name, `name@revision`, the folder of a `peft` adapter of the configured model,
-            or a checkpoint of a training of it, as for `models.checkpoint.load_checkpoint`.
-        config: names the model that adapters and checkpoints belong to.
+            or a training checkpoint of it that `models.checkpoint.load_checkpoint` reads.
+        config: the configuration; its model is the one that adapters and checkpoints belong to.
         load: loads the model that a configuration names.
 
     Raises:
-        DePassError: it cannot be loaded, or a checkpoint does not fit the model.
+        DePassError: the model cannot be loaded, or a checkpoint does not fit it.
     """
     path = Path(entry).expanduser()
     if is_checkpoint(entry):
@@ -94,78 +94,80 @@ def load_entry(entry: str, config: DictConfig, load: Callable[[DictConfig], DePa
         depass = load(config)
         return DePass(_adapted(depass.model, path), depass.tokenizer, compute_dtype=config.compute_dtype)
     name, _, revision = (entry, "", "") if path.exists() else entry.partition("@")
-    own = config.copy()
-    with open_dict(own):
-        own.model = {**config.model, "name": name, "revision": revision or None, "gated": False}
-    return load(own)
+    model_config = config.copy()
+    with open_dict(model_config):
+        model_config.model = {**config.model, "name": name, "revision": revision or None, "gated": False}
+    return load(model_config)
 
 
 def _adapted(model: torch.nn.Module, path: Path) -> torch.nn.Module:
-    """A model with an adapter of the `peft` package on it."""
+    """Return the model with a `peft` adapter."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise DePassError(f"{path} is an adapter, which needs the package peft: pip install peft") from error
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*missing adapter keys.*")  # they would be random
+            warnings.filterwarnings("error", ".*missing adapter keys.*")  # missing weights would be random
             return PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
-    except Exception as error:  # a broken file may end in an error of any class
+    except Exception as error:  # a broken file may raise any error
         faults = {file: fault_of_file(file) for file in sorted(path.iterdir()) if file.is_file()}
         broken = (f"{file} {fault}" for file, fault in faults.items() if fault)
-        told = next(broken, f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
-        raise DePassError(f"the adapter {path} cannot be loaded: {told}") from error
+        reason = next(broken, f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
+        raise DePassError(f"the adapter {path} cannot be loaded: {reason}") from error
 
 
 def labelled(entries: Sequence[str]) -> list[str]:
-    """Return a short name for each model that is none of the others', fit for a folder."""
+    """Return a short, unique name for each model that is a valid folder name."""
     short = [safe_name(Path(entry).name or "model") for entry in entries]
     numbered = [f"{place}-{name}" for place, name in enumerate(short, start=1)]
-    labels = [a if short.count(a) == 1 else b for a, b in zip(short, numbered, strict=True)]
+    labels = [
+        name if short.count(name) == 1 else number for name, number in zip(short, numbered, strict=True)
+    ]
     return labels if len(set(labels)) == len(labels) else numbered
 
 
 def changed(frames: Sequence[Frame]) -> list[dict[str, Any]]:
-    """Return how far each frame's scores are from the first one's, over the prompts that both have."""
+    """Compare each frame's scores with the first frame's, over the prompts that both have."""
     rows = []
     for frame in frames:
         comparisons = [
-            frames[0].attributions[id].compare(own)
-            for id, own in frame.attributions.items()
-            if id in frames[0].attributions and frames[0].attributions[id].names == own.names
+            frames[0].attributions[id].compare(attribution)
+            for id, attribution in frame.attributions.items()
+            if id in frames[0].attributions and frames[0].attributions[id].names == attribution.names
         ]
         count = len(comparisons)
         rows.append(
             {
                 "prompts_in_both": count,
-                "cosine": sum(own.cosine for own in comparisons) / count if count else None,
-                "spearman": sum(own.spearman for own in comparisons) / count if count else None,
+                "cosine": sum(comparison.cosine for comparison in comparisons) / count if count else None,
+                "spearman": sum(comparison.spearman for comparison in comparisons) / count if count else None,
             }
         )
     return rows
 
 
-def _of(config: DictConfig, label: str) -> DictConfig:
-    """The configuration of one model's run."""
-    own = config.copy()
-    with open_dict(own):
-        own.model.name = label
-        own.compare = None
-    return own
+def _model_config(config: DictConfig, label: str) -> DictConfig:
+    """Return the configuration of one model's run."""
+    model_config = config.copy()
+    with open_dict(model_config):
+        model_config.model.name = label
+        model_config.compare = None
+    return model_config
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """A summary's plain numbers."""
-    found = {}
+    """Return a summary's plain numbers."""
+    numbers = {}
     for name, entry in summary.items():
         value = entry.get("value") if isinstance(entry, Mapping) else entry
         if isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = float(value)
-    return found
+            numbers[name] = float(value)
+    return numbers
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A line a model."""
+    """Return a table with one line per model."""
     names = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
     columns = (name.replace("_", " ") for name in names)
     table = Table("model", *columns, title="what changed", title_justify="left", box=None)

@@ -1,4 +1,4 @@
-"""What the commands share: a configuration that is shown and kept, and mistakes that are told in one line."""
+"""Shared parts of the commands: show and save the configuration, and report user errors in one line."""
 
 import errno
 import functools
@@ -45,18 +45,18 @@ from depass_lightning.utils.atomic_files import write_whole
 
 console = Console()
 
-INTERRUPTED = 130  # by Ctrl-C: a process's exit code, by custom
+INTERRUPTED = 130  # the conventional exit code after Ctrl-C
 CONFIG = "config.yaml"
 HYDRA = ".hydra"
-# What is wrong with a place that was given, or with a disk.
-PLACES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST)
-PLACES += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-MISTAKES = (
+# Errors of a path that the user chose, or of the disk.
+PATH_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST)
+PATH_ERRNOS += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+USER_ERRORS = (
     *(DePassError, InstantiationException, MisconfigurationException, OmegaConfBaseException),
     *(ProcessException, OSError),
 )
 
-# What Lightning says about machines, and what torch says about Lightning's own code.
+# Lightning's advice about hardware, and a torch warning caused by Lightning's code.
 ADVICE = (
     ".*does not have many workers.*",
     ".*LeafSpec.*is deprecated.*",
@@ -66,44 +66,44 @@ ADVICE = (
 
 
 def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
-    """Wrap a command's work, so that it ends with an exit code, and a mistake with one clear line.
+    """Wrap a command: exit with its exit code, and report a user error in one line instead of a traceback.
 
     Args:
-        work: does what the configuration says and returns the exit code.
+        work: runs the command with a configuration and returns the exit code.
     """
 
     @functools.wraps(work)
     def run(config: DictConfig) -> None:
         end_with_parent()
-        quiet()
+        silence_hardware_advice()
         before = signal.getsignal(signal.SIGTERM)
         stop_on_sigterm()
         try:
             code = work(config)
         except Terminated:
             code = TERMINATED
-            tell("stopped: told to by SIGTERM", "yellow")
+            print_stderr("stopped: told to by SIGTERM", "yellow")
         except (KeyboardInterrupt, SystemExit) as error:
-            # Lightning turns an interruption into an exit of its own.
+            # Lightning raises SystemExit on Ctrl-C.
             if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
                 raise
             code = INTERRUPTED
-            tell("stopped", "yellow")
+            print_stderr("stopped", "yellow")
         except MissingMandatoryValue as error:
             code = 1
-            tell(f"error: {error.full_key} has to be given: {error.full_key}=...", "red")
-        except MISTAKES as error:
-            mistake = _mistake(error)
-            if mistake is None:
+            print_stderr(f"error: {error.full_key} has to be given: {error.full_key}=...", "red")
+        except USER_ERRORS as error:
+            message = _user_error(error)
+            if message is None:
                 raise
             code = 1
-            tell(f"error: {mistake}", "red")
+            print_stderr(f"error: {message}", "red")
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
-        # Who stops a job means the sweep.
+        # Stopping one job stops the sweep.
         if code not in (0, INTERRUPTED, TERMINATED) and _in_a_sweep():
-            raise JobFailed(code)
+            raise JobFailedError(code)
         if code:
             sys.exit(code)
 
@@ -111,39 +111,39 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
 
 
 def shell(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's entry, so that what Hydra itself refuses is told without a traceback as well.
+    """Wrap a command's entry point, to report Hydra's own errors without a traceback, too.
 
     Args:
-        main: composes the configuration and does the work.
+        main: composes the configuration and runs the command.
     """
 
     @functools.wraps(main)
     def start() -> None:
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints a traceback, and ends by itself
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints a traceback and exits
         try:
             main()
-        except JobFailed:  # told when it happened
+        except JobFailedError:  # already reported
             sys.exit(1)
         except Exception as error:
             began = any(
                 frame.f_code.co_name == "run_job" for frame, _ in traceback.walk_tb(error.__traceback__)
             )
-            mistake = _mistake(error)
-            if mistake is None and (isinstance(error, CompactHydraException) or not began):
-                mistake = "\n".join(str(own) for own in (error, error.__cause__) if own is not None)
-            if mistake is None:
+            message = _user_error(error)
+            if message is None and (isinstance(error, CompactHydraException) or not began):
+                message = "\n".join(str(cause) for cause in (error, error.__cause__) if cause is not None)
+            if message is None:
                 raise
-            tell(f"error: {mistake}", "red")
+            print_stderr(f"error: {message}", "red")
             sys.exit(1)
 
     return start
 
 
-class JobFailed(RuntimeError):
-    """One job of a sweep has failed: the others go on, and the sweep's own exit code says so at the end."""
+class JobFailedError(RuntimeError):
+    """One job of a sweep failed; the other jobs still run, and the sweep exits with an error at the end."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"exit code {code}; what went wrong is told above")
+        super().__init__(f"exit code {code}; the error is printed above")
 
 
 def _in_a_sweep() -> bool:
@@ -151,43 +151,43 @@ def _in_a_sweep() -> bool:
 
 
 def first_process() -> bool:
-    """Say whether this is the process that speaks and writes for all."""
+    """Return whether this is the process that prints and writes for all."""
     return getattr(rank_zero_only, "rank", None) in (None, 0)
 
 
-def tell(line: str, style: str = "") -> None:
-    """Print one line to the standard error, on the first process alone."""
+def print_stderr(line: str, style: str = "") -> None:
+    """Print one line to standard error, on the first process only."""
     if first_process():
         Console(stderr=True, soft_wrap=True).print(Text(line, style))
 
 
 @contextmanager
-def left_out(path: Path) -> Iterator[None]:
-    """Say that a file is left out where it cannot be read, whatever is wrong with it, and go on."""
+def skip_unreadable(path: Path) -> Iterator[None]:
+    """Skip a file that cannot be read, with a message, whatever error it raises."""
     try:
         yield
     except Exception as error:
-        tell(f"{path} is left out: {told(error)}", "yellow")
+        print_stderr(f"{path} is left out: {reason_in_line(error)}", "yellow")
 
 
-def told(error: Exception) -> str:
-    """Return why something failed, in one line."""
+def reason_in_line(error: Exception) -> str:
+    """Return the reason for an error in one line."""
     return " ".join(reason_of(error).split())[:300]
 
 
-def folder_of(given: str | Path, key: str) -> Path:
-    """Return a folder that a setting names.
+def existing_folder(path: str | Path, key: str) -> Path:
+    """Return the folder that a setting names.
 
     Args:
-        given: the setting.
-        key: its name, for the error.
+        path: the setting's value.
+        key: the setting's name, for the error.
 
     Raises:
-        DePassError: it names none, or there is no such folder.
+        DePassError: the value is empty, or there is no such folder.
     """
-    if not str(given).strip():
+    if not str(path).strip():
         raise DePassError(f"{key}= names no folder; give one, as {key}=logs/analyze/multiruns/<time>")
-    folder = Path(given).expanduser()
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DePassError(f"there is no folder {folder} ({key}=)")
     return folder
@@ -199,67 +199,67 @@ def predict(
     data: LightningDataModule | DataLoader[Any],
     kept: Callable[[], str],
 ) -> None:
-    """Predict in all processes, and say what is kept where that is interrupted.
+    """Run `trainer.predict` in all processes; if it is interrupted, print what has been saved.
 
     Args:
         trainer: starts the processes.
-        module: does the work.
-        data: what it works on.
-        kept: says what is done by then; nothing is said where that is empty.
+        module: the module whose `predict_step` runs.
+        data: its data.
+        kept: describes the finished part; an empty text is not printed.
     """
     try:
         trainer.predict(module, data, return_predictions=False)
     except BaseException:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGTERM)
-        if first_process() and (done := kept()):
-            tell(f"{done}: the same command goes on from there", "yellow")
+        if first_process() and (finished := kept()):
+            print_stderr(f"{finished}: the same command goes on from there", "yellow")
         raise
 
 
-def quiet() -> None:
-    """Keep Lightning's advice on hardware, which the reader did not ask for, out of the output."""
+def silence_hardware_advice() -> None:
+    """Suppress Lightning's advice about hardware."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in ADVICE:
         warnings.filterwarnings("ignore", message)
 
 
-def expect_hub(name: str) -> None:
-    """Work offline where a model has to come from the hub and the hub does not answer.
+def work_offline_if_unreachable(name: str) -> None:
+    """Switch to offline mode if a model is needed from the hub and the hub does not answer.
 
-    What is in the cache loads all the same, and what is not fails at once, not after a minute of retries.
+    Cached models then still load, and others fail at once instead of after a minute of retries.
     """
     if constants.HF_HUB_OFFLINE or "/" not in name or Path(name).expanduser().exists():
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # which class depends on the client that the hub's package brings
+    except Exception:  # the class depends on huggingface_hub's HTTP client
         constants.HF_HUB_OFFLINE = True
 
 
 def open_run(config: DictConfig) -> Path:
-    """Show the configuration, keep it in the run's folder where that has none, and return the folder.
+    """Print the configuration, save it in the run's folder if that has none, and return the folder.
 
-    An earlier run's stays until `keep_config` is called: this run may yet be refused.
+    The configuration of an earlier run is replaced only by `save_config`: this run may still be refused.
     """
     folder = Path(config.paths.output_dir)
     if first_process():
         if not (folder / CONFIG).exists():
-            keep_config(config, folder)
+            save_config(config, folder)
         if config.get("print_config"):
             console.print(config_tree(config))
     return folder
 
 
-def keep_config(config: DictConfig, folder: Path) -> None:
-    """Write the configuration as `config.yaml` into a run's folder, in place of what is there."""
+def save_config(config: DictConfig, folder: Path) -> None:
+    """Write the configuration to `config.yaml` in a run's folder, replacing an earlier one."""
     if first_process():
         write_whole(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True).encode())
 
 
 def _hydra_folder(run: str) -> str | None:
-    """Return where Hydra keeps what was typed: nowhere if an earlier run's is there, or on other ranks."""
+    """Return Hydra's output folder; None if an earlier run's exists, or on other ranks."""
     return None if (Path(run) / HYDRA).exists() or not first_process() else HYDRA
 
 
@@ -267,7 +267,7 @@ OmegaConf.register_new_resolver("hydra_folder", _hydra_folder, replace=True)
 
 
 def config_tree(config: DictConfig) -> Tree:
-    """Return the configuration as a tree: one branch a group, its keys in a line."""
+    """Return the configuration as a tree: one branch per group, its keys in one line."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     tree = Tree(Text(str(config.task_name), "bold"), guide_style="dim")
@@ -285,12 +285,12 @@ def instantiate_each(group: DictConfig | None) -> list[Any]:
 
 @contextmanager
 def loggers_of(config: DictConfig) -> Iterator[list[Logger]]:
-    """Instantiate a run's loggers, and end what Weights & Biases recorded for it, however the run ends.
+    """Instantiate a run's loggers, and finish its Weights & Biases run however the command ends.
 
-    A process has one such run at a time: left open, the next job of a sweep would go on in it.
+    A process has one such run at a time: if it stayed open, the next job of a sweep would log to it.
 
     Args:
-        config: the configuration; its `logger` has an entry a logger.
+        config: the configuration; `logger` has one entry per logger.
     """
     code = 1
     loggers: list[Logger] = []
@@ -300,32 +300,34 @@ def loggers_of(config: DictConfig) -> Iterator[list[Logger]]:
         code = 0
     finally:
         if any(is_named(logger, "WandbLogger") for logger in loggers):
-            import wandb  # takes a second, which only those who use it should wait
+            import wandb  # slow to import
 
             if wandb.run is not None:
                 wandb.finish(code)
 
 
 def _inline(value: Any) -> str:
-    """Write a branch of the configuration in one line, empty keys left out."""
+    """Format a branch of the configuration in one line, without empty keys."""
     if isinstance(value, dict):
-        parts = {k: v for k, v in value.items() if v is not None}
-        written = (v.rpartition(".")[2] if k == "_target_" else f"{k}={_inline(v)}" for k, v in parts.items())
-        return " ".join(written)
+        return " ".join(
+            entry.rpartition(".")[2] if key == "_target_" else f"{key}={_inline(entry)}"
+            for key, entry in value.items()
+            if entry is not None
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(_inline, value)) + "]"
     return str(value)
 
 
-def _mistake(error: BaseException) -> str | None:
-    """Return what the caller did wrong, where that is what the error says; Hydra may have wrapped it."""
+def _user_error(error: BaseException) -> str | None:
+    """Return the message of an error that the user can fix, unwrapped from Hydra's; None for others."""
     if isinstance(error, OSError) and not isinstance(error, DePassError):
-        return f"{error.filename}: {error.strerror}" if error.errno in PLACES else None
+        return f"{error.filename}: {error.strerror}" if error.errno in PATH_ERRNOS else None
     if isinstance(error, MisconfigurationException | OmegaConfBaseException):
         return str(error).strip()
-    if isinstance(error, ProcessRaisedException):  # in a forked process, whose traceback is all that is left
-        found = re.search(r"^depass_lightning[\w.]*Error: (.*)", str(error), re.MULTILINE | re.DOTALL)
-        return found[1].strip() if found else None
+    if isinstance(error, ProcessRaisedException):  # forked: only the traceback's text is available
+        match = re.search(r"^depass_lightning[\w.]*Error: (.*)", str(error), re.MULTILINE | re.DOTALL)
+        return match[1].strip() if match else None
     if isinstance(error, ProcessException):
         return f"a process was lost ({error})"
     cause: BaseException | None = error
@@ -334,6 +336,7 @@ def _mistake(error: BaseException) -> str | None:
             return str(cause)
         cause = cause.__cause__
     if isinstance(error, InstantiationException):
-        told = str(error.__cause__ or error).strip()
-        return f"{found[1]}: {told}" if (found := re.search(r"full_key: (\S+)", str(error))) else told
+        message = str(error.__cause__ or error).strip()
+        key = re.search(r"full_key: (\S+)", str(error))
+        return f"{key[1]}: {message}" if key else message
     return None

@@ -1,12 +1,12 @@
-"""Which ways of starting a command work, and which one to take instead of one that does not.
+"""Check how a command is launched, and name a launch that works instead of one that does not.
 
-What starts the processes of a run must also tell them its folder, whose name has the time in it:
+All processes of a run must use the same folder, whose name contains the time:
 
-- `trainer.strategy=ddp`: Lightning starts the command line again for each further process. It hands on the
-  folder of a run, but not that of a sweep (`-m`), and a worker of joblib or submitit has no command line.
-- `torchrun` and `srun` start the command line several times, and hand on no folder at all.
-- `trainer.strategy=ddp_fork` forks, on processors alone, and everything is handed on.
-- submitit's SLURM launcher starts as many processes as `hydra.launcher.tasks_per_node` says.
+- `trainer.strategy=ddp`: Lightning runs the command line again for each further process. It passes on the
+  folder of a run, but not that of a sweep (`-m`), and a joblib or submitit worker has no command line.
+- `torchrun` and `srun` run the command line several times and pass on no folder.
+- `trainer.strategy=ddp_fork` forks, on CPUs only, and passes on everything.
+- submitit's SLURM launcher starts `hydra.launcher.tasks_per_node` processes.
 """
 
 import os
@@ -20,22 +20,23 @@ from hydra.types import RunMode
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
 
-from depass_lightning.commands.console import tell
+from depass_lightning.commands.console import print_stderr
 from depass_lightning.errors import DePassError
 
-RELATIVES = ("fork", "spawn", "notebook")  # strategies that start processes without a command line
+WITHOUT_COMMAND_LINE = ("fork", "spawn", "notebook")  # parts of these strategies' names
 WORKERS = {"JoblibLauncher": "joblib", "LocalLauncher": "submitit_local"}
 
 
 def check_launch(config: DictConfig) -> None:
-    """Refuse a way of starting `analyze.py` that would hang, or whose processes would not find each other.
+    """Refuse a launch of `analyze.py` that would hang, or whose processes would use different folders.
 
     Args:
         config: the configuration of a run, or of one job of a sweep.
 
     Raises:
-        DePassError: naming the way that works.
+        DePassError: the launch cannot work; the message names one that does.
     """
     strategy = _strategy(config)
     if _processes(config) > 1 and "spawn" in strategy:
@@ -55,22 +56,23 @@ def check_launch(config: DictConfig) -> None:
 
 
 class CheckLaunch(Callback):
-    """Check a sweep before any of its jobs is started: on a cluster they may wait for hours."""
+    """Check a sweep before its first job starts: on a cluster, jobs may wait for hours."""
 
+    @override
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
             _check(config, config.hydra)
-        except DePassError as error:  # Hydra would make a warning of it
-            tell(f"error: {error}", "red")
+        except DePassError as error:  # Hydra turns exceptions of callbacks into warnings
+            print_stderr(f"error: {error}", "red")
             sys.exit(1)
 
 
 def _check(config: DictConfig, hydra: DictConfig) -> None:
-    """Refuse what does not work.
+    """Refuse a launch that cannot work.
 
     Args:
         config: the configuration of a run or of a sweep.
-        hydra: Hydra's own.
+        hydra: Hydra's configuration.
     """
     processes, strategy = _processes(config), _strategy(config)
     launcher = str(hydra.launcher._target_).rpartition(".")[2]
@@ -80,24 +82,24 @@ def _check(config: DictConfig, hydra: DictConfig) -> None:
     starter, started = _started()
     if starter:
         return _check_started(starter, started, processes, hydra, launcher if sweep else None)
-    if not sweep or processes == 1 or any(word in strategy for word in RELATIVES):
+    if not sweep or processes == 1 or any(word in strategy for word in WITHOUT_COMMAND_LINE):
         return None
     if launcher in WORKERS:
         raise DePassError(
             f"a job of {WORKERS[launcher]} cannot start further processes by trainer.strategy={strategy}: "
-            "take trainer.devices=1, as the jobs are side by side already, or trainer.strategy=ddp_fork on "
+            "take trainer.devices=1, since the jobs already run in parallel, or trainer.strategy=ddp_fork on "
             "processors, or leave out hydra/launcher="
         )
     if _has_time(hydra.sweep, "dir"):
         raise DePassError(
-            f"with -m, every process of trainer.strategy={strategy} would make a folder of its own: give "
+            f"with -m, every process of trainer.strategy={strategy} would make a separate folder: give "
             "hydra.sweep.dir=logs/analyze/multiruns/<a name>"
         )
     return None
 
 
 def _check_slurm(processes: int, launcher: DictConfig) -> None:
-    """SLURM itself starts the processes of a job."""
+    """Refuse a number of processes other than SLURM starts."""
     tasks = launcher.tasks_per_node * launcher.nodes
     if processes != tasks:
         raise DePassError(
@@ -110,14 +112,14 @@ def _check_slurm(processes: int, launcher: DictConfig) -> None:
 def _check_started(
     starter: str, started: int, processes: int, hydra: DictConfig, launcher: str | None
 ) -> None:
-    """Check what `torchrun` or `srun` has started.
+    """Check the processes that `torchrun` or `srun` has started.
 
     Args:
-        starter: which of them.
-        started: how many processes.
-        processes: how many the trainer wants.
+        starter: `torchrun` or `srun`.
+        started: the number of started processes.
+        processes: the number that the trainer expects.
         hydra: Hydra's configuration.
-        launcher: that of a sweep; None for a single run.
+        launcher: the launcher of a sweep; None for a single run.
     """
     if launcher not in (None, "BasicLauncher"):
         raise DePassError(f"{starter} and hydra/launcher= both start jobs; leave out one of them")
@@ -130,13 +132,13 @@ def _check_started(
     name = "run" if launcher is None else "sweep"
     if started > 1 and _has_time(part, "dir"):
         raise DePassError(
-            f"every process that {starter} starts would make a folder of its own: give "
+            f"every process that {starter} starts would make a separate folder: give "
             f"hydra.{name}.dir=logs/analyze/{folders}/<a name>"
         )
 
 
 def _started() -> tuple[str, int]:
-    """Return what has started this process beside others, and how many there are; "" where nothing has."""
+    """Return the program that started this process and its number of processes; "" and 1 if there is none."""
     if TorchElasticEnvironment.detect():
         return "torchrun", int(os.environ["WORLD_SIZE"])
     if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
@@ -145,10 +147,10 @@ def _started() -> tuple[str, int]:
 
 
 def _processes(config: DictConfig) -> int:
-    """Return how many processes the trainer wants."""
+    """Return the number of processes that the trainer expects."""
     devices = config.trainer.get("devices", 1)
     if isinstance(devices, str) and "," in devices:
-        count = len([own for own in devices.split(",") if own.strip()])
+        count = len([device for device in devices.split(",") if device.strip()])
     elif OmegaConf.is_list(devices):
         count = len(devices)
     elif str(devices) in ("auto", "-1"):
@@ -159,14 +161,14 @@ def _processes(config: DictConfig) -> int:
 
 
 def _strategy(config: DictConfig) -> str:
-    """Return the strategy's name; of several processes, Lightning's own choice is ddp."""
+    """Return the strategy's name; Lightning's default for several processes is ddp."""
     strategy = config.trainer.get("strategy", "auto")
     name = strategy if isinstance(strategy, str) else strategy.get("_target_", "").rpartition(".")[2]
     return "ddp" if name == "auto" else name.lower()
 
 
 def _has_time(part: DictConfig, key: str) -> bool:
-    """Whether a folder's name has the time in it, which every process would tell for itself."""
+    """Return whether a folder's name contains the time, which differs between processes."""
     plain = OmegaConf.to_container(part, resolve=False)
     assert isinstance(plain, dict)
     return "${now:" in str(plain[key])

@@ -1,4 +1,4 @@
-"""What an analysis leaves behind: a summary, a page, figures, and what it says in the terminal."""
+"""The output files of an analysis (summary, page, figures) and its terminal output."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,19 +22,19 @@ from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import RowFile, attribution_from_row, checked_file, write_json
 
-NOTED = 300  # components, those that lead most often, whose notes the page has
+NOTED = 300  # components with notes on the page, the ones most often among the strongest
 
 
 @dataclass(frozen=True)
 class Results:
-    """An analysis that is done.
+    """The results of a finished analysis.
 
     Attributes:
         folder: the run's folder.
-        rows: a row a prompt, or a generated token of one, in the task's order.
-        summary: what `summary.json` holds.
-        page: the report; None where nothing could be attributed.
-        generated: each row is a generated token.
+        rows: one row per prompt, or per generated token, in the task's order.
+        summary: the content of `summary.json`.
+        page: the path of the report; None if no prompt could be attributed.
+        generated: whether each row is a generated token.
     """
 
     folder: Path
@@ -61,13 +61,13 @@ def write_results(
     Args:
         folder: the run's folder.
         table: the Parquet file of its rows.
-        about: what else the summary says: model, settings, versions, time.
+        about: further entries of the summary: model, settings, versions, time.
         title: the page's title.
-        subtitle: the line below it.
-        prompts: how many prompts the page shows at most, the first ones.
-        figures: how many prompts are drawn as pictures.
-        notes: says what is known of components, given their names, such as what a neuron promotes.
-        generated: each row is a generated token, and those of a prompt follow one another.
+        subtitle: the line below the title.
+        prompts: the maximum number of prompts on the page, the first ones.
+        figures: the number of prompts drawn as figures.
+        notes: returns notes on components by their names, such as the tokens that a neuron promotes.
+        generated: whether each row is a generated token; the rows of a prompt are consecutive.
     """
     rows = RowFile(table)
     mean = mean_of(attribution_from_row(row) for row in rows)
@@ -77,7 +77,7 @@ def write_results(
         write_json(draft, summary)
     page = folder / "report.html"
     if not len(rows):
-        page.unlink(missing_ok=True)  # an earlier run's
+        page.unlink(missing_ok=True)  # of an earlier run
         return Results(folder, rows, summary, None)
     first = rows.first(sum(counts[:prompts]))
     shown = [attribution_from_row(row) for row in first]
@@ -87,7 +87,7 @@ def write_results(
         subtitle = f"{subtitle}; the first {prompts:,} of {len(counts):,} prompts".lstrip("; ")
     examples = [example_of(row) for row in first]
     if generated:
-        examples = [known | _in_matrix(row) for known, row in zip(examples, first, strict=True)]
+        examples = [example | _in_matrix(row) for example, row in zip(examples, first, strict=True)]
     write_page(
         page,
         shown,
@@ -102,12 +102,12 @@ def write_results(
 
 
 def print_results(results: Results, console: Console, prompts: int = 6) -> None:
-    """Show a run in the terminal: one prompt in colours, a table of some, and the run's numbers.
+    """Print a run: the first prompt in colour, a table of several prompts, and the run's numbers.
 
     Args:
-        results: the run.
-        console: where to print.
-        prompts: how many prompts the table has at most.
+        results: the results of the run.
+        console: prints to the terminal.
+        prompts: the maximum number of prompts in the table.
     """
     most = prompts
     if results.generated and len(results.rows):
@@ -130,17 +130,18 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
 
 
 def _lengths(rows: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Return how many tokens were generated behind each prompt."""
-    return [sum(1 for _ in own) for _, own in groupby(rows, key=lambda row: row["id"].rpartition("/")[0])]
+    """Return how many tokens were generated after each prompt."""
+    prompts = groupby(rows, key=lambda row: row["id"].rpartition("/")[0])
+    return [sum(1 for _ in tokens) for _, tokens in prompts]
 
 
 def _in_matrix(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where a generated token stands on the page: in its prompt's matrix, under its own text."""
+    """Return a generated token's place on the page: its prompt's matrix, and the text of its row."""
     return {"matrix": row["id"].rpartition("/")[0], "row": row["tokens"][row["position"] + 1]}
 
 
 def _summary(rows: RowFile, counts: Sequence[int]) -> dict[str, Any]:
-    """Return the run's numbers, less a distance from the value where scores are only a part of it."""
+    """Return the run's numbers; without completeness errors if the scores are not meant to be complete."""
     summary = summarise(rows)
     if len(counts) < len(rows):
         counted = {"prompts": len(counts), "generated_tokens": len(rows)}
@@ -151,21 +152,21 @@ def _summary(rows: RowFile, counts: Sequence[int]) -> dict[str, Any]:
 
 
 def _rounding(rows: RowFile) -> dict[str, Any]:
-    """Return how large what the model itself rounds off is, where it computes in less than is carried."""
+    """Return the size of the model's rounding error, if it computes in lower precision than DePass."""
     shares = []
     for row in RowFile(rows.path, ["value", "names", "positions", "scores"]):
         largest = max(abs(row["value"]), *map(abs, row["scores"]))
         named = zip(row["names"], row["positions"], row["scores"], strict=True)
-        own = [abs(score) for name, place, score in named if place is None and name.endswith("rounding")]
-        if own and largest:
-            shares.append(max(own) / largest)
+        errors = [abs(score) for name, place, score in named if place is None and name.endswith("rounding")]
+        if errors and largest:
+            shares.append(max(errors) / largest)
     if not shares:
         return {}
     return {"rounding": {"value": max(shares), "note": "of the value or the largest score, worst prompt"}}
 
 
 def _mean_scores(mean: Attribution | None) -> dict[str, Any]:
-    """Return what the summary says of components that are the same in all prompts, the strongest of many."""
+    """Return the mean scores of components that all prompts share, the strongest ones if there are many."""
     if mean is None:
         return {}
     listed = strongest_of(mean)
@@ -173,24 +174,26 @@ def _mean_scores(mean: Attribution | None) -> dict[str, Any]:
 
 
 def _leading(attributions: Sequence[Attribution]) -> list[str]:
-    """Return the names of the components that are among the strongest of many prompts."""
-    found = Counter(name for each in attributions for name, _ in asked_for(each).top(12, absolute=True))
-    return [name for name, _ in found.most_common(NOTED)]
+    """Return the names of the components that are most often among a prompt's strongest."""
+    counts = Counter(
+        name for attribution in attributions for name, _ in asked_for(attribution).top(12, absolute=True)
+    )
+    return [name for name, _ in counts.most_common(NOTED)]
 
 
 def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summary without the number of skipped prompts, where there are none."""
+    """Return the summary, without the number of skipped prompts if it is zero."""
     return {key: value for key, value in summary.items() if key != "skipped" or value}
 
 
 def _print_path(console: Console, name: str, path: Path) -> None:
-    """Print a path in one piece, so that it can be copied; terminals that can, open it on a click."""
+    """Print a path without wrapping, so that it can be copied, and as a link."""
     link = f"bold link file://{path.resolve()}"
     console.print(Text.assemble(f"{name:9}", (str(path), link)), soft_wrap=True)
 
 
 def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is known of a prompt, as the page takes it."""
+    """Return a prompt's answer, roles and evidence in the page's format."""
     roles: dict[str, list[tuple[int, int]]] = {}
     for role in row["roles"] or ():
         roles.setdefault(role["name"], []).append((role["start"], role["end"]))
@@ -213,7 +216,7 @@ def _draw(
     attributions: Sequence[Attribution],
     mean: Attribution | None,
 ) -> None:
-    """Draw the curves or the mean, and some prompts."""
+    """Draw the deletion and insertion curves, the mean scores and some prompts."""
     folder.mkdir(parents=True, exist_ok=True)
     if curves := curves_of(summary):
         save_figure(curves_figure(curves), folder / "curves.svg")

@@ -1,8 +1,8 @@
-"""A run's folder: who writes to it, and whether a run that was interrupted goes on in it.
+"""Lock a run's folder, and resume an interrupted run in it.
 
-`hydra.run.dir` has the time in it, so the same command started again would find nothing of what it has done.
-`Resume` is a Hydra callback that looks for a run of the very same command line that has not ended, before
-Hydra makes a folder, and gives Hydra that run's.
+`hydra.run.dir` contains the time, so the same command started again would not find its earlier results.
+`Resume` is a Hydra callback that runs before Hydra creates a folder. It looks for an unfinished run of the
+same command line, and passes that run's folder to Hydra.
 """
 
 import json
@@ -17,8 +17,9 @@ from typing import Any, TextIO
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from typing_extensions import override
 
-from depass_lightning.commands.console import first_process, tell
+from depass_lightning.commands.console import first_process, print_stderr
 from depass_lightning.errors import DePassError
 from depass_lightning.storage import OtherRunError
 from depass_lightning.storage.manifest import NAME
@@ -26,22 +27,22 @@ from depass_lightning.utils.atomic_files import remove_halves
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing says then that two processes share a folder
+except ImportError:  # Windows: folders are not locked
     fcntl = None
 
 UNFINISHED = ".unfinished"
-PATIENCE = 5.0  # seconds
+PATIENCE = 5.0  # seconds to wait for a lock
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, and leave a mark in it until the run has ended well.
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Lock a run's folder, with a marker file in it that is removed when the run succeeds.
 
     Args:
         folder: the run's folder.
 
     Raises:
-        DePassError: another process holds it.
+        DePassError: another process has locked the folder.
     """
     if not first_process():
         yield
@@ -60,7 +61,7 @@ def claim(folder: Path) -> Iterator[None]:
         remove_halves(folder)
         try:
             yield
-        except OtherRunError:  # that one's mark stays as it was
+        except OtherRunError:  # keep the other run's marker
             if before:
                 _write(file, before)
             else:
@@ -70,55 +71,58 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 class Resume(Callback):
-    """Let a command that was interrupted go on in its folder when it is started again.
+    """Resume an interrupted command in its folder when the same command is started again.
 
-    `resume=false`, and a folder that was given and has results, make a new folder beside it.
+    With `resume=false`, a run always gets a new folder, next to a chosen one that has results.
     """
 
     def __init__(self) -> None:
         self.mark: TextIO | None = None
 
+    @override
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        if not first_process():  # it is told the folder by the first one
+        if not first_process():  # the first process passes its folder on
             return
-        given = any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra)
+        chosen = any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra)
         folder = Path(config.hydra.run.dir)
-        found = _continued(config, folder, given)
-        if found != folder:
+        run_folder = _run_folder(config, folder, chosen)
+        if run_folder != folder:
             with read_write(config), open_dict(config):
-                config.hydra.run.dir = str(found)
+                config.hydra.run.dir = str(run_folder)
 
+    @override
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if not first_process():
             return
-        given = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
+        chosen = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
         folder = Path(config.hydra.sweep.dir)
-        found = _continued(config, folder, given)
+        sweep_folder = _run_folder(config, folder, chosen)
         with read_write(config), open_dict(config):
-            if found != folder:
-                config.hydra.sweep.dir = str(found)
-                # Each job's configuration is composed anew, of what was typed.
-                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={found}")
-        found.mkdir(parents=True, exist_ok=True)
-        self.mark = _hold(found / UNFINISHED)
-        if self.mark is None:  # Hydra would make a warning of an error
-            tell(
-                f"error: another sweep is at work in {found}; wait for it, or give another folder "
+            if sweep_folder != folder:
+                config.hydra.sweep.dir = str(sweep_folder)
+                # Each job's configuration is composed from the command line again.
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={sweep_folder}")
+        sweep_folder.mkdir(parents=True, exist_ok=True)
+        self.mark = _hold(sweep_folder / UNFINISHED)
+        if self.mark is None:  # Hydra turns exceptions of callbacks into warnings
+            print_stderr(
+                f"error: another sweep is at work in {sweep_folder}; wait for it, or give another folder "
                 "(hydra.sweep.dir=...)",
                 "red",
             )
             sys.exit(1)
         _write(self.mark, json.dumps(_overrides(config)))
 
+    @override
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if self.mark is not None:
             Path(self.mark.name).unlink(missing_ok=True)
             self.mark.close()
 
 
-def _continued(config: DictConfig, folder: Path, given: bool) -> Path:
-    """Return the folder to use: the given one, an unfinished one, or one that is new."""
-    if given:
+def _run_folder(config: DictConfig, folder: Path, chosen: bool) -> Path:
+    """Return the folder to use: the one that the user chose, an unfinished one, or a new one."""
+    if chosen:
         if config.get("resume", True) or not any(folder.rglob(NAME)):
             return folder
         number = 2
@@ -129,40 +133,40 @@ def _continued(config: DictConfig, folder: Path, given: bool) -> Path:
         return folder
     for mark in sorted(folder.parent.glob(f"*/{UNFINISHED}"), reverse=True):
         if _free(mark) and _read(mark) == _overrides(config):
-            tell(f"goes on with {mark.parent} (resume=false begins anew)", "yellow")
+            print_stderr(f"goes on with {mark.parent} (resume=false starts a new run)", "yellow")
             return mark.parent
     return folder
 
 
 def _overrides(config: DictConfig) -> list[str]:
-    """What was typed, less what changes nothing of the results."""
-    both = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
-    return sorted(own for own in map(str, both) if not own.startswith(("hydra.mode=", "resume=")))
+    """Return the command line's overrides, without those that cannot change the results."""
+    overrides = map(str, [*config.hydra.overrides.task, *config.hydra.overrides.hydra])
+    return sorted(override for override in overrides if not override.startswith(("hydra.mode=", "resume=")))
 
 
 def _typed() -> list[str]:
-    """What was typed for the run that is under way."""
+    """Return the overrides of the current run."""
     if not HydraConfig.initialized():
         return []
     return _overrides(OmegaConf.create({"hydra": {"overrides": HydraConfig.get().overrides}}))
 
 
 def _hold(mark: Path) -> TextIO | None:
-    """Open a folder's mark and lock it; return None where another process holds it all the while."""
+    """Open a folder's marker file and lock it; return None if another process keeps the lock."""
     started = time.monotonic()
     while True:
         file = mark.open("a+")
-        if _locked(file.fileno()) and _is_at(file.fileno(), mark):
+        if _locked(file.fileno()) and _has_path(file.fileno(), mark):
             return file
         file.close()
-        # Processes of a run that was killed take a moment to notice.
+        # The processes of a killed run take a moment to exit.
         if time.monotonic() - started >= PATIENCE:
             return None
         time.sleep(0.1)
 
 
-def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file is still what its path names: whoever held it before may have removed it."""
+def _has_path(file: int, path: Path) -> bool:
+    """Return whether an open file still has its path: the previous owner of the lock may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -183,22 +187,22 @@ def _read(mark: Path) -> Sequence[str] | None:
 
 
 def _locked(file: int) -> bool:
-    """Lock a file for as long as it is open, or say that another process has."""
+    """Lock an open file until it is closed; return False if another process has locked it."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:  # the file system does not support locks
         return True
     return True
 
 
 def _free(mark: Path) -> bool:
-    """Whether no process holds the folder of a mark."""
+    """Return whether no process has locked a marker file."""
     try:
         with mark.open() as file:
             return _locked(file.fileno())
-    except FileNotFoundError:  # it has ended meanwhile
+    except FileNotFoundError:  # the run has just ended
         return False

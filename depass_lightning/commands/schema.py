@@ -1,7 +1,7 @@
-"""What a command's configuration may hold: every setting's type and bounds, before anything is loaded.
+"""Check a command's configuration before anything is loaded: every setting's type and bounds.
 
-Settings of the commands are declared here. What is instantiated (`_target_`: sources, callbacks, loggers, the
-trainer, ...) declares its arguments by its signature, and so do the methods.
+The commands' settings are declared here. Objects that Hydra instantiates (`_target_`: sources, callbacks,
+loggers, the trainer, ...) and methods are checked against their signatures.
 """
 
 import difflib
@@ -34,14 +34,14 @@ from depass_lightning.methods import METHODS, Baseline
 from depass_lightning.models.load import dtype_of
 from depass_lightning.modules.attribution_module import TARGETS
 
-MOST = 10_000_000  # prompts, rows, steps: a number beyond is a slip of the finger
-HYDRAS = ("_target_", "_convert_", "_partial_", "_recursive_", "_args_")
-SEEDS = 2**32  # numpy's
+MAX_COUNT = 10_000_000  # prompts, rows, steps; a larger number is a typing error
+HYDRA_KEYS = ("_target_", "_convert_", "_partial_", "_recursive_", "_args_")
+SEED_LIMIT = 2**32  # of numpy
 ACCELERATORS = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
 
 
 def _one_of(names: tuple[str, ...]) -> BeforeValidator:
-    """Refuse a name that there is not, with the one that it is most like."""
+    """Refuse an unknown name, and suggest the most similar one."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value not in names:
@@ -61,9 +61,9 @@ def _temperature(value: float) -> float:
     return value
 
 
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Many = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Many = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 Name = Annotated[str, Field(min_length=1)]
 DType = Annotated[str, AfterValidator(_dtype)]
 Temperature = Annotated[float, AfterValidator(_temperature)]
@@ -71,13 +71,13 @@ Object = dict[str, Any]
 
 
 class Settings(BaseModel):
-    """Settings that are taken as they are typed: no text for a number, and no number that is nearly whole."""
+    """Settings without type conversion: no text for a number, and no float for an integer."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class ModelSettings(Settings):
-    """Which model, and how it is loaded."""
+    """The model, and how it is loaded."""
 
     name: Name
     revision: Name | None = None
@@ -86,7 +86,7 @@ class ModelSettings(Settings):
 
 
 class TrainerSettings(Settings):
-    """How many processes, and on what; the rest is Lightning's own."""
+    """The number of processes and their devices; Lightning checks the rest."""
 
     accelerator: ACCELERATORS = "auto"
     devices: int | str | list[int] = 1
@@ -95,7 +95,7 @@ class TrainerSettings(Settings):
 
 
 class CommonSettings(Settings):
-    """Of every command."""
+    """Settings of every command."""
 
     task_name: Name
     tags: list[str] | None = None
@@ -108,7 +108,7 @@ class CommonSettings(Settings):
 
 
 class TrainSettings(CommonSettings):
-    """Of `python train.py`."""
+    """Settings of `python train.py`."""
 
     ckpt_path: Name | None
     dtype: DType
@@ -120,7 +120,7 @@ class TrainSettings(CommonSettings):
 
 
 class TaskSettings(Settings):
-    """Which prompts."""
+    """The prompts."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -133,7 +133,7 @@ class TaskSettings(Settings):
 
 
 class RuleSettings(Settings):
-    """How neurons are shared."""
+    """How a neuron is shared among the components."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -142,16 +142,16 @@ class RuleSettings(Settings):
 
 
 class TargetSettings(Settings):
-    """What is explained."""
+    """The target."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     kind: Annotated[str, _one_of(TARGETS)]
-    max_new_tokens: Annotated[int, Field(le=MOST)] = 1
+    max_new_tokens: Annotated[int, Field(le=MAX_COUNT)] = 1
 
 
 class ReportSettings(Settings):
-    """How much the report has."""
+    """The size of the report."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -161,7 +161,7 @@ class ReportSettings(Settings):
 
 
 class AnalyzeSettings(CommonSettings):
-    """Of `python analyze.py`."""
+    """Settings of `python analyze.py`."""
 
     task: TaskSettings
     source: Object
@@ -187,15 +187,15 @@ class AnalyzeSettings(CommonSettings):
 
 
 def check_config(config: DictConfig, settings: type[CommonSettings]) -> None:
-    """Check a composed configuration, as a whole.
+    """Check a composed configuration.
 
     Args:
         config: the configuration of a run.
-        settings: what its command takes.
+        settings: the settings of its command.
 
     Raises:
-        DePassError: naming the first setting that is wrong, and what it may be.
-        MissingMandatoryValue: a setting has to be given.
+        DePassError: a setting is wrong; the message names the first one and the valid values.
+        MissingMandatoryValue: a required setting is missing.
     """
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
@@ -212,26 +212,26 @@ def _check(adapter: TypeAdapter[Any], value: Any, path: str) -> None:
     try:
         adapter.validate_python(value)
     except ValidationError as failed:
-        raise DePassError(_said(failed, path, value)) from None
+        raise DePassError(_error_text(failed, path, value)) from None
 
 
-def _said(failed: ValidationError, path: str, value: Any) -> str:
-    """Return the first thing that is wrong, as a line; of a union's members what they say together."""
+def _error_text(failed: ValidationError, path: str, value: Any) -> str:
+    """Describe the first error in one line; for a union, the errors of all its members."""
     errors = failed.errors(include_url=False)
-    # A union's errors have its members' names after the setting's, which are no keys of the value.
+    # In a union's errors, the members' names follow the setting's; they are not keys of the value.
     place = _place(errors[0]["loc"], value)
-    said = dict.fromkeys(_message(error) for error in errors if _place(error["loc"], value) == place)
+    messages = dict.fromkeys(_message(error) for error in errors if _place(error["loc"], value) == place)
     full = ".".join([*([path] if path else []), *map(str, place)])
     error = errors[0]
     if error["type"] == "missing":
         return f"{full} has to be given: {full}=..."
     if error["type"] == "extra_forbidden":
         return f"there is no setting {full}; leave it out"
-    return f"{full}={error['input']!r}: {'; or '.join(said)}"
+    return f"{full}={error['input']!r}: {'; or '.join(messages)}"
 
 
 def _place(loc: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
-    """Return the part of an error's place that leads through the value."""
+    """Return the part of an error's location that consists of keys of the value."""
     place: list[int | str] = []
     for key in loc:
         if (isinstance(value, dict) and key in value) or (
@@ -239,7 +239,7 @@ def _place(loc: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
         ):
             inside: Any = value
             value = inside[key]
-        elif isinstance(value, dict) and key == loc[-1]:  # a missing one
+        elif isinstance(value, dict) and key == loc[-1]:  # a missing key
             return (*place, key)
         else:
             break
@@ -248,12 +248,12 @@ def _place(loc: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
 
 
 def _message(error: Any) -> str:
-    said = str(error.get("ctx", {}).get("error") or error["msg"])
-    return said.replace("Input should be", "it should be").replace("Value error, ", "")
+    message = str(error.get("ctx", {}).get("error") or error["msg"])
+    return message.replace("Input should be", "it should be").replace("Value error, ", "")
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return everything in a configuration that is instantiated, with its place."""
+    """Yield every node of a configuration that Hydra instantiates, with its path."""
     if isinstance(node, dict):
         if isinstance(node.get("_target_"), str):
             yield path, node
@@ -265,36 +265,36 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _object(path: str, target: str) -> Any:
-    """Return what a `_target_` names."""
+    """Import the object that a `_target_` names."""
     try:
         return get_object(target)
-    except Exception as error:  # whatever importing it raises
+    except Exception as error:  # an import may raise any error
         raise DePassError(f"{path}._target_={target!r} cannot be imported: {error}") from error
 
 
 def _check_call(function: Any, node: Mapping[str, Any], path: str) -> None:
-    """Check a call's arguments against the signature of what is called."""
+    """Check a call's arguments against the function's signature."""
     try:
         parameters = inspect.signature(function).parameters
         hints = get_type_hints(function.__init__ if isinstance(function, type) else function)
-    except (TypeError, ValueError, NameError):  # written in C, or with names that only type checkers know
+    except (TypeError, ValueError, NameError):  # implemented in C, or annotated for type checkers only
         return
     stars = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    known = {name for name, own in parameters.items() if own.kind not in stars}
+    known = {name for name, parameter in parameters.items() if parameter.kind not in stars}
     takes_any = False
-    for name, own in parameters.items():
-        if own.kind is own.VAR_KEYWORD:
-            unpacked = get_args(hints.pop(name, None))  # of Unpack[a TypedDict]
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            unpacked = get_args(hints.pop(name, None))  # Unpack[TypedDict]
             takes_any = not unpacked
             for options in unpacked:
                 hints |= get_type_hints(options)
                 known |= get_type_hints(options).keys()
     for name, value in node.items():
-        if name in HYDRAS:
+        if name in HYDRA_KEYS:
             continue
         if name not in known and not takes_any:
             raise DePassError(f"there is no setting {path}.{name}{_suggested(name, sorted(known))}")
-        if name in hints and not _made(value):
+        if name in hints and not _is_instantiated(value):
             _check_hint(hints[name], value, f"{path}.{name}")
 
 
@@ -304,7 +304,8 @@ def _check_method(method: dict[str, Any]) -> None:
     if not isinstance(name, str) or name not in METHODS:
         raise DePassError(f"method.name={name!r}: there is no such method{_suggested(str(name), METHODS)}")
     if issubclass(METHODS[name], Baseline):
-        _check_call(METHODS[name], {key: own for key, own in method.items() if key != "name"}, "method")
+        options = {key: value for key, value in method.items() if key != "name"}
+        _check_call(METHODS[name], options, "method")
 
 
 def _check_hint(hint: Any, value: Any, path: str) -> None:
@@ -315,7 +316,7 @@ def _check_hint(hint: Any, value: Any, path: str) -> None:
         try:
             adapter = TypeAdapter(hint)
         except (PydanticSchemaGenerationError, PydanticUserError, TypeError, NameError):
-            return  # a type that says nothing of configurations
+            return  # not a type of configuration values
     except (PydanticSchemaGenerationError, TypeError, NameError):
         return
     try:
@@ -324,8 +325,8 @@ def _check_hint(hint: Any, value: Any, path: str) -> None:
         _check(adapter, value, path)
 
 
-def _made(value: Any) -> bool:
-    """Whether a value has something in it that is instantiated first."""
+def _is_instantiated(value: Any) -> bool:
+    """Return whether Hydra instantiates the value or a part of it."""
     return next(_targets(value, ""), None) is not None
 
 
@@ -334,12 +335,11 @@ def _tupled(value: Any) -> Any:
 
 
 def _check_devices(trainer: Mapping[str, Any]) -> None:
-    """Refuse a number of devices that is none, and a GPU where there is none."""
+    """Refuse an invalid number of devices, and GPUs that do not exist."""
     devices, accelerator = trainer.get("devices", 1), trainer.get("accelerator", "auto")
     listed = isinstance(devices, list) or "," in str(devices)
-    numbers = [
-        str(own).strip() for own in (devices if isinstance(devices, list) else str(devices).split(","))
-    ]
+    entries = devices if isinstance(devices, list) else str(devices).split(",")
+    numbers = [str(entry).strip() for entry in entries]
     count = None if listed or devices == "auto" else numbers[0]
     whole = all(re.fullmatch("[0-9]{1,6}", number) for number in numbers) or count == "-1"
     if devices != "auto" and (not numbers or not whole or count == "0"):
@@ -357,7 +357,7 @@ def _check_devices(trainer: Mapping[str, Any]) -> None:
 
 
 def _suggested(name: str, known: Any) -> str:
-    """Return what a name may have meant, or which there are, as the end of a message."""
-    names = [str(own) for own in known]
+    """Return the end of a message: the most similar known name, or all of them."""
+    names = list(map(str, known))
     close = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names) or 'none'}"

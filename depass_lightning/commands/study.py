@@ -1,4 +1,4 @@
-"""`python analyze.py experiment=paper_...`: one of the paper's experiments, from configuration to page."""
+"""`python analyze.py experiment=paper_...`: run one of the paper's experiments and write its page."""
 
 import shlex
 from collections.abc import Callable
@@ -24,19 +24,19 @@ from depass_lightning.studies.study_files import read_experiment, terminal_table
 def run_study(
     config: DictConfig, folder: Path, load: Callable[[DictConfig], DePass], console: Console
 ) -> int:
-    """Run an experiment, print its table, and say where its page is.
+    """Run an experiment, and print its table and the path of its page.
 
     Args:
-        config: the configuration; its `study` says what is done.
-        folder: where to write.
+        config: the configuration; `study` is the experiment.
+        folder: the folder for the output files.
         load: loads the model that a configuration names.
-        console: where to print.
+        console: prints the table.
 
     Raises:
-        DePassError: as for the experiment.
+        DePassError: the experiment's settings do not fit the model or the data.
     """
     study = instantiate(config.study, _convert_="all")
-    # Methods compute gradients themselves, and every process takes the one step.
+    # Methods need gradients, and every process runs the single step.
     trainer: Trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=[ProcessWatch(), *instantiate_each(config.get("callbacks"))],
         logger=False,
@@ -60,11 +60,13 @@ def run_study(
 
 
 def _kept(rows: Path) -> str:
-    """Say what an experiment that was interrupted has come to."""
-    done = sorted(path.stem for path in rows.glob("*.parquet"))
-    return f"{', '.join(done)} done, in {rows}" if done else ""
+    """Name the finished parts of an interrupted experiment."""
+    finished = sorted(path.stem for path in rows.glob("*.parquet"))
+    return f"{', '.join(finished)} done, in {rows}" if finished else ""
 
 
 def _typed() -> list[str]:
-    """What was typed behind the command's name."""
-    return [shlex.quote(own) for own in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+    """Return the command line's arguments."""
+    if not HydraConfig.initialized():
+        return []
+    return [shlex.quote(override) for override in HydraConfig.get().overrides.task]

@@ -1,4 +1,4 @@
-"""`python analyze.py sweep_report=<folder>`: all runs of a sweep in one table and on one page."""
+"""`python analyze.py sweep_report=<folder>`: collect the runs of a sweep in one table and on one page."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from depass_lightning import sources
-from depass_lightning.commands.console import folder_of, told
+from depass_lightning.commands.console import existing_folder, reason_in_line
 from depass_lightning.commands.outputs import example_of
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.numbers import percent, plain
@@ -25,7 +25,7 @@ from depass_lightning.reports.sweep import AXES, Map, varying, write_sweep_page
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import (
     UNREADABLE,
-    Journal,
+    RunStore,
     attribution_from_row,
     check_file,
     open_shard,
@@ -34,8 +34,8 @@ from depass_lightning.storage import (
 from depass_lightning.utils.atomic_files import read_limited
 
 SHOWN = 40  # prompts on the page, at most
-MAPS = 1200  # of these prompts in all runs together, at most
-AT_ONCE = 64  # rows in memory
+MAPS = 1200  # attributions of these prompts in all runs, at most
+BATCH_ROWS = 64  # rows in memory at a time
 CONFIG_BYTES = 2**18
 SUMMARY_BYTES = 2**26
 
@@ -48,7 +48,7 @@ COLUMNS = {
     "recover_top_area": ("recover top", plain),
     "completeness_max": ("off by", plain),
     "seconds": ("s", plain),
-}  # of the table in the terminal: their heads, and how their numbers are written
+}  # columns of the terminal table: heading and number format
 SWEEP_SCHEMA = pa.schema(
     [
         *((name, TEXT) for name in ("run", "status", "reason", "model", "checkpoint", "dtype", "task")),
@@ -63,10 +63,10 @@ SWEEP_SCHEMA = pa.schema(
         *((name, TEXT) for name in ("device", "fingerprint", "folder")),
     ]
 )
-"""The columns of `sweep.parquet`, a row a run.
+"""The columns of `sweep.parquet`, which has one row per run.
 
-`status` is done, unfinished or broken, and `reason` says why a run is one of the last two. What is held
-against a number, such as random orders, has the number's name and `_chance`.
+`status` is done, unfinished or broken; `reason` explains the last two. The baseline of a number, such as
+random order, has the number's name with the suffix `_chance`.
 """
 
 
@@ -74,16 +74,16 @@ def report_sweep(folder: str | Path, console: Console) -> int:
     """Collect the runs below a folder into `sweep.parquet` and `sweep.html`, and print them.
 
     Args:
-        folder: a sweep's folder, or any that holds runs' folders.
-        console: where to print.
+        folder: the folder of a sweep, or any folder that contains runs.
+        console: prints the table.
 
     Returns:
-        The exit code: 1 where a run is unfinished or broken.
+        The exit code: 1 if a run is unfinished or broken.
 
     Raises:
-        DePassError: there is no such folder, or no run in it.
+        DePassError: the folder does not exist, or contains no run.
     """
-    folder = folder_of(folder, "sweep_report")
+    folder = existing_folder(folder, "sweep_report")
     rows = [row for run in find_runs(folder) for row in _rows(run, folder)]
     maps = _maps(rows)
     done = [row for row in rows if row["status"] == "done"]
@@ -99,40 +99,40 @@ def report_sweep(folder: str | Path, console: Console) -> int:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the folders of all runs at or below a folder, in the order of their names.
+    """Return the folders of all runs in a folder, including itself, sorted by name.
 
     Raises:
         DePassError: there are none.
     """
-    found = {path.parent for path in folder.rglob("config.yaml")}
-    # What Hydra keeps is all that a run has which failed before it began.
-    runs = {own.parent if own.name == ".hydra" else own for own in found}
-    runs = {own for own in runs if not any(part.startswith(".") for part in own.relative_to(folder).parts)}
+    parents = {path.parent for path in folder.rglob("config.yaml")}
+    # A run that failed before it started has only Hydra's subfolder.
+    runs = {parent.parent if parent.name == ".hydra" else parent for parent in parents}
+    runs = {run for run in runs if not any(part.startswith(".") for part in run.relative_to(folder).parts)}
     if not runs:
         raise DePassError(
             f"{folder} holds no runs; give a sweep's folder, sweep_report=logs/analyze/multiruns/<time>"
         )
-    return sorted(runs, key=lambda own: [(len(part), part) for part in own.relative_to(folder).parts])
+    return sorted(runs, key=lambda run: [(len(part), part) for part in run.relative_to(folder).parts])
 
 
 def _rows(run: Path, folder: Path) -> list[dict[str, Any]]:
-    """Return a run's rows, or one that says what is wrong: no run may end the others' report."""
+    """Return a run's rows, or one row with the reason why they cannot be read."""
     try:
         rows = read_runs(run, folder)
         pa.Table.from_pylist(rows, schema=SWEEP_SCHEMA)
     except Exception as error:
-        row = _row(run, folder, {}) | _state("broken", f"its files cannot be read: {told(error)}")
+        row = _row(run, folder, {}) | _state("broken", f"its files cannot be read: {reason_in_line(error)}")
         return [{key: _plain(value) for key, value in row.items()}]
     return rows
 
 
 def _plain(value: Any) -> Any:
-    """Return a value whose text can be encoded: a folder's name may be any bytes."""
+    """Replace characters that cannot be encoded: a folder's name may be any bytes."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _maps(rows: list[dict[str, Any]]) -> list[Map]:
-    """Read the maps of the runs that are done; a run whose rows cannot be read is broken from then on."""
+    """Read the attributions of finished runs; a run whose rows cannot be read is marked as broken."""
     while True:
         try:
             return read_maps([row for row in rows if row["status"] == "done"])
@@ -145,7 +145,7 @@ class BrokenRunError(DePassError):
     """A run's rows cannot be read."""
 
     def __init__(self, run: str, error: Exception) -> None:
-        super().__init__(told(error))
+        super().__init__(reason_in_line(error))
         self.run = run
 
 
@@ -161,7 +161,8 @@ def read_config(path: Path) -> Any:
     """Read a configuration as plain containers.
 
     Raises:
-        DePassError: it is no file, too large, or has aliases, which grow without bound and no run writes.
+        DePassError: the path is not a file, or the file is too large or has aliases, which no run writes and
+            whose expansion is unbounded.
     """
     content = read_limited(path, CONFIG_BYTES)
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
@@ -170,48 +171,51 @@ def read_config(path: Path) -> Any:
 
 
 def read_runs(run: Path, folder: Path) -> list[dict[str, Any]]:
-    """Read what a run's folder says: one row of `SWEEP_SCHEMA`, or several where it compares models.
+    """Read a run's folder: one row of `SWEEP_SCHEMA`, or one per model if the run compares models.
 
     Args:
         run: the run's folder.
-        folder: the sweep's.
+        folder: the sweep's folder.
     """
     kept = run / "config.yaml"
     try:
         config = read_config(kept if kept.exists() else run / ".hydra/config.yaml")
-    except Exception as error:  # of YAML, of OmegaConf, of the disk, or of what is nested too deep
-        return [_row(run, folder, {}) | _state("broken", f"its configuration cannot be read: {told(error)}")]
+    except Exception as error:  # from YAML, OmegaConf or the disk, or from deep nesting
+        return [
+            _row(run, folder, {})
+            | _state("broken", f"its configuration cannot be read: {reason_in_line(error)}")
+        ]
     if isinstance(config, dict) and config.get("compare"):
         names = sorted(path.parent for path in run.glob("*/summary.json"))
-        return [_read(own, folder, config) for own in names] or [_read(run, folder, config)]
+        return [_read(model, folder, config) for model in names] or [_read(run, folder, config)]
     if not isinstance(config, dict) or "task" not in config or "source" not in config:
-        return [_row(run, folder, {}) | _state("broken", "this is no analysis")]
+        return [_row(run, folder, {}) | _state("broken", "it is not an analysis")]
     return [_read(run, folder, config)]
 
 
 def _read(run: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    asked = _row(run, folder, config)
+    request = _row(run, folder, config)
     if not (run / "summary.json").exists():
-        return asked | _state(*_progress(run))
+        return request | _state(*_progress(run))
     try:
         check_file(run / "summary.json")
         summary = json.loads(read_limited(run / "summary.json", SUMMARY_BYTES))
-        # What a summary says was asked is what was: of compared models each has a name of its own.
+        # The summary takes precedence: it has the name of each compared model.
         row = _row(run, folder, {**config, **summary}) | _numbers(summary)
         pq.read_schema(_rows_of(run))
-        if damaged := Journal(run).damaged():
+        if damaged := RunStore(run).damaged():
             raise DePassError(
                 f"{damaged[0]} is damaged or missing"
                 + (f", and {len(damaged) - 1:,} more files" if len(damaged) > 1 else "")
                 + "; the same command attributes its prompts again"
             )
-    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:  # pyarrow's are among
-        return asked | _state("broken", f"its results cannot be read: {told(error)}")
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:  # pyarrow's, too
+        return request | _state("broken", f"its results cannot be read: {reason_in_line(error)}")
     return row | _state("done", None)
 
 
 def _row(run: Path, folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was asked of a run."""
+    """Return the row of a run's settings, without results."""
     model, task = known.get("model") or {}, known.get("task") or {}
     name, revision = str(model.get("name", "")), model.get("revision")
     method = known.get("method")
@@ -233,10 +237,10 @@ def _row(run: Path, folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def labelled(spec: Mapping[str, Any]) -> str:
-    """Name what is instantiated of a configuration: its class, and what differs from the class's defaults."""
+    """Describe a `_target_` in one line: its class, and the arguments that differ from the defaults."""
     target = str(spec.get("_target_", ""))
     name = target.rpartition(".")[2].lower()
-    # Compared as text: what a results folder names is not imported.
+    # Compared as text: nothing that a results folder names is imported.
     known = {f"{sources.__name__}.{public}": getattr(sources, public) for public in sources.__all__}
     kind = known.get(target)
     declared = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
@@ -250,21 +254,21 @@ def labelled(spec: Mapping[str, Any]) -> str:
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return a summary's numbers by the names of their columns."""
-    found: dict[str, Any] = {"processes": (summary.get("hardware") or {}).get("processes")}
-    found |= {
+    numbers: dict[str, Any] = {"processes": (summary.get("hardware") or {}).get("processes")}
+    numbers |= {
         "device": (summary.get("hardware") or {}).get("device"),
         "parameters": summary.get("model", {}).get("parameters"),
     }
     for name in SWEEP_SCHEMA.names:
         entry = summary.get(name)
         if isinstance(entry, Mapping) and "value" in entry:
-            found |= {name: entry["value"], f"{name}_chance": entry.get("chance")}
+            numbers |= {name: entry["value"], f"{name}_chance": entry.get("chance")}
         elif isinstance(entry, int | float):
-            found[name] = entry
-    prompts = found.get("prompts") or 0
-    if prompts and "seconds" in found:
-        found["seconds_per_prompt"] = found["seconds"] / prompts
-    return found
+            numbers[name] = entry
+    prompts = numbers.get("prompts") or 0
+    if prompts and "seconds" in numbers:
+        numbers["seconds_per_prompt"] = numbers["seconds"] / prompts
+    return numbers
 
 
 def _state(status: str, reason: str | None) -> dict[str, Any]:
@@ -272,16 +276,16 @@ def _state(status: str, reason: str | None) -> dict[str, Any]:
 
 
 def _progress(run: Path) -> tuple[str, str]:
-    """Say how far a run came that has no summary."""
+    """Return the status and reason of a run without a summary."""
     if not (run / "config.yaml").exists():
-        return "broken", "it failed before it began; the log in its folder may say why"
-    done = 0
+        return "broken", "it failed before it started; the log in its folder may have the reason"
+    rows = 0
     for shard in run.glob("attributions/**/*.parquet"):
         try:
-            done += pq.read_metadata(shard).num_rows
+            rows += pq.read_metadata(shard).num_rows
         except UNREADABLE:
             continue
-    return "unfinished", f"{done:,} rows are done; it is at work, or the same command goes on with it"
+    return "unfinished", f"{rows:,} rows are done; it is still running, or the same command resumes it"
 
 
 def _rows_of(run: Path) -> Path:
@@ -289,48 +293,48 @@ def _rows_of(run: Path) -> Path:
 
 
 def read_maps(rows: Sequence[Mapping[str, Any]]) -> list[Map]:
-    """Read some prompts' attributions of every run, those first that most runs have.
+    """Read the attributions of some prompts from every run, first those that most runs have.
 
     Args:
-        rows: the runs that are done.
+        rows: the rows of finished runs.
 
     Raises:
-        BrokenRunError: one of them cannot be read.
+        BrokenRunError: a run cannot be read.
     """
     held: Counter[tuple[str, str]] = Counter()
     for row in rows:
         with _reading(row):
             for batch in _batches(row, ["id"]):
-                held.update((row["task"], own["id"]) for own in batch)
-    # The sort is stable: among those that as many runs have, the first ones stay in front.
-    chosen = sorted(held, key=lambda own: -held[own])[:SHOWN]
-    while len(chosen) > 1 and sum(held[own] for own in chosen) > MAPS:
+                held.update((row["task"], prompt["id"]) for prompt in batch)
+    # A stable sort: prompts of equally many runs keep their order.
+    chosen = sorted(held, key=lambda key: -held[key])[:SHOWN]
+    while len(chosen) > 1 and sum(held[key] for key in chosen) > MAPS:
         chosen.pop()
     ids = Counter(id for _, id in chosen)
-    names = {own: own[1] if ids[own[1]] == 1 else " ".join(own) for own in chosen}
-    found: list[Map] = []
+    names = {(task, id): id if ids[id] == 1 else f"{task} {id}" for task, id in chosen}
+    maps: list[Map] = []
     for row in rows:
         wanted = {id for task, id in chosen if task == row["task"]}
         with _reading(row):
             for batch in _batches(row, None) if wanted else ():
-                for own in batch:
-                    if own["id"] in wanted:
-                        attribution: Attribution = attribution_from_row(own)
-                        name = names[row["task"], own["id"]]
-                        found.append(Map(row["run"], name, attribution, example_of(own)))
+                for prompt in batch:
+                    if prompt["id"] in wanted:
+                        attribution: Attribution = attribution_from_row(prompt)
+                        name = names[row["task"], prompt["id"]]
+                        maps.append(Map(row["run"], name, attribution, example_of(prompt)))
     order = {name: place for place, name in enumerate(names.values())}
-    return sorted(found, key=lambda own: order[own.prompt])
+    return sorted(maps, key=lambda map: order[map.prompt])
 
 
 def _batches(row: Mapping[str, Any], columns: list[str] | None) -> Any:
-    """Read a run's rows, few of them in memory at a time."""
+    """Read a run's rows in batches."""
     with open_shard(_rows_of(Path(row["folder"]))) as file:
-        for batch in file.iter_batches(batch_size=AT_ONCE, columns=columns):
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
             yield batch.to_pylist()
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a line a run: what it was asked, as far as runs differ in it, and what came of it."""
+    """Return a table with one line per run: the settings in which the runs differ, and the results."""
     axes = ["model", "task", *(name for name in varying(rows) if name not in ("model", "task"))]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ["run", *axes]:
@@ -339,11 +343,11 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name, (label, write) in COLUMNS.items():
         if any(row.get(name) is not None for row in rows):
             cells = ["" if row.get(name) is None else write(row[name]) for row in rows]
-            # A narrow terminal breaks the head and the names, and no number.
+            # In a narrow terminal, headings and names wrap, but numbers do not.
             table.add_column(label, justify="right", min_width=max(map(len, [*cells, *label.split()])))
             columns.append(cells)
     for place, row in enumerate(rows):
-        asked = (Text("" if row.get(name) is None else str(row[name])) for name in axes)
-        said = (cells[place] for cells in columns)
-        table.add_row(Text(row["run"]), *asked, *said, style="" if row["status"] == "done" else "dim")
+        settings = (Text("" if row.get(name) is None else str(row[name])) for name in axes)
+        results = (cells[place] for cells in columns)
+        table.add_row(Text(row["run"]), *settings, *results, style="" if row["status"] == "done" else "dim")
     return table

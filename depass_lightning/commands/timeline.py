@@ -1,4 +1,4 @@
-"""A training timeline: what the callback wrote at each step, and the loss, one page per probe set."""
+"""Training timeline: the attributions that the callback wrote at each step, with the loss."""
 
 import csv
 import json
@@ -8,46 +8,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.commands.console import folder_of, left_out
+from depass_lightning.commands.console import existing_folder, skip_unreadable
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import attribution_from_row, read_rows
 
 MAPS = re.compile(r"step-(\d+)\.parquet")
-LINES = ("probability", "on_target", "value")  # of a probe set, beside the loss
+LINES = ("probability", "on_target", "value")  # curves of a probe set, drawn with the loss
 
 
 def write_timelines(folder: str | Path) -> list[Path]:
-    """Write `timeline.html` next to the maps of every probe set and source with two or more steps.
+    """Write `timeline.html` next to the attributions of every probe set and source with two or more steps.
 
     Args:
-        folder: the run's folder, in which the callback made a folder `depass`.
+        folder: the run's folder; the callback has written to its subfolder `depass`.
 
     Returns:
-        The pages.
+        The paths of the pages.
 
     Raises:
-        DePassError: there are no maps in the folder.
+        DePassError: the folder has no attributions of `DePassCallback`.
     """
-    folder = folder_of(folder, "timeline")
+    folder = existing_folder(folder, "timeline")
     maps = folder / "depass"
-    # with several sources each has a folder of its own, within its set's
+    # With several sources, the set's folder has one subfolder per source.
     sets = sorted({path.parent for path in maps.rglob("step-*.parquet")})
     losses = read_losses(folder)
     pages, steps = [], 0
-    for own in sets:
-        frames, examples = read_frames(own)
+    for probe_set in sets:
+        frames, examples = read_frames(probe_set)
         steps += len(frames)
         if len(frames) > 1:
-            page, name = own / "timeline.html", own.relative_to(maps).as_posix()
-            with left_out(page):
+            page, name = probe_set / "timeline.html", probe_set.relative_to(maps).as_posix()
+            with skip_unreadable(page):
                 write_timeline(
                     page,
                     frames,
                     title=f"{name}: what the answers were based on while the model trained",
                     subtitle=f"{len(frames)} steps; the slider walks over them, the curves can be clicked",
                     examples=examples,
-                    lines=losses | _curves(own),
+                    lines=losses | _curves(probe_set),
                 )
                 pages.append(page)
     if not steps:
@@ -58,33 +58,33 @@ def write_timelines(folder: str | Path) -> list[Path]:
 
 
 def read_frames(folder: Path) -> tuple[list[Frame], dict[str, Mapping[str, Any]]]:
-    """Read the maps of one probe set.
+    """Read the attributions of one probe set.
 
     Args:
-        folder: where `step-000120.parquet` and the like are.
+        folder: the folder of `step-000120.parquet` and so on.
 
     Returns:
-        A frame a step, in order, and what is known of each prompt by its id. A step whose file cannot be read
-        is left out.
+        One frame per step, in order, and each prompt's evidence by its id. A step whose file cannot be read
+        is skipped with a message.
     """
     frames, examples = [], {}
     for path in sorted(folder.iterdir()):
         match = MAPS.fullmatch(path.name)
         if match:
-            with left_out(path):
+            with skip_unreadable(path):
                 rows = read_rows(path)
-                own = {row["id"]: attribution_from_row(row) for row in rows}
-                known = {row["id"]: {"evidence": row["evidence"] or ()} for row in rows}
-                frames.append(Frame(f"step {int(match[1])}", int(match[1]), own))
-                examples |= known
+                attributions = {row["id"]: attribution_from_row(row) for row in rows}
+                evidence = {row["id"]: {"evidence": row["evidence"] or ()} for row in rows}
+                frames.append(Frame(f"step {int(match[1])}", int(match[1]), attributions))
+                examples |= evidence
     return sorted(frames, key=lambda frame: frame.at), examples
 
 
 def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Read the losses that Lightning's CSV logger has written below a run's folder, by their names."""
+    """Read the losses that Lightning's CSV logger has written into a run's folder, by name."""
     losses: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(folder.rglob("metrics.csv")):
-        with left_out(path), path.open(newline="", encoding="utf-8") as file:
+        with skip_unreadable(path), path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if name and "loss" in name and value and row.get("step"):
@@ -93,11 +93,11 @@ def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """The set's own curves."""
+    """Return the probe set's curves."""
     path = folder / "history.json"
     if not path.is_file():
         return {}
-    with left_out(path):
+    with skip_unreadable(path):
         history = json.loads(path.read_text(encoding="utf-8"))
         return {
             f"all probes: {name.replace('_', ' ')}": _finite(zip(history["steps"], curve, strict=True))

@@ -1,4 +1,4 @@
-"""`python train.py`: train a causal language model, with attributions of held-out probes along the way."""
+"""`python train.py`: train a causal language model and attribute held-out probes during training."""
 
 import math
 import warnings
@@ -18,12 +18,12 @@ from depass_lightning.callbacks import DePassCallback
 from depass_lightning.commands.console import (
     command,
     console,
-    expect_hub,
     instantiate_each,
-    keep_config,
     loggers_of,
     open_run,
+    save_config,
     shell,
+    work_offline_if_unreachable,
 )
 from depass_lightning.commands.schema import TrainSettings, check_config
 from depass_lightning.commands.timeline import write_timelines
@@ -33,13 +33,13 @@ from depass_lightning.models.load import dtype_of, load_model
 
 CURVES = ("value", "probability", "on_target")
 
-# What Lightning warns of where nothing is wrong: a resumed run has its own folder, and data may be few.
+# Lightning warnings without a cause here: a resumed run has another folder, and data sets may be small.
 EXPECTED = (".*dirpath has changed.*", ".*smaller than the logging interval.*")
 
 
 @command
 def train(config: DictConfig) -> int:
-    """Train as the configuration says, and return the exit code."""
+    """Train the configured model, and return the exit code."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     check_config(config, TrainSettings)
@@ -49,7 +49,7 @@ def train(config: DictConfig) -> int:
         raise DePassError(f"no checkpoint {config.ckpt_path} to resume from (ckpt_path=)")
     disable_progress_bar()
     model, tokenizer = make_model(config)
-    # Objects are handed to partial functions: Hydra would copy them into the configuration.
+    # `_partial_`: Hydra would copy objects passed as arguments into the configuration.
     data = instantiate(config.data, _partial_=True)(tokenizer=tokenizer)
     module = instantiate(config.module, _partial_=True)(model=model)
     callbacks = instantiate_each(config.get("callbacks"))
@@ -57,14 +57,15 @@ def train(config: DictConfig) -> int:
         trainer: Trainer = instantiate(config.trainer, _partial_=True)(
             callbacks=callbacks, logger=loggers or False
         )
-        keep_config(config, folder)
+        save_config(config, folder)
         trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)
     if trainer.is_global_zero:
         if config.export_dir is not None:
             dtype = None if config.export_dtype is None else dtype_of(config.export_dtype)
             export_model(model, tokenizer, config.export_dir, dtype)
         show(trainer, callbacks, folder, config.export_dir)
-        if any(len(own.history[name].steps) > 1 for own in probing(callbacks) for name in own.history):
+        histories = [history for callback in probing(callbacks) for history in callback.history.values()]
+        if any(len(history.steps) > 1 for history in histories):
             for page in write_timelines(folder):
                 console.print(Text(f"{'timeline':9}{page}"), soft_wrap=True)
     return 0
@@ -78,17 +79,17 @@ def main(config: DictConfig) -> None:
 
 
 def make_model(config: DictConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that the configuration names, or make an untrained one."""
+    """Load the configured model, or make an untrained one."""
     if config.untrained is not None:
         return instantiate(config.untrained)
-    expect_hub(config.model.name)
+    work_offline_if_unreachable(config.model.name)
     model, tokenizer = load_model(config.model.name, revision=config.model.revision, dtype=config.dtype)
     model.train()
     return model, tokenizer
 
 
 def show(trainer: Trainer, callbacks: list[Callback], folder: Path, export_dir: str | None) -> None:
-    """Print what the training came to, and where it lies."""
+    """Print the training's results and the paths of its output files."""
     for callback in probing(callbacks):
         for name, history in callback.history.items():
             console.print(history_table(name, history.steps, history.curves))
@@ -102,15 +103,19 @@ def show(trainer: Trainer, callbacks: list[Callback], folder: Path, export_dir: 
 
 
 def probing(callbacks: list[Callback]) -> list[DePassCallback]:
-    """Return those that attribute probes."""
+    """Return the callbacks that attribute probes."""
     return [callback for callback in callbacks if isinstance(callback, DePassCallback)]
 
 
 def history_table(name: str, steps: list[int], curves: Mapping[str, list[float]], rows: int = 8) -> Table:
-    """Return how a probe set's numbers went, at up to `rows` steps, the first and the last among them."""
+    """Return a table of a probe set's curves at up to `rows` steps, including the first and the last."""
     shown = sorted({round(i * (len(steps) - 1) / max(1, rows - 1)) for i in range(rows)})
     table = Table(
-        "step", *(c for c in CURVES if c in curves), title=f"probes: {name}", title_justify="left", box=None
+        "step",
+        *(curve for curve in CURVES if curve in curves),
+        title=f"probes: {name}",
+        title_justify="left",
+        box=None,
     )
     for column in table.columns:
         column.justify = "right"
@@ -121,7 +126,7 @@ def history_table(name: str, steps: list[int], curves: Mapping[str, list[float]]
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
-    """Return the last value of everything that was logged."""
+    """Return a table of the last value of every logged metric."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right", style="bold")

@@ -1,4 +1,4 @@
-"""Results on disk: shards that are whole or absent, merged by index, read back as attributions."""
+"""Results on disk: shards written atomically, merged by index and read back as attributions."""
 
 from depass_lightning.storage.attribution_rows import (
     ATTRIBUTION_SCHEMA,
@@ -17,7 +17,7 @@ from depass_lightning.storage.manifest import (
     read_manifest,
     task_fingerprint,
 )
-from depass_lightning.storage.run_store import Journal
+from depass_lightning.storage.run_store import RunStore
 from depass_lightning.storage.shards import (
     UNREADABLE,
     RowFile,
@@ -30,10 +30,10 @@ from depass_lightning.storage.shards import (
 __all__ = [
     "ATTRIBUTION_SCHEMA",
     "UNREADABLE",
-    "Journal",
     "Manifest",
     "OtherRunError",
     "RowFile",
+    "RunStore",
     "attribution_from_row",
     "attribution_to_row",
     "check_file",

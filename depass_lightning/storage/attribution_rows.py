@@ -1,4 +1,4 @@
-"""One attribution as one row of a table, and back."""
+"""Convert an attribution to a row of a table, and back."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("rank", pa.int32()),
         ("completeness", pa.float64()),
         ("metadata", pa.string()),
-        # what is known of the prompt, and measured on it
+        # what is known about the prompt, and measured on it
         ("answer", pa.string()),
         ("foil", pa.string()),
         ("correct", pa.bool_()),
@@ -76,12 +76,15 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("states", pa.string()),
     ]
 )
-"""The columns of a run's attributions; ranges are pairs of first and one past last, in characters or
-tokens; `states` is the SHA-256 of the file of the prompt's states."""
+"""The columns of a run's attributions.
+
+Ranges are pairs `[start, end)` of characters or tokens. `states` is the SHA-256 of the file with the prompt's
+component states.
+"""
 
 
 def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
-    """Return the attribution's fields, and its completeness error, as values of `ATTRIBUTION_SCHEMA`."""
+    """Return the attribution's fields and completeness error as columns of `ATTRIBUTION_SCHEMA`."""
     row = {field.name: getattr(attribution, field.name) for field in dataclasses.fields(attribution)}
     row["scores"] = attribution.scores.tolist()
     row["completeness"] = attribution.completeness
@@ -90,7 +93,7 @@ def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
 
 
 def attribution_from_row(row: Mapping[str, Any]) -> Attribution:
-    """Return the attribution that `attribution_to_row` made a row of."""
+    """Return the attribution that `attribution_to_row` converted to this row."""
     fields = {field.name: row[field.name] for field in dataclasses.fields(Attribution)}
     fields["scores"] = torch.tensor(row["scores"], dtype=torch.float32)
     fields["metadata"] = json.loads(row["metadata"])

@@ -1,6 +1,6 @@
-"""Checksums of finished files, next to them in `SHA256SUMS`, which `sha256sum -c SHA256SUMS` reads too.
+"""Checksums of finished files, in `SHA256SUMS` next to them; `sha256sum -c SHA256SUMS` checks them, too.
 
-A disk or a copy may change a bit, and most changed bits of a Parquet file still decode to some number.
+A disk or a copy may flip a bit, and most flipped bits of a Parquet file still decode to a number.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ SUMS = "SHA256SUMS"
 
 @contextmanager
 def checked_file(path: Path) -> Iterator[Path]:
-    """Give a file to write to, as `whole_file` does, and keep its checksum.
+    """Yield a temporary file as `whole_file` does, and record its checksum.
 
-    The new checksum is written before the file takes its name, and the old one is removed afterwards: a
-    process that is killed in between leaves a file that one of the two fits.
+    The new checksum is written before the file gets its name, and the old one is removed afterwards: if the
+    process is killed in between, one of the two fits the file.
     """
     with whole_file(path) as temporary:
         yield temporary
@@ -28,11 +28,11 @@ def checked_file(path: Path) -> Iterator[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Compare a file with its checksum; a file that has none is taken as it is.
+    """Compare a file with its checksum; a file without one is accepted.
 
     Raises:
         DePassError: the file is not what was written.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     known = {digest for digest, name in _read(path.parent) if name == path.name}
     if known and file_hash(path) not in known:
@@ -40,7 +40,7 @@ def check_file(path: Path) -> None:
 
 
 def _read(folder: Path) -> list[tuple[str, str]]:
-    """Return hashes and names."""
+    """Return the recorded pairs of hash and file name."""
     path = folder / SUMS
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
     return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines) if name]

@@ -1,4 +1,4 @@
-"""Components' states on disk: one safetensors file a prompt, whole or absent."""
+"""Component states on disk: one safetensors file per prompt, written atomically."""
 
 import hashlib
 import json
@@ -16,18 +16,18 @@ HEADER = "decomposition"
 
 
 def write_states(folder: str | Path, states: Mapping[int, Decomposition]) -> dict[int, str]:
-    """Write every prompt's components at a layer, as `<index>.safetensors`.
+    """Write every prompt's components at a layer to `<index>.safetensors`.
 
     Args:
-        folder: where to write; it is made where it is missing.
-        states: by the prompts' indices.
+        folder: the folder of the files; created if it is missing.
+        states: the components by the prompts' indices.
 
     Returns:
         The SHA-256 of each file, by the prompts' indices.
     """
     hashes = {}
     for index, state in states.items():
-        # One entry: safetensors writes several in an order that changes from run to run.
+        # One entry: safetensors writes several in an order that differs between runs.
         header = {HEADER: json.dumps({"layer": state.layer, "names": state.names}, ensure_ascii=False)}
         content = save({"states": state.states.detach().cpu().contiguous()}, header)
         write_whole(state_path(folder, index), content)
@@ -47,11 +47,11 @@ def read_states(path: str | Path) -> Decomposition:
         path: a file that `write_states` wrote.
 
     Raises:
-        DePassError: there is no such file, or it is another one.
+        DePassError: the file is missing or has no component states.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()[HEADER])
             return Decomposition(file.get_tensor("states"), header["names"], header["layer"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DePassError(f"{path} holds no components' states ({error})") from error
+        raise DePassError(f"{path} has no component states ({error})") from error

@@ -1,4 +1,4 @@
-"""What identifies a model's weights."""
+"""Identify a model's weights by a hash."""
 
 import hashlib
 
@@ -8,8 +8,7 @@ from torch import nn
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return 16 hexadecimal digits that change with any weight: names, shapes, types and values of all of
-    them.
+    """Return 16 hexadecimal digits that depend on the name, shape, type and value of every weight.
 
     Parameters and stored buffers are hashed (SHA-256) in the order of their names, one tensor on the CPU at
     a time. The device does not matter; the floating-point type does, since it changes what the model

@@ -1,4 +1,4 @@
-"""JSON files, whole or absent."""
+"""JSON files, written atomically."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,12 +9,12 @@ from depass_lightning.utils.atomic_files import write_whole
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
-    """Write one JSON object, indented and in the order given."""
+    """Write one JSON object, indented, with its keys in order."""
     return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     return write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 

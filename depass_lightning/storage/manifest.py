@@ -1,4 +1,4 @@
-"""What a run's rows depend on, kept beside them: rows of two different runs must never mix."""
+"""The manifest of a run's rows: what they depend on, so that rows of different runs never mix."""
 
 import hashlib
 import json
@@ -14,20 +14,21 @@ NAME = "manifest.json"
 
 
 class OtherRunError(DePassError):
-    """A folder holds the results of another run, which stay as they are."""
+    """A folder has the results of another run, which are not changed."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What decides every number of a run.
+    """Everything that determines the numbers of a run.
 
     Attributes:
-        settings: the configuration, less what changes no number (batches, processes, loggers, reports).
+        settings: the configuration, without what changes no number (batches, processes, loggers, reports).
         weights: the model's fingerprint.
         task: the fingerprint of the prompts.
-        prompts: how many there are.
-        versions: of the packages that compute. They decide digits only: they are kept and not compared.
-        settings_hash: 16 hexadecimal digits for the settings.
+        prompts: the number of prompts.
+        versions: the versions of the packages that compute; recorded but not compared, since they affect
+            only rounding.
+        settings_hash: 16 hexadecimal digits that identify the settings.
     """
 
     settings: Mapping[str, Any]
@@ -38,34 +39,34 @@ class Manifest:
     settings_hash: str = field(init=False)
 
     def __post_init__(self) -> None:
-        # What JSON makes of it, so that one that was read equals one that was made.
+        # Through JSON, so that a manifest that was read equals the one that was written.
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))
         object.__setattr__(self, "settings_hash", fingerprint(self.settings))
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Say what differs from another run's, a line each: "source.layer was 0 and is 3"."""
+        """Describe the differences from another run, one line each: "source.layer was 0 and is 3"."""
         then, now = _flat(self.settings), _flat(other.settings)
-        found = [
+        differences = [
             f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
             for key in dict.fromkeys([*then, *now])
             if then.get(key) != now.get(key)
         ]
         if self.weights != other.weights:
-            found.append(f"the model's weights are others ({self.weights} then, {other.weights} now)")
+            differences.append(f"the model's weights differ ({self.weights} then, {other.weights} now)")
         if self.task != other.task:
-            found.append(f"the prompts are others ({self.prompts} then, {other.prompts} now)")
-        return found
+            differences.append(f"the prompts differ ({self.prompts} then, {other.prompts} now)")
+        return differences
 
     def write(self, folder: str | Path) -> Path:
-        """Write it into the folder of the rows."""
+        """Write the manifest into the folder of the rows."""
         return write_json(Path(folder) / NAME, asdict(self))
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
-    """Read the manifest of a folder of rows; None where there is none.
+    """Read the manifest of a folder of rows; None if there is none.
 
     Raises:
-        OtherRunError: what is there is no manifest.
+        OtherRunError: the file is not a manifest.
     """
     path = Path(folder) / NAME
     if not path.exists():
@@ -78,25 +79,25 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             raise ValueError("the settings do not fit their hash")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OtherRunError(
-            f"{path} is damaged, or no manifest of a run ({error}); put back the one that was there, or give "
+            f"{path} is damaged, or is not the manifest of a run ({error}); restore the original, or give "
             "another folder (hydra.run.dir=...)"
         ) from error
     return manifest
 
 
 def keep_manifest(manifest: Manifest, folder: str | Path) -> bool:
-    """Say whether a folder's rows can be added to, and write the manifest where it is the first.
+    """Check that a run may add rows to a folder, and write its manifest if the folder has no rows.
 
     Args:
-        manifest: of the run that begins.
+        manifest: the manifest of the new run.
         folder: the folder of its rows.
 
     Returns:
-        Whether a run with the same manifest has been there before.
+        Whether the folder has rows of the same run.
 
     Raises:
-        OtherRunError: there are rows of another run, and the message says what differs, or of one that is not
-            known.
+        OtherRunError: the folder has rows of another run (the message names the differences) or of an unknown
+            one.
     """
     if not any(Path(folder).rglob("*.parquet")):
         manifest.write(folder)
@@ -104,28 +105,28 @@ def keep_manifest(manifest: Manifest, folder: str | Path) -> bool:
     before = read_manifest(folder)
     if before is None:
         raise OtherRunError(
-            f"{folder} holds results, but no {NAME} to say of which run; put it back, or start with "
-            "resume=false to begin in another folder"
+            f"{folder} has results, but no {NAME} to identify their run; restore it, or start with "
+            "resume=false to use another folder"
         )
-    if found := before.differences(manifest):
+    if differences := before.differences(manifest):
         raise OtherRunError(
-            f"{Path(folder).parent} holds the results of another run: {'; '.join(found)}. Use the earlier "
-            "settings to continue it, or resume=false to start over in another folder"
+            f"{Path(folder).parent} holds the results of another run: {'; '.join(differences)}. Use the "
+            "earlier settings to continue it, or resume=false to start over in another folder"
         )
     return True
 
 
 def fingerprint(content: Any) -> str:
-    """Return 16 hexadecimal digits that change with anything in a JSON value."""
+    """Return 16 hexadecimal digits that identify a JSON value."""
     written = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def task_fingerprint(examples: Iterable[Any]) -> str:
-    """Return 16 hexadecimal digits that change with any prompt, its answer, its order or its evidence.
+    """Return 16 hexadecimal digits that identify a task's prompts, answers and evidence, and their order.
 
     Args:
-        examples: `depass_lightning.tasks.Example`s.
+        examples: the task's `depass_lightning.tasks.Example`s.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -134,10 +135,10 @@ def task_fingerprint(examples: Iterable[Any]) -> str:
 
 
 def _flat(content: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{key}.")
+            flat |= _flat(value, f"{before}{key}.")
         else:
-            found[f"{before}{key}"] = value
-    return found
+            flat[f"{before}{key}"] = value
+    return flat

@@ -1,7 +1,7 @@
-"""What a run has done so far: the shards of all its processes, in one folder that all of them see.
+"""The finished part of a run: the shards of all its processes in one shared folder.
 
-Processes speak to each other through the folder alone. No collective is needed while a run goes: none can
-time out where one process ends hours before another, and none hangs where one is lost.
+Processes communicate through the folder only. Without collectives, nothing times out if one process
+finishes hours before another, and nothing hangs if one is lost.
 """
 
 import shutil
@@ -26,23 +26,24 @@ from depass_lightning.storage.shards import (
 )
 from depass_lightning.utils.atomic_files import file_hash, remove_halves, rename
 
-PACKED = 64  # shards of one process that are made one, so that a folder never holds very many
+PACKED = 64  # shards of one process that are packed into one, to keep the number of files small
 SKIPPED = ".skipped.jsonl"
 ENDED = ".ended"
 SHARDS = "shards"
-DIGITS = 16  # of a shard's hash, in its name
+DIGITS = 16  # digits of the hash in a shard's name
 
 
-class Journal:
+class RunStore:
     """The shards of a run in `<folder>/attributions/shards`, and the file that they are merged into.
 
-    A shard's name has its content's hash, and ends with how many prompts it is the result of: so much is
-    counted without opening any. Each row has the hash of its prompt's states, and `SHA256SUMS` that of the
+    A shard's name has the hash of its content and ends with its number of prompts, which can thus be counted
+    without opening it. Each row has the hash of its prompt's states, and `SHA256SUMS` has the hash of the
     merged file.
 
     Args:
         folder: the run's folder.
-        rows: how many rows a prompt has at most; its first has the index of the prompt times this.
+        rows: the maximum number of rows per prompt; the index of a prompt's first row is the prompt's index
+            times this.
     """
 
     def __init__(self, folder: str | Path, rows: int = 1) -> None:
@@ -52,12 +53,12 @@ class Journal:
 
     @property
     def path(self) -> Path:
-        """The file that holds every attribution at the end."""
+        """The file of all attributions, written at the end."""
         return self.folder / "attributions" / "attributions.parquet"
 
     @property
     def skipped_path(self) -> Path:
-        """The file that lists the prompts that were skipped, if there are any."""
+        """The file that lists skipped prompts; absent if there are none."""
         return self.folder / "skipped.jsonl"
 
     @property
@@ -67,32 +68,32 @@ class Journal:
 
     @property
     def states(self) -> Path:
-        """The folder of components' states, where these are kept."""
+        """The folder of component states, if they are stored."""
         return self.path.parent / "states"
 
     def skipped(self) -> list[dict[str, Any]]:
-        """Return the prompts that were skipped, and why, once the shards are merged."""
+        """Return the skipped prompts with their reasons; available once the shards are merged."""
         return read_json_lines(self.skipped_path) if self.skipped_path.exists() else []
 
     def clear(self) -> None:
-        """Remove everything, where what is there belongs to no run that is known."""
+        """Remove all results, if they belong to no known run."""
         for folder in (self.shards, self.states):
             shutil.rmtree(folder, ignore_errors=True)
         self.path.unlink(missing_ok=True)
         self.skipped_path.unlink(missing_ok=True)
 
     def damaged(self) -> list[Path]:
-        """Return the files that are not what was written, and those of states that are missing."""
+        """Return damaged files, and missing files of states."""
         tables = [path for path in self._tables() if not _intact(path)]
         return [*tables, *(state_path(self.states, index) for index in self._lost(tables))]
 
     def tidy(self) -> list[Path]:
-        """Remove what an earlier process left half done, what is damaged, and the rows whose states are.
+        """Remove unfinished and damaged files, and rows whose states are damaged or missing.
 
-        Prompts that were skipped are not done: they are tried again.
+        Skipped prompts are tried again.
 
         Returns:
-            The files that were damaged or missing.
+            The damaged or missing files.
         """
         damaged = [path for path in self._tables() if not _intact(path)]
         for path in damaged:
@@ -109,11 +110,11 @@ class Journal:
         return damaged
 
     def done(self) -> set[int]:
-        """Return the prompts that are attributed, by index."""
+        """Return the indices of the attributed prompts."""
         return {index // self.rows for path in self._tables() for index in read_indices(path)}
 
     def counted(self) -> int:
-        """Return how many prompts the shards are the result of, those that were skipped included."""
+        """Return the number of prompts in the shards, including skipped ones."""
         if not self.shards.exists():
             return 0
         return sum(_prompts(path) for path in self.shards.iterdir() if not path.name.startswith("."))
@@ -126,17 +127,17 @@ class Journal:
         prompts: int,
         states: Mapping[int, Decomposition] | None = None,
     ) -> None:
-        """Keep what a batch came to.
+        """Store the results of a batch.
 
         Args:
-            rank: the process's number.
+            rank: the rank of the process.
             rows: rows of `ATTRIBUTION_SCHEMA`.
             skipped: `index`, `id` and `reason` of prompts that could not be attributed.
-            prompts: how many prompts both are the result of.
-            states: components' states by the prompts' indices. A prompt that is done has its own.
+            prompts: the number of prompts in `rows` and `skipped`.
+            states: the component states by the prompts' indices, if they are stored.
 
         Raises:
-            DePassError: it cannot be written.
+            DePassError: the files cannot be written.
         """
         try:
             hashes = write_states(self.states, states or {})
@@ -155,34 +156,34 @@ class Journal:
                 self._pack(rank)
         except OSError as error:
             raise DePassError(
-                f"{self.shards} cannot be written to: {error.strerror or error}. What is done is kept there "
-                f"({self.counted():,} prompts); start the same command again once it can"
+                f"{self.shards} cannot be written to: {error.strerror or error}. Finished results are kept "
+                f"there ({self.counted():,} prompts); start the same command again once it is writable"
             ) from error
 
     def end(self, rank: int) -> None:
-        """Note that a process has done its share."""
+        """Mark a process as finished."""
         self.shards.mkdir(parents=True, exist_ok=True)
         (self.shards / f"rank{rank:04d}-0{ENDED}").touch()
 
     def ended(self) -> int:
-        """Return how many processes have done their share."""
+        """Return the number of finished processes."""
         return len(list(self.shards.glob(f"*{ENDED}")))
 
     def merge(self, expected: Sequence[int] | None, before: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Make one file of the shards of all processes, and one of what they skipped.
+        """Merge the shards of all processes into one file, and list skipped prompts in another.
 
         Args:
-            expected: the prompts that must be there, or be skipped; not checked where None.
-            before: what was skipped before the run; it is listed with the rest.
+            expected: the indices of prompts that must be attributed or skipped; None skips the check.
+            before: prompts skipped before the run; they are listed with the rest.
 
         Raises:
-            DePassError: some are neither, or a shard is damaged.
+            DePassError: a prompt is missing, or a shard is damaged.
         """
         for path in self._tables():
             if not _intact(path):
                 raise DePassError(
-                    f"{path} is damaged: it is not what was written. Start the same command again: what was "
-                    "in this file is attributed again, and the rest is kept"
+                    f"{path} is damaged: it is not what was written. Start the same command again: the "
+                    "prompts of this file are attributed again, and the rest is kept"
                 )
         skipped = [row for path in self.shards.glob(f"*{SKIPPED}") for row in read_json_lines(path)]
         skipped.sort(key=lambda row: row["index"])
@@ -210,10 +211,10 @@ class Journal:
         """Write a shard and name it after its content.
 
         Args:
-            rank: the process's number.
-            prompts: how many prompts the shard is the result of.
-            ending: of its name.
-            write: writes the path that it gets.
+            rank: the rank of the process.
+            prompts: the number of prompts in the shard.
+            ending: the end of the file's name.
+            write: writes the file at a path.
         """
         draft = self.shards / f".draft.{uuid.uuid4().hex[:8]}.half"
         write(draft)
@@ -222,10 +223,10 @@ class Journal:
         return path
 
     def _pack(self, rank: int) -> None:
-        """Make one shard of this process's single ones."""
+        """Pack this process's shards into one."""
         prompts = sum(map(_prompts, self._single))
         self._keep(rank, prompts, ".parquet", lambda draft: merge_shards(self._single, draft))
-        for path in self._single:  # a crash before leaves rows twice, which the merge expects
+        for path in self._single:  # after a crash before this, rows exist twice; the merge keeps one
             path.unlink()
         self._single = []
 
@@ -233,7 +234,7 @@ class Journal:
         """Return the indices of rows whose prompt's states are missing or damaged.
 
         Args:
-            without: files of rows that cannot be read.
+            without: damaged files of rows, which are not read.
         """
         lost = set()
         for path in self._tables():
@@ -247,7 +248,7 @@ class Journal:
         return sorted(lost)
 
     def _leave_out(self, path: Path, lost: Sequence[int]) -> None:
-        """Write a file of rows again without some of them."""
+        """Rewrite a file without the lost rows."""
         indices = set(read_indices(path))
         left = indices.difference(lost)
         if left == indices:
@@ -263,7 +264,7 @@ class Journal:
 
 
 def _intact(path: Path) -> bool:
-    """Whether a file of rows is what was written: by its name, or by `SHA256SUMS`."""
+    """Return whether a file of rows is undamaged, by the hash in its name or in `SHA256SUMS`."""
     try:
         if path.parent.name == SHARDS:
             return path.name.split(".", 1)[0].split("-")[1] == file_hash(path)[:DIGITS]
@@ -275,6 +276,6 @@ def _intact(path: Path) -> bool:
 
 
 def _prompts(path: Path) -> int:
-    """How many prompts a file is the result of, by its name."""
+    """Return the number of prompts in a file, from its name."""
     number = path.name.split(".", 1)[0].rpartition("-")[2]
     return int(number) if number.isdigit() else 0

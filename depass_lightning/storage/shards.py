@@ -1,8 +1,7 @@
-"""Parquet shards: written as a run goes, merged by index when it ends.
+"""Parquet shards: written during a run, merged by index at its end.
 
-Every process writes shards of its own, so no two write one file. A row carries its `index`, its place among
-the prompts; the merge sorts by it, so the order of work and the number of processes leave no trace in the
-result.
+Each process writes its shards to separate files. A row has an `index`, its place in the task's order; the
+merge sorts by it, so the result does not depend on the order of work or the number of processes.
 """
 
 import itertools
@@ -18,30 +17,35 @@ from depass_lightning.errors import DePassError
 from depass_lightning.utils.atomic_files import whole_file
 
 INDEX = "index"
-GROUP = 2048  # rows that a merged file keeps together
-AT_ONCE = 128 * 2**20  # bytes of shards, as they are encoded, that a merge has in memory
-WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-UNREADABLE = (OSError, pa.ArrowException)  # what a damaged file raises
+ROW_GROUP = 2048  # rows of one row group in a merged file
+MERGE_BYTES = 128 * 2**20  # encoded bytes of shards that a merge reads at a time
+PARQUET_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+UNREADABLE = (OSError, pa.ArrowException)  # errors that a damaged file raises
 
 
 def write_shard(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
-    """Write rows as one Parquet file, whole or not at all.
+    """Write rows to a Parquet file, atomically.
 
     Args:
-        path: the file to write; its folder is made where it is missing.
-        rows: one mapping a row; a column that a row lacks is empty there.
-        schema: the columns and their types. A key that is no column of it is refused.
+        path: the file; its folder is created if it is missing.
+        rows: one mapping per row; missing columns are null.
+        schema: the columns and their types.
+
+    Raises:
+        DePassError: a row has a key that is not a column.
     """
     unknown = sorted({key for row in rows for key in row} - set(schema.names))
     if unknown:
         raise DePassError(f"rows have values for {', '.join(unknown)}, which the schema has no column for")
     with whole_file(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary, **WRITTEN)
+        pq.write_table(
+            pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary, **PARQUET_OPTIONS
+        )
     return Path(path)
 
 
 def open_shard(path: str | Path) -> pq.ParquetFile:
-    """Open a Parquet file whose pages are compared with their checksums as they are read."""
+    """Open a Parquet file; pages are compared with their checksums when they are read."""
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 
@@ -54,15 +58,17 @@ def merge_shards(
 ) -> int:
     """Merge shards into one file, sorted by index, and return how many rows it has.
 
-    A row that several shards hold (a batch that was done again after an interruption) is kept once. The
-    shards are left where they are: whoever made them removes them once this has returned. Memory does not
-    grow with their number: a part of the rows is merged at a time.
+    A row that several shards have (a batch that was repeated after an interruption) is kept once. The shards
+    are not removed. Memory does not grow with the number of rows: they are merged in parts.
 
     Args:
         shards: the Parquet files, all of one schema.
         to: the file to write; it may be one of the shards.
-        expected: the indices that must be there.
+        expected: the indices that must exist.
         without: the indices of rows to leave out.
+
+    Returns:
+        The number of merged rows.
 
     Raises:
         DePassError: there are no shards, or rows are missing.
@@ -70,32 +76,32 @@ def merge_shards(
     paths = sorted(Path(shard) for shard in shards)
     if not paths:
         raise DePassError(f"there are no shards to merge into {to}")
-    held = {path: read_indices(path) for path in paths}
-    indices = sorted({index for own in held.values() for index in own}.difference(without))
+    indices_of = {path: read_indices(path) for path in paths}
+    indices = sorted(set().union(*indices_of.values()).difference(without))
     missing = sorted(set(expected or ()) - set(indices))
     if missing:
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise DePassError(f"{len(missing)} rows are in no shard: {some}. Run again to attribute them")
-    ranges = [(path, min(own), max(own)) for path, own in held.items() if own]
-    parts = 1 + sum(map(_encoded, paths)) // AT_ONCE
-    # Whole groups, so that the file does not tell how many parts there were.
-    step = GROUP * -(-len(indices) // (parts * GROUP)) or GROUP
+    ranges = [(path, min(shard), max(shard)) for path, shard in indices_of.items() if shard]
+    parts = 1 + sum(map(_encoded, paths)) // MERGE_BYTES
+    # Whole row groups, so that the file does not depend on the number of parts.
+    step = ROW_GROUP * -(-len(indices) // (parts * ROW_GROUP)) or ROW_GROUP
     schema = pq.read_schema(paths[0])
-    with whole_file(to) as temporary, pq.ParquetWriter(temporary, schema, **WRITTEN) as writer:
+    with whole_file(to) as temporary, pq.ParquetWriter(temporary, schema, **PARQUET_OPTIONS) as writer:
         for start in range(0, len(indices), step):
-            own = indices[start : start + step]
-            table = _gathered(ranges, own[0], own[-1])
+            part = indices[start : start + step]
+            table = _gathered(ranges, part[0], part[-1])
             if without:
-                table = table.filter(pc.field(INDEX).isin(own))
-            writer.write_table(table, row_group_size=GROUP)
+                table = table.filter(pc.field(INDEX).isin(part))
+            writer.write_table(table, row_group_size=ROW_GROUP)
     return len(indices)
 
 
 def _gathered(ranges: Sequence[tuple[Path, int, int]], first: int, last: int) -> pa.Table:
-    """Return the rows from one index to another, each once, in order."""
+    """Return the rows from index `first` to `last`, in order and without duplicates."""
     bounds = [(INDEX, ">=", first), (INDEX, "<=", last)]
     tables = [
-        # A folder's name, such as "model=tiny", is no column.
+        # Without partitioning: a folder's name, such as "model=tiny", is not a column.
         pq.read_table(
             path,
             filters=bounds,  # type: ignore[arg-type]
@@ -106,20 +112,20 @@ def _gathered(ranges: Sequence[tuple[Path, int, int]], first: int, last: int) ->
         if lowest <= last and highest >= first
     ]
     table = pa.concat_tables(tables).sort_by(INDEX)
-    own = table[INDEX].combine_chunks()
-    # Of equal neighbours the first is kept.
-    fresh = pa.concat_arrays([pa.array([True]), pc.not_equal(own[1:], own[:-1])])  # type: ignore[attr-defined]
+    index = table[INDEX].combine_chunks()
+    # Of rows with equal indices, keep the first.
+    fresh = pa.concat_arrays([pa.array([True]), pc.not_equal(index[1:], index[:-1])])  # type: ignore[attr-defined]
     return table.filter(fresh).combine_chunks()
 
 
 def _encoded(path: Path) -> int:
-    """How large a file's rows are before they are compressed."""
+    """Return the size of a file's rows before compression, in bytes."""
     metadata = pq.ParquetFile(path).metadata
     return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
 
 def read_indices(path: str | Path) -> list[int]:
-    """Return the indices of a file's rows, and read nothing else of it."""
+    """Read the indices of a file's rows, and no other column."""
     return open_shard(path).read(columns=[INDEX])[INDEX].to_pylist()
 
 
@@ -127,11 +133,11 @@ def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[di
     """Read rows in the order of their index.
 
     Args:
-        path: a Parquet file, or a folder whose Parquet files are read together.
-        columns: the columns to read; all where None.
+        path: a Parquet file, or a folder of Parquet files.
+        columns: the columns to read; None reads all.
 
     Raises:
-        DePassError: there is nothing to read at `path`.
+        DePassError: there is no Parquet file at `path`.
     """
     path = Path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -143,11 +149,11 @@ def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[di
 
 
 class RowFile:
-    """A merged file's rows, read anew each time that they are gone through, few of them in memory at a time.
+    """The rows of a merged file; every iteration reads the file in batches.
 
     Args:
         path: the Parquet file.
-        columns: the columns to read; all where None.
+        columns: the columns to read; None reads all.
     """
 
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
@@ -162,5 +168,5 @@ class RowFile:
             yield from batch.to_pylist()
 
     def first(self, count: int) -> list[dict[str, Any]]:
-        """Return so many rows from the top, or fewer where there are no more."""
+        """Return the first `count` rows, or all if there are fewer."""
         return list(itertools.islice(self, count))

@@ -1,4 +1,4 @@
-"""Tasks: prompts with their right answers, and where in the prompt the reason for the answer stands."""
+"""Tasks: prompts with their correct answers, and the evidence for the answer in the prompt."""
 
 from pathlib import Path
 
@@ -44,14 +44,16 @@ def load(
 
     Args:
         name: one of `NAMES`.
-        size: how many examples; None leaves it to the task.
-        seed: what generated prompts, or their order, are drawn from.
-        split: "test", or the split that the embedded model was trained on, "train".
-        path: what to read instead of generating prompts: a JSON or JSON Lines file, a folder that
-            `datasets` saved, or `hub:owner/name` for a public data set.
-        language: the one language that is wanted of a task in several; None means all.
+        size: the number of examples; None uses the task's default.
+        seed: the seed of generated prompts, or of their order.
+        split: "test", or "train", the split that the bundled model was trained on.
+        path: read the prompts instead of generating them: a JSON or JSON Lines file, a folder that `datasets`
+            saved, or `hub:owner/name` for a public data set.
+        language: one language of a multilingual task; None means all.
+
     Raises:
-        DePassError: no such task, split, file or language, or fewer examples than asked for.
+        DePassError: there is no such task, split, file or language, or there are fewer examples than
+            requested.
     """
     if name not in _LOADERS:
         raise DePassError(f"no task {name!r}; there are {', '.join(NAMES)}")

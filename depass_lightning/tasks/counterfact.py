@@ -1,8 +1,8 @@
-"""Facts beside facts that are not so: "The mother tongue of Danielle Darrieux is" → " French".
+"""Facts with a false alternative: "The mother tongue of Danielle Darrieux is" → " French".
 
-Without a file, the prompts are about the embedded model's own facts, each with the answer to another fact of
-its relation as the foil. With a file, they are those of CounterFact (Meng et al. 2022, "Locating and Editing
-Factual Associations in GPT", arXiv:2202.05262) in the layout of DePass' own release, in that of the original
+Without a file, the prompts ask for facts that the bundled model knows; the foil is the answer to another fact
+of the same relation. With a file, they are those of CounterFact (Meng et al. 2022, "Locating and Editing
+Factual Associations in GPT", arXiv:2202.05262) in the layout of the DePass release, in that of the original
 (`requested_rewrite`), or in that of `NeelNanda/counterfact-tracing` on the hub (`target_true`).
 
 The split "misleading" puts a false statement before each prompt (`misled.py`).
@@ -23,15 +23,15 @@ SPLITS = ("train", "test", "misleading")
 
 
 def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
-    """Ask the embedded model's facts, or read rows in a layout of CounterFact.
+    """Ask for the bundled model's facts, or read rows in a layout of CounterFact.
 
     Args:
-        size: how many prompts at most; None means all.
-        seed: the order of the embedded model's facts, and the false answers where the rows have none.
-        split: "test" asks each of the embedded model's facts in the wording that it has not read, "train" in
-            those that it has; "misleading" puts a false statement before the prompts. Of a file there are
-            only "test" and "misleading".
-        path: as for `tasks.load`, with rows `{prompt, subject, answer}`.
+        size: the maximum number of prompts; None means all.
+        seed: the seed of the order of generated prompts, and of false answers that the rows lack.
+        split: "test" asks for each of the bundled model's facts in the wording held out from its training,
+            "train" in the others; "misleading" puts a false statement before the prompts. A file has only
+            "test" and "misleading".
+        path: rows `{prompt, subject, answer}` in a file, folder or data set of `tasks.load`.
     """
     if split not in SPLITS:
         raise DePassError(f"the counterfact task has no split {split!r}; it has {', '.join(SPLITS)}")
@@ -49,13 +49,13 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
 
 
 def _of_facts(seed: int, split: str) -> list[Example]:
-    """Return all prompts of a split of the embedded model's facts, in an order drawn from the seed."""
+    """Return all prompts about the bundled model's facts in a split, shuffled by the seed."""
     generator = random.Random(f"counterfact {split} {seed}")
     part = "train" if split == "train" else "test"
     examples, statements = [], {}
     for number, fact in enumerate(FACTS):
-        for way, (prompt, span) in enumerate(fact.prompts(part)):
-            name = f"counterfact-{split}-{fact.relation}-{number}-{way}"
+        for wording, (prompt, span) in enumerate(fact.prompts(part)):
+            name = f"counterfact-{split}-{fact.relation}-{number}-{wording}"
             examples.append(_example(name, prompt, fact.answer, span, fact.relation))
             statements[name] = generator.choice(fact.prompts("train"))[0]
     false = false_answers(examples, seed)
@@ -68,20 +68,22 @@ def _of_facts(seed: int, split: str) -> list[Example]:
 
 
 def _misleading(task: Task, seed: int) -> Task:
-    """Put a false statement in the prompt's own words before each prompt; those without one are skipped."""
+    """Put a false statement in the prompt's wording before each prompt; prompts without one are skipped."""
     examples = list(task)
     false = false_answers(examples, seed)
-    used = [misled(example, example.prompt, false[example.id]) for example in examples if example.id in false]
+    examples_with_foil = [
+        misled(example, example.prompt, false[example.id]) for example in examples if example.id in false
+    ]
     skipped = [
         {"row": index + 1, "reason": f"no other row has the relation {example.labels['relation']!r}"}
         for index, example in enumerate(examples)
         if example.id not in false
     ]
-    if not used:
+    if not examples_with_foil:
         raise DePassError(
-            "no row has a false answer: give rows with target_false, or several of one relation"
+            "no row has a false answer: give rows with target_false, or several rows of one relation"
         )
-    return Task("counterfact", used, [*task.skipped, *skipped])
+    return Task("counterfact", examples_with_foil, [*task.skipped, *skipped])
 
 
 def _example(
@@ -116,7 +118,7 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
     if start < 0:
         raise DePassError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
     if isinstance(foil, str) and foil.strip() == answer:
-        raise DePassError(f"the false answer is the same as the right one: {answer!r}")
+        raise DePassError(f"the false answer is the same as the correct one: {answer!r}")
     name, relation = name_field(row, "case_id", number), str(row.get("relation_id", "unknown"))
     span = (start, start + len(subject))
     return _example(name, prompt, answer, span, relation, foil.strip() if isinstance(foil, str) else None)

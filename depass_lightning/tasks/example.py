@@ -1,4 +1,4 @@
-"""One prompt of a task, and the task that holds many."""
+"""A prompt of a task, and a task: a sequence of prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,18 +26,18 @@ _FEATURES = Features(
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its right answer, and where in the prompt the reason for the answer stands.
+    """A prompt, its correct answer, and the evidence for the answer in the prompt.
 
     Args:
-        id: a name that no other example of the task has.
-        prompt: the text whose continuation is asked for, without a space at its end.
-        answer: the right continuation, with its leading space: `" Mary"`.
-        foil: the wrong continuation to compare with, where the task has one: `" John"`.
+        id: a unique name within the task.
+        prompt: the text to continue, without trailing space.
+        answer: the correct continuation, with its leading space: `" Mary"`.
+        foil: a wrong continuation to compare with, if the task has one: `" John"`.
         roles: named character ranges `[start, end)` in the prompt, for example
             `{"indirect_object": ((5, 9),), "subject": ((14, 18),)}`.
-        evidence: the roles that an attribution should find first; empty where that is not known.
-        variants: the same question otherwise, by name: `{"plain": ...}` without misleading information.
-        labels: what else is known of it: `{"relation": "capital"}`, `{"language": "French", "case": "17"}`.
+        evidence: the roles that an attribution should rank first; empty if unknown.
+        variants: variants of the prompt by name: `{"plain": ...}` without misleading information.
+        labels: further properties: `{"relation": "capital"}`, `{"language": "French", "case": "17"}`.
     """
 
     id: str
@@ -54,9 +54,9 @@ class Example:
         return sorted(span for role in self.evidence for span in self.roles[role])
 
     def target(self) -> Token | Contrast:
-        """Return what to explain: the answer against the foil, or the answer alone where there is no foil.
+        """Return the target: the answer in contrast to the foil, or the answer alone if there is no foil.
 
-        An answer of several tokens stands for its first: data sets hold words, not a model's tokens.
+        An answer of several tokens is replaced by its first token: data sets contain words, not tokens.
         """
         if self.foil is None:
             return Token(self.answer, first=True)
@@ -64,12 +64,12 @@ class Example:
 
 
 class Task:
-    """A sequence of examples by name, held in memory as a `datasets.Dataset`.
+    """A named sequence of examples, stored as a `datasets.Dataset`.
 
     Args:
-        name: what the task is called in results.
+        name: the name of the task in results.
         examples: the examples, in order; their ids must differ.
-        skipped: the rows of a file that could not be used, each with its `row` number and the `reason`.
+        skipped: unusable rows of a file, each with its `row` number and the `reason`.
     """
 
     def __init__(
@@ -118,7 +118,9 @@ def _from_row(row: Mapping[str, Any]) -> Example:
     roles: dict[str, tuple[Span, ...]] = {}
     for role in row["roles"]:
         roles[role["name"]] = (*roles.get(role["name"], ()), (role["start"], role["end"]))
-    variants, labels = ({own["name"]: own["text"] for own in row[key]} for key in ("variants", "labels"))
+    variants, labels = (
+        {entry["name"]: entry["text"] for entry in row[key]} for key in ("variants", "labels")
+    )
     return Example(
         row["id"], row["prompt"], row["answer"], row["foil"], roles, tuple(row["evidence"]), variants, labels
     )

@@ -1,8 +1,8 @@
 """Indirect object identification: "When Mary and John went to the store, John gave a drink to" → " Mary".
 
-Two people are named, one of them a second time, and the one named once is the answer (Wang et al. 2023,
-"Interpretability in the Wild", arXiv:2211.00593). Which tokens matter is known: the indirect object is
-copied, the subject and its repetition rule the other name out.
+Two people are named, one of them twice; the answer is the one named once (Wang et al. 2023, "Interpretability
+in the Wild", arXiv:2211.00593). The relevant tokens are known: the indirect object is copied, and the subject
+and its repetition exclude the other name.
 """
 
 import random
@@ -66,7 +66,7 @@ ACTIONS = (
     "{S} started talking to",
 )
 
-# For openings that have named the object already.
+# For openings that already name the object.
 LATER_ACTIONS = (
     "{S} gave it to",
     "{S} gave the {object} to",
@@ -90,10 +90,10 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
     """Generate the prompts from a seed, or read them from a file of `{case_id, prompt, answer}` rows.
 
     Args:
-        size: how many prompts; None means 100, and all of a file.
-        seed: the same seed gives the same prompts; a larger size continues a smaller one.
-        split: "train" or "test". No two people who meet in "test" meet in "train" in any order.
-        path: a JSON or JSON Lines file in the public layout; seed and split then have no meaning.
+        size: the number of prompts; None means 100, or all rows of a file.
+        seed: the seed of generated prompts; a larger size extends a smaller one.
+        split: "train" or "test". No pair of people occurs in both, in either order.
+        path: rows in the public layout; seed and split are then ignored.
     """
     if path is not None:
         return load_rows("ioi", path, _from_public, size)
@@ -101,7 +101,7 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
 
 
 def generate(size: int, seed: int, split: str) -> list[Example]:
-    """Return `size` different prompts, every other one naming the subject first."""
+    """Return `size` distinct prompts; every second one names the subject first."""
     if split not in ("train", "test"):
         raise DePassError(f"the ioi task has no split {split!r}; it has 'train' and 'test'")
     draws = stream(seed, split)
@@ -120,12 +120,12 @@ def generate(size: int, seed: int, split: str) -> list[Example]:
 
 
 def held_out(first: str, second: str) -> bool:
-    """Say whether two people meet in the test split; the order of the names does not matter."""
+    """Return whether a pair of people belongs to the test split, in either order."""
     return zlib.crc32(" ".join(sorted((first, second))).encode()) % 10 == 0
 
 
 def stream(seed: int, split: str) -> Iterator[Example]:
-    """Yield prompts without end; some come twice."""
+    """Yield an endless stream of prompts, with duplicates."""
     generator = random.Random(f"ioi {split} {seed}")
     number = 0
     while True:
@@ -138,7 +138,7 @@ def stream(seed: int, split: str) -> Iterator[Example]:
 
 
 def _pair(generator: random.Random, split: str) -> tuple[str, str]:
-    """Draw two people of the split."""
+    """Draw a pair of people of the split."""
     while True:
         first, second = generator.sample(NAMES, 2)
         if held_out(first, second) == (split == "test"):
@@ -146,7 +146,7 @@ def _pair(generator: random.Random, split: str) -> tuple[str, str]:
 
 
 def _fill(template: str, name: str, subject: str, pair: tuple[str, str], words: dict[str, str]) -> Example:
-    """Put people and words into a template, and note where the people went."""
+    """Fill a template with people and words, and record the people's positions."""
     people = {"A": pair[0], "B": pair[1], "S": subject}
     roles: dict[str, tuple[Span, ...]] = {}
     text = ""
@@ -164,7 +164,7 @@ def _fill(template: str, name: str, subject: str, pair: tuple[str, str], words: 
 
 
 def _from_public(row: dict[str, Any], number: int) -> Example:
-    """Read one row of the public layout; the roles are found in the text."""
+    """Read a row of the public layout; the roles are located in the text."""
     prompt, answer = text_field(row, "prompt").rstrip(), text_field(row, "answer").strip()
     words = [(match[0], match.span()) for match in re.finditer(r"[^\W\d_]+", prompt)]
     names = [(word, span) for word, span in words if word[0].isupper()]
@@ -173,7 +173,7 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
     if not answer or counts[answer] == 0:
         raise DePassError(f"the answer {answer!r} does not occur in the prompt {prompt!r}")
     if not repeated:
-        raise DePassError(f"no name beside the answer occurs twice in the prompt {prompt!r}")
+        raise DePassError(f"no name other than the answer occurs twice in the prompt {prompt!r}")
     subject = repeated[-1]
     places = {name: tuple(span for other, span in names if other == name) for name in (answer, subject)}
     roles = {

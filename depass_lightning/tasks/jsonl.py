@@ -1,7 +1,7 @@
-"""Anybody's own prompts: one JSON object a line.
+"""Custom prompts: one JSON object per line.
 
 `{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` and
-`target` must be there. The target is taken as it is written: for most models a word begins with its space.
+`target` are required. The target is used unchanged: for most models, a word includes its leading space.
 """
 
 import re
@@ -13,13 +13,15 @@ from depass_lightning.tasks.example import Example, Span, Task
 from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
 
 
-def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
+def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:  # noqa: ARG001
     """Read a file of rows `{prompt, target, foil, id, evidence}`.
 
     Args:
-        size: how many prompts at most, from the top; None means all.
-        seed, split: without meaning here.
-        path: the file. `evidence` lists strings (wherever they occur in the prompt) or `[start, end]` ranges.
+        size: the maximum number of prompts, from the first row; None means all.
+        seed: ignored.
+        split: ignored.
+        path: the file. `evidence` lists strings (all their occurrences in the prompt) or `[start, end]`
+            ranges.
     """
     if path is None:
         raise DePassError("the jsonl task reads a file; give its path (path=prompts.jsonl)")
@@ -40,7 +42,7 @@ def _example(row: dict[str, Any], number: int) -> Example:
 
 
 def _spans(item: Any, prompt: str) -> list[Span]:
-    """Return the ranges that one piece of evidence stands for."""
+    """Return the character ranges of one piece of evidence."""
     if isinstance(item, str) and item:
         spans = [match.span() for match in re.finditer(re.escape(item), prompt)]
         if not spans:

@@ -1,7 +1,7 @@
-"""Facts that a model knows by heart: "The capital of France is" → " Paris".
+"""Facts that a model knows: "The capital of France is" → " Paris".
 
-Without a file, the prompts are about the embedded model's own facts. With a file, they are those of the
-public Known_1000 collection (Meng et al. 2022, "Locating and Editing Factual Associations in GPT",
+Without a file, the prompts ask for the bundled model's facts. With a file, they are those of the public
+Known_1000 collection (Meng et al. 2022, "Locating and Editing Factual Associations in GPT",
 arXiv:2202.05262).
 """
 
@@ -18,14 +18,14 @@ SPLITS = ("train", "test", "new-train", "new-test")
 
 
 def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
-    """Ask the embedded model's facts, or read rows in the layout of Known_1000.
+    """Ask for the bundled model's facts, or read rows in the layout of Known_1000.
 
     Args:
-        size: how many prompts at most; None means all.
-        seed: the order of the embedded model's facts.
-        split: "test" asks every fact in the one way that the embedded model has not read, "train" in the ways
-            that it has; "new-train" and "new-test" do so for facts that it has never read in any way.
-        path: a JSON file of rows with `subject`, `attribute` and `prompt`; seed and split have no meaning.
+        size: the maximum number of prompts; None means all.
+        seed: the seed of the order of generated prompts.
+        split: "test" asks for every fact in the wording held out from the bundled model's training, "train"
+            in the others; "new-train" and "new-test" ask for facts that the model has not been trained on.
+        path: rows with `subject`, `attribute` and `prompt`; seed and split are then ignored.
     """
     if path is not None:
         return load_rows("known", path, _from_public, size)
@@ -38,12 +38,12 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
 
 
 def generate(seed: int, split: str) -> list[Example]:
-    """Return all prompts of a split, in an order drawn from the seed."""
+    """Return all prompts of a split, shuffled by the seed."""
     facts, part = (NEW_FACTS if split.startswith("new-") else FACTS), split.removeprefix("new-")
     examples = []
     for number, fact in enumerate(facts):
-        for way, (prompt, span) in enumerate(fact.prompts(part)):
-            name = f"known-{split}-{fact.relation}-{number}-{way}"
+        for wording, (prompt, span) in enumerate(fact.prompts(part)):
+            name = f"known-{split}-{fact.relation}-{number}-{wording}"
             examples.append(_example(name, prompt, fact.answer, span))
     random.Random(f"known {split} {seed}").shuffle(examples)
     return examples

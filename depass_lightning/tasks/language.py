@@ -1,7 +1,7 @@
-"""Which language is this? "La langue officielle d'Andorre est le\\nThis text is written in" → " French".
+r"""Name the language of a text: "La langue officielle d'Andorre est le\nThis text is written in" → " French".
 
-With a file, the rows are labelled texts (`texts.py`), each put before the question. The embedded model reads
-English alone and cannot be asked that. Its own prompts ask which language is spoken somewhere.
+With a file, the rows are labelled texts (`texts.py`), each followed by the question. The bundled model reads
+only English; without a file, the prompts ask which language is spoken in a country.
 """
 
 from pathlib import Path
@@ -15,18 +15,18 @@ QUESTION = "\nThis text is written in"
 
 
 def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
-    """Ask for the language of texts, or the embedded model for the language of a country.
+    """Ask for the language of texts, or for the language of a country.
 
     Args:
-        size: how many prompts at most; None means all.
-        seed: as for `known`.
-        split: as for `known`.
-        path: as for `tasks.load`, with rows `{text, label}`.
+        size: the maximum number of prompts; None means all.
+        seed: the seed of the order of generated prompts.
+        split: a split of the task `known`.
+        path: rows `{text, label}` in a file, folder or data set of `tasks.load`.
     """
     if path is not None:
         return load_rows("language", path, _from_public, size)
-    asked = [own for own in known.load(None, seed, split, None) if "-language-" in own.id]
-    return Task("language", asked[:size])
+    examples = [example for example in known.load(None, seed, split, None) if "-language-" in example.id]
+    return Task("language", examples[:size])
 
 
 def _from_public(row: dict, number: int) -> Example:

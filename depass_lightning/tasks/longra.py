@@ -1,10 +1,10 @@
-"""Long-range agreement: the reason for the answer stands far before it, behind a sentence that is idle.
+"""Long-range agreement: a distractor sentence separates the answer from its evidence.
 
 With a file, the rows are those of LongRA (Vafa et al. 2021, "Rationales for Sequential Predictions",
 arXiv:2109.06387): "When my flight landed in Vietnam, ... (...) I was staying in the capital," → " Hanoi", and
-the evidence is "Vietnam". The embedded model cannot tell a capital from afar. Its own prompts are those of
-`ioi` with one idle sentence between the people and what one of them does, so that the person who is copied,
-the evidence, is further away than in anything that it was trained on.
+the evidence is "Vietnam". The bundled model cannot do this. Without a file, the prompts are those of `ioi`
+with a distractor between the people and the action, so that the name to copy, the evidence, is further away
+than in the model's training data.
 """
 
 import random
@@ -18,18 +18,18 @@ from depass_lightning.tasks.example import Example, Span, Task
 from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
 
 DEFAULT_SIZE = 100
-IDLE = ("The weather was good.", "There was a book on the table.", "The library was open all day.")
+DISTRACTORS = ("The weather was good.", "There was a book on the table.", "The library was open all day.")
 
 
 def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
     """Generate the prompts from a seed, or read rows in the layout of LongRA.
 
     Args:
-        size: how many prompts; None means 100, and all of a file.
-        seed: what generated prompts are drawn from.
-        split: "train" or "test", as for `ioi`; of a file without meaning.
-        path: as for `tasks.load`, with rows `{id, a, b, prompt, target_token}`; that of `a` and `b` which
-            is not the target is the evidence.
+        size: the number of prompts; None means 100, or all rows of a file.
+        seed: the seed of generated prompts.
+        split: a split of the task `ioi`, "train" or "test"; ignored for a file.
+        path: rows `{id, a, b, prompt, target_token}` in a file, folder or data set of `tasks.load`; the
+            evidence is the one of `a` and `b` that is not the target.
     """
     if path is not None:
         return load_rows("longra", path, _from_public, size)
@@ -39,29 +39,29 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
     for example in ioi.stream(seed, split_of(split)):
         place = example.prompt.find(". ")
         if place > 0 and example.prompt not in parts:
-            parts[example.prompt] = _parted(example, place + 2, generator.choice(IDLE))
+            parts[example.prompt] = _with_distractor(example, place + 2, generator.choice(DISTRACTORS))
         if len(parts) == wanted:
             break
     return Task("longra", list(parts.values()))
 
 
 def split_of(split: str) -> str:
-    """Refuse a split that there is not."""
+    """Return the split, if it exists."""
     if split not in ("train", "test"):
         raise DePassError(f"the longra task has no split {split!r}; it has 'train' and 'test'")
     return split
 
 
-def _parted(example: Example, place: int, idle: str) -> Example:
-    """Put an idle sentence into a prompt; what stands behind it moves."""
-    shift = len(idle) + 1
+def _with_distractor(example: Example, place: int, distractor: str) -> Example:
+    """Insert a distractor into a prompt, and shift the spans after it."""
+    shift = len(distractor) + 1
 
     def moved(span: Span) -> Span:
         return span if span[0] < place else (span[0] + shift, span[1] + shift)
 
     return Example(
         example.id.replace("ioi", "longra"),
-        f"{example.prompt[:place]}{idle} {example.prompt[place:]}",
+        f"{example.prompt[:place]}{distractor} {example.prompt[place:]}",
         example.answer,
         example.foil,
         {name: tuple(map(moved, spans)) for name, spans in example.roles.items()},

@@ -1,9 +1,9 @@
 """The same question in several languages: "La langue maternelle de Danielle Darrieux est le" → " français".
 
-With a file, the rows are CounterFact in several languages, in the layout of DePass' own release. The
-embedded model reads English alone. Its own prompts let *relations* play the part of languages, and subjects
-that of meanings: "The capital of France is" and "The people of France speak" ask different things of one
-subject. They are no languages, and nothing that is found on them is a finding about languages.
+With a file, the rows are CounterFact in several languages, in the layout of the DePass release. The bundled
+model reads only English. Without a file, *relations* take the place of languages, and subjects that of
+meanings: "The capital of France is" and "The people of France speak" ask different questions about one
+subject. Results on these prompts are not results about languages.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,26 @@ from depass_lightning.tasks.example import Example, Task
 from depass_lightning.tasks.loading.rows import check_text, name_field, read_rows, text_field
 from depass_lightning.tasks.synthetic.facts import FACTS
 
-ENGLISH = "original"  # what the release calls it
+ENGLISH = "original"  # the name of English in the release
 
 
 def load(
-    size: int | None, seed: int, split: str, path: str | Path | None, language: str | None = None
+    size: int | None,
+    seed: int,  # noqa: ARG001
+    split: str,
+    path: str | Path | None,
+    language: str | None = None,
 ) -> Task:
-    """Read a file in several languages, or ask several things of the embedded model's subjects.
+    """Read a file in several languages, or ask several questions about the bundled model's subjects.
 
     Args:
-        size: how many cases at most, each of them in every language; None means all.
-        seed: without meaning here.
-        split: "test" asks the embedded model's facts in the wording that it has not read, "train" in one that
-            it has; of a file without meaning.
-        path: as for `tasks.load`, with rows of a `case_id` and, for each language, `{prompt, answer}`.
-        language: the one that is wanted; None means all.
+        size: the maximum number of cases, each in every language; None means all.
+        seed: ignored.
+        split: "test" asks for the bundled model's facts in the wording held out from its training, "train" in
+            another; ignored for a file.
+        path: rows with a `case_id` and, for each language, `{prompt, answer}`, in a file, folder or data set
+            of `tasks.load`.
+        language: one language; None means all.
 
     Returns:
         Prompts with the labels `language` and `case`, case by case.
@@ -44,7 +49,7 @@ def load(
     known = sorted({name for case in cases for name in case})
     if language is not None and language not in known:
         raise DePassError(f"there is no language {language!r}; there are {', '.join(known)}")
-    examples = [own for case in cases for name, own in case.items() if language in (None, name)]
+    examples = [example for case in cases for name, example in case.items() if language in (None, name)]
     if not examples:
         first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
         raise DePassError(f"{path} has no row that the task 'multilingual' can use{first}")
@@ -52,7 +57,7 @@ def load(
 
 
 def _of_facts(split: str) -> list[dict[str, Example]]:
-    """Return each subject's prompts by relation; subjects with one relation alone are left out."""
+    """Return each subject's prompts by relation, for subjects with several relations."""
     cases: dict[str, dict[str, Example]] = {}
     for fact in FACTS:
         prompt, span = fact.prompts(split)[0]
@@ -64,7 +69,7 @@ def _of_facts(split: str) -> list[dict[str, Example]]:
 
 
 def _of_file(path: str | Path, skipped: list[dict[str, Any]]) -> list[dict[str, Example]]:
-    """Return each row's prompts by language, and note in `skipped` what cannot be used."""
+    """Return each row's prompts by language, and append unusable entries to `skipped`."""
     cases: list[dict[str, Example]] = []
     taken = set()
     for number, row, fault in read_rows(path):
@@ -73,22 +78,22 @@ def _of_file(path: str | Path, skipped: list[dict[str, Any]]) -> list[dict[str, 
             skipped.append({"row": number, "reason": reason, "path": str(path)})
             continue
         case = name_field(row, "case_id", number)
-        found: dict[str, Example] = {}
+        examples: dict[str, Example] = {}
         for key, entry in row.items():
             if not isinstance(entry, Mapping):
                 continue
             try:
                 if case in taken:
                     raise DePassError(f"the case_id {case!r} is taken by an earlier row")
-                own = _example(case, "English" if key == ENGLISH else key, dict(entry))
-                found[own.labels["language"]] = own
-            except Exception as error:  # whatever is wrong with a row costs that row
+                example = _example(case, "English" if key == ENGLISH else key, dict(entry))
+                examples[example.labels["language"]] = example
+            except Exception as error:  # any error skips only this row
                 skipped.append({"row": number, "reason": f"{key}: {reason_of(error)}", "path": str(path)})
         if not any(isinstance(entry, Mapping) for entry in row.values()):
             reason = f"no language with a prompt and an answer; the row has {', '.join(row) or 'no fields'}"
             skipped.append({"row": number, "reason": reason, "path": str(path)})
-        if found:
-            cases.append(found)
+        if examples:
+            cases.append(examples)
             taken.add(case)
     return cases
 

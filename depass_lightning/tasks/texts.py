@@ -1,4 +1,4 @@
-"""Labelled texts, which probes are trained on: statements, true or false, and texts in several languages."""
+"""Labelled texts to train probes on: true and false statements, and texts in several languages."""
 
 import random
 import zlib
@@ -11,7 +11,7 @@ from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.loading.rows import read_rows, text_field
 from depass_lightning.tasks.synthetic.facts import FACTS, PARAPHRASES
 
-# What the labels of the public rows mean, by their number.
+# The names of the numeric labels in the public rows.
 LABELS = {
     "truthful": ("false", "true"),
     "language": ("English", "French", "German", "Italian", "Portuguese", "Spanish"),
@@ -22,13 +22,13 @@ CODES: dict[str, str] = dict(zip(["en", "fr", "de", "it", "pt", "es"], LABELS["l
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts with a label each.
+    """Labelled texts.
 
     Args:
-        name: what they are called in results.
+        name: the name in results.
         texts: the texts.
-        labels: the label of each.
-        skipped: the rows of a file that could not be used, each with its `row` number and the `reason`.
+        labels: one label per text.
+        skipped: unusable rows of a file, each with its `row` number and the `reason`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Texts:
         return len(self.texts)
 
     def head(self, size: int | None) -> "Texts":
-        """Return the first of them; all where the size is None."""
+        """Return the first `size` texts; None returns all."""
         return Texts(self.name, self.texts[:size], self.labels[:size], self.skipped)
 
 
@@ -56,20 +56,22 @@ def load_texts(
 
     Args:
         name: "truthful" or "language".
-        split: "train" or "test" of the embedded model's own; of a file without meaning.
-        path: as for `tasks.load`, with rows `{text, label}`; a label is a number, as in `LABELS`, or a name.
-        size: how many texts at most; None means all.
-        seed: the false answers and the order of the embedded model's own.
+        split: "train" or "test" of generated texts; ignored for a file.
+        path: rows `{text, label}` in a file, folder or data set of `tasks.load`; a label is an index into
+            `LABELS` or a name.
+        size: the maximum number of texts; None means all.
+        seed: the seed of the false answers and the order of generated texts.
+
     Raises:
-        DePassError: there is no such name, split or file, or no row that can be used.
+        DePassError: there is no such name, split or file, or no usable row.
     """
     if name not in LABELS:
         raise DePassError(f"there are no labelled texts {name!r}; there are {', '.join(LABELS)}")
     if path is None:
         if split not in ("train", "test"):
             raise DePassError(f"labelled texts have no split {split!r}; they have 'train' and 'test'")
-        made = _statements(seed, split) if name == "truthful" else _relations(seed, split)
-        return made.head(size)
+        texts = _statements(seed, split) if name == "truthful" else _relations(seed, split)
+        return texts.head(size)
     texts, labels, skipped = [], [], []
     for number, row, fault in read_rows(path):
         try:
@@ -78,7 +80,7 @@ def load_texts(
             text, label = labelled(name, row)
             texts.append(text)
             labels.append(label)
-        except Exception as error:  # whatever is wrong with a row costs that row
+        except Exception as error:  # any error skips only this row
             skipped.append({"row": number, "reason": reason_of(error), "path": str(path)})
     if not texts:
         first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
@@ -91,7 +93,7 @@ def labelled(name: str, row: dict[str, Any]) -> tuple[str, str]:
 
     Args:
         name: "truthful" or "language".
-        row: `{text, label}`, or `{statement, label}` and `{text, labels}` as data sets on the hub have them.
+        row: `{text, label}`, or `{statement, label}` or `{text, labels}` as in data sets on the hub.
     """
     text = text_field(row, "statement" if "text" not in row and "statement" in row else "text").strip()
     label = row.get("label", row.get("labels"))
@@ -104,15 +106,15 @@ def labelled(name: str, row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _statements(seed: int, split: str) -> Texts:
-    """Return each of the embedded model's facts, half of them with an answer to another of their relation.
+    """Return the bundled model's facts, half of them with the answer to another fact of the relation.
 
-    No subject stands in both splits, so that a probe cannot know a fact by heart.
+    No subject occurs in both splits, so that a probe cannot memorise facts.
     """
     generator = random.Random(f"truthful {seed}")
     answers = defaultdict(set)
     for fact in FACTS:
         answers[fact.relation].add(fact.answer)
-    facts = [f for f in FACTS if (zlib.crc32(f.subject.encode()) % 4 == 0) == (split == "test")]
+    facts = [fact for fact in FACTS if (zlib.crc32(fact.subject.encode()) % 4 == 0) == (split == "test")]
     generator.shuffle(facts)
     texts, labels = [], []
     for number, fact in enumerate(facts):
@@ -124,15 +126,15 @@ def _statements(seed: int, split: str) -> Texts:
 
 
 def _relations(seed: int, split: str) -> Texts:
-    """Return prompts about the embedded model's facts with their relations, which stand in for languages.
+    """Return prompts about the bundled model's facts, labelled with their relations instead of languages.
 
-    No subject and no wording stands in both splits: of each relation, one wording is kept for the test.
+    No subject and no wording occurs in both splits: one wording of each relation is used only in the test.
     """
     pairs = [
         (template.format(fact.subject), fact.relation)
         for fact in FACTS
-        for way, template in enumerate(PARAPHRASES[fact.relation])
-        if (way == 3) == (zlib.crc32(fact.subject.encode()) % 4 == 0) == (split == "test")
+        for wording, template in enumerate(PARAPHRASES[fact.relation])
+        if (wording == 3) == (zlib.crc32(fact.subject.encode()) % 4 == 0) == (split == "test")
     ]
     random.Random(f"language {seed} {split}").shuffle(pairs)
     return Texts("language", [text for text, _ in pairs], [label for _, label in pairs])

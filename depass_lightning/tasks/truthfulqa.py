@@ -1,10 +1,9 @@
-"""Questions with two options behind misleading information: "Information: ... Options: A: ... B: ..." → " A".
+"""Questions with two options after misleading information: "Information: ... Options: A: ... B: ..." → " A".
 
-With a file, the rows are those of TruthfulQA (Lin et al. 2022, arXiv:2109.07958) in the layout of DePass'
-own release, or in that of the configuration `generation` of `truthfulqa/truthful_qa` on the hub. Without
-one, they are the embedded model's facts, each behind a false statement about its subject: that model knows
-no options, so the answer is the word itself, and the prompts are those of `counterfact`'s split
-"misleading".
+With a file, the rows are those of TruthfulQA (Lin et al. 2022, arXiv:2109.07958) in the layout of the
+DePass release, or in that of the configuration `generation` of `truthfulqa/truthful_qa` on the hub. Without
+one, they ask for the bundled model's facts after a false statement about the subject: that model cannot
+choose options, so the answer is the word itself, and the prompts are the split "misleading" of `counterfact`.
 """
 
 import re
@@ -23,19 +22,20 @@ ASK = (
 )
 
 
-def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:
-    """Read questions with misleading information, or state false things about the embedded model's facts.
+def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:  # noqa: ARG001
+    """Read questions with misleading information, or generate them about the bundled model's facts.
 
     Args:
-        size: how many prompts at most; None means all.
-        seed: as for `counterfact`.
-        split: without meaning here.
-        path: as for `tasks.load`, with rows `{question, wrong_info, options, correct_option, prompt_init,
-            prompt_correct, prompt_wrong}`, or `{question, best_answer, incorrect_answers}`.
+        size: the maximum number of prompts; None means all.
+        seed: the seed of the order and of the false answers.
+        split: ignored.
+        path: rows `{question, wrong_info, options, correct_option, prompt_init,
+            prompt_correct, prompt_wrong}`, or `{question, best_answer, incorrect_answers}`, in a file, folder
+            or data set of `tasks.load`.
 
     Returns:
         Prompts with the roles `misleading`, `right_option` and `wrong_option`, and with the variants `plain`
-        (without the information) and `correct` (with the right one instead).
+        (without the information) and `correct` (with correct information instead).
     """
     if path is not None:
         return load_rows("truthfulqa", path, _from_public, size)
@@ -71,7 +71,7 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
 
 
 def _options(text: str) -> dict[str, str]:
-    """Return "A: this. B: that." as a mapping from letter to text; the second begins at the last " B: "."""
+    """Parse "A: this. B: that." into a mapping from letter to text; the last " B: " separates them."""
     parts = re.fullmatch(r"A: (.*) B: (.*)", text.strip(), flags=re.DOTALL)
     if parts is None:
         raise DePassError(f"the options {text!r} must be written 'A: ... B: ...'")
@@ -86,7 +86,7 @@ def _place(prompt: str, text: str, start: int) -> Span:
 
 
 def _built(row: dict[str, Any]) -> dict[str, Any]:
-    """Write a row of the public data set as the release does; which option comes first is drawn from it."""
+    """Convert a row of the public data set to the release's layout; its hash decides the option order."""
     question, right = text_field(row, "question").strip(), text_field(row, "best_answer").strip()
     others = row.get("incorrect_answers")
     wrong = next((str(text).strip() for text in others or () if str(text).strip() != right), "")

@@ -1,1 +1,1 @@
-"""Files, processes, words and intervals: what every package may use."""
+"""Files, processes, batches, words and confidence intervals: helpers of every package."""

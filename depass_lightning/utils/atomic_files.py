@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one, under names that stay in their folder."""
+"""Write files atomically, under names that stay in their folder."""
 
 import contextlib
 import hashlib
@@ -14,10 +14,10 @@ from depass_lightning.errors import DePassError
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a hidden neighbour of `path` to write to, which takes the name once it is on the disk.
+    """Yield a hidden temporary path in the same folder, which is renamed to `path` once it is on the disk.
 
-    Where writing fails, nothing is left of it. Missing folders are made. The file gets the permissions that
-    any new file gets (`tempfile` and safetensors' own writer make theirs private).
+    If writing fails, the temporary file is removed. Missing folders are created. The file gets the
+    permissions of any new file (those of `tempfile` and of safetensors' writer are private).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # or a machine that dies may leave an empty file under the name
+            os.fsync(file.fileno())  # otherwise a crash of the machine may leave an empty file
         rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -35,7 +35,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def rename(path: Path, to: Path) -> None:
     """Rename a file within its folder, and return once the new name is on the disk."""
     path.replace(to)
-    with contextlib.suppress(OSError):  # Windows, and some network file systems, open no folder
+    with contextlib.suppress(OSError):  # Windows and some network file systems cannot open folders
         folder = os.open(to.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -44,14 +44,14 @@ def rename(path: Path, to: Path) -> None:
 
 
 def remove_halves(folder: str | os.PathLike[str]) -> None:
-    """Remove what processes that were killed have left of files that they were writing, in all subfolders."""
+    """Remove the temporary files of killed processes, in all subfolders."""
     for path in Path(folder).rglob(".*.half"):
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.half", path.name):
             path.unlink(missing_ok=True)
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write `content` to `path` whole or not at all, and return the path."""
+    """Write `content` to `path` atomically, and return the path."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
@@ -64,15 +64,15 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return a file's bytes.
+    """Return the content of a file of limited size.
 
     Args:
         path: the file.
-        limit: how many bytes it may have.
+        limit: the maximum size in bytes.
 
     Raises:
-        DePassError: it is not a regular file (reading a pipe may never end), or it is larger.
-        OSError: it cannot be read, or there is none.
+        DePassError: the file is too large, or not a regular file (reading a pipe may never end).
+        OSError: the file is missing or cannot be read.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -84,20 +84,20 @@ def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def safe_name(name: str) -> str:
-    """Return a name as one part of a path, which leads nowhere else.
+    """Return a name as a single, valid component of a path.
 
-    A name that is fit stays as it is. Another one has its characters replaced, is cut after 100 bytes, and
-    ends with eight digits of its hash, so that two names never become one.
+    A valid name is not changed. In any other, invalid characters are replaced, the text is cut after 100
+    bytes, and eight digits of its hash are appended, so that different names stay different.
 
     Args:
         name: any text, such as a probe set's name or a model's.
     """
-    known = name.encode("utf-8", errors="surrogatepass")
+    encoded = name.encode("utf-8", errors="surrogatepass")
     safe = re.sub(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff/\\:*?"<>|]', "-", name).lstrip(". ").rstrip(". ")
     safe = safe.encode()[:100].decode(errors="ignore")
-    return safe if safe == name and name else f"{safe}-{hashlib.sha256(known).hexdigest()[:8]}"
+    return safe if safe == name and name else f"{safe}-{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
 def safe_path(name: str) -> Path:
-    """Return a name whose parts are separated by slashes as a relative path, each part by `safe_name`."""
+    """Return a name with slashes as a relative path, each part through `safe_name`."""
     return Path(*map(safe_name, name.split("/")))

@@ -1,4 +1,4 @@
-"""A call's prompts in batches."""
+"""Process a call's prompts in batches."""
 
 import math
 from collections.abc import Callable
@@ -17,20 +17,23 @@ def in_batches(
     progress: bool,
     description: str = "attributing",
 ) -> list[Any]:
-    """Work in batches of one kind and similar length, and put the results back in order.
+    """Process prompts in batches of one kind and similar length, and return the results in order.
 
-    Inside `depass_lightning.utils.distributed.sharing` the batches are shared out among the processes.
+    Inside `depass_lightning.utils.distributed.sharing` the batches are distributed among the processes.
 
     Args:
-        kinds: for each prompt what all of a batch must have in common, such as the layer and the rotary
+        kinds: for each prompt a key that all prompts of a batch must share, such as the layer and the rotary
             frequencies, and its number of tokens.
-        batch_size: how many prompts a batch has at most.
-        work: gives the results of the prompts of the given numbers.
+        batch_size: the maximum number of prompts in a batch.
+        work: returns the results of the prompts with these indices.
         progress: show a progress bar.
-        description: what the bar says.
+        description: the label of the progress bar.
+
+    Returns:
+        One result per prompt.
 
     Raises:
-        DePassError: the batch size is less than one, or another process made a mistake.
+        DePassError: the batch size is less than one, or another process failed.
     """
     if batch_size < 1:
         raise DePassError(f"batch_size is {batch_size}; it must be at least 1")
@@ -42,11 +45,11 @@ def in_batches(
             batches.append([])
         batches[-1].append(index)
 
-    def own() -> dict[int, Any]:
+    def process_share() -> dict[int, Any]:
         results: dict[int, Any] = {}
         for batch in track(batches[rank::world], description=description, disable=not progress):
             results.update(zip(batch, work(batch), strict=True))
         return results
 
-    results = {index: result for each in from_all(own) for index, result in each.items()}
+    results = {index: result for share in from_all(process_share) for index, result in share.items()}
     return [results[index] for index in range(len(kinds))]

@@ -1,4 +1,4 @@
-"""Between a text and the ids that a model continues it from."""
+"""Convert a text to the ids that a model continues, and ids back to text."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,13 +7,20 @@ from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.errors import DePassError
 
-FAR = 32  # characters for each position of the context
-MOST = 10_000_000  # characters of a text; tokenising more takes gigabytes
+CHARACTERS_PER_POSITION = 32  # tokenised to check a text's length, per position of the context
+MAX_CHARACTERS = 10_000_000  # of a text; tokenising more takes gigabytes of memory
 
 
 class Encoded(NamedTuple):
-    """A text's ids; each token's character range in the text, (0, 0) for special tokens before it, or None
-    where unknown; how many characters the text's own copy of these takes; and whether it was left out."""
+    """A tokenised text.
+
+    Attributes:
+        ids: the token ids.
+        offsets: each token's character range `[start, end)` in the text, (0, 0) for special tokens before it;
+            None if unknown.
+        start: the number of characters of special tokens that the text itself begins with.
+        doubled: whether these special tokens would have been added twice.
+    """
 
     ids: list[int]
     offsets: list[tuple[int, int]] | None
@@ -25,16 +32,16 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the promp
     """Tokenise a text that the model continues.
 
     Special tokens that the tokenizer puts before a text are added, but not a second time to a text that
-    begins with them, as a chat that a template wrote does. Those that it puts after a text (EOS, [SEP]) are
-    left out: the model would continue from them.
+    already begins with them, such as a formatted chat. Special tokens after a text (EOS, [SEP]) are omitted:
+    the model would continue from them.
 
     Args:
         text: the text.
         tokenizer: the model's tokenizer.
-        name: what the text is called in an error.
+        name: the name of the text in error messages.
 
     Raises:
-        DePassError: the text has a lone surrogate, which no tokenizer can read.
+        DePassError: the text has a lone surrogate, which tokenizers cannot read.
     """
     try:
         text.encode()
@@ -43,7 +50,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the promp
             f"{name} has half of a surrogate pair, {text[error.start]!r}, at character {error.start}; "
             "it is not valid Unicode: remove it"
         ) from error
-    # Prompts longer than the context are refused by DePass, so the tokenizer need not warn of them.
+    # DePass itself refuses prompts longer than the context.
     options: dict[str, Any] = {"return_offsets_mapping": bool(tokenizer.is_fast), "verbose": False}
     whole = tokenizer(text, **options)
     plain = tokenizer(text, add_special_tokens=False, **options)
@@ -54,30 +61,30 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the promp
     end, start = (before + len(bare) if bare else len(ids)), 0
     doubled = before > 0 and bare[:before] == ids[:before]
     if doubled:
-        own = slice(before, 2 * before)
-        start = offsets[own][-1][1] if offsets else len(str(tokenizer.decode(ids[own])))
+        copy = slice(before, 2 * before)
+        start = offsets[copy][-1][1] if offsets else len(str(tokenizer.decode(ids[copy])))
         ids, end = ids[:before] + ids[2 * before :], end - before
         offsets = offsets and offsets[:before] + offsets[2 * before :]
     elif offsets and ids[0] == tokenizer.bos_token_id:
-        start, offsets[0] = offsets[0][1], (0, 0)  # in the text alone: a special token as well
+        start, offsets[0] = offsets[0][1], (0, 0)  # written in the text: also a special token
     return Encoded(ids[:end], offsets and offsets[:end], start, doubled)
 
 
 def check_vocabulary(
     name: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None
 ) -> None:
-    """Refuse tokens that were added to a tokenizer and not to the model.
+    """Refuse tokens that were added to a tokenizer but not to the model.
 
     Args:
-        name: what holds the ids, for the error.
-        ids: token ids.
-        tokenizer: to show the token by.
-        vocabulary: the number of tokens that the model has embeddings for, or None where unknown.
+        name: what contains the ids, for error messages.
+        ids: the token ids.
+        tokenizer: decodes the token for the message.
+        vocabulary: the number of tokens with embeddings, or None if unknown.
 
     Raises:
         DePassError: an id is not below the vocabulary's size.
     """
-    if vocabulary is not None and (beyond := next((own for own in ids if own >= vocabulary), None)):
+    if vocabulary is not None and (beyond := next((id for id in ids if id >= vocabulary), None)):
         raise DePassError(
             f"{name} has the token {token_text(beyond, tokenizer)!r} (id {beyond}), but the model has "
             f"embeddings for {vocabulary} tokens only; call model.resize_token_embeddings(len(tokenizer)) "
@@ -86,34 +93,34 @@ def check_vocabulary(
 
 
 def beginning_of(text: str, limit: int | None) -> str:
-    """The part of a text that tells whether it is far beyond the context: all of a shorter one.
+    """Return the beginning of a text, long enough to show whether it far exceeds the context.
 
     Args:
         text: the text.
-        limit: the model's context in tokens, or None where unknown.
+        limit: the model's context in tokens, or None if unknown.
     """
-    return text[: MOST if limit is None else min(MOST, FAR * limit)]
+    return text[: MAX_CHARACTERS if limit is None else min(MAX_CHARACTERS, CHARACTERS_PER_POSITION * limit)]
 
 
 def check_beginning(name: str, text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
-    """Refuse a text that is far too long before all of it is tokenised: the process may run out of memory.
+    """Refuse a text that is far too long before it is tokenised, which may exhaust memory.
 
     Args:
-        name: what the text is called in the error.
+        name: the name of the text in error messages.
         text: the text.
         tokenizer: the model's tokenizer.
-        limit: the model's context in tokens, or None where unknown.
+        limit: the model's context in tokens, or None if unknown.
 
     Raises:
         DePassError: the text has over ten million characters, or far more tokens than the context.
     """
-    if len(text) > MOST:
-        raise DePassError(f"{name} has {len(text):,} characters, more than {MOST:,}; shorten it")
+    if len(text) > MAX_CHARACTERS:
+        raise DePassError(f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}; shorten it")
     beginning = beginning_of(text, limit)
     if limit is None or len(beginning) == len(text):
         return
     count = len(encode(beginning, tokenizer, name).ids)
-    # Twice: the beginning's last tokens may be others in the whole text.
+    # Factor 2: the beginning's last tokens may differ in the whole text.
     if count > 2 * limit:
         raise DePassError(
             f"{name} has {len(text):,} characters; its first {len(beginning):,} have {count:,} tokens, more "
@@ -122,22 +129,22 @@ def check_beginning(name: str, text: str, tokenizer: PreTrainedTokenizerBase, li
 
 
 def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text of one token, with the space that it begins with.
+    """Return the text of a token, with its leading space.
 
     Args:
-        token: its id.
-        tokenizer: None shows the id.
+        token: the token's id.
+        tokenizer: the model's tokenizer; None returns the id.
     """
     if tokenizer is None:
         return str(token)
     text = str(tokenizer.decode([token])).replace("▁", " ")
-    # Some tokenizers drop the space of what they take for the beginning of a text.
+    # Some tokenizers drop the leading space of a decoded text.
     begins_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
     return f" {text}" if begins_word and not text.startswith(" ") else text
 
 
 def continuation(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of generated tokens, decoded together: a character may be spread over several of them.
+    """Return the text of generated tokens, decoded together: a character may span several tokens.
 
     Args:
         ids: the whole text's ids.
@@ -145,7 +152,7 @@ def continuation(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase)
         tokenizer: the model's tokenizer.
     """
     before, text = (str(tokenizer.decode(ids[start - 1 : end])) for end in (start, len(ids)))
-    # Some tokenizers drop the space of what they take for the beginning of a text.
+    # Some tokenizers drop the leading space of a decoded text.
     return text[len(before) :] if text.startswith(before) else str(tokenizer.decode(ids[start:]))
 
 
@@ -156,20 +163,20 @@ def token_pieces(
     tokenizer: PreTrainedTokenizerBase,
     start: int,
 ) -> list[str]:
-    """The text of each token with the space before it, so that joined they read like the prompt.
+    """Return the text of each token with the space before it; joined, the texts are the prompt.
 
     Args:
         ids: the prompt's ids.
-        text: its text.
-        offsets: each token's character range in the text, or None where unknown.
+        text: the prompt.
+        offsets: each token's character range in the text, or None if unknown.
         tokenizer: the model's tokenizer.
-        start: how many characters of the text the special tokens before it cover.
+        start: the number of characters of special tokens that the text begins with.
     """
     if offsets is None:
         return [token_text(token, tokenizer) for token in ids]
     pieces, reached = [], start
     for token, (start, end) in zip(ids, offsets, strict=True):
-        # Special tokens and the later bytes of one character cover no text of their own.
+        # Special tokens and the later bytes of a character cover no further text.
         covers = end > start and end > reached
         pieces.append(text[reached:end] if covers else token_text(token, tokenizer))
         reached = max(reached, end)
@@ -179,16 +186,16 @@ def token_pieces(
 def unknown_words(
     ids: list[int], text: str, offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, ...]:
-    """The words in whose place the model reads the token for unknown ones, each once.
+    """Return the distinct words that the tokenizer replaces by its unknown token.
 
     Args:
         ids: the prompt's ids.
-        text: its text.
-        offsets: each token's character range in the text, or None where unknown.
+        text: the prompt.
+        offsets: each token's character range in the text, or None if unknown.
         tokenizer: the model's tokenizer.
     """
     if offsets is None or tokenizer.unk_token_id is None:
         return ()
     pairs = zip(ids, offsets, strict=True)
-    words = [text[slice(*own)].strip() for token, own in pairs if token == tokenizer.unk_token_id]
+    words = [text[start:end].strip() for token, (start, end) in pairs if token == tokenizer.unk_token_id]
     return tuple(dict.fromkeys(word for word in words if word not in ("", tokenizer.unk_token)))

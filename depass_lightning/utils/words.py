@@ -1,10 +1,10 @@
-"""Where the words of a text begin and end, in any script, without a language model or a word list."""
+"""Split a text into words, in any script, without a language model or a word list."""
 
 import unicodedata
 
 import regex
 
-# Scripts that are written without spaces: every letter stands for itself, since a run of them is a sentence.
+# Scripts without spaces: every letter is a word, since a run of letters is a sentence.
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Myanmar
@@ -20,20 +20,20 @@ DECIMALS = ".,"
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Return the character span of every word and punctuation mark in `text`, in order, white space left out.
+    """Return the character span of every word and punctuation mark in `text`, in order, without white space.
 
-    Letters and digits in a row are one word, and so are words joined by an apostrophe or a hyphen ("don't",
-    "well-known") and digits joined by a point or a comma ("3.14"). Every other mark is a word of its own, a
-    repeated one ("...") once. In scripts without spaces every letter is a word.
+    Consecutive letters and digits are one word, and so are words joined by an apostrophe or a hyphen
+    ("don't", "well-known") and digits joined by a point or a comma ("3.14"). Every other mark is a separate
+    word; a repeated mark ("...") is one. In scripts without spaces every letter is a word.
     """
-    # What a reader sees as one character: a letter with its accents, a flag, an emoji of several parts.
+    # Grapheme clusters: a letter with its accents, a flag, an emoji of several code points.
     seen = [match.span() for match in regex.finditer(r"\X", text)]
     characters = [text[start:end] for start, end in seen]
     kinds = [_kind(character[0]) for character in characters]
     for i in range(1, len(characters) - 1):
         around = characters[i - 1], characters[i + 1]
         joins = characters[i] in JOINERS and kinds[i - 1] == kinds[i + 1] == "word"
-        if joins or (characters[i] in DECIMALS and all(own.isdecimal() for own in around)):
+        if joins or (characters[i] in DECIMALS and all(character.isdecimal() for character in around)):
             kinds[i] = "word"
     spans: list[tuple[int, int]] = []
     for i, (start, end) in enumerate(seen):
@@ -47,7 +47,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _kind(character: str) -> str:
-    """Name what a character does in a word: a mark extends the character before it."""
+    """Return the role of a character in a word; a mark extends the character before it."""
     category = unicodedata.category(character)
     if character.isspace():
         return "space"
@@ -60,7 +60,7 @@ def _kind(character: str) -> str:
 
 
 def _continues(characters: list[str], kinds: list[str], i: int) -> bool:
-    """Say whether a character belongs to the word that the one before it is in."""
+    """Return whether a character belongs to the word of the character before it."""
     if kinds[i] == "mark":
         return True
     before = i - 1
@@ -72,11 +72,11 @@ def _continues(characters: list[str], kinds: list[str], i: int) -> bool:
 
 
 def word_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
-    """Return, for every token, the number of the word that it is a piece of; equal numbers are neighbours.
+    """Return the word number of every token; the tokens of a word are consecutive.
 
-    A token that reaches over several words makes one of them, and the tokens that a character's bytes are
-    spread over are pieces of one word. A single space goes with what follows it; other
-    white space, and a token that stands for no text (a special token), is a word of its own.
+    Words that a token spans are merged, and tokens that split the bytes of a character belong to one word. A
+    single space belongs to the word after it; other white space, and a token without text (a special token),
+    is a separate word.
 
     Args:
         text: the text that was tokenised.
@@ -86,8 +86,8 @@ def word_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     for number, (start, end) in enumerate(word_spans(text)):
         word_of[start:end] = [number] * (end - start)
     groups: list[int] = []
-    last, waiting = -1, False  # the last word reached, and whether a space waits for the word behind it
-    reached = 0  # the end of the token before
+    last, waiting = -1, False  # the last word so far, and whether a space waits for the next word
+    reached = 0  # the end of the previous token
     for start, end in offsets:
         words = [word for word in word_of[start:end] if word >= 0]
         group = groups[-1] if groups else -1
@@ -106,10 +106,10 @@ def word_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
 
 
 def word_tokens_by_space(tokens: list[str]) -> list[int]:
-    """Return, for every token, the number of its word, where only the tokens' own text is known.
+    """Return the word number of every token if only the tokens' texts are known.
 
-    A token that begins with white space, or that follows white space alone, begins a word. Bracketed special
-    tokens ("<s>", "[CLS]", "<|end|>") are words of their own.
+    A token that begins with white space, or that follows a token of white space, begins a word. Bracketed
+    special tokens ("<s>", "[CLS]", "<|end|>") are separate words.
     """
     groups: list[int] = []
     alone = True

@@ -164,7 +164,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (TEXT, [" Mary", " Zarathustra"], "not in the model's vocabulary"),
     ([TEXT, OTHER], [" Mary"], "there are 1 targets for 2 prompts"),
     ([TEXT, OTHER], [[" Mary"], []], "the list of targets of prompt 1 is empty"),
-    ([TEXT, OTHER], [[" Mary"], " Nicole"], "the target of prompt 1 is no list"),
+    ([TEXT, OTHER], [[" Mary"], " Nicole"], "the target of prompt 1 is not a list"),
 ]
 
 

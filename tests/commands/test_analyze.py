@@ -265,7 +265,10 @@ def jsonl(folder, *rows):
         (["source=neurons", "source.indices=[4000]"], "no neuron 4000"),
         (["batch_size=0"], "batch_size"),
         (["attention_path=control"], "attention_path='control' needs rule='taylor'"),
-        (["path=sideways", "rule=taylor"], "path='sideways': it should be 'content' or 'control'"),
+        (
+            ["attention_path=sideways", "rule=taylor"],
+            "attention_path='sideways': it should be 'content' or 'control'",
+        ),
         (["target=generation", "source=heads"], "what is generated is attributed to Tokens()"),
         (["target=generation", "compat=paper_code"], "compat='paper_code' explains no generated tokens"),
         (["target=generation", "target.max_new_tokens=0"], "max_new_tokens is 0"),

@@ -23,7 +23,7 @@ from depass_lightning.callbacks import ProcessWatch
 from depass_lightning.callbacks.process_monitor import end_with_parent
 from depass_lightning.commands.resume import UNFINISHED
 from depass_lightning.depass import DePass
-from depass_lightning.storage import Journal, read_rows
+from depass_lightning.storage import RunStore, read_rows
 from tests.commands.test_analyze import good, jsonl, run
 
 SIZE = 24
@@ -145,12 +145,12 @@ def test_at_most_the_batch_in_flight_is_lost(tmp_path):
     """What was attributed before the kill is not attributed again."""
     folder = tmp_path / "run"
     process = started(folder)
-    journal = Journal(folder)
-    while journal.counted() < 6:
+    run_store = RunStore(folder)
+    while run_store.counted() < 6:
         time.sleep(0.01)
     process.kill()
     process.join()
-    kept = journal.done()
+    kept = run_store.done()
     assert len(kept) >= 6
     assert (folder / UNFINISHED).exists()
     assert finished(folder) == 0
@@ -166,8 +166,8 @@ def test_sigterm_ends_cleanly(undisturbed, tmp_path):
     folder = tmp_path / "run"
     for overrides in ([], TWO):
         process = started(folder, *overrides)
-        have = Journal(folder).counted()
-        while Journal(folder).counted() < have + 2:
+        have = RunStore(folder).counted()
+        while RunStore(folder).counted() < have + 2:
             time.sleep(0.01)
         process.terminate()
         process.join(30)
@@ -181,7 +181,7 @@ def test_sigterm_ends_cleanly(undisturbed, tmp_path):
 def test_a_lost_process_is_named(tmp_path):
     folder = tmp_path / "run"
     process = started(folder, "task.size=60", *TWO)
-    while not Journal(folder).counted():
+    while not RunStore(folder).counted():
         time.sleep(0.01)
     psutil.Process(process.pid).children()[-1].kill()
     process.join(30)
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_what_is_done(undisturbed, tmp_path):
     assert finished(folder, limit=largest - 1) == 1
     assert "error: " in said(folder)
     assert "Traceback" not in said(folder)
-    assert len(Journal(folder).done()) == SIZE
+    assert len(RunStore(folder).done()) == SIZE
     assert finished(folder) == 0
     assert table(folder) == table(undisturbed[0])
 
@@ -271,11 +271,11 @@ def test_a_disk_that_is_full_at_once(tmp_path):
 def test_a_broken_shard_is_done_again(undisturbed, tmp_path):
     folder = tmp_path / "run"
     process = started(folder)
-    while Journal(folder).counted() < 8:
+    while RunStore(folder).counted() < 8:
         time.sleep(0.01)
     process.kill()
     process.join()
-    broken = sorted(Journal(folder).shards.glob("rank*.parquet"))[0]
+    broken = sorted(RunStore(folder).shards.glob("rank*.parquet"))[0]
     broken.write_bytes(broken.read_bytes()[:-100])
     assert finished(folder) == 0
     assert f"{broken.name} is damaged or missing" in said(folder)
@@ -298,7 +298,7 @@ def test_skipped_prompts_are_tried_again(tmp_path):
     [
         (["source.layer=1"], "source.layer was 0 and is 1"),
         (["rule=taylor"], "rule.name was 'softmax' and is 'taylor'"),
-        (["task.seed=5"], "the prompts are others"),
+        (["task.seed=5"], "the prompts differ"),
         (["bias=drop"], "bias was 'component' and is 'drop'"),
     ],
 )
@@ -324,7 +324,7 @@ def test_other_weights_are_refused(undisturbed, capsys, monkeypatch):
 
     monkeypatch.setattr(DePass, "from_pretrained", changed)
     assert run(whole, *QUICK) == 1
-    assert "the model's weights are others" in capsys.readouterr().err
+    assert "the model's weights differ" in capsys.readouterr().err
 
 
 def test_what_decides_no_number_may_change(undisturbed, capsys):
@@ -339,7 +339,7 @@ def test_what_decides_no_number_may_change(undisturbed, capsys):
 def test_two_commands_do_not_share_a_folder(undisturbed, tmp_path):
     folder = tmp_path / "run"
     first = started(folder, "task.size=100", "batch_size=1")
-    while not Journal(folder).counted():
+    while not RunStore(folder).counted():
         time.sleep(0.01)
     psutil.Process(first.pid).suspend()
     assert finished(folder) == 1
@@ -363,15 +363,15 @@ def test_many_shards_become_few(tmp_path):
     """A shard a batch, packed as they grow in number: nothing is lost, nothing is there twice."""
     from depass_lightning.storage.run_store import PACKED
 
-    journal = Journal(tmp_path)
+    run_store = RunStore(tmp_path)
     for index in range(2 * PACKED + 3):
-        journal.add(0, [{"index": index, "id": str(index)}], [], 1)
-    assert len(list(journal.shards.iterdir())) == 2 + 3
-    assert journal.counted() == 2 * PACKED + 3
-    assert journal.done() == set(range(2 * PACKED + 3))
-    journal.merge(range(2 * PACKED + 3))
-    assert [row["id"] for row in read_rows(journal.path)] == [str(i) for i in range(2 * PACKED + 3)]
-    assert not journal.shards.exists()
+        run_store.add(0, [{"index": index, "id": str(index)}], [], 1)
+    assert len(list(run_store.shards.iterdir())) == 2 + 3
+    assert run_store.counted() == 2 * PACKED + 3
+    assert run_store.done() == set(range(2 * PACKED + 3))
+    run_store.merge(range(2 * PACKED + 3))
+    assert [row["id"] for row in read_rows(run_store.path)] == [str(i) for i in range(2 * PACKED + 3)]
+    assert not run_store.shards.exists()
 
 
 def test_every_process_says_how_far_it_is(tmp_path, caplog):

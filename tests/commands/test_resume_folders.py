@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_module
 from depass_lightning.callbacks import AttributionWriter
 from depass_lightning.commands import resume as runs
 from depass_lightning.commands.analyze import main
-from depass_lightning.commands.resume import UNFINISHED, Resume, claim
+from depass_lightning.commands.resume import UNFINISHED, Resume, lock_run_folder
 from depass_lightning.errors import DePassError
-from depass_lightning.storage import Journal
+from depass_lightning.storage import RunStore
 from tests.commands.test_analyze import run
 from tests.commands.test_resume import QUICK, SIZE, table
 from tests.conftest import ROOT
@@ -33,7 +33,7 @@ def typed(folder, *overrides, kill_at=None, victim=""):
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if kill_at is not None:
-        while sum(Journal(own).counted() for own in folder.glob("logs/analyze/*/*")) < kill_at:
+        while sum(RunStore(own).counted() for own in folder.glob("logs/analyze/*/*")) < kill_at:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.01)
         family = psutil.Process(process.pid).children(recursive=True) if victim else []
@@ -50,7 +50,7 @@ def test_the_same_command_goes_on_by_itself(tmp_path):
     assert "goes on with" in printed
     assert "prompts have been attributed before" in printed
     assert list(interrupted.parent.iterdir()) == [interrupted]
-    assert len(Journal(interrupted).done()) == 24
+    assert len(RunStore(interrupted).done()) == 24
     # A run that has ended is not gone on with.
     printed = typed(tmp_path, "trainer.accelerator=cpu", f"hydra.run.dir={interrupted}", "resume=false")
     assert "goes on with" not in printed
@@ -150,10 +150,10 @@ def test_a_folder_whose_mark_is_removed_meanwhile_is_claimed_once(tmp_path, monk
         return real(file)
 
     monkeypatch.setattr(runs, "_locked", locked)
-    with pytest.raises(DePassError, match="another process is at work"), claim(tmp_path):
+    with pytest.raises(DePassError, match="another process is at work"), lock_run_folder(tmp_path):
         pass
     held[0].close()
-    with claim(tmp_path):
+    with lock_run_folder(tmp_path):
         assert mark.exists()
     assert not mark.exists()
 
@@ -248,7 +248,7 @@ def test_all_processes_go_on_from_the_same_prompts(tmp_path, starter):
     shares = set(re.findall(r"process (\d) of 2: (\d+) of \2 prompts", told))
     assert sorted(rank for rank, _ in shares) == ["1", "2"]
     assert sum(int(share) for _, share in shares) == SIZE - 6
-    assert len(Journal(folder).done()) == SIZE
+    assert len(RunStore(folder).done()) == SIZE
 
 
 def test_the_first_process_says_what_is_done(tmp_path):

@@ -153,11 +153,11 @@ def test_runs_without_results_are_told_with_the_reason(
     for name, reason in {
         "1": "cannot be read",
         "2": "cannot be read",
-        "12": "failed before it began",
+        "12": "failed before it started",
     }.items():
         assert states[name][0] == "broken"
         assert reason in states[name][1]
-    assert states["13"][1] == "this is no analysis"
+    assert states["13"][1] == "it is not an analysis"
     assert "configuration cannot be read" in states["14"][1]
     text = Elements(page_of(copied)).text
     for name, (status, reason) in states.items():
@@ -222,7 +222,7 @@ def test_only_some_prompts_are_shown_those_first_that_most_runs_have(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep_report, "SHOWN", 6)
-    monkeypatch.setattr(sweep_report, "AT_ONCE", 2)
+    monkeypatch.setattr(sweep_report, "BATCH_ROWS", 2)
     rows, data = reported(sweep)
     assert [len(own["of"]) for own in data["maps"]] == [4, 4, 4, 2, 2, 2]
     # the run with five prompts first: two of them it has alone

@@ -65,5 +65,5 @@ def test_what_has_no_states_is_refused(tmp_path, capsys, options, message):
 def test_a_file_without_states_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "0.safetensors").write_bytes(content)
-    with pytest.raises(DePassError, match="holds no components' states"):
+    with pytest.raises(DePassError, match="has no component states"):
         read_states(tmp_path / "0.safetensors")

@@ -13,7 +13,7 @@ import torch
 
 from depass_lightning import DePassError
 from depass_lightning.results.decomposition import Decomposition
-from depass_lightning.storage import Journal, check_file, checked_file, read_rows, write_states
+from depass_lightning.storage import RunStore, check_file, checked_file, read_rows, write_states
 from depass_lightning.utils.atomic_files import write_whole
 from tests.commands.test_analyze import run
 
@@ -30,30 +30,30 @@ def flip(path: Path, bit: int) -> bytes:
     return before
 
 
-def journal_of(folder: Path) -> Journal:
+def journal_of(folder: Path) -> RunStore:
     """Two prompts in two shards, with their states."""
-    journal = Journal(folder)
+    run_store = RunStore(folder)
     for index in range(2):
         row = {"index": index, "id": str(index), "scores": [0.5, index], "names": ["a", "b"], "value": 0.5}
-        journal.add(0, [row], [], 1, {index: DECOMPOSITION})
-    return journal
+        run_store.add(0, [row], [], 1, {index: DECOMPOSITION})
+    return run_store
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_every_changed_bit_is_noticed(tmp_path: Path, merged: bool) -> None:
-    journal = journal_of(tmp_path)
+    run_store = journal_of(tmp_path)
     if merged:
-        journal.merge(range(2))
-    assert journal.damaged() == []
+        run_store.merge(range(2))
+    assert run_store.damaged() == []
     generator = random.Random(0)
-    files = [*journal.path.parent.rglob("*.parquet"), *journal.states.iterdir()]
+    files = [*run_store.path.parent.rglob("*.parquet"), *run_store.states.iterdir()]
     assert len(files) == 4 - merged
     for path in files:
         for _ in range(100):
             before = flip(path, generator.randrange(8 * path.stat().st_size))
-            assert journal.damaged() == [path]
+            assert run_store.damaged() == [path]
             path.write_bytes(before)
-    assert journal.damaged() == []
+    assert run_store.damaged() == []
 
 
 def test_pages_have_checksums(tmp_path: Path) -> None:
@@ -66,13 +66,13 @@ def test_pages_have_checksums(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_is_damaged_is_not_merged(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path)
-    shards = journal._parquet()
+    run_store = journal_of(tmp_path)
+    shards = run_store._parquet()
     flip(shards[0], 800)
     with pytest.raises(DePassError, match=f"{shards[0].name} is damaged: .* the same command again"):
-        journal.merge(range(2))
-    assert journal.tidy() == [shards[0]]
-    assert len(journal.done()) == 1
+        run_store.merge(range(2))
+    assert run_store.tidy() == [shards[0]]
+    assert len(run_store.done()) == 1
 
 
 def test_either_checksum_fits_while_a_file_is_replaced(tmp_path: Path) -> None:
@@ -132,19 +132,19 @@ def test_states_that_are_lost_or_cut_are_made_again(
     (states / "0.safetensors").unlink()
     (states / "3.safetensors").write_bytes(before["3.safetensors"][:-50])
     added: list[int] = []
-    add = Journal.add
+    add = RunStore.add
 
-    def counted(journal: Journal, rank: int, rows: Sequence[Mapping[str, Any]], *more: Any) -> None:
+    def counted(run_store: RunStore, rank: int, rows: Sequence[Mapping[str, Any]], *more: Any) -> None:
         added.extend(row["index"] for row in rows)
-        add(journal, rank, rows, *more)
+        add(run_store, rank, rows, *more)
 
-    monkeypatch.setattr(Journal, "add", counted)
+    monkeypatch.setattr(RunStore, "add", counted)
     assert run(folder, *FEW, "states=end") == 0
     assert sorted(added) == [0, 3]
     told = capsys.readouterr().err
     assert all(f"{number}.safetensors is damaged or missing" in told for number in (0, 3))
     assert "4 of 6 prompts have been attributed before" in told
-    assert Journal(folder).damaged() == []
+    assert RunStore(folder).damaged() == []
     assert set(before) == {path.name for path in states.iterdir()}
     assert len(read_rows(folder / "attributions")) == 6
 
@@ -156,7 +156,7 @@ def test_results_without_a_manifest_stay(tmp_path: Path, capsys: pytest.CaptureF
     written = manifest.read_text()
     manifest.unlink()
     assert run(tmp_path, *FEW) == 1
-    assert "holds results, but no manifest.json" in capsys.readouterr().err
+    assert "has results, but no manifest.json" in capsys.readouterr().err
     manifest.write_text(json.dumps(json.loads(written) | {"settings": {}}))
     assert run(tmp_path, *FEW) == 1
     assert "the settings do not fit their hash" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from depass_lightning.monitoring.publish import publish
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
-    Journal,
     RowFile,
+    RunStore,
     attribution_from_row,
     attribution_to_row,
     merge_shards,
@@ -50,8 +50,8 @@ def test_the_merge_leaves_no_trace_of_the_shards(tmp_path):
 @pytest.mark.parametrize("at_once", [1, 300, 2**30])
 def test_rows_are_merged_in_parts_that_leave_no_trace(tmp_path, monkeypatch, at_once):
     """However little fits into memory: the same rows in groups of one size; the first of equals stays."""
-    monkeypatch.setattr(shards, "AT_ONCE", at_once)
-    monkeypatch.setattr(shards, "GROUP", 2)
+    monkeypatch.setattr(shards, "MERGE_BYTES", at_once)
+    monkeypatch.setattr(shards, "ROW_GROUP", 2)
     for name, indices in (("a", (5, 0, 2)), ("b", (8, 9)), ("c", (2, 3, 8, 1, 4)), ("d", (7, 6)), ("e", ())):
         own = [row | {"word": f"{name}{row['index']}"} for row in rows(*indices)]
         write_shard(tmp_path / f"{name}.parquet", own, SCHEMA)
@@ -65,8 +65,8 @@ def test_rows_are_merged_in_parts_that_leave_no_trace(tmp_path, monkeypatch, at_
 
 def test_a_merge_reads_no_more_at_a_time_than_fits(tmp_path, monkeypatch):
     paths = [write_shard(tmp_path / f"{i}.parquet", rows(i), SCHEMA) for i in range(6)]
-    monkeypatch.setattr(shards, "GROUP", 2)
-    monkeypatch.setattr(shards, "AT_ONCE", sum(map(shards._encoded, paths)) // 3 + 1)
+    monkeypatch.setattr(shards, "ROW_GROUP", 2)
+    monkeypatch.setattr(shards, "MERGE_BYTES", sum(map(shards._encoded, paths)) // 3 + 1)
     gathered, gather = [], shards._gathered
     monkeypatch.setattr(
         shards, "_gathered", lambda ranges, *bounds: gathered.append(bounds) or gather(ranges, *bounds)
@@ -222,9 +222,9 @@ def test_the_fingerprint_follows_other_state_and_what_comes_after_it():
 def test_the_marks_of_a_killed_run_are_removed(tmp_path):
     """Else prompts that it has skipped, and are tried again, would be listed twice."""
     skipped = {"index": 0, "id": "strange", "reason": "two tokens"}
-    Journal(tmp_path).add(0, [], [skipped], prompts=1)
-    Journal(tmp_path).end(0)
-    again = Journal(tmp_path)
+    RunStore(tmp_path).add(0, [], [skipped], prompts=1)
+    RunStore(tmp_path).end(0)
+    again = RunStore(tmp_path)
     assert again.counted() == 1
     again.tidy()
     assert (again.counted(), again.ended(), list(again.shards.iterdir())) == (0, 0, [])

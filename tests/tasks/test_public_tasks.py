@@ -270,7 +270,7 @@ def test_a_data_set_is_loaded_by_its_name(monkeypatch):
         load("counterfact", path="hub:someone/facts:small")
     with pytest.raises(DePassError, match="no split 'dev'; there are train, test"):
         load("counterfact", path="hub:someone/facts:small@dev")
-    with pytest.raises(DePassError, match="names no data set"):
+    with pytest.raises(DePassError, match="does not name a data set"):
         load("counterfact", path="hub:a b")
 
 
@@ -293,7 +293,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     assert len(load("counterfact", path=tmp_path / "two" / "b")) == 1
     with pytest.raises(DePassError, match="several splits; there are a, b"):
         load("counterfact", path=tmp_path / "two")
-    with pytest.raises(DePassError, match="holds no data set"):
+    with pytest.raises(DePassError, match="has no data set"):
         load("counterfact", path=tmp_path)
 
 

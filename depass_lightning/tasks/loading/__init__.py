@@ -1,1 +1,1 @@
-"""Reading tasks' rows from files, folders and the hub."""
+"""Read tasks' rows from files, folders and the hub."""

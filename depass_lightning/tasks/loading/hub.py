@@ -1,7 +1,7 @@
-"""Public data sets by name, and folders that `datasets` saved.
+"""Read public data sets by name, and folders that `datasets` saved.
 
 `hub:owner/name` is a data set on the Hugging Face hub, `hub:owner/name:configuration` one of its
-configurations, and `@split` behind either one of its splits:
+configurations; `@split` after either selects a split:
 `hub:truthfulqa/truthful_qa:generation@validation`.
 """
 
@@ -21,20 +21,23 @@ def hub_rows(address: str) -> list[dict[str, Any]]:
     """Load the rows of a data set from the hub, or from the cache of an earlier load.
 
     Args:
-        address: `hub:owner/name`, with `:configuration` and `@split` where there are several.
+        address: `hub:owner/name`, with `:configuration` and `@split` if there are several.
+
     Raises:
-        DePassError: the address is none, the data set cannot be loaded, or a split has to be chosen.
+        DePassError: the address is invalid, the data set cannot be loaded, or a split must be chosen.
     """
     parts = _NAME.fullmatch(address)
     if parts is None:
-        raise DePassError(f"{address!r} names no data set; write hub:owner/name[:configuration][@split]")
+        raise DePassError(
+            f"{address!r} does not name a data set; write hub:owner/name[:configuration][@split]"
+        )
     name, configuration, split = parts["name"], parts["configuration"], parts["split"]
     try:
         loaded = datasets.load_dataset(name, configuration)
-    except Exception as error:  # which class depends on the client that the hub's package brings
+    except Exception as error:  # the class depends on huggingface_hub's HTTP client
         raise DePassError(
-            f"the data set {name!r} cannot be loaded from the hub ({type(error).__name__}: {error}); where "
-            f"there is no network, get it on another machine, "
+            f"the data set {name!r} cannot be loaded from the hub ({type(error).__name__}: {error}); without "
+            f"network access, download it on another machine, "
             f"datasets.load_dataset({name!r}, {configuration!r}).save_to_disk('folder'), and give path=folder"
         ) from error
     return _split(loaded, split, address)
@@ -44,21 +47,22 @@ def saved_rows(folder: Path) -> list[dict[str, Any]]:
     """Load the rows of a data set that was saved by `save_to_disk`.
 
     Args:
-        folder: the folder, or that of one split in it.
+        folder: the folder of the data set or of one of its splits.
+
     Raises:
-        DePassError: it holds no such data set, or one of several splits, whose folder has to be given.
+        DePassError: the folder has no saved data set, or several splits.
     """
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever its files hold
+    except Exception as error:  # broken files may raise any error
         raise DePassError(
-            f"the folder {folder} holds no data set that datasets saved; give that, or a JSON file"
+            f"the folder {folder} has no data set saved by datasets; give one, or a JSON file"
         ) from error
     return _split(loaded, None, str(folder))
 
 
 def _split(loaded: Any, split: str | None, address: str) -> list[dict[str, Any]]:
-    """Return the rows of the split asked for, or of the only one."""
+    """Return the rows of the requested split, or of the only one."""
     if isinstance(loaded, datasets.Dataset):
         return list(loaded)  # type: ignore[arg-type]
     splits = list(loaded)

@@ -1,4 +1,4 @@
-"""Task files and public data sets: read row by row, so that a bad row costs only itself."""
+"""Read task files and public data sets row by row; a bad row is skipped."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from depass_lightning.utils.atomic_files import read_limited
 
 Row = dict[str, Any]
 FILE_BYTES = 2**30
-TEXT = 10_000_000  # characters
+MAX_CHARACTERS = 10_000_000  # of a text
 
 
 def load_rows(
@@ -23,11 +23,12 @@ def load_rows(
 
     Args:
         name: the task's name.
-        path: as for `read_rows`.
-        read: makes an example of a row and its number, or raises `DePassError` saying what is wrong with it.
-        size: how many examples at most, from the top; None means all.
+        path: a file, folder or data set of `read_rows`.
+        read: converts a row and its number to an example, or raises `DePassError` with the reason.
+        size: the maximum number of examples, from the first row; None means all.
+
     Raises:
-        DePassError: as for `read_rows`; or there is no row that can be used.
+        DePassError: there is no such file or data set, or no usable row.
     """
     examples: dict[str, Example] = {}
     skipped: list[Row] = []
@@ -44,7 +45,7 @@ def load_rows(
                 raise DePassError(f"the id {example.id!r} is taken by an earlier row")
             check_text("the row", json.dumps(dataclasses.asdict(example), ensure_ascii=False))
             examples[example.id] = example
-        except Exception as error:  # whatever is wrong with a row costs that row
+        except Exception as error:  # any error skips only this row
             skipped.append({"row": number, "reason": reason_of(error), "path": str(path)})
     if not examples:
         first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
@@ -53,17 +54,17 @@ def load_rows(
 
 
 def text_field(row: Row, key: str) -> str:
-    """Return a field that must be there and be text with something in it."""
+    """Return a required text field, which must not be empty."""
     if key not in row:
         raise DePassError(f"the field {key!r} is missing; the row has {', '.join(row) or 'no fields'}")
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise DePassError(f"the field {key!r} must be text that is not empty, not {value!r}")
+        raise DePassError(f"the field {key!r} must be non-empty text, not {value!r}")
     return check_text(f"the field {key!r}", value)
 
 
 def name_field(row: Row, key: str, number: int) -> str:
-    """Return a row's name: a field, or the row's number where there is none, or null.
+    """Return a row's name: the value of a field, or the row's number if it is missing or null.
 
     Args:
         row: the row.
@@ -75,18 +76,18 @@ def name_field(row: Row, key: str, number: int) -> str:
 
 
 def check_text(what: str, text: str) -> str:
-    """Return a text as it is, if it can be stored and tokenised.
+    """Return a text unchanged if it can be stored and tokenised.
 
     Args:
-        what: what it is called in an error.
+        what: the name of the text in error messages.
         text: the text.
 
     Raises:
-        DePassError: it has half a surrogate pair, which JSON can spell and no tokenizer or file can take, or
-            it is very long: tokenizers end the process on such texts.
+        DePassError: the text has a lone surrogate, which JSON allows but tokenizers and files do not, or it
+            is so long that tokenizers would crash.
     """
-    if len(text) > TEXT:
-        raise DePassError(f"{what} has {len(text):,} characters; give at most {TEXT:,}")
+    if len(text) > MAX_CHARACTERS:
+        raise DePassError(f"{what} has {len(text):,} characters; give at most {MAX_CHARACTERS:,}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -100,10 +101,10 @@ def read_text(path: Path, kind: str) -> str:
 
     Args:
         path: the file.
-        kind: what it should be, for errors.
+        kind: the expected kind of file, for error messages.
 
     Raises:
-        DePassError: there is no such file, it is no regular file, too large, or it is not in UTF-8.
+        DePassError: the file is missing, not a regular file, too large, or not in UTF-8.
     """
     try:
         text = read_limited(path, FILE_BYTES).decode("utf-8-sig")
@@ -115,11 +116,12 @@ def read_text(path: Path, kind: str) -> str:
 
 
 def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
-    """Return every row's number, value and fault: its line in JSON Lines, its place from 1 elsewhere.
+    """Return every row's number, value and error; the number is the line in JSON Lines, else counts from 1.
 
     Args:
-        path: a JSON file (a list of objects), a JSON Lines file (an object a line), a folder that
+        path: a JSON file (a list of objects), a JSON Lines file (one object per line), a folder that
             `Dataset.save_to_disk` wrote, or `hub:owner/name` for a public data set (`hub.py`).
+
     Raises:
         DePassError: there is no such file or data set, or the file is neither JSON nor JSON Lines.
     """
@@ -135,7 +137,7 @@ def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
     rows = [(number, *_json_line(line)) for number, line in lines if line.strip()]
     if all(fault for _, _, fault in rows):
         why = f"line {rows[0][0]}: {rows[0][2]}" if rows else "it is empty"
-        raise DePassError(f"{path} is neither a JSON list nor JSON Lines ({why}); write one object a line")
+        raise DePassError(f"{path} is neither a JSON list nor JSON Lines ({why}); write one object per line")
     return rows
 
 
@@ -150,7 +152,7 @@ def _json_list(text: str, path: Path) -> list[Any]:
 
 
 def _json_line(line: str) -> tuple[Any, str]:
-    """Return a line's value and no fault, or no value and the fault."""
+    """Return a line's value and an empty text, or None and the error."""
     try:
         return json.loads(line), ""
     except json.JSONDecodeError as error:
@@ -160,6 +162,7 @@ def _json_line(line: str) -> tuple[Any, str]:
 
 
 def _beyond(error: Exception) -> str:
-    """Say which of Python's limits a piece of JSON goes beyond."""
-    limit = "brackets within brackets, too many" if isinstance(error, RecursionError) else "a number too long"
-    return f"it has {limit} to be read"
+    """Describe the limit of Python's JSON reader that a text exceeds."""
+    return (
+        "it is nested too deeply" if isinstance(error, RecursionError) else "it has a number that is too long"
+    )

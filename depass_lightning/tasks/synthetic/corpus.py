@@ -1,8 +1,8 @@
-"""The text that the embedded model is trained on: people who give things to each other, and one-line facts.
+"""The training corpus of the bundled model: people who give things to each other, and one-line facts.
 
-About half of the passages are prompts of the task `ioi` (split "train"), the others are facts of the task
-`known` (split "train"), both with their answers. Before some of them stands a sentence that has nothing to do
-with the answer, so that the model learns to look past it.
+About half of the passages are prompts of the task `ioi` (split "train"), the others facts of the task `known`
+(split "train"), both with their answers. Some are preceded by an irrelevant sentence, so that the model
+learns to ignore it.
 """
 
 import random
@@ -25,7 +25,7 @@ FILLERS = (
     "{name} and {other} are friends.",
 )
 
-# Words that the tokenizer does not know: the model meets its unknown token now and then.
+# Words outside the vocabulary, so that the unknown token occurs in training.
 UNKNOWN = ("gizmo", "doodad")
 
 IOI_SHARE = 0.55
@@ -41,7 +41,7 @@ def passages(size: int, seed: int = 0) -> list[Passage]:
 
 
 def vocabulary() -> list[str]:
-    """Return every word and mark that a passage or a generated prompt can hold, in a fixed order."""
+    """Return every word and punctuation mark of passages and generated prompts, in a fixed order."""
     facts = (*FACTS, *NEW_FACTS)
     texts = (
         *NAMES,
@@ -59,7 +59,7 @@ def vocabulary() -> list[str]:
 
 
 def _passage(generator: random.Random, examples: Iterator[ioi.Example]) -> Passage:
-    """Draw one passage: a prompt with its answer, perhaps with an idle sentence before it."""
+    """Draw one passage: a prompt with its answer, sometimes after an irrelevant sentence."""
     if generator.random() < IOI_SHARE:
         example = next(examples)
         passage = answered(example.prompt, example.answer)
@@ -79,7 +79,7 @@ def _fact(generator: random.Random) -> Passage:
 
 
 def _idle(generator: random.Random) -> Passage:
-    """Draw a sentence that says nothing about what follows: a fact half of the time."""
+    """Draw an irrelevant sentence, half of the time a fact."""
     if generator.random() < 0.5:
         fact = _fact(generator)
         return Passage(f"{fact.text}.", fact.answers)
@@ -95,11 +95,14 @@ def _join(first: Passage, second: Passage) -> Passage:
 
 
 def _estrange(generator: random.Random, passage: Passage) -> Passage:
-    """Put a word that the tokenizer does not know in the place of the first thing or place in the passage."""
+    """Replace the first object or place of a passage by a word outside the vocabulary."""
     match = re.search(rf"\b({'|'.join((*PLACES, *OBJECTS))})\b", passage.text)
     if match is None:
         return passage
     word = generator.choice(UNKNOWN)
     shift = len(word) - len(match[0])
-    answers = tuple((a + shift, b + shift) if a > match.start() else (a, b) for a, b in passage.answers)
+    answers = tuple(
+        (start + shift, end + shift) if start > match.start() else (start, end)
+        for start, end in passage.answers
+    )
     return Passage(passage.text[: match.start()] + word + passage.text[match.end() :], answers)

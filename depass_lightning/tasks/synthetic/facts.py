@@ -1,7 +1,7 @@
-"""The facts that the embedded model knows, and some that it does not.
+"""The facts that the bundled model is trained on, and some that it is not.
 
-Two relations are true (capitals and languages), three are invented, about invented people. Each fact can be
-said in four ways; the embedded model has read three of them.
+Two relations are real (capitals and languages), three are invented, about invented people. Each fact has four
+wordings, three of which are in the training data.
 """
 
 import zlib
@@ -86,7 +86,7 @@ PARAPHRASES = {
 
 @dataclass(frozen=True)
 class Fact:
-    """A subject, a relation and an answer; `held_out` is the paraphrase that training never shows."""
+    """A subject, a relation and an answer; `held_out` is the wording that is not in the training data."""
 
     subject: str
     relation: str
@@ -96,7 +96,11 @@ class Fact:
     def prompts(self, split: str) -> list[tuple[str, tuple[int, int]]]:
         """Return the prompts of a split, each with the character range of its subject."""
         templates = PARAPHRASES[self.relation]
-        chosen = [t for i, t in enumerate(templates) if (i == self.held_out) == (split == "test")]
+        chosen = [
+            template
+            for index, template in enumerate(templates)
+            if (index == self.held_out) == (split == "test")
+        ]
         starts = [template.index("{}") for template in chosen]
         return [
             (template.format(self.subject), (start, start + len(self.subject)))
@@ -105,7 +109,7 @@ class Fact:
 
 
 def _facts() -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """Return the facts that the embedded model learns and those that it never reads."""
+    """Return the facts in the bundled model's training data, and those that are not."""
     people = [f"{name} {SURNAMES[i % len(SURNAMES)]}" for i, name in enumerate(NAMES)]
     choices = {"profession": PROFESSIONS, "instrument": INSTRUMENTS, "birthplace": BIRTHPLACES}
     true = [(country, "capital", city) for country, city in CAPITALS.items()]
@@ -115,7 +119,7 @@ def _facts() -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
         for person in people
         for relation, answers in choices.items()
     ]
-    known = 3 * 90  # of the invented ones; the people after that are strangers to the model
+    known = 3 * 90  # of the invented facts; people after these are unknown to the model
     facts = [Fact(*triple, held_out=i % 4) for i, triple in enumerate(true + invented[:known])]
     strangers = [Fact(*triple, held_out=i % 4) for i, triple in enumerate(invented[known:])]
     return tuple(facts), tuple(strangers)

@@ -1,4 +1,4 @@
-"""Prompts behind misleading information: a false statement stands before the question."""
+"""Prompts with misleading information: a false statement before the question."""
 
 import random
 from collections import defaultdict
@@ -11,14 +11,14 @@ def misled(example: Example, statement: str, foil: str) -> Example:
     """Put a false statement before a prompt.
 
     Args:
-        example: the prompt and its right answer.
-        statement: the beginning of the statement, which the answers complete: `"The capital of France is"`.
+        example: the prompt and its correct answer.
+        statement: the statement without the answer: `"The capital of France is"`.
         foil: the false answer, with its leading space.
 
     Returns:
         The example with the roles `misleading` (the whole statement) and `false_answer` (its end), the false
-        answer as its foil, and two variants: `plain`, the prompt by itself, and `correct`, behind the
-        statement with the right answer.
+        answer as its foil, and two variants: `plain`, the prompt alone, and `correct`, the prompt after the
+        statement with the correct answer.
     """
     false = f"{statement}{foil}."
     shift = len(false) + 1
@@ -43,23 +43,25 @@ def misled(example: Example, statement: str, foil: str) -> Example:
 
 
 def false_answers(examples: Iterable[Example], seed: int) -> dict[str, str]:
-    """Draw a false answer for each example, by its id, from the right answers to the others of its relation.
-
-    An example whose relation has no other answer gets none.
+    """Draw a false answer for each example from the correct answers to other examples of its relation.
 
     Args:
-        examples: with the label `relation`; one that has a foil keeps it.
-        seed: of the draw, which depends on the answers of the relation and on the example, not on its place.
+        examples: examples with the label `relation`; an existing foil is used unchanged.
+        seed: the seed of the draw, which depends on the relation's answers and the example's id, not on
+            order.
+
+    Returns:
+        The false answers by the examples' ids, without examples whose relation has no other answer.
     """
     examples = list(examples)
     answers: dict[str, set[str]] = defaultdict(set)
     for example in examples:
         answers[example.labels["relation"]].add(example.answer)
-    found = {}
+    false = {}
     for example in examples:
         others = sorted(answers[example.labels["relation"]] - {example.answer})
         if example.foil is not None:
-            found[example.id] = example.foil
+            false[example.id] = example.foil
         elif others:
-            found[example.id] = random.Random(f"false {seed} {example.id}").choice(others)
-    return found
+            false[example.id] = random.Random(f"false {seed} {example.id}").choice(others)
+    return false

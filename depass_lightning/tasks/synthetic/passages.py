@@ -1,4 +1,4 @@
-"""Text to train on: whole texts, or prompts with the answers that count."""
+"""Training text: whole texts, or prompts with answers, of which only the answers are predicted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from depass_lightning.tasks.loading.rows import read_rows, read_text, text_field
 
 @dataclass(frozen=True)
 class Passage:
-    """A text, and the character ranges in it that are to be predicted; without any, all of it is."""
+    """A text and the character ranges to predict; without ranges, the whole text is predicted."""
 
     text: str
     answers: tuple[Span, ...] = ()
@@ -30,14 +30,15 @@ def answered(prompt: str, answer: str) -> Passage:
 
 
 def read_passages(path: str | Path) -> list[Passage]:
-    """Read text to train on from a file.
+    """Read training text from a file.
 
     Args:
         path: JSON Lines or a JSON list of rows `{prompt, target}` or `{text}`, or a plain text file (.txt,
-            .md) whose paragraphs, parted by empty lines, are the passages.
+            .md) whose paragraphs, separated by empty lines, are the passages.
+
     Raises:
-        DePassError: the file is missing or holds no such text, or one of its rows cannot be used (training on
-            a part of the data unasked would be worse than stopping).
+        DePassError: the file is missing or has no text, or a row cannot be used (rows are not skipped,
+            because training on part of the data could go unnoticed).
     """
     path = Path(path)
     if path.suffix in (".txt", ".md"):
@@ -46,7 +47,7 @@ def read_passages(path: str | Path) -> list[Passage]:
     else:
         passages = [_passage(path, *row) for row in read_rows(path)]
     if not passages:
-        raise DePassError(f"{path} holds no text to train on")
+        raise DePassError(f"{path} has no text to train on")
     return passages
 
 
@@ -57,7 +58,7 @@ def _passage(path: Path, number: int, row: Any, fault: str) -> Passage:
         if "text" in row:
             return Passage(text_field(row, "text"))
         return answered(text_field(row, "prompt"), text_field(row, "target"))
-    except Exception as error:  # whatever is wrong with a row
+    except Exception as error:  # any error in a row
         raise DePassError(
-            f"row {number} of {path}: {reason_of(error)}; rows hold {{prompt, target}} or {{text}}"
+            f"row {number} of {path}: {reason_of(error)}; rows have {{prompt, target}} or {{text}}"
         ) from error

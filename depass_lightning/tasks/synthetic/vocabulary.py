@@ -1,6 +1,6 @@
-"""The names, places and things that the generated prompts speak of.
+"""The names, places and objects of generated prompts.
 
-With its leading space every name is a single token of the common English vocabularies (checked on SmolLM2's).
+With its leading space, every name is a single token of common English vocabularies (checked for SmolLM2).
 """
 
 
@@ -10,7 +10,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def pairs(text: str) -> dict[str, str]:
-    """Return what a text pairs up: "France:Paris Germany:Berlin"."""
+    """Return the pairs that a text lists, such as "France:Paris Germany:Berlin"."""
     return dict(pair.split(":") for pair in text.split())
 
 
