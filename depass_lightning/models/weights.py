@@ -1,4 +1,4 @@
-"""Which weights a model needs, and whether a file holds just these."""
+"""Check that a file holds exactly the weights that a model needs."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from depass_lightning.errors import DePassError
 
-SHOWN = 3  # names in an error
+SHOWN = 3  # the most names in an error
 # Constants that earlier versions of transformers saved with the weights: causal masks and rotary frequencies.
 CONSTANTS = re.compile(
     r"\b(attn|attention|crossattention)\.(masked_)?bias$|rotary_emb|inv_freq|position_ids$"
@@ -24,27 +24,27 @@ def check_weights(
     sizes: Mapping[str, tuple[object, object]] | None = None,
     hint: str = "",
 ) -> None:
-    """Refuse weights that are not the model's: what is missing would be random, what is left over ignored.
+    """Refuse weights that are not the model's: missing ones would be random, others ignored.
 
     Args:
         model: the model.
         holder: the file or folder that holds the weights, for the error.
-        missing: names of the model's weights that it lacks.
-        unexpected: names of weights that it has and the model lacks; those outside of the model's decoder
+        missing: names of the model's weights that the holder lacks.
+        unexpected: names of the holder's weights that the model lacks; those outside the model's decoder
             (another head, an image encoder) and saved constants are ignored.
-        sizes: the size there and the size in the model, by name, where they differ.
-        hint: what to do.
+        sizes: by name, the size in the holder and the size in the model, where they differ.
+        hint: the fix, for the error.
 
     Raises:
-        DePassError: naming the weights.
+        DePassError: weights are missing, left over, or of other sizes; the message names them.
     """
     faults = []
     if sizes:
-        told = [
-            f"{name} is {_written(there)}, not {_written(here)}"
-            for name, (there, here) in sorted(sizes.items())
+        differing = [
+            f"{name} is {_written(held)}, not {_written(needed)}"
+            for name, (held, needed) in sorted(sizes.items())
         ]
-        faults.append(f"weights of other sizes than the model's: {_some(told)}")
+        faults.append(f"weights of other sizes than the model's: {_some(differing)}")
     if lacking := sorted(missing):
         faults.append(f"no {_some(lacking)}")
     if extra := inside(model, unexpected):
@@ -57,26 +57,26 @@ def check_weights(
 
 
 def inside(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the names that lie inside a part of the model's decoder, saved constants left out.
+    """Return the names that are inside the model's decoder, without saved constants.
 
     Args:
         model: the model.
         names: names of weights that the model does not have.
     """
-    # Of modules, not of weights: a model that is declared without blocks has an empty list of them.
+    # Names of modules, not of weights: a model without blocks has an empty list of them.
     parts = {name for name, _ in model.named_modules()} - {getattr(model, "base_model_prefix", "")}
     ignored = [CONSTANTS]
     if isinstance(model, PreTrainedModel):
-        ignored += [re.compile(own) for own in model._keys_to_ignore_on_load_unexpected or ()]
+        ignored += [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return sorted(
         name
         for name in names
-        if not parts.isdisjoint(_ancestors(name)) and not any(own.search(name) for own in ignored)
+        if not parts.isdisjoint(_ancestors(name)) and not any(pattern.search(name) for pattern in ignored)
     )
 
 
 def _ancestors(name: str) -> list[str]:
-    """The paths of all modules that a weight is in, the root left out."""
+    """The paths of all modules that contain a weight, without the root."""
     parts = name.split(".")[:-1]
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
