@@ -23,23 +23,21 @@ from depass_lightning.storage import RunStore
 from tests.commands.test_analyze import run
 from tests.commands.test_resume import QUICK, SIZE, table
 from tests.conftest import ROOT
+from tests.reference.forked import start_script
 
 
 def typed(folder, *overrides, kill_at=None, victim=""):
-    """Type the command in a folder, and kill it, or a process of it, after so many prompts; return what it
-    says."""
-    command = [sys.executable, str(ROOT / "analyze.py"), *QUICK, "print_config=false", *overrides]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """Run the command in a folder and return its output; it, or a process of it, is killed at a prompt."""
+    script = start_script(ROOT / "analyze.py", [*QUICK, "print_config=false", *overrides], folder)
     if kill_at is not None:
-        while sum(RunStore(own).counted() for own in folder.glob("logs/analyze/*/*")) < kill_at:
-            assert process.poll() is None, process.communicate()[0]
+        while sum(RunStore(run).counted() for run in folder.glob("logs/analyze/*/*")) < kill_at:
+            assert script.process.is_alive(), script.wait()
             time.sleep(0.01)
-        family = psutil.Process(process.pid).children(recursive=True) if victim else []
-        for own in [one for one in family if victim in " ".join(one.cmdline())] or [process]:
-            own.kill()
-    return process.communicate(timeout=120)[0]
+        family = psutil.Process(script.process.pid).children(recursive=True) if victim else []
+        for process in [one for one in family if victim in " ".join(one.cmdline())] or [script.process]:
+            process.kill()
+    ended = script.wait()
+    return ended.stdout + ended.stderr
 
 
 def test_the_same_command_goes_on_by_itself(tmp_path):

@@ -7,6 +7,8 @@ import runpy
 import subprocess
 import sys
 import traceback
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch.multiprocessing as multiprocessing
@@ -16,8 +18,8 @@ import depass_lightning.commands.analyze
 import depass_lightning.commands.train  # noqa: F401
 
 
-def run_script(script: Path, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a Python script in a folder, as `python script arguments` does there.
+def start_script(script: Path, arguments: list[str], folder: Path) -> Script:
+    """Start a Python script in a folder, as `python script arguments` does there.
 
     Args:
         script: the script.
@@ -29,14 +31,32 @@ def run_script(script: Path, arguments: list[str], folder: Path) -> subprocess.C
         target=_run, args=(script, arguments, folder, output, errors)
     )
     process.start()
-    process.join(500)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{script.name} {' '.join(arguments)} has run for 500 seconds")
-    assert process.exitcode is not None
-    return subprocess.CompletedProcess(
-        [str(script), *arguments], process.exitcode, output.read_text("utf-8"), errors.read_text("utf-8")
-    )
+    return Script(process, [str(script), *arguments], output, errors)
+
+
+def run_script(script: Path, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python script in a folder to its end; for the arguments see `start_script`."""
+    return start_script(script, arguments, folder).wait()
+
+
+@dataclass
+class Script:
+    """A script that runs."""
+
+    process: BaseProcess
+    command: list[str]
+    output: Path
+    errors: Path
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; a script that was killed has the negative signal as its return code."""
+        self.process.join(500)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"{' '.join(self.command)} has run for 500 seconds")
+        assert self.process.exitcode is not None
+        printed = [path.read_text("utf-8") for path in (self.output, self.errors)]
+        return subprocess.CompletedProcess(self.command, self.process.exitcode, *printed)
 
 
 def _run(script: Path, arguments: list[str], folder: Path, output: Path, errors: Path) -> None:
