@@ -9,7 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import open_dict
 
+from depass_lightning.commands.schema import AnalyzeSettings, check_config
 from tests.conftest import ROOT
 from tests.reference.forked import run_script
 
@@ -67,15 +70,35 @@ def test_a_sweep_and_its_report(tmp_path: Path) -> None:
     assert (folder / "sweep.html").exists()
 
 
-# Slow: a real model, which tests/models/test_smollm2.py loads by the same name, and two processes, which
-# tests/commands/test_analyze.py forks.
-SLOW = ("smollm2", "strategy=ddp")
+# What runs in other tests too: the real model in tests/models/test_smollm2.py, two processes in
+# tests/commands/test_analyze.py, the study in tests/commands/test_study_command.py, the example in
+# tests/test_examples.py.
+SLOW = [
+    line
+    for line in COMMANDS
+    if any(word in line for word in ("smollm2", "strategy=ddp", "experiment=", "own_script"))
+]
+
+
+@pytest.mark.parametrize("command", SLOW)
+def test_slow_commands_compose(command: str, tmp_path: Path) -> None:
+    """Their words are understood; they are run by `make slow`."""
+    _, script, *overrides = shlex.split(command)
+    assert (ROOT / script).is_file()
+    if script != "analyze.py":
+        assert not overrides
+        return
+    with initialize_config_module("depass_lightning.conf", version_base="1.3"):
+        config = compose("analyze", overrides=overrides)
+    with open_dict(config):
+        config.paths.output_dir = config.paths.work_dir = str(tmp_path)
+    check_config(config, AnalyzeSettings)
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(line, marks=[pytest.mark.slow] if any(word in line for word in SLOW) else [])
+        pytest.param(line, marks=[pytest.mark.slow] if line in SLOW else [])
         for line in COMMANDS
         if line.startswith("python ") and line not in SWEEP
     ],
