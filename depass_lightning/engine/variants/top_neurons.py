@@ -4,8 +4,8 @@ No neuron of the bulk changes a softmax much by itself. With `g` a component's p
 pre-activation and `mu` the mean of `g / T` over the `M` components of the bulk at a position, their
 exponentials are `exp(g / T) = exp(mu) (1 + g / T - mu)` to first order, and these sum to `M exp(mu)`:
 
-1. Choose the neurons that are largest beside the residual stream; carry them and the rest of the state, the
-   bias component too, exactly (`engine/state.py`).
+1. Choose the neurons that are largest relative to the residual stream; propagate them and the rest of the
+   state, the bias component too, exactly (`engine/propagate.py`).
 2. Gates are linear and all components sum to the state, so the bulk's gates sum to the true pre-activation
    less the gates of those that are carried. That gives `mu`, and with it the softmax's denominator
    `Z = sum_carried exp(g / T) + M exp(mu)`, without carrying any of the bulk.
@@ -69,7 +69,7 @@ class TopNeuronApproximation:
         derivative: the target's derivative where it is read.
         positions: `[batch]` where each prompt's target stands.
         layer: the block that the group enters.
-        stop: the layer where the target is read, at least two behind.
+        stop: the layer where the target is read, at least two layers further on.
     """
 
     recording: Recording
@@ -98,7 +98,7 @@ class TopNeuronApproximation:
         return better, estimates
 
     def scores(self, top: int) -> Float[Tensor, "batch component"]:
-        """Every component's score; constants behind the components are not counted.
+        """Every component's score; constants that join after the components start are not counted.
 
         Args:
             top: how many neurons are carried exactly.
@@ -110,7 +110,7 @@ class TopNeuronApproximation:
         return scores.scatter(1, chosen + before, exact[:, before:])
 
     def _largest(self, top: int) -> Int[Tensor, "batch chosen"]:
-        """The neurons that write most, anywhere up to the target, beside the residual stream's size there."""
+        """The neurons that write most up to the target, relative to the residual stream's size."""
         state = self.recording.state(self.layer)
         real = torch.arange(state.shape[1], device=state.device) <= self.positions[:, None]
         size = state.square().mean(-1).sqrt()
@@ -123,40 +123,39 @@ class TopNeuronApproximation:
         """Step 2: carry the chosen neurons; their scores, and how the bulk shares each block's neurons."""
         values, group = self.group.values, self.group.select(chosen)
         bulk = torch.ones_like(values[:, 0], dtype=torch.bool).scatter_(1, chosen, False)
-        alive = (values != 0) & bulk[:, None]
+        present = (values != 0) & bulk[:, None]
         batch, positions, _ = values.shape
         everywhere = torch.arange(positions, device=values.device).expand(batch, -1)
-        carry = self.split.begin(self.recording, group, everywhere)
-        found, rounded = [], torch.zeros_like(self.recording.state(self.layer))
+        state = self.split.begin(self.recording, group, everywhere)
+        coefficients, rounded = [], torch.zeros_like(self.recording.state(self.layer))
         for index in range(self.layer, self.stop):
             block = self.recording.block(index)
             z = block.mlp.pre_activations
             if self.recording.decoder.rounds:
                 z, rounded = summed_gates(block, rounded, self.rule)
             if block.parallel:
-                carry.mlp_input = carry.rows.clone()
+                state.mlp_input = state.rows.clone()
             if index == self.stop - 1:
-                carry = propagate_attention(carry, block.attention, self.positions[:, None])
+                state = propagate_attention(state, block.attention, self.positions[:, None])
             else:
-                propagate_attention(carry, block.attention)
-            alive = _reached(block.attention, alive, bulk)
-            slopes, constants = share_with_bulk(carry, block.mlp, self.rule, alive.sum(2), z)
-            found.append(
-                _Coefficients(alive, *(_spread(carry, own, positions) for own in (slopes, constants)))
-            )
+                propagate_attention(state, block.attention)
+            present = _reached(block.attention, present, bulk)
+            slopes, constants = share_with_bulk(state, block.mlp, self.rule, present.sum(2), z)
+            slopes, constants = (_scatter(state, values, positions) for values in (slopes, constants))
+            coefficients.append(_Coefficients(present, slopes, constants))
         direction = self.derivative.states[torch.arange(batch, device=values.device), self.positions]
-        return (carry.dense()[:, :, 0] @ direction[:, :, None])[..., 0], found
+        return (state.dense()[:, :, 0] @ direction[:, :, None])[..., 0], coefficients
 
     def _backward(self, forward: "list[_Coefficients]") -> Float[Tensor, "batch neuron"]:
         """Step 3: every neuron's score as one of the bulk."""
-        rule = _FirstOrder(own.slopes for own in reversed(forward))
+        rule = _FirstOrder(block.slopes for block in reversed(forward))
         scores = torch.zeros_like(self.group.values[:, 0])
         entry = self.derivative
-        for at in backward(self.recording, rule, self.derivative, layer=self.stop, first=self.layer):
-            own = forward[at.block.index - self.layer]
-            added = (at.activations * own.constants).sum(2)
-            scores += (added[:, None] @ own.alive.to(added))[:, 0]
-            entry = at.resid_pre
+        for gradients in backward(self.recording, rule, self.derivative, layer=self.stop, first=self.layer):
+            coefficients = forward[gradients.block.index - self.layer]
+            added = (gradients.activations * coefficients.constants).sum(2)
+            scores += (added[:, None] @ coefficients.present.to(added))[:, 0]
+            entry = gradients.resid_pre
         return scores + (self.group.values * self.group.gradient_of_values(entry.states)).sum(1)
 
 
@@ -165,12 +164,12 @@ class _Coefficients:
     """How the bulk shares one block's neurons.
 
     Args:
-        alive: which of the bulk live where.
+        present: which of the bulk live where.
         slopes: of a share in the component's gate, times the neuron's value.
         constants: the share of a component whose gate is zero, times the neuron's value.
     """
 
-    alive: Bool[Tensor, "batch position component"]
+    present: Bool[Tensor, "batch position component"]
     slopes: Float[Tensor, "batch position neuron"]
     constants: Float[Tensor, "batch position neuron"]
 
@@ -189,7 +188,7 @@ class _FirstOrder(LinearPaths):
 
 
 def share_with_bulk(
-    carry: DecomposedState,
+    state: DecomposedState,
     mlp: FrozenMLP,
     rule: SoftmaxRule,
     count: Int[Tensor, "batch position"],
@@ -198,7 +197,7 @@ def share_with_bulk(
     """Give what is carried its share of an MLP's neurons, and say what is left for each of the bulk.
 
     Args:
-        carry: what is carried exactly.
+        state: what is carried exactly.
         mlp: the MLP.
         rule: the softmax rule.
         count: how many of the bulk live at each of the prompts' positions.
@@ -207,22 +206,22 @@ def share_with_bulk(
     Returns:
         The slopes and constants of the bulk's shares, times the neurons' values, at the carry's positions.
     """
-    sharing = MLPStep.of(carry, mlp)
-    z, many = carry.at_positions(gates_sum), carry.at_positions(count)[:, None, None]
+    sharing = MLPStep.of(state, mlp)
+    z, many = state.at_positions(gates_sum), state.at_positions(count)[:, None, None]
     slopes, constants = torch.zeros_like(z), torch.zeros_like(z)
-    for chunk in carry.layout.chunks(sharing.limit):
+    for chunk in state.layout.chunks(sharing.limit):
         whole = slice(0, len(chunk.row_places))
         gates = sharing.gates(chunk, whole)
         for run in chunk.runs:
             table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
             present = nonzero(gates[run.rows]).view(*table.shape[:2], 1)
-            at = chunk.places[run.segments]
-            bulk = (z[at] - table.sum(1))[:, None] / rule.temperature
-            shares, slope, constant = _shares(table / rule.temperature, present, bulk, many[at])
-            values = sharing.neurons[at]
+            places = chunk.places[run.segments]
+            bulk = (z[places] - table.sum(1))[:, None] / rule.temperature
+            shares, slope, constant = _shares(table / rule.temperature, present, bulk, many[places])
+            values = sharing.neurons[places]
             torch.mul(shares, values[:, None], out=table)
-            slopes[at] = slope[:, 0] / rule.temperature * values
-            constants[at] = constant[:, 0] * values
+            slopes[places] = slope[:, 0] / rule.temperature * values
+            constants[places] = constant[:, 0] * values
         sharing.add_down(chunk, whole, gates)
     return slopes, constants
 
@@ -247,32 +246,32 @@ def _shares(
     level = torch.where(count > 0, mean, -math.inf)
     greatest = torch.maximum(scaled.amax(1, keepdim=True), level)
     weights = scaled.sub_(greatest.clamp_min(torch.finfo(scaled.dtype).min)).exp_()
-    each = (level - greatest).exp()
-    total = weights.sum(1, keepdim=True) + count * each
-    slope = each / total
+    weight = (level - greatest).exp()
+    total = weights.sum(1, keepdim=True) + count * weight
+    slope = weight / total
     return weights.div_(total), slope, slope * (1 - mean)
 
 
 def _reached(
     attention: FrozenAttention,
-    alive: Bool[Tensor, "batch position component"],
+    present: Bool[Tensor, "batch position component"],
     bulk: Bool[Tensor, "batch component"],
 ) -> Bool[Tensor, "batch position component"]:
-    """Which of the bulk live behind an attention."""
-    if bool((alive == bulk[:, None]).all()):
-        return alive
+    """Which of the bulk are present after an attention sublayer."""
+    if bool((present == bulk[:, None]).all()):
+        return present
     seen = (attention.probabilities != 0).any(1)
-    return alive | ((seen.to(attention.probabilities) @ alive.to(attention.probabilities)) > 0)
+    return present | ((seen.to(attention.probabilities) @ present.to(attention.probabilities)) > 0)
 
 
-def _spread(
-    carry: DecomposedState, values: Float[Tensor, "at neuron"], length: int
+def _scatter(
+    state: DecomposedState, values: Float[Tensor, "at neuron"], length: int
 ) -> Float[Tensor, "batch position neuron"]:
-    """Put what stands at a carry's positions where these are in the prompts; zero elsewhere."""
-    spread = values.new_zeros(len(carry.positions), length, values.shape[1])
-    batch = torch.arange(len(spread), device=values.device)[:, None]
-    spread[batch, carry.positions] = values.view(*carry.positions.shape, -1)
-    return spread
+    """Write values at a state's positions to their places in the prompts; zero elsewhere."""
+    scattered = values.new_zeros(len(state.positions), length, values.shape[1])
+    batch = torch.arange(len(scattered), device=values.device)[:, None]
+    scattered[batch, state.positions] = values.view(*state.positions.shape, -1)
+    return scattered
 
 
 def _relative_change(one: Float[Tensor, "neuron"], other: Float[Tensor, "neuron"]) -> float:
