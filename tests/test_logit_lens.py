@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from depass_lightning import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.logit_lens import notes_on, promoted_tokens
-from depass_lightning.sources import Heads, Neurons, Subspace, load_subspace
+from depass_lightning.prompts import prompts_of
+from depass_lightning.sources import Heads, Neurons, Source, Subspace, load_subspace
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,17 @@ def test_neurons_and_single_directions_are_read_and_nothing_else(depass):
     column = depass.model.model.layers[1].mlp.down_proj.weight[:, 7].detach()
     ((up, down),) = promoted_tokens(depass, column[None])
     written = f"promotes {', '.join(up)}; demotes {', '.join(down)}"
-    assert notes_on(depass, Neurons(-2), ["state", "neuron 7"]) == {"neuron 7": written}
-    assert notes_on(depass, Neurons(), ["layer 1 neuron 7"]) == {"layer 1 neuron 7": written}
-    assert notes_on(depass, Heads(), ["layer 1 head 0"]) == {}
+
+    def notes(source: Source) -> dict[str, str]:
+        (prompt,) = prompts_of(depass.decoder, depass.tokenizer, "Mary", None, None)
+        groups = source.describe(prompt, depass.decoder)
+        return notes_on(depass, source, [component for group in groups for component in group])
+
+    assert notes(Neurons(-2, indices=[7])) == {"neuron 7": written}
+    assert notes(Neurons(indices=[7]))["layer 1 neuron 7"] == written
+    assert notes(Heads()) == {}
     plane = torch.eye(64)[:2]
-    assert notes_on(depass, Subspace(1, [column, plane], names=["a", "b"]), ["a", "b", "rest"]) == {
-        "a": written
-    }
+    assert notes(Subspace(1, [column, plane], names=["a", "b"])) == {"a": written}
     with pytest.raises(DePassError, match="64 numbers"):
         promoted_tokens(depass, torch.ones(2, 3))
 

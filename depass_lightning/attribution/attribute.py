@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.forward import describe_components, record_batch
-from depass_lightning.attribution.question import ModelAnswer, Question, Readout
+from depass_lightning.attribution.question import Question, Readout
 from depass_lightning.attribution.scoring import Scores, score
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import alone
@@ -140,22 +140,21 @@ def assemble(
     for row, asked in enumerate(questions):
         prompt = asked[0].prompt
         for index, (source, of_source) in enumerate(zip(settings.sources, scores, strict=True)):
-            names, positions = describe_components(source, prompt, decoder, settings)
+            components = describe_components(source, prompt, decoder, settings)
             for target, question in enumerate(asked):
                 answer = readout.answers[row][target]
                 grouped = of_source.values[row, target]
                 yield (
                     (row, index, target),
                     Attribution(
-                        scores=_of_prompt(grouped, len(names), len(settings.constant_names)).flatten(),
-                        names=names,
+                        scores=_of_prompt(grouped, len(components), len(settings.constant_names)).flatten(),
+                        components=components,
                         value=answer.value,
                         target=answer.name,
                         text=prompt.text,
                         tokens=prompt.tokens,
                         token_ids=prompt.ids,
                         offsets=prompt.offsets,
-                        positions=positions,
                         source=source.kind,
                         rule=settings.rule_name,
                         layer=source.layers(len(decoder.blocks))[0],
@@ -164,7 +163,9 @@ def assemble(
                         probability=answer.probability,
                         rank=answer.rank,
                         groups=len(grouped),
-                        metadata=_metadata(decoder, prompt, answer, settings) | of_source.notes(row, target),
+                        target_ids=answer.ids,
+                        attention_path=settings.attention_path,
+                        metadata=_metadata(decoder, prompt, settings) | of_source.notes(row, target),
                     ),
                 )
 
@@ -183,14 +184,10 @@ def _of_prompt(
     return torch.cat([scores[:, :kept], missing, scores[:, padded:]], 1)
 
 
-def _metadata(decoder: Decoder, prompt: Prompt, answer: ModelAnswer, settings: Settings) -> dict[str, Any]:
+def _metadata(decoder: Decoder, prompt: Prompt, settings: Settings) -> dict[str, Any]:
     metadata: dict[str, Any] = {"model": decoder.name, "bias": settings.bias_mode}
-    if answer.ids:
-        metadata["target_ids"] = answer.ids
     if settings.rule_name == "softmax":
         metadata["temperature"] = getattr(settings.rule, "temperature", None)
-    if settings.attention_path != "content":
-        metadata["attention_path"] = settings.attention_path
     if settings.compat:
         metadata["compat"] = settings.compat
     return metadata | prompt.notes()

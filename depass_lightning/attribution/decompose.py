@@ -125,11 +125,11 @@ def _decompositions(
         rounded = rounding_states(recording, settings.rule, starts, behind_mlp=behind, stop=layer)
     results = []
     for row, (prompt, groups) in enumerate(zip(prompts, states, strict=True)):
-        names, _ = describe_components(source, prompt, recording.decoder, settings)
-        count = len(names) // len(groups) - int(settings.rounding)
+        components = describe_components(source, prompt, recording.decoder, settings)
+        count = len(components) // len(groups) - int(settings.rounding)
         # The bias component is propagated first and named last; further components belong to longer prompts.
         kept = torch.cat([groups[:, 1:count], groups[:, :1]], 1) if settings.bias else groups[:, :count]
         if settings.rounding:
             kept = torch.cat([kept, rounded[row][:, None]], 1)
-        results.append(Decomposition(kept.flatten(0, 1)[:, : len(prompt.ids)], names, layer))
+        results.append(Decomposition(kept.flatten(0, 1)[:, : len(prompt.ids)], components, layer))
     return results

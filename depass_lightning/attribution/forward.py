@@ -13,6 +13,7 @@ from depass_lightning.engine.state import DecomposedState
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, pad, read_length
+from depass_lightning.results.component import Component, constant
 from depass_lightning.sources import Source, SplitContext
 
 
@@ -76,23 +77,18 @@ def propagate_to(
 
 def describe_components(
     source: Source, prompt: Prompt, decoder: Decoder, settings: Settings
-) -> tuple[list[str], list[tuple[int, int] | None]]:
-    """Name all components of a prompt, each group's bias and rounding last.
+) -> list[Component]:
+    """Describe all components of a prompt, each group's bias and rounding last.
 
     Args:
         source: what the state is split into.
         prompt: the prompt.
         decoder: the model.
         settings: how the pass is made.
-
-    Returns:
-        The components' names and token ranges.
     """
-    description = source.describe(prompt, decoder)
     layers = source.layers(len(decoder.blocks))
-    names, positions = [], []
-    for layer, group in zip(layers, description.names, strict=True):
-        last = [f"layer {layer} {name}" if len(layers) > 1 else name for name in settings.constant_names]
-        names += [*group, *last]
-        positions += [*description.positions, *([None] * len(last))]
-    return names, positions
+    components = []
+    for layer, group in zip(layers, source.describe(prompt, decoder), strict=True):
+        of_layer = layer if len(layers) > 1 else None
+        components += [*group, *(constant(kind, of_layer) for kind in settings.constant_names)]
+    return components

@@ -19,6 +19,7 @@ from depass_lightning.reports.numbers import curves_of
 from depass_lightning.reports.page import write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.component import Component
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import RowFile, attribution_from_row, checked_file, write_json
 
@@ -53,7 +54,7 @@ def write_results(
     subtitle: str = "",
     prompts: int = 200,
     figures: int = 4,
-    notes: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+    notes: Callable[[Sequence[Component]], Mapping[str, str]] | None = None,
     generated: bool = False,
 ) -> Results:
     """Write the summary, the page and the figures of a run.
@@ -66,7 +67,7 @@ def write_results(
         subtitle: the line below the title.
         prompts: the maximum number of prompts on the page, the first ones.
         figures: the number of prompts drawn as figures.
-        notes: returns notes on components by their names, such as the tokens that a neuron promotes.
+        notes: returns notes on components by their labels, such as the tokens that a neuron promotes.
         generated: whether each row is a generated token; the rows of a prompt are consecutive.
     """
     rows = RowFile(table)
@@ -96,7 +97,7 @@ def write_results(
         summary=_shown(summary),
         examples=examples,
         mean=mean,
-        notes=None if notes is None or mean is None else notes(_leading([mean, *shown])),
+        notes=None if notes is None or mean is None else notes(_leading_components([mean, *shown])),
     )
     return Results(folder, rows, summary, page, generated)
 
@@ -154,10 +155,10 @@ def _summary(rows: RowFile, counts: Sequence[int]) -> dict[str, Any]:
 def _rounding(rows: RowFile) -> dict[str, Any]:
     """Return the size of the model's rounding error, if it computes in lower precision than DePass."""
     shares = []
-    for row in RowFile(rows.path, ["value", "names", "positions", "scores"]):
+    for row in RowFile(rows.path, ["value", "kinds", "scores"]):
         largest = max(abs(row["value"]), *map(abs, row["scores"]))
-        named = zip(row["names"], row["positions"], row["scores"], strict=True)
-        errors = [abs(score) for name, place, score in named if place is None and name.endswith("rounding")]
+        kinds = zip(row["kinds"], row["scores"], strict=True)
+        errors = [abs(score) for kind, score in kinds if kind == "rounding"]
         if errors and largest:
             shares.append(max(errors) / largest)
     if not shares:
@@ -173,12 +174,12 @@ def _mean_scores(mean: Attribution | None) -> dict[str, Any]:
     return {"mean_scores": dict(zip(listed.names, listed.scores.tolist(), strict=True))}
 
 
-def _leading(attributions: Sequence[Attribution]) -> list[str]:
-    """Return the names of the components that are most often among a prompt's strongest."""
-    counts = Counter(
-        name for attribution in attributions for name, _ in asked_for(attribution).top(12, absolute=True)
-    )
-    return [name for name, _ in counts.most_common(NOTED)]
+def _leading_components(attributions: Sequence[Attribution]) -> list[Component]:
+    """Return the components that are most often among a prompt's strongest."""
+    counts: Counter[Component] = Counter()
+    for attribution in map(asked_for, attributions):
+        counts.update(attribution.components[i] for i in attribution.ranked(12, absolute=True))
+    return [component for component, _ in counts.most_common(NOTED)]
 
 
 def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:

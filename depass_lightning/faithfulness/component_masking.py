@@ -14,7 +14,6 @@ what generation would, and gives the answer's probability too.
 """
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -37,8 +36,6 @@ from depass_lightning.targets import continuation_ids
 from depass_lightning.utils.batching import in_batches
 
 MASKED = (0, 1, 2, 5, 10, 20, 50)
-
-NAME = re.compile(r"(?:layer (\d+) )?(head|neuron) (\d+)")
 
 
 @dataclass(frozen=True)
@@ -244,14 +241,14 @@ def _places_of_all(attributions: Sequence[Attribution]) -> _Places:
     if not attributions:
         return _Places(*torch.empty(3, 0, dtype=torch.long))
     first = attributions[0]
-    if any(other.names != first.names or other.layer != first.layer for other in attributions):
+    if any(other.components != first.components for other in attributions):
         raise DePassError("only attributions over the same heads or neurons can be measured together")
-    found = []
-    for index, name in enumerate(first.names):
-        if match := NAME.fullmatch(name):
-            layer = first.layer if match[1] is None else int(match[1])
-            found.append((index, layer, int(match[3])))
-    if not found or first.source not in ("heads", "neurons"):
+    found = [
+        (index, component.layer, component.index)
+        for index, component in enumerate(first.components)
+        if component.kind in ("head", "neuron")
+    ]
+    if not found:
         raise DePassError(f"{first.source} are neither heads nor neurons: there is nothing to mask")
     return _Places(*torch.tensor(found).T)
 

@@ -38,7 +38,7 @@ class Case:
     @property
     def target_ids(self) -> list[int]:
         """The ids of the explained tokens, the answer first; empty for a direction or a probe's logit."""
-        return self.attribution.metadata.get("target_ids") or []
+        return self.attribution.target_ids
 
     @cached_property
     def evidence(self) -> Evidence | None:
@@ -177,7 +177,7 @@ def on_target(case: Case) -> float | None:
     attribution = case.attribution
     if not case.evidence_ranges or attribution.offsets is None or not text_components(attribution):
         return None
-    return attribution.share(case.evidence_ranges)
+    return attribution.positive_fraction(case.evidence_ranges)
 
 
 @ScoreMeasure

@@ -180,22 +180,20 @@ class Baseline(Method):
     ) -> Attribution:
         """Name one prompt's scores."""
         prompt = question.prompt
-        described = self.source.describe(prompt, self.depass.decoder)
-        # In front of heads and neurons stands the rest of the state.
-        first = 0 if self.source.positional else 1
-        names = [name for group in described.names for name in group[first:]]
+        groups = self.source.describe(prompt, self.depass.decoder)
+        # No baseline scores what is left of the state.
+        components = [component for group in groups for component in group if not component.remainder]
         if self.source.positional:  # some stand behind the target's position; another prompt may have more
-            scores = nn.functional.pad(scores, (0, len(names) - scores.shape[1]))
+            scores = nn.functional.pad(scores, (0, len(components) - scores.shape[1]))
         return Attribution(
             scores=scores.flatten(),
-            names=names,
+            components=components,
             value=answer.value,
             target=answer.name,
             text=prompt.text,
             tokens=prompt.tokens,
             token_ids=prompt.ids,
             offsets=prompt.offsets,
-            positions=described.positions[first:] * len(scores),
             source=self.source.kind,
             rule=self.name,
             layer=self.source.layers(len(self.depass.decoder.blocks))[0],
@@ -204,11 +202,7 @@ class Baseline(Method):
             probability=answer.probability,
             rank=answer.rank,
             groups=len(scores),
-            # Who finds `method` here knows that scores need not sum to the value.
-            metadata={
-                "model": self.depass.decoder.name,
-                "target_ids": answer.ids,
-                "method": self.name,
-            }
-            | prompt.notes(),
+            target_ids=answer.ids,
+            method=self.name,
+            metadata={"model": self.depass.decoder.name} | prompt.notes(),
         )

@@ -128,6 +128,6 @@ def _headline(axes: Axes, attribution: Attribution, theme: Theme, height: float,
     parts = [model_name(str(attribution.metadata.get("model", ""))), made(attribution), attribution.rule]
     if attribution.groups == 1:
         left = remainders_of(attribution)
-        parts += [f"{attribution.names[i]} {signed(attribution.scores[i].item())}" for i in left]
+        parts += [f"{attribution.components[i].label} {signed(attribution.scores[i].item())}" for i in left]
     how = "  ·  ".join(part for part in parts if part)
     write(axes, MARGIN, height - 44, how, 9.5, color=hexadecimal(theme.muted))

@@ -1,18 +1,14 @@
 """What a picture must know of components that are no places in the text, such as heads and neurons."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.component import Component
 
-LAYERED = re.compile(r"layer (\d+) (.+)", re.DOTALL)
-# What is left of a state beside the heads, modules or neurons that were asked for.
-REMAINDERS = frozenset(("state", "bias"))
-OTHERS = "the other "
-WIDEST = 100  # columns; what has more, such as neurons, is listed and not drawn as a map
+WIDEST = 102  # columns of a map; what has more, such as neurons, is a list
 LISTED = 60  # components of a long list that are kept one by one
 
 
@@ -23,34 +19,29 @@ class Grid:
     Attributes:
         layers: each row's layer.
         columns: each column's name: "head 3", "state".
+        cells: the columns that were asked for.
+        remainders: the columns that hold what is left of the state.
     """
 
     layers: tuple[int, ...]
     columns: tuple[str, ...]
-
-    @property
-    def cells(self) -> list[int]:
-        """The columns that were asked for."""
-        return [i for i, name in enumerate(self.columns) if name not in REMAINDERS]
-
-    @property
-    def remainders(self) -> list[int]:
-        """The columns that hold what is left of the state."""
-        return [i for i, name in enumerate(self.columns) if name in REMAINDERS]
+    cells: list[int]
+    remainders: list[int]
 
 
 def grid_of(attribution: Attribution) -> Grid | None:
     """Return how the components stand in layers, or None where they do not, or are too many to draw."""
     width = len(attribution) // attribution.groups
-    if attribution.groups < 2 or width > WIDEST + len(REMAINDERS):
+    if attribution.groups < 2 or width > WIDEST:
         return None
-    found = [LAYERED.fullmatch(name) for name in attribution.names]
-    named = [(int(match[1]), match[2]) for match in found if match]
-    if len(named) < len(attribution):
+    components = attribution.components
+    layers = tuple(component.layer for component in components[::width] if component.layer is not None)
+    columns = tuple(component.column for component in components[:width])
+    places = [(component.layer, component.column) for component in components]
+    cells = [i for i in range(width) if not components[i].remainder]
+    if places != [(layer, column) for layer in layers for column in columns] or not cells:
         return None
-    grid = Grid(tuple(layer for layer, _ in named[::width]), tuple(name for _, name in named[:width]))
-    regular = [(layer, name) for layer in grid.layers for name in grid.columns]
-    return grid if named == regular and grid.cells else None
+    return Grid(layers, columns, cells, [i for i in range(width) if i not in cells])
 
 
 def placed(attribution: Attribution) -> bool:
@@ -61,7 +52,7 @@ def placed(attribution: Attribution) -> bool:
 def complete(attribution: Attribution) -> bool:
     """Say whether the scores ought to sum to the value: those of control paths, a part of it, do not, nor do
     those of other methods."""
-    return attribution.metadata.get("attention_path") != "control" and "method" not in attribution.metadata
+    return attribution.attention_path == "content" and attribution.method == "depass"
 
 
 def remainders_of(attribution: Attribution) -> list[int]:
@@ -71,12 +62,8 @@ def remainders_of(attribution: Attribution) -> list[int]:
     """
     if placed(attribution):
         return []
-    found = []
-    for i, name in enumerate(attribution.names):
-        layered = LAYERED.fullmatch(name)
-        if (layered[2] if layered else name) in REMAINDERS or name.startswith(OTHERS):
-            found.append(i)
-    return found if len(found) < len(attribution) else []
+    remainders = [i for i, component in enumerate(attribution.components) if component.remainder]
+    return remainders if len(remainders) < len(attribution) else []
 
 
 def asked_for(attribution: Attribution) -> Attribution:
@@ -108,8 +95,7 @@ def strongest_of(
     return replace(
         shortened,
         scores=torch.cat([shortened.scores, rest[None]]),
-        names=[*shortened.names, f"{OTHERS}{len(ranked) - most:,}"],
-        positions=[*shortened.positions, None],
+        components=[*shortened.components, Component("others", f"the other {len(ranked) - most:,}")],
     )
 
 
@@ -142,7 +128,7 @@ def mean_of(attributions: Iterable[Attribution]) -> Attribution | None:
         return None
     count, value, scores = 1, first.value, first.scores.double()
     for other in rest:
-        if other.names != first.names:
+        if other.components != first.components:
             return None
         count, value, scores = count + 1, value + other.value, scores + other.scores
     return replace(first, scores=scores / count, value=value / count, metadata={})
@@ -159,7 +145,6 @@ def _chosen(attribution: Attribution, kept: Sequence[int]) -> Attribution:
     return replace(
         attribution,
         scores=attribution.scores[list(kept)],
-        names=[attribution.names[i] for i in kept],
-        positions=[attribution.positions[i] for i in kept],
+        components=[attribution.components[i] for i in kept],
         groups=1,
     )

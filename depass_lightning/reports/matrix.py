@@ -54,15 +54,15 @@ def _matrix(attributions: Attributions, columns: range) -> Table:
     table.add_column("", max_width=LABEL_WIDTH, no_wrap=True)
     for column in columns:
         table.add_column(str(column + 1), justify="right", no_wrap=True, min_width=CELL_WIDTH - 1)
+    components = attributions.components
     rows = asked_for_together(attributions, ROWS)
     scores = attributions.scores[:, rows]
     strongest = scores.abs().amax(1, keepdim=True)
     strengths = (scores / strongest.where(strongest > 0, 1.0)).tolist()
-    spans = attributions[0].positions
     last = max(attributions[column].position for column in columns)
     before = len(attributions.tokens) - len(attributions)
     for row, component in enumerate(rows):
-        span, name = spans[component], attributions.names[component]
+        span, name = components[component].span, components[component].label
         if span is not None and span[0] > last + isinstance(attributions, Generation):
             continue
         number = ""

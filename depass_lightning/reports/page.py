@@ -37,6 +37,7 @@ from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 from depass_lightning.reports.prompt_segments import unread_words
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.component import Component
 from depass_lightning.results.generation import Generation
 from depass_lightning.utils.atomic_files import write_whole
 
@@ -221,7 +222,7 @@ def prompt_data(
         "row": visible(bare(str(example.get("row", name)))),
         "views": views,
         "marks": _marks(attribution, example) if known else [],
-        "share": _rounded(attribution.share(evidence))
+        "share": _rounded(attribution.positive_fraction(evidence))
         if known and evidence and placed(attribution)
         else None,
         "first": example.get("evidence_first"),
@@ -239,7 +240,7 @@ def prompt_data(
 
 def _stands(attribution: Attribution) -> int | None:
     """Return the place where the target's token stands in the text itself, as in what was generated."""
-    following, target = attribution.position + 1, attribution.metadata.get("target_ids")
+    following, target = attribution.position + 1, attribution.target_ids
     if following < len(attribution.tokens) and target == [attribution.token_ids[following]]:
         return following
     return None
@@ -285,7 +286,8 @@ def _components(attribution: Attribution) -> dict[str, Any]:
     tokens = [visible(token) for token in attribution.tokens]
     names: list[str | None] = []
     texts: dict[int, str] = {}
-    for i, (name, span) in enumerate(zip(attribution.names, attribution.positions, strict=True)):
+    for i, component in enumerate(attribution.components):
+        name, span = component.label, component.span
         text = None if span is None else visible(attribution.text_of(span))
         if span is not None and text is not None and text != "".join(tokens[slice(*span)]):
             texts[i] = text
@@ -311,8 +313,9 @@ def _marks(attribution: Attribution, example: Mapping[str, Any]) -> list[dict[st
     outright = [span for span in evidence if not isinstance(span, str)]
     if outright:
         named["right tokens"] = (True, outright)
-    each = [(i, i + 1) for i in range(len(attribution.tokens))]
-    tokens = replace(attribution, scores=torch.zeros(len(each)), names=attribution.tokens, positions=each)
+    texts = enumerate(attribution.tokens)
+    components = [Component("token", text, index=i, span=(i, i + 1)) for i, text in texts]
+    tokens = replace(attribution, scores=torch.zeros(len(components)), components=components)
     marks = [
         {"name": visible(name.replace("_", " ")), "right": right, "tokens": tokens.overlapping(spans)}
         for name, (right, spans) in named.items()
@@ -325,6 +328,10 @@ def _settings(attribution: Attribution, without: Iterable[str] = ()) -> dict[str
     """Return how an attribution was made, in words, less the settings named."""
     plain_values = {k: str(v) for k, v in attribution.metadata.items() if isinstance(v, str | int | float)}
     how = {"source": made(attribution), "rule": attribution.rule}
+    if attribution.method != "depass":
+        how["method"] = attribution.method
+    if attribution.attention_path != "content":
+        how["attention_path"] = attribution.attention_path
     settings = {"model": model_name(plain_values.pop("model", "unnamed"))} | how | plain_values
     return {name.replace("_", " "): visible(value) for name, value in settings.items() if name not in without}
 

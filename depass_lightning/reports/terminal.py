@@ -119,8 +119,8 @@ def _components(attribution: Attribution, top: int) -> Table:
         table.add_row(_name(name), signed(score), Text(bar, hexadecimal(LETTERS[int(score < 0)])))
     beside = [f"and {left:,} more"] if (left := len(asked) - len(rows)) else []
     if attribution.groups == 1:  # of many layers each has its own
-        left_over = remainders_of(attribution)
-        beside += [f"{attribution.names[i]} {signed(attribution.scores[i].item())}" for i in left_over]
+        names = attribution.names
+        beside += [f"{names[i]} {signed(attribution.scores[i].item())}" for i in remainders_of(attribution)]
     if beside:
         table.caption = ", ".join(beside)
         table.caption_justify = "left"

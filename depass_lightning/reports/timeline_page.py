@@ -92,7 +92,8 @@ def _common(frames: Sequence[Frame]) -> list[str]:
         id
         for id, attribution in first.attributions.items()
         if all(
-            id in frame.attributions and frame.attributions[id].names == attribution.names for frame in others
+            id in frame.attributions and frame.attributions[id].components == attribution.components
+            for frame in others
         )
     ]
     if not ids:

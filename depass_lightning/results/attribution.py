@@ -15,13 +15,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
+from depass_lightning.results.component import Component, from_columns, to_columns
 from depass_lightning.utils.atomic_files import write_whole
 from depass_lightning.utils.words import word_tokens, word_tokens_by_space
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "depass-attribution-2"  # 1 counted ranks from 0
+FORMAT = "depass-attribution-3"  # 1 counted ranks from 0; 2 had names instead of components
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,13 @@ class Attribution:
 
     Attributes:
         scores: each component's part of the value, in logits; float32, on the CPU.
-        names: each component's name; a token's is its text (" Mary"), the last may be "bias".
+        components: what each score belongs to; the last may be the bias.
         value: the model's own value of the target: a logit, or a difference of two.
         target: the target in words: "' Mary'" or "' Mary' − ' John'".
         text: the prompt, or "" where only token ids were given.
         tokens: the text of the token at each position; together they read like the prompt.
         token_ids: the id at each position.
         offsets: the character span in `text` of each position ((0, 0) for special tokens), if known.
-        positions: the token range [start, end) that each component stands for; None for a bias and the like.
         source: what the state was split into: "tokens".
         rule: how neurons were shared out: "softmax".
         layer: the layer at which the state was split.
@@ -62,20 +62,23 @@ class Attribution:
         prediction: the text of the model's own most likely next token there.
         probability: the model's probability of the target's token, if the target is one.
         rank: the rank of that token among all, from 1 for the most likely.
-        groups: into how many groups of equal size the components fall, one behind the other: each layer's
-            heads are a split of their own, and each group's scores sum to the value.
-        metadata: anything else worth keeping, as JSON can hold it.
+        groups: the number of groups of equal size, one after another, that the components fall into: each
+            layer's heads are a split of their own, and each group's scores sum to the value.
+        target_ids: the ids of the explained tokens, the answer first; empty for a direction.
+        method: `depass`, or the name of the method that made the scores; those of other methods need not sum
+            to the value.
+        attention_path: `content`, or `control` for scores of the query and key path alone.
+        metadata: anything else worth keeping; JSON must be able to hold it.
     """
 
     scores: Float[Tensor, " component"]
-    names: list[str]
+    components: list[Component]
     value: float
     target: str
     text: str
     tokens: list[str]
     token_ids: list[int]
     offsets: list[tuple[int, int]] | None
-    positions: list[tuple[int, int] | None]
     source: str
     rule: str
     layer: int
@@ -84,6 +87,9 @@ class Attribution:
     probability: float | None = None
     rank: int | None = None
     groups: int = 1
+    target_ids: list[int] = field(default_factory=list)
+    method: str = "depass"
+    attention_path: str = "content"
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,7 +97,7 @@ class Attribution:
         if self.scores.ndim != 1:
             raise DePassError(f"scores is one number a component, not a tensor of {tuple(self.scores.shape)}")
         for unit, count, of in (
-            ("component", len(self.scores), ("names", "positions")),
+            ("component", len(self.scores), ("components",)),
             ("token", len(self.tokens), ("token_ids", "offsets")),
         ):
             for name in of:
@@ -101,6 +107,16 @@ class Attribution:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @property
+    def names(self) -> list[str]:
+        """The components' labels: a token's text (" Mary"), "head 3", "bias"."""
+        return [component.label for component in self.components]
+
+    @property
+    def positions(self) -> list[tuple[int, int] | None]:
+        """The token range [start, end) of each component; None for a bias, a head and the like."""
+        return [component.span for component in self.components]
 
     def __repr__(self) -> str:
         top = ", ".join(f"{name!r} {score:+.3g}" for name, score in self.top(3, absolute=True))
@@ -139,9 +155,17 @@ class Attribution:
             k: how many at most.
             absolute: rank by size whatever the sign.
         """
-        ranked = self.scores.abs() if absolute else self.scores
-        order = torch.sort(ranked, descending=True, stable=True).indices[: max(k, 0)].tolist()
-        return [(self.names[i], self.scores[i].item()) for i in order]
+        return [(self.components[i].label, self.scores[i].item()) for i in self.ranked(k, absolute)]
+
+    def ranked(self, k: int, absolute: bool = False) -> list[int]:
+        """Return the indices of the `k` components with the largest scores, the largest first.
+
+        Args:
+            k: the largest number of indices.
+            absolute: rank by size whatever the sign.
+        """
+        scores = self.scores.abs() if absolute else self.scores
+        return torch.sort(scores, descending=True, stable=True).indices[: max(k, 0)].tolist()
 
     def words(self) -> "Attribution":
         """Return the same attribution with the pieces of each word summed into one component.
@@ -161,15 +185,16 @@ class Attribution:
             groups[-1].append(i) if joins else groups.append([i])
             reached = -1 if span is None else word_of[span[1] - 1]
         scores = [self.scores[group].double().sum().item() for group in groups]
-        positions = [self._merged(group) for group in groups]
-        named = zip(groups, positions, strict=True)
-        names = [self.names[group[0]] if len(group) == 1 else self.text_of(span) for group, span in named]
-        return replace(self, scores=torch.tensor(scores), names=names, positions=positions)
+        components = [self._merged(group) for group in groups]
+        return replace(self, scores=torch.tensor(scores), components=components)
 
-    def _merged(self, group: list[int]) -> tuple[int, int] | None:
-        """Return the token range of neighbouring components together."""
-        first, last = self.positions[group[0]], self.positions[group[-1]]
-        return None if first is None or last is None else (first[0], last[1])
+    def _merged(self, group: Sequence[int]) -> Component:
+        """Return neighbouring components as one."""
+        first, last = self.components[group[0]], self.components[group[-1]]
+        if len(group) == 1 or first.span is None or last.span is None:
+            return first
+        span = (first.span[0], last.span[1])
+        return Component("span", self.text_of(span), span=span)
 
     def text_of(self, positions: tuple[int, int] | None) -> str:
         """Return the text of a token range [start, end), from the prompt where its place there is known.
@@ -194,16 +219,11 @@ class Attribution:
         dropped = {names} if isinstance(names, str) else set(names)
         if unknown := sorted(dropped - set(self.names)):
             raise DePassError(f"no component is named {unknown[0]!r}; the names are {_listing(self.names)}")
-        kept = [i for i, name in enumerate(self.names) if name not in dropped]
+        kept = [i for i, component in enumerate(self.components) if component.label not in dropped]
         size = len(self) // self.groups
         if len({sum(i // size == group for i in kept) for group in range(self.groups)}) > 1:
             raise DePassError("each group has to lose as many components: name those of every layer")
-        return replace(
-            self,
-            scores=self.scores[kept],
-            names=[self.names[i] for i in kept],
-            positions=[self.positions[i] for i in kept],
-        )
+        return replace(self, scores=self.scores[kept], components=[self.components[i] for i in kept])
 
     def compare(self, other: "Attribution") -> Comparison:
         """Compare the scores (before) with another attribution's (after), component by component.
@@ -227,7 +247,7 @@ class Attribution:
             lost=[row for row in reversed(changes) if row[2] < row[1]],
         )
 
-    def share(self, ranges: Sequence[tuple[int, int]]) -> float:
+    def positive_fraction(self, ranges: Sequence[tuple[int, int]]) -> float:
         """Return the part of all positive score that lies on some characters of the text.
 
         It lies on the components whose text overlaps them.
@@ -284,9 +304,10 @@ class Attribution:
         Raises:
             DePassError: if `metadata` holds something that JSON cannot.
         """
-        record = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "scores"}
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        record |= {"scores": None, "components": to_columns(self.components)}
         try:
-            header = json.dumps(record)
+            header = json.dumps(record, separators=(",", ":"))
         except (TypeError, ValueError) as error:
             raise DePassError(f"metadata cannot be JSON: {error}; keep plain values in it") from error
         content = save({"scores": self.scores.contiguous()}, {"format": FORMAT, "attribution": header})
@@ -297,22 +318,28 @@ class Attribution:
         """Read an attribution that `save` wrote, every field as it was.
 
         Raises:
-            DePassError: if the file is no saved attribution.
+            DePassError: if the file is no saved attribution, or one of another version's format.
         """
+        name = os.fspath(path)
         try:
-            with safe_open(os.fspath(path), framework="pt") as opened:
+            with safe_open(name, framework="pt") as opened:
                 header = opened.metadata() or {}
-                known = header.get("format") == FORMAT
-                scores = opened.get_tensor("scores") if known else None
+                kind = header.get("format", "")
+                scores = opened.get_tensor("scores") if kind == FORMAT else None
         except SafetensorError as error:
-            raise DePassError(f"{os.fspath(path)} is no safetensors file: {error}") from error
+            raise DePassError(f"{name} is no safetensors file: {error}") from error
+        if scores is None and kind.startswith(FORMAT.rstrip("0123456789")):
+            raise DePassError(
+                f"{name} is in the format {kind} of another version, and this one reads {FORMAT}; attribute "
+                "the prompt again"
+            )
         if scores is None:
-            raise DePassError(f"{os.fspath(path)} holds no attribution that Attribution.save wrote")
+            raise DePassError(f"{name} holds no attribution that Attribution.save wrote")
         record = json.loads(header["attribution"])
-        record["positions"] = [None if span is None else tuple(span) for span in record["positions"]]
+        record["components"] = from_columns(record["components"])
         if record["offsets"] is not None:
             record["offsets"] = [tuple(span) for span in record["offsets"]]
-        return cls(scores=scores, **record)
+        return cls(**record | {"scores": scores})
 
     # The pictures are imported where they are drawn: reports build on this module, and matplotlib, rich and
     # jinja2 take longer to import than an attribution takes to compute.

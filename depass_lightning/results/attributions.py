@@ -11,6 +11,7 @@ from torch import Tensor
 
 from depass_lightning.errors import DePassError
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.component import Component
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,7 +31,7 @@ class Attributions(Sequence[Attribution]):
         if not self.attributions:
             raise DePassError("there is no attribution of any target; give at least one")
         first, *others = self.attributions
-        if any(other.names != first.names for other in others):
+        if any(other.components != first.components for other in others):
             raise DePassError(
                 "the targets' attributions are not over the same components; keep them in a list"
             )
@@ -48,7 +49,8 @@ class Attributions(Sequence[Attribution]):
         return len(self.attributions)
 
     def __repr__(self) -> str:
-        return f"Attributions(targets={self.targets}, {len(self.names)} components of {self[0].source!r})"
+        count = len(self.components)
+        return f"Attributions(targets={self.targets}, {count} components of {self[0].source!r})"
 
     @property
     def scores(self) -> Float[Tensor, "target component"]:
@@ -62,8 +64,13 @@ class Attributions(Sequence[Attribution]):
 
     @property
     def names(self) -> list[str]:
-        """The components' names, as in `Attribution`; the last may be "bias"."""
+        """The components' labels, as in `Attribution`; the last may be "bias"."""
         return self[0].names
+
+    @property
+    def components(self) -> list[Component]:
+        """What each column of the scores belongs to."""
+        return self[0].components
 
     @property
     def targets(self) -> list[str]:

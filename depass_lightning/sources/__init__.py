@@ -1,6 +1,6 @@
 """What a state is split into before it is carried through the rest of the model."""
 
-from depass_lightning.sources.base import Described, Source, SplitContext, resolve_layer
+from depass_lightning.sources.base import Source, SplitContext, resolve_layer
 from depass_lightning.sources.directions import load_subspace
 from depass_lightning.sources.sublayers import Heads, Module, Neurons
 from depass_lightning.sources.subspaces import Components, Subspace
@@ -8,7 +8,6 @@ from depass_lightning.sources.tokens import Spans, Tokens
 
 __all__ = [
     "Components",
-    "Described",
     "Heads",
     "Module",
     "Neurons",

@@ -22,6 +22,7 @@ from depass_lightning.engine.state import DecomposedState
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
+from depass_lightning.results.component import Component
 
 
 def is_whole(value: object) -> bool:
@@ -52,19 +53,6 @@ def resolve_layer(layer: int, layers: int, what: str) -> int:
             f"(or -{layers} to -1 from the end)"
         )
     return layer % layers
-
-
-@dataclass(frozen=True)
-class Described:
-    """What one prompt's components are called.
-
-    Args:
-        names: `[group][component]` the names, without the bias component.
-        positions: `[component]` of every group: the token range that it stands for, or None.
-    """
-
-    names: list[list[str]]
-    positions: list[tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -136,8 +124,15 @@ class Source(ABC):
         """The scores of the group that begins inside a block, the bias component's first, if one does."""
 
     @abstractmethod
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
-        """Name one prompt's components.
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
+        """Describe one prompt's components.
+
+        Args:
+            prompt: the prompt.
+            decoder: the model.
+
+        Returns:
+            `[group][component]` what each is, without the components of constants.
 
         Raises:
             DePassError: the prompt cannot be split like this.

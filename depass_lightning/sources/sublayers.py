@@ -14,9 +14,9 @@ from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
+from depass_lightning.results.component import Component, block_components
 from depass_lightning.sources.base import (
     Begun,
-    Described,
     GroupSource,
     SplitContext,
     is_whole,
@@ -35,15 +35,6 @@ class _Blockwise(GroupSource):
         if self.layer is None:
             return list(range(count))
         return [resolve_layer(self.layer, count, type(self).__name__)]
-
-    def _named(self, decoder: Decoder, names: Sequence[str]) -> Described:
-        """Name each layer's group; where there are several, by the layer too."""
-        layers = self.layers(len(decoder.blocks))
-        if len(layers) == 1:
-            return Described([list(names)], [None] * len(names))
-        return Described(
-            [[f"layer {layer} {name}" for name in names] for layer in layers], [None] * len(names)
-        )
 
 
 @dataclass(frozen=True)
@@ -83,8 +74,8 @@ class Heads(_Blockwise):
             total = total + (block.attention.bias_terms * middle.states).sum((1, 2))
         return with_constants(torch.cat([state[:, None], scores], 1), total, settings)
 
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
-        return self._named(decoder, ["state", *(f"head {index}" for index in range(decoder.heads))])
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
+        return block_components(tuple(self.layers(len(decoder.blocks))), "head", range(decoder.heads))
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,8 @@ class Module(_Blockwise):
             return DenseGroup(torch.stack([block.resid_pre, block.attention_output], 1)), None
         return DenseGroup(torch.stack([block.resid_post - block.mlp_output, block.mlp_output], 1)), None
 
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
-        return self._named(decoder, ["state", self.module])
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
+        return block_components(tuple(self.layers(len(decoder.blocks))), self.module, None)
 
 
 @dataclass(frozen=True)
@@ -184,7 +175,7 @@ class Neurons(_Blockwise):
         rest = total - scores.sum(1)
         return with_constants(torch.cat([rest[:, None], scores], 1), after.constants, settings)
 
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         widths = {decoder.blocks[layer].mlp.width for layer in self.layers(len(decoder.blocks))}
         width = min(widths)
         if self.indices is None and len(widths) > 1:
@@ -192,10 +183,10 @@ class Neurons(_Blockwise):
                 f"Neurons: the blocks' MLPs have {', '.join(map(str, sorted(widths)))} neurons; take one "
                 "block at a time by layer, or some neurons by indices"
             )
-        indices = range(width) if self.indices is None else self.indices
+        indices = range(width) if self.indices is None else tuple(self.indices)
         outside = [index for index in indices if not 0 <= index < width]
         if outside:
             raise DePassError(
                 f"Neurons: there is no neuron {outside[0]}; the MLP has {width}, 0 to {width - 1}"
             )
-        return self._named(decoder, ["state", *(f"neuron {index}" for index in indices)])
+        return block_components(tuple(self.layers(len(decoder.blocks))), "neuron", indices)

@@ -12,7 +12,8 @@ from depass_lightning.engine.record import Recording
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, GroupSource, SplitContext, resolve_layer
+from depass_lightning.results.component import Component
+from depass_lightning.sources.base import GroupSource, SplitContext, resolve_layer
 
 
 def directions_of(basis: Any) -> Float[Tensor, "direction hidden"]:
@@ -88,7 +89,7 @@ class Subspace(GroupSource):
         rest = state - torch.stack(parts).sum(0)
         return torch.stack([*parts, rest], 1)
 
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         count = len(self.bases)
         names = (
             list(self.names) if self.names is not None else [f"subspace {index}" for index in range(count)]
@@ -97,7 +98,8 @@ class Subspace(GroupSource):
             raise DePassError(f"Subspace: {len(names)} names for {count} subspaces")
         if count == 1 and self.names is None:
             names = ["subspace"]
-        return Described([[*names, "rest"]], [None] * (count + 1))
+        parts = [Component("subspace", name, index=index) for index, name in enumerate(names)]
+        return [[*parts, Component("rest", "rest")]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ class Components(GroupSource):
             raise DePassError(f"Components: there is no tensor for {prompt.name}; give one for each prompt")
         return given[prompt.index]
 
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         given = self._of(prompt)
         expected = [len(prompt.ids), decoder.hidden_size]
         if given.ndim != 3 or given.shape[2] != expected[1]:
@@ -171,4 +173,4 @@ class Components(GroupSource):
         )
         if len(names) != count:
             raise DePassError(f"Components: {len(names)} names for {count} components")
-        return Described([names], [None] * count)
+        return [[Component("component", name, index=index) for index, name in enumerate(names)]]

@@ -18,7 +18,8 @@ from depass_lightning.engine.state import DecomposedState
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources.base import Described, Source, SplitContext, resolve_layer
+from depass_lightning.results.component import Component
+from depass_lightning.sources.base import Source, SplitContext, resolve_layer
 from depass_lightning.sources.segments import Unit, segment
 
 
@@ -98,8 +99,9 @@ class Tokens(Positional):
     def owners(self, prompt: Prompt) -> list[int]:
         return list(range(len(prompt.ids)))
 
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
-        return Described([list(prompt.tokens)], [(index, index + 1) for index in range(len(prompt.ids))])
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
+        tokens = enumerate(prompt.tokens)
+        return [[Component("token", text, index=i, span=(i, i + 1)) for i, text in tokens]]
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,16 @@ class Spans(Positional):
                 owners[position] = component
         return owners
 
-    def describe(self, prompt: Prompt, decoder: Decoder) -> Described:
-        spans = segment(prompt, self.by, self.unit)
-        names, positions = [], []
-        for tokens in spans:
-            contiguous = tokens[-1] - tokens[0] + 1 == len(tokens)
-            names.append("".join(prompt.tokens[tokens[0] : tokens[-1] + 1]) if contiguous else "rest")
-            positions.append((tokens[0], tokens[-1] + 1) if contiguous else None)
-        return Described([names], positions)
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
+        components = []
+        for index, tokens in enumerate(segment(prompt, self.by, self.unit)):
+            span = (tokens[0], tokens[-1] + 1)
+            if span[1] - span[0] == len(tokens):
+                text = "".join(prompt.tokens[slice(*span)])
+                components.append(Component("span", text, index=index, span=span))
+            else:
+                components.append(Component("rest", "rest"))
+        return [components]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.component import from_columns, to_columns
 from depass_lightning.storage.shards import read_rows
 
 RANGES = pa.list_(pa.list_(pa.int32()))
@@ -32,7 +33,11 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("target", pa.string()),
         ("value", pa.float64()),
         ("scores", pa.list_(pa.float32())),
+        # its components, a list each: see `results.component.Component`
+        ("kinds", pa.list_(pa.string())),
         ("names", pa.list_(pa.string())),
+        ("layers", pa.list_(pa.int32())),
+        ("indices", pa.list_(pa.int32())),
         ("positions", RANGES),
         ("groups", pa.int32()),
         ("source", pa.string()),
@@ -43,6 +48,9 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("probability", pa.float64()),
         ("rank", pa.int32()),
         ("completeness", pa.float64()),
+        ("target_ids", pa.list_(pa.int64())),
+        ("method", pa.string()),
+        ("attention_path", pa.string()),
         ("metadata", pa.string()),
         # what is known about the prompt, and measured on it
         ("answer", pa.string()),
@@ -82,10 +90,12 @@ Ranges are pairs `[start, end)` of characters or tokens. `states` is the SHA-256
 component states.
 """
 
+PLAIN = tuple(field.name for field in dataclasses.fields(Attribution) if field.name != "components")
+
 
 def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
     """Return the attribution's fields and completeness error as columns of `ATTRIBUTION_SCHEMA`."""
-    row = {field.name: getattr(attribution, field.name) for field in dataclasses.fields(attribution)}
+    row = {name: getattr(attribution, name) for name in PLAIN} | to_columns(attribution.components)
     row["scores"] = attribution.scores.tolist()
     row["completeness"] = attribution.completeness
     row["metadata"] = json.dumps(attribution.metadata, ensure_ascii=False)
@@ -93,14 +103,18 @@ def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
 
 
 def attribution_from_row(row: Mapping[str, Any]) -> Attribution:
-    """Return the attribution that `attribution_to_row` converted to this row."""
-    fields = {field.name: row[field.name] for field in dataclasses.fields(Attribution)}
+    """Return the attribution that `attribution_to_row` converted to this row.
+
+    Raises:
+        DePassError: an earlier version wrote the row.
+    """
+    components = from_columns(row)  # first: an earlier version's rows lack other fields too
+    fields = {name: row[name] for name in PLAIN}
     fields["scores"] = torch.tensor(row["scores"], dtype=torch.float32)
     fields["metadata"] = json.loads(row["metadata"])
-    for name in ("offsets", "positions"):
-        pairs = row[name]
-        fields[name] = None if pairs is None else [None if pair is None else tuple(pair) for pair in pairs]
-    return Attribution(**fields)
+    if row["offsets"] is not None:
+        fields["offsets"] = [tuple(pair) for pair in row["offsets"]]
+    return Attribution(components=components, **fields)
 
 
 def read_attributions(path: str | Path) -> list[Attribution]:

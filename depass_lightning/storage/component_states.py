@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from depass_lightning.errors import DePassError
+from depass_lightning.results.component import from_columns, to_columns
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.utils.atomic_files import write_whole
 
@@ -28,7 +29,8 @@ def write_states(folder: str | Path, states: Mapping[int, Decomposition]) -> dic
     hashes = {}
     for index, state in states.items():
         # One entry: safetensors writes several in an order that differs between runs.
-        header = {HEADER: json.dumps({"layer": state.layer, "names": state.names}, ensure_ascii=False)}
+        known = {"layer": state.layer, "components": to_columns(state.components)}
+        header = {HEADER: json.dumps(known, ensure_ascii=False)}
         content = save({"states": state.states.detach().cpu().contiguous()}, header)
         write_whole(state_path(folder, index), content)
         hashes[index] = hashlib.sha256(content).hexdigest()
@@ -51,7 +53,8 @@ def read_states(path: str | Path) -> Decomposition:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads(file.metadata()[HEADER])
-            return Decomposition(file.get_tensor("states"), header["names"], header["layer"])
+            known = json.loads(file.metadata()[HEADER])
+            components = from_columns(known.get("components", {}))
+            return Decomposition(file.get_tensor("states"), components, known["layer"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DePassError(f"{path} has no component states ({error})") from error

@@ -166,7 +166,7 @@ def test_what_is_logged_and_when(tmp_path: Path) -> None:
         "probability": last.probability,
         "rank": last.rank,
         "completeness": last.completeness,
-        "on_target": last.share([(at, at + 4)]),
+        "on_target": last.positive_fraction([(at, at + 4)]),
         "entropy": entropy(Case(last)),
     }.items():
         assert logged[f"depass/ioi/{name}"] == pytest.approx(value, rel=1e-5)

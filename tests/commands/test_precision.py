@@ -56,7 +56,7 @@ def test_what_is_said_of_words_keeps_rounding_apart():
     words = own.words()
     assert words.names[-1] == "rounding"
     assert words.completeness < 1e-5
-    assert own.share([(5, 9)]) > 0.5  # "Mary"
+    assert own.positive_fraction([(5, 9)]) > 0.5  # "Mary"
     assert own.without(["rounding"]).completeness == pytest.approx(
         abs(float(own.scores[-1])) / max(abs(own.value), float(own.scores.abs().max())), rel=1e-3
     )

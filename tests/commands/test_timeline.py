@@ -17,6 +17,7 @@ from depass_lightning import Attribution, DePassError
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.commands.timeline import read_losses, write_timelines
 from depass_lightning.reports.timeline_page import Frame, write_timeline
+from depass_lightning.results.component import Component
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     attribution_to_row,
@@ -76,7 +77,7 @@ def test_timelines_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(DePassError, match="two steps or more; there is 1"):
         write_timeline(tmp_path / "timeline.html", frames()[:1], title="")
     first, second, *_ = frames()
-    renamed = replace(first.attributions["a"], names=[f"{name}?" for name in first.attributions["a"].names])
+    renamed = replace(first.attributions["a"], components=first.attributions["a"].components[::-1])
     with pytest.raises(DePassError, match="over the same components"):
         write_timeline(tmp_path / "timeline.html", [second, Frame("other", 1, {"a": renamed})], title="")
     with pytest.raises(DePassError, match="holds no maps of DePassCallback"):
@@ -92,8 +93,7 @@ def test_neurons_of_all_steps_are_the_same_in_the_page(tmp_path: Path) -> None:
             vars(ioi())
             | {
                 "scores": torch.zeros(count),
-                "names": [f"neuron {i}" for i in range(count)],
-                "positions": [None] * count,
+                "components": [Component("neuron", f"neuron {i}", 0, i) for i in range(count)],
                 "source": "neurons",
                 "metadata": {},
             }

@@ -136,7 +136,7 @@ def test_the_autocast_that_accelerate_puts_into_forward() -> None:
     text = "When Mary and John went to the store, John gave a drink to"
     old = DePass(model, tokenizer)
     expected = old.attribute(text)
-    (curves,) = removal_curves(model, [expected], expected.metadata["target_ids"])
+    (curves,) = removal_curves(model, [expected], expected.target_ids)
     said = old.attribute_generation(text, max_new_tokens=2)
     prepared: Any = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     coarse = prepared(**tokenizer(text, return_tensors="pt")).logits[0, -1].max().item()
@@ -148,7 +148,7 @@ def test_the_autocast_that_accelerate_puts_into_forward() -> None:
             assert torch.equal(given.scores, expected.scores)
             again = depass.attribute_generation(text, max_new_tokens=2)
             assert torch.equal(again.scores, said.scores)
-        assert removal_curves(prepared, [expected], expected.metadata["target_ids"]) == [curves]
+        assert removal_curves(prepared, [expected], expected.target_ids) == [curves]
 
 
 @pytest.mark.parametrize("way", ["mlp", "mlp in place", "block", "head", "model in place"])

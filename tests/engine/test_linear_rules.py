@@ -187,8 +187,8 @@ def test_content_and_control_are_told_apart() -> None:
     plain, content, control = (depass.attribute(**arguments, **more)[0] for more in paths)
     assert torch.equal(plain.scores, content.scores)
     assert content.completeness < 1e-5
-    assert "attention_path" not in content.metadata
-    assert control.metadata["attention_path"] == "control"
+    assert content.attention_path == "content"
+    assert control.attention_path == "control"
     assert control.completeness > 1e-2
     assert control.value == content.value
     # From behind the last attention no way leads through a query or a key.

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
+import torch
 
 from depass_lightning import DePass, DePassError, Heads, Module, Tokens, tasks
 from depass_lightning.faithfulness import ROW_MEASURES, Case, ComponentMasking, TokenRemoval, evaluate
 from depass_lightning.faithfulness.evaluate import entropy, evidence_first, on_target
+from depass_lightning.results.component import Component
 from depass_lightning.storage import ATTRIBUTION_SCHEMA
 from tests.faithfulness.test_token_removal import attribution
 
@@ -44,7 +45,6 @@ def test_only_measures_that_run_the_model_need_it() -> None:
 
 def test_entropy_goes_from_one_component_to_all() -> None:
     for scores, expected in (([0.0, -3.0, 0.0], 0.0), ([2.0, -2.0, 2.0, 2.0], math.log(4)), ([0.0] * 3, 0.0)):
-        names, positions = [""] * len(scores), [None] * len(scores)
-        changed: dict[str, Any] = {"scores": scores, "names": names, "positions": positions}
-        scored = replace(attribution([0.0] * 5), **changed)
+        components = [Component("component", "")] * len(scores)
+        scored = replace(attribution([0.0] * 5), scores=torch.tensor(scores), components=components)
         assert entropy(Case(scored)) == pytest.approx(expected)

@@ -21,6 +21,7 @@ from depass_lightning.faithfulness.evaluate import Case
 from depass_lightning.methods import Random, RandomLastFirst
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import ATTRIBUTION_SCHEMA
+from tests.reference.attributions import spans
 from tests.reference.models import build, prompt
 
 BOS, KEY, ANSWER = 1, 5, 7
@@ -56,14 +57,13 @@ def attribution(scores, *, bos=True, ids=(2, 3, 4, KEY, 6)):
     offsets = [(0, 0)] * bos + [(2 * i, 2 * i + 1) for i in range(len(letters))]
     return Attribution(
         scores=torch.tensor([*([9.0] * bos), *scores, 99.0]),
-        names=[*tokens, "bias"],
+        components=spans([*tokens, "bias"], [*((i, i + 1) for i in range(len(tokens))), None]),
         value=1.0,
         target="x",
         text=" ".join(letters),
         tokens=tokens,
         token_ids=[BOS] * bos + list(ids),
         offsets=offsets,
-        positions=[*((i, i + 1) for i in range(len(tokens))), None],
         source="tokens",
         rule="softmax",
         layer=0,

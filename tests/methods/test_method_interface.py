@@ -78,7 +78,7 @@ def test_a_batch_gives_what_single_prompts_give(family: str) -> None:
                 assert getattr(found, fact) == getattr(ours, fact), (names(method), fact)
             assert found.probability == pytest.approx(ours.probability)
             assert found.rule == method.name
-            assert found.metadata["target_ids"] == ours.metadata["target_ids"] == [7, 11]
+            assert found.target_ids == ours.target_ids == [7, 11]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name], Baseline)])

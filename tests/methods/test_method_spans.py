@@ -185,7 +185,7 @@ def test_faithfulness_takes_spans_out(tiny: DePass) -> None:
     found = make_method("occlusion", tiny, Spans([(39, 45), (5, 14)])).attribute(TEXTS[0], " Mary")
     assert found.names == ["<s>", " didn't", " Mary-Anna", "rest"]
     assert text_components(found) == [1, 2]
-    (answer,) = found.metadata["target_ids"]
+    (answer,) = found.target_ids
     expected = []
     for gone in ((0, 0), found.positions[1 + int(found.scores[1:3].argmax())]):
         assert gone is not None

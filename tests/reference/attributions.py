@@ -1,17 +1,27 @@
 """Attributions made by hand, whose right answers can be read off, and what reads pages made of them."""
 
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from typing import Any
 
 import torch
 
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.component import Component, block_components, constant
 
 NASTY = "<script>alert(1)</script>"
 CURVES = {
     "patch_top": {"fraction": [0.0, 0.5, 1.0], "depass": [0.7, 0.1, 0.0], "random": [0.7, 0.4, 0.0]},
     "recover_top": {"fraction": [0.0, 0.5, 1.0], "depass": [0.0, 0.6, 0.7], "random": [0.0, 0.3, 0.7]},
 }
+
+
+def spans(names: Sequence[str], ranges: Sequence[tuple[int, int] | None]) -> list[Component]:
+    """Return components that stand for token ranges; what has no range is the bias, or a user's own."""
+    return [
+        Component("span" if span else "bias" if name == "bias" else "component", name, span=span)
+        for name, span in zip(names, ranges, strict=True)
+    ]
 
 
 def attribution_of(pieces: list[tuple[str, float]], bias: float | None = None, **changes: Any) -> Attribution:
@@ -28,20 +38,18 @@ def attribution_of(pieces: list[tuple[str, float]], bias: float | None = None, *
         end += len(piece)
     tokens = ["<s>", *(piece for piece, _ in pieces)]
     scores = [0.25, *(score for _, score in pieces)]
-    positions: list[tuple[int, int] | None] = [(i, i + 1) for i in range(len(tokens))]
-    names = list(tokens)
+    components = [Component("token", text, index=i, span=(i, i + 1)) for i, text in enumerate(tokens)]
     if bias is not None:
-        scores, names, positions = [*scores, bias], [*names, "bias"], [*positions, None]
+        scores, components = [*scores, bias], [*components, constant("bias")]
     fields: dict[str, Any] = {
         "scores": torch.tensor(scores),
-        "names": names,
+        "components": components,
         "value": sum(scores),
         "target": "' Mary' − ' John'",
         "text": "".join(piece for piece, _ in pieces),
         "tokens": tokens,
         "token_ids": list(range(len(tokens))),
         "offsets": offsets,
-        "positions": positions,
         "source": "tokens",
         "rule": "softmax",
         "layer": 0,
@@ -62,19 +70,22 @@ def ioi(**changes: Any) -> Attribution:
 
 def heads(layers: int = 2, **changes: Any) -> Attribution:
     """Return three heads of each layer, the state before them and a bias; every layer sums to 2.5."""
-    kinds = ["state", "head 0", "head 1", "head 2", "bias"]
-    names = [f"layer {layer} {kind}" for layer in range(layers) for kind in kinds]
+    groups = block_components(tuple(range(layers)), "head", range(3))
+    components = [
+        component
+        for layer, group in enumerate(groups)
+        for component in (*group, constant("bias", layer if layers > 1 else None))
+    ]
     scores = torch.tensor([[4.0, -2.0 - layer, 1.0 + layer, -0.5, 0.0] for layer in range(layers)])
-    fields: dict[str, Any] = {"scores": scores.flatten(), "names": names, "positions": [None] * len(names)}
+    fields: dict[str, Any] = {"scores": scores.flatten(), "components": components}
     return ioi(**fields | {"value": 2.5, "source": "heads", "groups": layers} | changes)
 
 
 def neurons(count: int = 300) -> Attribution:
     """Return one layer's neurons, each a thousandth larger than the one before, and the state behind them."""
     scores = torch.tensor([50.0, *(i / 1000 for i in range(count))])
-    names = ["state", *(f"neuron {i}" for i in range(count))]
-    value = scores.sum().item()
-    return ioi(scores=scores, names=names, positions=[None] * len(names), value=value, source="neurons")
+    (components,) = block_components((0,), "neuron", range(count))
+    return ioi(scores=scores, components=components, value=scores.sum().item(), source="neurons")
 
 
 def nasty() -> Attribution:

@@ -111,7 +111,7 @@ def test_evidence_can_be_given_as_ranges_and_left_out() -> None:
 
 def test_a_page_of_bare_token_ids_and_of_heads() -> None:
     bare = ioi(text="", offsets=None)
-    two = ioi(scores=torch.tensor([1.0, -2.0]), names=["head 0", "head 1"], positions=[None, None])
+    two = ioi(scores=torch.tensor([1.0, -2.0]), components=heads(1).components[1:3])
     first, second = data_of(page_html([bare, two], title="T", examples=[EXAMPLE, {}]))["prompts"]
     assert first["marks"] == []
     assert first["share"] is None
@@ -210,7 +210,7 @@ def generated(count: int = 3, **changes: Any) -> Generation:
     """Return what the last tokens of the sentence of indirect objects rest on, each over those before it."""
     rows = []
     for position in range(len(ioi().tokens) - 1 - count, len(ioi().tokens) - 1):
-        own = ioi(position=position, metadata={"model": "tiny", "target_ids": [position + 1]}, **changes)
+        own = ioi(position=position, target_ids=[position + 1], **changes)
         own.scores[position + 1 : len(own.tokens)] = 0
         own.target = repr(own.tokens[position + 1])
         rows.append(own)

@@ -10,6 +10,8 @@ import torch
 
 from depass_lightning.errors import DePassError
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.component import Component
 from depass_lightning.utils.words import word_spans, word_tokens_by_space
 from tests.reference.attributions import attribution_of, heads, ioi
 
@@ -27,8 +29,8 @@ def test_completeness_of_nothing_at_all_is_zero() -> None:
 
 def test_the_sum_is_taken_in_double_precision() -> None:
     scores = torch.full((100_001,), 0.1)
-    names = [""] * len(scores)
-    a = ioi(scores=scores, names=names, positions=[None] * len(scores), value=scores.double().sum().item())
+    components = [Component("component", "")] * len(scores)
+    a = ioi(scores=scores, components=components, value=scores.double().sum().item())
     assert a.completeness < 1e-12
     assert abs(scores.cumsum(0)[-1].item() - a.value) > 1e-4  # as single precision would have it
 
@@ -42,8 +44,7 @@ def test_scores_become_detached_single_precision_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": ["a"]}, "names has 1 entries, but one a component makes 11"),
-        ({"positions": []}, "positions has 0 entries, but one a component makes 11"),
+        ({"components": []}, "components has 0 entries, but one a component makes 11"),
         ({"token_ids": [1, 2]}, "token_ids has 2 entries, but one a token makes 10"),
         ({"offsets": [(0, 0)]}, "offsets has 1 entries, but one a token makes 10"),
         ({"scores": torch.zeros(11, 2)}, r"scores is one number a component, not a tensor of \(11, 2\)"),
@@ -137,7 +138,7 @@ def test_words_keep_a_gap_that_was_dropped_apart() -> None:
 
 
 def test_words_of_components_without_a_place_stay_as_they_are() -> None:
-    a = ioi(scores=torch.tensor([1.0, 2.0]), names=["head 0", "head 1"], positions=[None, None])
+    a = ioi(scores=torch.tensor([1.0, 2.0]), components=heads(1).components[1:3])
     assert a.words().names == ["head 0", "head 1"]
 
 
@@ -167,29 +168,30 @@ def test_a_space_of_its_own_goes_with_the_word_behind_it_and_a_line_end_does_not
 def test_share_is_the_positive_score_on_the_ranges() -> None:
     a = ioi()
     mary = a.text.index("Mary")
-    assert a.share([(mary, mary + 4)]) == pytest.approx(3.0 / 4.125)
-    assert a.share([(mary + 1, mary + 2)]) == pytest.approx(3.0 / 4.125)  # a part of the token is enough
-    assert a.share([(mary, mary + 8)]) == pytest.approx(3.5 / 4.125)
+    assert a.positive_fraction([(mary, mary + 4)]) == pytest.approx(3.0 / 4.125)
+    # A part of the token is enough.
+    assert a.positive_fraction([(mary + 1, mary + 2)]) == pytest.approx(3.0 / 4.125)
+    assert a.positive_fraction([(mary, mary + 8)]) == pytest.approx(3.5 / 4.125)
     # A range's space belongs to no token, though " and" begins with it.
-    assert a.share([(mary, mary + 5)]) == pytest.approx(3.0 / 4.125)
+    assert a.positive_fraction([(mary, mary + 5)]) == pytest.approx(3.0 / 4.125)
     john = a.text.index("John")
-    assert a.share([(john, john + 4)]) == 0.0  # a negative score is no share
-    assert a.words().share([(mary, mary + 4)]) == pytest.approx(3.0 / 4.125)
+    assert a.positive_fraction([(john, john + 4)]) == 0.0  # a negative score is no share
+    assert a.words().positive_fraction([(mary, mary + 4)]) == pytest.approx(3.0 / 4.125)
 
 
 def test_share_is_zero_where_no_score_is_positive() -> None:
-    assert attribution_of([("a", -1.0)], scores=torch.tensor([-1.0, -2.0])).share([(0, 1)]) == 0.0
+    assert attribution_of([("a", -1.0)], scores=torch.tensor([-1.0, -2.0])).positive_fraction([(0, 1)]) == 0.0
 
 
 @pytest.mark.parametrize("span", [(-1, 2), (3, 3), (0, 1000)])
 def test_share_refuses_ranges_outside_of_the_text(span: tuple[int, int]) -> None:
     with pytest.raises(DePassError, match="is no range of characters"):
-        ioi().share([span])
+        ioi().positive_fraction([span])
 
 
 def test_share_needs_offsets() -> None:
     with pytest.raises(DePassError, match="give the prompt as text, with a fast tokenizer"):
-        ioi(offsets=None).share([(0, 1)])
+        ioi(offsets=None).positive_fraction([(0, 1)])
 
 
 def test_compare_measures_direction_ranks_and_changes() -> None:
@@ -290,6 +292,24 @@ def test_load_refuses_what_is_no_attribution(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights")
     with pytest.raises(DePassError, match="holds no attribution"):
         Attribution.load(tmp_path / "weights")
+
+
+def test_load_refuses_the_format_of_an_earlier_version(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    header = {"format": "depass-attribution-2", "attribution": "{}"}
+    save_file({"scores": torch.zeros(2)}, tmp_path / "old", header)
+    with pytest.raises(DePassError, match="format depass-attribution-2 of another version"):
+        Attribution.load(tmp_path / "old")
+
+
+def test_components_that_differ_in_more_than_the_name_are_not_shown_together() -> None:
+    """A user's component may be called like a head."""
+    a = heads()
+    assert all(component.layer is not None for component in a.components)
+    named = [Component("component", name) for name in a.names]
+    with pytest.raises(DePassError, match="not over the same components"):
+        Attributions([a, heads(components=named)])
 
 
 def test_repr_says_what_matters() -> None:

@@ -1,8 +1,10 @@
 """Components' states beside the scores: a file a prompt, which the library's own states equal."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from depass_lightning import DePass, DePassError, Spans, Tokens, tasks
 from depass_lightning.storage import read_states
@@ -25,7 +27,7 @@ def test_states_are_kept(tmp_path, layer, options, to):
             example.prompt, source=source, rule="max" if options else "softmax", to_layer=to
         )
         read = read_states(path)
-        assert (read.names, read.layer) == (alone.names, alone.layer)
+        assert (read.components, read.layer) == (alone.components, alone.layer)
         torch.testing.assert_close(read.states, alone.states, atol=1e-5, rtol=1e-5)
 
 
@@ -66,4 +68,11 @@ def test_a_file_without_states_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "0.safetensors").write_bytes(content)
     with pytest.raises(DePassError, match="has no component states"):
+        read_states(tmp_path / "0.safetensors")
+
+
+def test_states_of_an_earlier_version_are_refused(tmp_path):
+    header = {"decomposition": json.dumps({"layer": 1, "names": ["a"]})}
+    save_file({"states": torch.zeros(1, 2, 3)}, tmp_path / "0.safetensors", header)
+    with pytest.raises(DePassError, match=r"0\.safetensors holds no .* an earlier version wrote this file"):
         read_states(tmp_path / "0.safetensors")

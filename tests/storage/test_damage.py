@@ -16,9 +16,10 @@ from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.storage import RunStore, check_file, checked_file, read_rows, write_states
 from depass_lightning.utils.atomic_files import write_whole
 from tests.commands.test_analyze import run
+from tests.reference.attributions import spans
 
 FEW = ("task.size=6", "batch_size=2", "faithfulness=none", "report.figures=0")
-DECOMPOSITION = Decomposition(torch.arange(12.0).reshape(3, 4), ["a", "b", "bias"], 2)
+DECOMPOSITION = Decomposition(torch.arange(12.0).reshape(3, 4), spans(["a", "b", "bias"], [None] * 3), 2)
 
 
 def flip(path: Path, bit: int) -> bytes:

@@ -13,6 +13,7 @@ from depass_lightning.commands.compare import labelled
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.publish import publish
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.component import block_components
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     RowFile,
@@ -27,6 +28,7 @@ from depass_lightning.storage import (
     write_shard,
 )
 from depass_lightning.utils.atomic_files import safe_path
+from tests.reference.attributions import ioi, spans
 
 SCHEMA = pa.schema([("index", pa.int64()), ("word", pa.string())])
 
@@ -135,21 +137,32 @@ def test_columns_can_be_chosen_and_files_read_together(tmp_path):
 
 def test_the_schema_has_a_column_for_every_field():
     """A field that the attribution gains must not be lost on the way to the disk."""
-    assert {field.name for field in dataclasses.fields(Attribution)} <= set(ATTRIBUTION_SCHEMA.names)
+    row = attribution_to_row(ioi())
+    assert {field.name for field in dataclasses.fields(Attribution)} - {"components"} <= row.keys()
+    assert row.keys() <= set(ATTRIBUTION_SCHEMA.names)
+
+
+def test_rows_of_an_earlier_version_are_refused():
+    row = attribution_to_row(ioi())
+    del row["kinds"]
+    with pytest.raises(DePassError, match=r"no 'kinds' of the components: an earlier version wrote this"):
+        attribution_from_row(row)
 
 
 def test_an_attribution_comes_back_as_it_was(tmp_path):
     """Every field, with ranges of pairs and without, through the file."""
     full = Attribution(
         scores=torch.tensor([0.25, -1.5, 3.0]),
-        names=["<s>", " Mary", "bias"],
+        components=spans(["<s>", " Mary", "bias"], [(0, 1), (1, 2), None]),
         value=1.7500001,
         target="' Mary' − ' John'",
         text="Mary",
         tokens=["<s>", " Mary"],
         token_ids=[1, 17],
         offsets=[(0, 0), (0, 4)],
-        positions=[(0, 1), (1, 2), None],
+        target_ids=[3, 4],
+        method="atp",
+        attention_path="control",
         source="tokens",
         rule="softmax",
         layer=0,
@@ -160,7 +173,14 @@ def test_an_attribution_comes_back_as_it_was(tmp_path):
         metadata={"model": "tiny", "temperature": 0.1},
     )
     bare = dataclasses.replace(
-        full, text="", offsets=None, positions=[None] * 3, groups=3, probability=None, rank=None, metadata={}
+        full,
+        text="",
+        offsets=None,
+        components=block_components((2,), "head", range(2))[0],
+        groups=3,
+        probability=None,
+        rank=None,
+        metadata={},
     )
     shard = [{"index": i, **attribution_to_row(a)} for i, a in enumerate((full, bare))]
     write_shard(tmp_path / "attributions.parquet", shard, ATTRIBUTION_SCHEMA)

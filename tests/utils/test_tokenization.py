@@ -31,7 +31,7 @@ from depass_lightning.sources.segments import segment
 from depass_lightning.tasks import Example, load
 from depass_lightning.utils.tokenization import continuation, encode
 from depass_lightning.utils.words import word_spans, word_tokens
-from tests.reference.attributions import ioi
+from tests.reference.attributions import ioi, spans
 from tests.reference.models import build
 
 TEXT = "the capital of France is"
@@ -111,8 +111,8 @@ def test_what_a_tokenizer_adds_after_a_text_is_left_out(tiny: DePass) -> None:
     assert torch.equal(found.scores, expected.scores)
     assert tiny.attribute_generation(TEXT, max_new_tokens=1).generated == [" Paris"]
     assert len(answered_right(tiny, load("known", size=4))) == 4
-    (before,) = removal_curves(tiny.model, [expected], [expected.metadata["target_ids"][0]])
-    (after,) = removal_curves(tiny.model, [found], [found.metadata["target_ids"][0]])
+    (before,) = removal_curves(tiny.model, [expected], [expected.target_ids[0]])
+    (after,) = removal_curves(tiny.model, [found], [found.target_ids[0]])
     assert before.patch_top == after.patch_top
     tokenizer: Any = tiny.tokenizer
     assert encode(TEXT + "</s>", tokenizer).ids[-1] == tokenizer.eos_token_id, "the text's own one stays"
@@ -327,8 +327,7 @@ def test_a_figure_writes_what_follows_a_line_break() -> None:
         token_ids=list(range(7)),
         offsets=list(zip([0, *ends[:-1]], ends, strict=True)),
         scores=torch.tensor([1.0, 2.0]),
-        names=names,
-        positions=[(0, 6), (6, 7)],
+        components=spans(names, [(0, 6), (6, 7)]),
         position=6,
     )
     boxes, _ = _layout(found)
