@@ -11,7 +11,6 @@ same positions of another prompt (resampling; Zhang & Nanda, "Towards Best Pract
 Language Models", arXiv 2309.16042).
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from depass_lightning.sources import Heads, Neurons
 from depass_lightning.utils.batching import in_batches
 
 Replacement = Literal["zero", "mean", "resample"]
-
-NAME = re.compile(r"(?:layer (\d+) )?(head|neuron|attention|mlp)(?: (\d+))?")
 
 
 @dataclass(frozen=True)
@@ -122,15 +119,14 @@ def places_of(decoder: Decoder, attribution: Attribution) -> tuple[dict[str, Pla
         return {"embedding": Place(decoder.model.get_input_embeddings(), 1, output=True)}, targets
     places: dict[str, Place] = {}
     targets = []
-    for index, name in enumerate(attribution.names):
-        match = NAME.fullmatch(name)
-        if match is None:
+    for index, component in enumerate(attribution.components):
+        kind, layer = component.kind, component.layer
+        if layer is None or kind not in ("head", "neuron", "attention", "mlp"):
             continue
-        layer = attribution.layer if match[1] is None else int(match[1])
-        key = f"layer {layer} {match[2]}"
+        key = f"layer {layer} {kind}"
         if key not in places:
-            places[key] = _place(decoder, layer, match[2])
-        targets.append(Target(index, key, int(match[3] or 0)))
+            places[key] = _place(decoder, layer, kind)
+        targets.append(Target(index, key, component.index or 0))
     if not targets:
         raise DePassError(f"{attribution.source} cannot be ablated; take tokens, heads, neurons or modules")
     return places, targets
@@ -211,7 +207,7 @@ def _check(
 ) -> None:
     if replacement not in get_args(Replacement):
         raise DePassError(f"ablations replace with {', '.join(get_args(Replacement))}; got {replacement!r}")
-    if any(not attribution.metadata.get("target_ids") for attribution in attributions):
+    if any(not attribution.target_ids for attribution in attributions):
         raise DePassError("ablations are measured on a token's logit or a contrast of two")
     if replacement == "mean" and not references:
         raise DePassError("mean ablation needs reference prompts")
@@ -348,5 +344,5 @@ def _value(decoder: Decoder, attribution: Attribution, ids: Tensor) -> Float[Ten
     """Return the target's value in each row."""
     position = torch.tensor([attribution.position], device=ids.device)
     _, uncapped, _ = decoder.logits(ids, position)
-    logits = uncapped[:, 0, attribution.metadata["target_ids"]].to(decoder.dtype)
+    logits = uncapped[:, 0, attribution.target_ids].to(decoder.dtype)
     return logits[:, 0] - logits[:, 1:].sum(1)
