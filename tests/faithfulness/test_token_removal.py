@@ -337,7 +337,7 @@ def test_the_rank_counts_the_tokens_that_are_more_likely():
 def test_one_measure_gives_both():
     model = LastModel()
     scored = attribution([0.1, 0.2, 0.3, 0.4, 9.0])
-    scored.metadata["target_ids"] = [ANSWER]
+    scored.target_ids = [ANSWER]
     measure = TokenRemoval([0, 50, 100], keep_last=True, draws=2)
     depass: Any = SimpleNamespace(model=model)
     (columns,) = measure.columns([Case(scored)], depass)
