@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from typing_extensions import override
 
 from depass_lightning.callbacks.prediction_writer import AttributionWriter
 from depass_lightning.modules.prompt_datamodule import PromptBatches
@@ -25,19 +26,19 @@ from depass_lightning.storage import RunStore
 
 log = logging.getLogger("depass_lightning")
 
-LOOK = 0.5  # seconds between two looks at what the other processes have done
+POLL_SECONDS = 0.5  # between two checks of the other processes' progress
 
 
 class AttributionProgress(ProgressBar):
-    """Show how many prompts are attributed, how many a second, and how long it will take.
+    """Show the number of attributed prompts, the rate, and the remaining time.
 
-    One bar counts the prompts of all processes, which it sees in the folder that an `AttributionWriter`
-    beside it writes to; without one it counts those of the first process, and says so.
+    One bar counts the prompts of all processes, from the folder that an `AttributionWriter` of the same
+    trainer writes to. Without a writer it counts those of the first process, as its title states.
 
     Args:
-        console: where to show it; the standard error where None, so that what a program prints stays clean.
-        log_every: after so many seconds every process writes a line with its own progress into the log (of
-            the logger `depass_lightning`); None writes none.
+        console: where to show the bar; None for standard error, which keeps standard output clean.
+        log_every: the number of seconds after which every process logs its progress (to the logger
+            `depass_lightning`); None logs nothing.
     """
 
     def __init__(self, console: Console | None = None, *, log_every: float | None = None) -> None:
@@ -47,19 +48,22 @@ class AttributionProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._over = threading.Event()
-        self._own = self._share = 0
+        self._attributed = self._share = 0
         self._started = self._logged = 0.0
 
+    @override
     def disable(self) -> None:
         self._enabled = False
 
+    @override
     def enable(self) -> None:
         self._enabled = True
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = trainer.predict_dataloaders
         planned = loader if isinstance(loader, PromptBatches) else None
-        self._own, self._share = 0, planned.share if planned else 0
+        self._attributed, self._share = 0, planned.share if planned else 0
         self._started = self._logged = time.monotonic()
         if not (self._enabled and trainer.is_global_zero):
             return
@@ -83,6 +87,7 @@ class AttributionProgress(ProgressBar):
             self._over = threading.Event()
             self._follow(run_store, self._bar, self._over)
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -92,7 +97,7 @@ class AttributionProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._own += len(batch)
+        self._attributed += len(batch)
         if self._bar is not None and (trainer.world_size == 1 or _run_store(trainer) is None):
             self._bar.advance(self._bar.task_ids[0], len(batch))
         now = time.monotonic()
@@ -102,26 +107,28 @@ class AttributionProgress(ProgressBar):
                 "process %d of %d: %d of %d prompts, %.1f prompts/s",
                 trainer.global_rank + 1,
                 trainer.world_size,
-                self._own,
+                self._attributed,
                 self._share,
-                self._own / (now - self._started),
+                self._attributed / (now - self._started),
             )
 
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._bar is not None:  # the writer, which comes first, has waited for all processes
-            self._bar.update(self._bar.task_ids[0], completed=self._bar.tasks[0].total or self._own)
+        if self._bar is not None:  # the writer runs first, and has waited for all processes
+            self._bar.update(self._bar.task_ids[0], completed=self._bar.tasks[0].total or self._attributed)
         self._stop()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
 
     def _follow(self, run_store: RunStore, bar: Progress, over: threading.Event) -> None:
-        """Count what all processes have done, now and then, until the run is over."""
+        """Update the bar from all processes' progress until the run is over."""
         before = run_store.counted()  # by an earlier run
 
         def follow() -> None:
-            while not over.wait(LOOK):
-                # Once they are merged the shards are gone: the bar never goes back.
+            while not over.wait(POLL_SECONDS):
+                # Merged shards are removed: the bar never goes back.
                 done = max(run_store.counted() - before, int(bar.tasks[0].completed))
                 bar.update(bar.task_ids[0], completed=done)
 
@@ -135,14 +142,16 @@ class AttributionProgress(ProgressBar):
 
 
 def _run_store(trainer: Trainer) -> RunStore | None:
-    """Return where the run's results are counted, if anything writes them."""
-    writers = (own for own in trainer.callbacks if isinstance(own, AttributionWriter))  # type: ignore[attr-defined]
+    """Return where the run's results are counted, if a writer is among the callbacks."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    writers = (callback for callback in callbacks if isinstance(callback, AttributionWriter))
     return next((writer.run_store for writer in writers), None)
 
 
 class _Rate(ProgressColumn):
-    """Prompts a second."""
+    """Prompts per second."""
 
+    @override
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.{0 if speed >= 10 else 1}f} prompts/s", style="cyan")

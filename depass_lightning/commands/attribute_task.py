@@ -20,7 +20,7 @@ from depass_lightning.callbacks import (
     AttributionProgress,
     AttributionWriter,
     ComponentParallelCallback,
-    ProcessWatch,
+    ProcessMonitor,
 )
 from depass_lightning.commands.console import (
     first_process,
@@ -34,7 +34,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.logit_lens import notes_on
 from depass_lightning.methods import DePassMethod, Method, make_method
-from depass_lightning.modules.attribution_module import AttributionModule
+from depass_lightning.modules.attribution_module import AttributionModule, Explained
 from depass_lightning.modules.prompt_datamodule import PromptData
 from depass_lightning.monitoring.publish import is_named
 from depass_lightning.sources import Source
@@ -139,7 +139,7 @@ def _attribute(
         done=lambda: writer.done,
         together=together,
     )
-    if not generates and kept < len(task) and isinstance(module.method, DePassMethod):
+    if not generates and kept < len(task):
         print_estimate(config, depass, task, module, trainer)
     predict(trainer, module, data, lambda: _kept(writer.run_store))
     if not trainer.is_global_zero:
@@ -172,7 +172,7 @@ def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logg
         callbacks=[
             writer,
             AttributionProgress(log_every=config.log_every),
-            ProcessWatch(),
+            ProcessMonitor(),
             *([ComponentParallelCallback()] if writer.together else []),
             *instantiate_each(config.get("callbacks")),
         ],
@@ -244,14 +244,12 @@ def attribution_module(
     """Build the configured attribution module."""
     measures = [] if config.faithfulness is None else [instantiate(config.faithfulness, _convert_="all")]
     return AttributionModule(
-        depass,
-        method=method_of(config, source, depass),
-        target=config.target.kind,
+        method_of(config, source, depass),
+        explained=Explained(**config.target),
         measures=measures,
+        states=config.states,
         run={"model": config.model.name, "fingerprint": fingerprint},
         trial=trials([example.prompt for example in task]),
-        states=config.states,
-        new_tokens=config.target.get("max_new_tokens", 1),
     )
 
 
@@ -276,7 +274,7 @@ def print_estimate(
     config: DictConfig, depass: DePass, task: Task, module: AttributionModule, trainer: Trainer
 ) -> None:
     """Print the estimated time and memory of the scores if they take long."""
-    if not first_process():
+    if not first_process() or module.decomposing is None:
         return
     fitting = [example.prompt for example in task if example.prompt.strip()]
     limit, count = depass.decoder.max_positions, token_counter(depass)
@@ -285,7 +283,7 @@ def print_estimate(
         return
     module.to(trainer.strategy.root_device)  # the trainer moves it there, too
     try:
-        cost = depass.estimate(fitting, batch_size=config.batch_size, **module.settings)
+        cost = depass.estimate(fitting, batch_size=config.batch_size, **module.decomposing.settings)
     except Exception:  # an invalid prompt is reported when it is attributed
         log.debug("there is no estimate", exc_info=True)
         return

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from torch.utils.data import DataLoader, TensorDataset
 
-from depass_lightning.callbacks import ProcessWatch
+from depass_lightning.callbacks import ProcessMonitor
 from depass_lightning.commands.console import instantiate_each, predict
 from depass_lightning.depass import DePass
 from depass_lightning.modules.study_module import StudyModule
@@ -38,7 +38,7 @@ def run_study(
     study = instantiate(config.study, _convert_="all")
     # Methods need gradients, and every process runs the single step.
     trainer: Trainer = instantiate(config.trainer, _partial_=True)(
-        callbacks=[ProcessWatch(), *instantiate_each(config.get("callbacks"))],
+        callbacks=[ProcessMonitor(), *instantiate_each(config.get("callbacks"))],
         logger=False,
         enable_progress_bar=False,
         inference_mode=False,

@@ -1,4 +1,4 @@
-"""How well scores say what the model needs: parts taken away, and answers that are known."""
+"""How faithful scores are: ablations of tokens, heads and neurons, and known evidence."""
 
 from depass_lightning.faithfulness.ablation_agreement import AblationAgreement, Agreement, agreement
 from depass_lightning.faithfulness.accuracy import answered_right

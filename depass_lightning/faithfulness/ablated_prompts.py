@@ -1,4 +1,4 @@
-"""Prompts with tokens taken away, run together: what is the answer's probability now, and its logit?"""
+"""The probability and logit of the answer after prompts without some of their tokens."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,12 +18,12 @@ from depass_lightning.utils.batching import in_batches
 
 @dataclass(frozen=True)
 class AblatedPrompt:
-    """A prompt without some of its tokens, and the answer that is asked for behind it.
+    """A prompt without some of its tokens, and the answer after it.
 
     Args:
-        ids: the tokens that are there.
+        ids: the tokens that are left.
         seen: which of them keep their embedding; that of the others is set to zero.
-        answer: the token whose probability is read.
+        answer: the id of the answer's token.
     """
 
     ids: Sequence[int]
@@ -54,14 +54,13 @@ def answers_of(
 
     Args:
         model: the causal LM.
-        prompts: what to run.
-        batch_size: how many go through the model at once.
+        prompts: the prompts to run.
+        batch_size: the number of prompts in one pass.
         progress: show a progress bar.
 
     Raises:
         DePassError: the batch size is less than one.
     """
-
     inner = unwrapped(model)
 
     def work(batch: list[int]) -> list[AnswerReading]:
@@ -77,9 +76,9 @@ def answers_of(
         readings = zip(*(column.tolist() for column in columns), strict=True)
         return [AnswerReading(*map(float, reading)) for reading in readings]
 
-    # Whole prompts need no hook: they go by themselves.
+    # Prompts without zeroed embeddings need no hook: they form batches of their kind.
     config = inner.config.get_text_config() if isinstance(inner, PreTrainedModel) else None
-    kinds = [((all(own.seen), regime(config, len(own.ids))), len(own.ids)) for own in prompts]
+    kinds = [((all(prompt.seen), regime(config, len(prompt.ids))), len(prompt.ids)) for prompt in prompts]
     with undisturbed(model, eager=False):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
@@ -87,13 +86,14 @@ def answers_of(
 def _next_token(model: nn.Module, prompts: Sequence[AblatedPrompt]) -> Float[Tensor, "batch vocabulary"]:
     """Return the logits of the token after each prompt.
 
-    Padded on the left, so that only the last position's logits are ever computed; causality and the mask
-    keep the padding from mattering.
+    Padded on the left, so that only the last position's logits are computed. Causality and the mask keep the
+    padding from changing them.
     """
     device = next(model.parameters()).device
     longest = max(len(prompt.ids) for prompt in prompts)
     padding = [longest - len(prompt.ids) for prompt in prompts]
     rows = list(zip(padding, prompts, strict=True))
+    # [batch, position], all three
     ids = torch.tensor([[0] * p + list(prompt.ids) for p, prompt in rows], device=device)
     mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=device)
     seen = torch.tensor([[True] * p + list(prompt.seen) for p, prompt in rows], device=device)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness.component_masking import Asked, answer_ids, answers_given
+from depass_lightning.faithfulness.component_masking import MaskedPrompt, answer_ids, check_answers
 from depass_lightning.prompts import prompts_of
 from depass_lightning.tasks import Example
 
@@ -17,15 +17,15 @@ def answered_right(
     exact: bool = False,
     progress: bool = False,
 ) -> list[int]:
-    """Return the indices of the examples whose answer is what the model goes on with, greedily.
+    """Return the indices of the examples whose answer is the model's greedy continuation.
 
-    A prompt that the model cannot read, because it is empty or too long, is not answered right.
+    A prompt that is empty or too long for the model is not answered right.
 
     Args:
         depass: the model, with its tokenizer.
         task: the examples.
-        batch_size: how many prompts go through the model at once.
-        exact: ask for the whole answer; else its first token is enough.
+        batch_size: the number of prompts in one pass.
+        exact: compare the whole answer; otherwise its first token.
         progress: show a progress bar.
 
     Raises:
@@ -33,14 +33,15 @@ def answered_right(
     """
     if depass.tokenizer is None:
         raise DePassError("prompts are text, but there is no tokenizer; use DePass(model, tokenizer)")
-    asked, indices = [], []
+    prompts: list[MaskedPrompt] = []
+    indices: list[int] = []
     for index, example in enumerate(task):
         try:
             (prompt,) = prompts_of(depass.decoder, depass.tokenizer, example.prompt, None, None)
         except DePassError:
             continue
         if answer := answer_ids(depass, example.prompt, example.answer):
-            asked.append(Asked(prompt.ids, answer if exact else answer[:1]))
+            prompts.append(MaskedPrompt(prompt.ids, answer if exact else answer[:1]))
             indices.append(index)
-    given = answers_given(depass.decoder, asked, batch_size=batch_size, progress=progress)
-    return [index for index, own in zip(indices, given, strict=True) if own.exact]
+    checks = check_answers(depass.decoder, prompts, batch_size=batch_size, progress=progress)
+    return [index for index, check in zip(indices, checks, strict=True) if check.exact]

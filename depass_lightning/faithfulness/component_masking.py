@@ -1,16 +1,16 @@
-"""Masking heads or neurons: does the model still answer right without those that score high, or low?
+"""Masking of heads or neurons: accuracy without those that score highest, or lowest.
 
 Source: Hong et al., "DePass" (arXiv 2510.18462), section on attribution to heads and neurons. For a prompt
 and its answer:
 
 1. Rank the heads, or the neurons, by score, those of all layers together.
-2. *Mask top*: set the first K% to zero, in front of the map behind them and at every position; *mask bottom*:
+2. *Mask top*: set the first K% to zero, before the output projection and at every position; *mask bottom*:
    the last K%.
-3. Let the model go on greedily for as many tokens as the answer has, and compare them with it.
+3. Let the model generate greedily as many tokens as the answer has, and compare them with it.
 
-The first token that differs ends step 3: until then the model reads the answer's own tokens. So one pass over
-the prompt and the answer behind it, in which every token of the answer has to be the most likely one, says
-what generation would, and gives the answer's probability too.
+The first token that differs ends step 3; until then the model reads the answer's tokens. So one pass over the
+prompt and the answer, in which every token of the answer has to be the most likely one, is equivalent to
+generation, and gives the answer's probability too.
 """
 
 import random
@@ -40,16 +40,16 @@ MASKED = (0, 1, 2, 5, 10, 20, 50)
 
 @dataclass(frozen=True)
 class MaskingCurves:
-    """What a model answers with K% of its heads or neurons masked.
+    """Accuracy and probability of the answer with K% of the heads or neurons masked.
 
     Attributes:
-        masked_percents: each K, from 0 to 100.
-        mask_top: 1 where the answer is right with the K% highest scores masked, else 0.
-        mask_bottom: with the K% lowest.
-        mask_random: with a random K%, the mean over the random orders; None where there are none.
-        mask_top_probability: the answer's probability, where `mask_top` says whether it is right.
-        mask_bottom_probability: of `mask_bottom`.
-        mask_random_probability: of `mask_random`.
+        masked_percents: the percentages K, from 0 to 100.
+        mask_top: 1 where the answer is right with the K% highest scores masked, otherwise 0.
+        mask_bottom: the same with the K% lowest scores masked.
+        mask_random: the same with a random K% masked, the mean over the random orders; None without any.
+        mask_top_probability: the answer's probability with the K% highest scores masked.
+        mask_bottom_probability: the answer's probability with the K% lowest scores masked.
+        mask_random_probability: the answer's probability with a random K% masked.
     """
 
     masked_percents: list[float]
@@ -62,13 +62,13 @@ class MaskingCurves:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt, and the answer behind it.
+class MaskedPrompt:
+    """A prompt, the answer after it, and the heads or neurons to mask.
 
     Args:
         ids: the prompt's tokens.
-        answer: the answer's tokens, one at least.
-        kept: `[component]` false where a head or neuron is masked meanwhile; None masks none.
+        answer: the answer's tokens, at least one.
+        kept: `[component]`, false where a head or neuron is masked; None masks none.
     """
 
     ids: Sequence[int]
@@ -77,36 +77,36 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class _Masked:
-    """A layer's heads or neurons, and where theirs are among what `Asked.kept` speaks of.
+class _MaskedLayer:
+    """A layer's heads or neurons among the components of `MaskedPrompt.kept`.
 
     Args:
-        site: the layer's.
-        own: `[component]` true where a component is of this layer.
-        numbers: these components' numbers in the layer.
+        site: where they are masked.
+        members: `[component]`, true where a component is in this layer.
+        numbers: the numbers of these components within the layer.
     """
 
     site: Site
-    own: Tensor
+    members: Tensor
     numbers: Tensor
 
-    def kept(self, asked: Sequence[Asked]) -> Tensor:
-        """Return `[batch, component]` what stays of the layer's."""
-        kept = torch.ones(len(asked), self.site.count, dtype=torch.bool)
-        for row, each in enumerate(asked):
-            if each.kept is not None:
-                kept[row, self.numbers] = each.kept[self.own]
+    def kept(self, prompts: Sequence[MaskedPrompt]) -> Tensor:
+        """Return `[batch, head or neuron]`, false where the layer's are masked."""
+        kept = torch.ones(len(prompts), self.site.count, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            if prompt.kept is not None:
+                kept[row, self.numbers] = prompt.kept[self.members]
         return kept
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the model gives where an answer is asked for.
+class AnswerCheck:
+    """Whether the model's greedy continuation is the answer.
 
     Attributes:
         first: whether it begins with the answer's first token.
-        exact: whether it goes on with all of the answer's tokens.
-        probability: of the whole answer.
+        exact: whether it contains all of the answer's tokens.
+        probability: the probability of the whole answer.
     """
 
     first: bool
@@ -125,42 +125,43 @@ def masking_curves(
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[MaskingCurves]:
-    """Measure what every attribution's highest and lowest heads or neurons are worth to the answer.
+    """Measure the answer with every attribution's highest and lowest heads or neurons masked.
 
     Args:
         depass: the model that was attributed, with its tokenizer.
-        attributions: what is judged: scores of heads, or of neurons; of the rest of the state and of biases
-            no notice is taken.
+        attributions: scores of heads or of neurons; the rest of the state and biases are ignored.
         answers: the right continuation of each prompt, as text or as token ids.
-        percents: the K to measure at.
-        draws: how many random orders a prompt; none leaves them out.
-        seed: of the random orders, which depend on it and on the prompt alone.
-        batch_size: how many prompts, each with a mask of its own, go through the model together.
+        percents: the percentages to measure at.
+        draws: the number of random orders per prompt; 0 leaves them out.
+        seed: seed of the random orders, which depend on it and on the prompt alone.
+        batch_size: the number of prompts, each with its mask, in one pass.
         progress: show a progress bar.
 
     Raises:
-        DePassError: the K are not percentages that rise, there is not one answer a prompt, an answer is
-            empty, components are neither heads nor neurons, or the neurons are those of a mixture of
+        DePassError: percentages are out of range or do not rise, there is not one answer per prompt, an
+            answer is empty, components are neither heads nor neurons, or the neurons belong to a mixture of
             experts.
     """
     check_percents(percents)
     if len(answers) != len(attributions):
         raise DePassError(f"{len(attributions)} attributions need as many answers; got {len(answers)}")
     places = _places_of_all(attributions)
-    sites = _sites(depass.decoder, places, attributions)
-    asked: list[Asked] = []
+    layers = _layers(depass.decoder, places, attributions)
+    prompts: list[MaskedPrompt] = []
     plans = []
     for attribution, answer in zip(attributions, answers, strict=True):
         ids = attribution.token_ids[: attribution.position + 1]
         text = attribution.text if len(ids) == len(attribution.token_ids) else None
-        wanted = answer_ids(depass, text, answer) if isinstance(answer, str) else list(answer)
+        answer = answer_ids(depass, text, answer) if isinstance(answer, str) else list(answer)
         masks: dict[bytes, Tensor] = {}
         plan = _plan(attribution, places, percents, draws=draws, seed=seed, masks=masks)
-        numbers = {key: len(asked) + number for number, key in enumerate(masks)}
-        plans.append({name: [[numbers[key] for key in own] for own in keys] for name, keys in plan.items()})
-        asked += [Asked(ids, wanted, kept) for kept in masks.values()]
-    given = answers_given(depass.decoder, asked, sites, batch_size, progress)
-    return [_curves(percents, plan, given) for plan in plans]
+        numbers = {key: len(prompts) + number for number, key in enumerate(masks)}
+        plans.append(
+            {name: [[numbers[key] for key in keys] for keys in orders] for name, orders in plan.items()}
+        )
+        prompts += [MaskedPrompt(ids, answer, kept) for kept in masks.values()]
+    checks = check_answers(depass.decoder, prompts, layers, batch_size, progress)
+    return [_curves(percents, plan, checks) for plan in plans]
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class ComponentMasking:
     Args:
         percents: the percentages to measure at, ascending from 0 to 100.
         draws: the number of random orders per prompt; 0 leaves them out.
-        seed: of the random orders.
+        seed: seed of the random orders.
         batch_size: the number of prompts, each with its mask, in one pass.
         progress: show a progress bar.
 
@@ -194,7 +195,7 @@ class ComponentMasking:
         """Return the curves of every case whose components are heads or neurons.
 
         Args:
-            cases: what is measured; an answer is right where the model gives all of its tokens.
+            cases: the attributions; an answer is right where the model generates all of its tokens.
             depass: the model that was attributed.
         """
         columns: list[Columns] = [{} for _ in cases]
@@ -208,12 +209,12 @@ class ComponentMasking:
 
 
 def answer_ids(depass: DePass, prompt: str | None, answer: str) -> list[int]:
-    """Return the tokens of an answer, read as the prompt's continuation.
+    """Return the tokens of an answer, tokenised as the prompt's continuation.
 
     Args:
         depass: the model, with its tokenizer.
-        prompt: the prompt; None where only its ids are known.
-        answer: the text, with its leading space.
+        prompt: the prompt; None if only its ids are known.
+        answer: the answer's text, with its leading space.
 
     Raises:
         DePassError: there is no tokenizer.
@@ -225,7 +226,7 @@ def answer_ids(depass: DePass, prompt: str | None, answer: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _Places:
-    """Which components are heads or neurons: their indices, layers, and numbers in these."""
+    """The components that are heads or neurons: their indices, layers, and numbers within the layers."""
 
     indices: Tensor
     layers: Tensor
@@ -233,35 +234,35 @@ class _Places:
 
 
 def _places_of_all(attributions: Sequence[Attribution]) -> _Places:
-    """Find the heads or neurons, which are the same ones in every attribution.
+    """Return the heads or neurons, which are the same in every attribution.
 
     Raises:
-        DePassError: components are neither, or differ.
+        DePassError: components are neither, or differ between attributions.
     """
     if not attributions:
         return _Places(*torch.empty(3, 0, dtype=torch.long))
     first = attributions[0]
     if any(other.components != first.components for other in attributions):
         raise DePassError("only attributions over the same heads or neurons can be measured together")
-    found = [
+    places = [
         (index, component.layer, component.index)
         for index, component in enumerate(first.components)
         if component.kind in ("head", "neuron")
     ]
-    if not found:
+    if not places:
         raise DePassError(f"{first.source} are neither heads nor neurons: there is nothing to mask")
-    return _Places(*torch.tensor(found).T)
+    return _Places(*torch.tensor(places).T)
 
 
-def _sites(decoder: Decoder, places: _Places, attributions: Sequence[Attribution]) -> list[_Masked]:
-    """Return where masks are set: only in the layers that have any."""
+def _layers(decoder: Decoder, places: _Places, attributions: Sequence[Attribution]) -> list[_MaskedLayer]:
+    """Return the layers that have any of the heads or neurons."""
     source = Heads if attributions and attributions[0].source == "heads" else Neurons
-    found = []
+    layers = []
     for layer in places.layers.unique().tolist():
         (site,) = sites_of(decoder, source(layer))
-        own = places.layers == layer
-        found.append(_Masked(site, own, places.numbers[own]))
-    return found
+        members = places.layers == layer
+        layers.append(_MaskedLayer(site, members, places.numbers[members]))
+    return layers
 
 
 def _plan(
@@ -273,7 +274,7 @@ def _plan(
     seed: int,
     masks: dict[bytes, Tensor],
 ) -> dict[str, list[list[bytes]]]:
-    """Lay out what each point of each curve masks; each mask is asked for once."""
+    """Return the key of the mask at each point of each curve, and add the masks to `masks`, each once."""
     scores = attribution.scores[places.indices]
     ranked = scores.sort(descending=True, stable=True).indices
     count = len(ranked)
@@ -287,74 +288,79 @@ def _plan(
     def key(order: Tensor, percent: float) -> bytes:
         kept = torch.ones(count, dtype=torch.bool)
         kept[order[: round(count * percent / 100)]] = False
-        found = kept.numpy().tobytes()
-        masks.setdefault(found, kept)
-        return found
+        mask = kept.numpy().tobytes()
+        masks.setdefault(mask, kept)
+        return mask
 
     return {
-        name: [[key(order, percent) for percent in percents] for order in own] for name, own in orders.items()
+        name: [[key(order, percent) for percent in percents] for order in ranked]
+        for name, ranked in orders.items()
     }
 
 
 def _curves(
-    percents: Sequence[float], plan: Mapping[str, list[list[int]]], given: Sequence[Given]
+    percents: Sequence[float], plan: Mapping[str, list[list[int]]], checks: Sequence[AnswerCheck]
 ) -> MaskingCurves:
     values: dict[str, list[float] | None] = {}
     for name, orders in plan.items():
-        columns = list(zip(*orders, strict=True))
-        exact = [fmean(given[i].exact for i in at) for at in columns]
-        probability = [fmean(given[i].probability for i in at) for at in columns]
+        points = list(zip(*orders, strict=True))
+        exact = [fmean(checks[i].exact for i in point) for point in points]
+        probability = [fmean(checks[i].probability for i in point) for point in points]
         values[name], values[f"{name}_probability"] = (exact, probability) if orders else (None, None)
     return MaskingCurves([float(percent) for percent in percents], **values)  # type: ignore[arg-type]
 
 
-def answers_given(
+def check_answers(
     decoder: Decoder,
-    asked: Sequence[Asked],
-    sites: Sequence[_Masked] = (),
+    prompts: Sequence[MaskedPrompt],
+    layers: Sequence[_MaskedLayer] = (),
     batch_size: int = 64,
     progress: bool = False,
-) -> list[Given]:
-    """Say how the model goes on behind each prompt, with its heads or neurons masked.
+) -> list[AnswerCheck]:
+    """Compare the model's continuation of each prompt with the answer, with heads or neurons masked.
 
     Args:
-        decoder: the model, which is left as it was found.
-        asked: what is asked, in any order: prompts of like length go through the model together.
-        sites: where the masked heads or neurons are.
-        batch_size: how many of them.
+        decoder: the model, which is not changed.
+        prompts: the prompts, in any order: those of similar length share a pass.
+        layers: the layers with masked heads or neurons.
+        batch_size: the number of prompts in one pass.
         progress: show a progress bar.
 
     Raises:
         DePassError: an answer has no tokens, or the batch size is less than one.
     """
-    if any(not own.answer for own in asked):
+    if any(not prompt.answer for prompt in prompts):
         raise DePassError("an answer has no tokens")
 
-    def work(batch: list[int]) -> list[Given]:
-        return _batch(decoder, [asked[i] for i in batch], sites)
+    def work(batch: list[int]) -> list[AnswerCheck]:
+        return _check_batch(decoder, [prompts[i] for i in batch], layers)
 
-    lengths = [len(own.ids) + len(own.answer) - 1 for own in asked]
+    lengths = [len(prompt.ids) + len(prompt.answer) - 1 for prompt in prompts]
     kinds = [(decoder.regime(length), length) for length in lengths]
     with undisturbed(decoder.model, eager=False):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 
-def _batch(decoder: Decoder, asked: Sequence[Asked], sites: Sequence[_Masked]) -> list[Given]:
+def _check_batch(
+    decoder: Decoder, prompts: Sequence[MaskedPrompt], layers: Sequence[_MaskedLayer]
+) -> list[AnswerCheck]:
     device = decoder.device
-    ids = pad([[*own.ids, *own.answer[:-1]] for own in asked]).to(device)
-    places = [[len(own.ids) - 1 + i for i in range(len(own.answer))] for own in asked]
+    ids = pad([[*prompt.ids, *prompt.answer[:-1]] for prompt in prompts]).to(device)  # [batch, position]
+    # The positions after which the answer's tokens follow, for each prompt.
+    places = [[len(prompt.ids) - 1 + i for i in range(len(prompt.answer))] for prompt in prompts]
     with ExitStack() as stack:
-        if sites:
-            kept = {own.site.layer: own.kept(asked) for own in sites}
-            stack.enter_context(masking([own.site for own in sites], kept))
-        wanted = torch.tensor(sorted({place for own in places for place in own}), device=device)
-        logits, _, positions = decoder.logits(ids, wanted)
+        if layers:
+            kept = {layer.site.layer: layer.kept(prompts) for layer in layers}
+            stack.enter_context(masking([layer.site for layer in layers], kept))
+        wanted = torch.tensor(sorted({place for row in places for place in row}), device=device)
+        logits, _, positions = decoder.logits(ids, wanted)  # [batch, wanted position, vocabulary]
     column = {position: i for i, position in enumerate(positions)}
-    results = []
-    for row, (own, at) in enumerate(zip(asked, places, strict=True)):
-        here = logits[row, [column[place] for place in at]].float()
-        answer = torch.tensor(list(own.answer), device=here.device)
-        right = here.argmax(-1) == answer
-        chances = here.log_softmax(-1).gather(1, answer[:, None])
-        results.append(Given(bool(right[0]), bool(right.all()), float(chances.sum().exp())))
-    return results
+    checks = []
+    for row, (prompt, row_places) in enumerate(zip(prompts, places, strict=True)):
+        # [answer token, vocabulary]
+        answer_logits = logits[row, [column[place] for place in row_places]].float()
+        answer = torch.tensor(list(prompt.answer), device=answer_logits.device)
+        hits = answer_logits.argmax(-1) == answer
+        log_probabilities = answer_logits.log_softmax(-1).gather(1, answer[:, None])
+        checks.append(AnswerCheck(bool(hits[0]), bool(hits.all()), float(log_probabilities.sum().exp())))
+    return checks

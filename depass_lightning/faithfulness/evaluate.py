@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -47,18 +48,17 @@ class Case:
 
 
 class Measure(Protocol):
-    """A measure of attributions.
-
-    Attributes:
-        name: what error messages call it.
-        needs_model: whether it runs the model.
-    """
+    """A measure of attributions."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What error messages call it."""
+        ...
 
     @property
-    def needs_model(self) -> bool: ...
+    def needs_model(self) -> bool:
+        """Whether it runs the model."""
+        ...
 
     def columns(self, cases: Sequence[Case], depass: Any) -> list[Columns]:
         """Return the columns of every case, empty for a case that the measure does not apply to.
@@ -71,7 +71,7 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class ScoreMeasure:
+class ScoreMeasure(Measure):
     """A measure that needs the scores alone: one column, named after the function.
 
     Args:
@@ -94,13 +94,8 @@ class ScoreMeasure:
         """
         return self.function(case)
 
+    @override
     def columns(self, cases: Sequence[Case], depass: object = None) -> list[Columns]:
-        """Return the column of every case, empty for a case that the measure does not apply to.
-
-        Args:
-            cases: the attributions, and what is known about their prompts.
-            depass: not used.
-        """
         values = map(self.function, cases)
         return [{} if value is None else {self.name: value} for value in values]
 

@@ -1,4 +1,4 @@
-"""Whether scores point at the tokens that are known to be right."""
+"""Whether the known evidence has the highest scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from depass_lightning.results.attribution import Attribution
 
 @dataclass(frozen=True)
 class Evidence:
-    """How an attribution stands to the evidence of its prompt.
+    """How an attribution ranks the evidence of its prompt.
 
     Attributes:
-        first: whether the component with the highest score is evidence.
-        chance: how often a random order puts evidence first: the share of the components that are evidence.
+        first: evidence ranked first: whether the component with the highest score is evidence.
+        chance: how often a random order ranks evidence first: the fraction of components that are evidence.
         auroc: how often a component that is evidence scores higher than one that is not, 0.5 by chance; None
             where all components are evidence.
     """
@@ -26,10 +26,13 @@ class Evidence:
 
 
 def text_components(attribution: Attribution) -> list[int]:
-    """Return the indices of the components that stand for text up to the target's position.
+    """Return the indices of the components that represent text up to the target's position.
 
-    Not among them: a bias, and special tokens, which the tokenizer adds and which have no characters of the
-    text. Where the tokenizer gave no offsets, every component that stands for tokens counts.
+    A bias is not among them, and neither are special tokens, which the tokenizer adds and which have no
+    characters of the text. Without offsets, every component that represents tokens counts.
+
+    Args:
+        attribution: the scores.
     """
     offsets = attribution.offsets
     indices = []
@@ -42,34 +45,34 @@ def text_components(attribution: Attribution) -> list[int]:
 
 
 def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) -> Evidence | None:
-    """Compare scores with known evidence, among the components that stand for text.
+    """Compare scores with known evidence, among the components that represent text.
 
     Args:
-        attribution: the scores; a bias and special tokens are no candidates.
-        ranges: the character ranges of the text that are the evidence.
+        attribution: the scores; a bias and special tokens are not candidates.
+        ranges: the character ranges `[start, end)` of the evidence in the text.
 
     Returns:
-        None where there is nothing to compare: no range is given, the tokens' places in the text are not
-        known, or no candidate overlaps the ranges.
+        None if there is nothing to compare: there is no range, the tokens' offsets are not known, or no
+        candidate overlaps the ranges.
     """
     if attribution.offsets is None:
         return None
     candidates = text_components(attribution)
-    right = set(attribution.overlapping(ranges)) & set(candidates)
-    if not right:
+    evidence = set(attribution.overlapping(ranges)) & set(candidates)
+    if not evidence:
         return None
     first = max(candidates, key=lambda i: attribution.scores[i].item())
     return Evidence(
-        first=first in right,
-        chance=len(right) / len(candidates),
-        auroc=_auroc(attribution, candidates, right),
+        first=first in evidence,
+        chance=len(evidence) / len(candidates),
+        auroc=_auroc(attribution, candidates, evidence),
     )
 
 
-def _auroc(attribution: Attribution, candidates: list[int], right: set[int]) -> float | None:
-    if len(right) == len(candidates):
+def _auroc(attribution: Attribution, candidates: list[int], evidence: set[int]) -> float | None:
+    if len(evidence) == len(candidates):
         return None
-    # Ranks between 0 and 1: torchmetrics puts anything else through a sigmoid, where large scores meet.
+    # Ranks between 0 and 1: torchmetrics applies a sigmoid to anything else, where large scores become equal.
     _, ranks = torch.unique(attribution.scores[candidates], sorted=True, return_inverse=True)
-    labels = torch.tensor([int(i in right) for i in candidates])
+    labels = torch.tensor([int(i in evidence) for i in candidates])
     return float(binary_auroc(ranks / max(int(ranks.max()), 1), labels))

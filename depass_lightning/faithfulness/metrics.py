@@ -1,9 +1,9 @@
-"""Means over the rows of many prompts, with their intervals, as torchmetrics that several processes share.
+"""Means over the rows of many prompts, with bootstrap intervals, as torchmetrics.
 
-Each takes rows as `AttributionModule` makes them and reads one column; rows that do not know it do not count.
-`MetricCollection` puts several together (with `compute_groups=False`: columns differ where first rows agree).
-Prompts are sorted by their value before they are drawn for an interval, so that neither their order nor the
-number of processes changes it.
+Each metric reads one column of rows as `AttributionModule` makes them; rows without the column do not count.
+`MetricCollection` combines several (with `compute_groups=False`: columns may differ where first rows agree).
+Prompts are sorted by their value before they are resampled, so that neither their order nor the number of
+processes changes an interval.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +25,10 @@ class PromptsMean(NamedTuple):
 
     Attributes:
         value: the mean.
-        low: the lower bound of 95% of the means over prompts drawn anew.
-        high: their upper bound.
+        low: the lower bound of the bootstrap 95% CI.
+        high: its upper bound.
         highest: the largest value of a prompt.
-        prompts: how many prompts know the number.
+        prompts: the number of prompts that have the column.
     """
 
     value: float
@@ -42,11 +42,11 @@ class CurvesMean(NamedTuple):
     """A curve's mean over prompts.
 
     Attributes:
-        percents: each K.
-        mean: the mean at each K.
-        area: of the area under the curve, as a mean height; None of a single point.
-        points: the mean at each K with its bounds; empty where these were not asked for.
-        prompts: how many prompts have the curve.
+        percents: the percentages of the points.
+        mean: the mean at each point.
+        area: the area under the curve, as a mean height; None for a single point.
+        points: the mean at each point with its interval; empty where intervals were not requested.
+        prompts: the number of prompts that have the curve.
     """
 
     percents: list[float]
@@ -57,12 +57,12 @@ class CurvesMean(NamedTuple):
 
 
 class _OfRows(Metric):
-    """A metric that keeps numbers of each prompt, and can be computed where no prompt had any.
+    """A metric that keeps every prompt's numbers, and can be computed without any.
 
     Args:
-        column: what it reads of a row.
-        draws: how many times prompts are drawn for an interval.
-        options: as for `torchmetrics.Metric`.
+        column: the column to read.
+        draws: the number of bootstrap samples.
+        options: further arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -72,12 +72,12 @@ class _OfRows(Metric):
         super().__init__(**options)
         self.column = column
         self.draws = draws
-        self.set_dtype(torch.float64)  # also of what a process without rows brings
-        # One number behind the other: processes gather tensors of one dimension only.
+        self.set_dtype(torch.float64)  # also on a process without rows
+        # Flat, because processes gather tensors of one dimension only.
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def update(self, rows: Rows) -> None:
-        """Take some prompts' rows.
+        """Add some prompts' rows.
 
         Args:
             rows: rows of `depass_lightning.storage.ATTRIBUTION_SCHEMA`.
@@ -87,13 +87,17 @@ class _OfRows(Metric):
             self.values.append(torch.tensor(known, dtype=torch.float64, device=self.device).flatten())
 
     def kept(self) -> Tensor:
-        """Return all numbers, one prompt's behind the other's."""
+        """Return all prompts' numbers, concatenated."""
         if isinstance(self.values, list) and not self.values:
             return torch.empty(0, dtype=torch.float64)
         return dim_zero_cat(self.values).cpu()
 
     def mean(self, values: list[float]) -> PromptsMean:
-        """Return the mean of values with its bounds, whatever their order."""
+        """Return the mean of values, in any order, with its interval.
+
+        Args:
+            values: one value per prompt.
+        """
         values = sorted(values)
         interval = bootstrap(values, draws=self.draws)
         return PromptsMean(interval.value, interval.low, interval.high, values[-1], len(values))
@@ -104,12 +108,12 @@ class PromptMean(_OfRows):
 
     Args:
         column: the number's column.
-        draws: how many times prompts are drawn for the interval.
-        options: as for `torchmetrics.Metric`.
+        draws: the number of bootstrap samples.
+        options: further arguments of `torchmetrics.Metric`.
     """
 
     def compute(self) -> PromptsMean | None:
-        """Return the mean, or None where no prompt knows the number."""
+        """Return the mean, or None where no prompt has the column."""
         values = self.kept().tolist()
         return self.mean(values) if values else None
 
@@ -119,13 +123,13 @@ class CurveMean(_OfRows):
 
     Args:
         column: the curve's column.
-        percents: its K.
-        points: give bounds at every K too.
-        draws: how many times prompts are drawn for an interval.
-        options: as for `torchmetrics.Metric`.
+        percents: the percentages of its points.
+        points: also compute an interval at every point.
+        draws: the number of bootstrap samples.
+        options: further arguments of `torchmetrics.Metric`.
 
     Raises:
-        DePassError: the K do not rise.
+        DePassError: the percentages do not rise.
     """
 
     def __init__(
@@ -144,14 +148,14 @@ class CurveMean(_OfRows):
 
     def compute(self) -> CurvesMean | None:
         """Return the mean curve, or None where no prompt has one."""
-        curves = self.kept().view(-1, len(self.percents))
+        curves = self.kept().view(-1, len(self.percents))  # [prompt, point]
         if not len(curves):
             return None
         several = len(self.percents) > 1
         return CurvesMean(
             percents=self.percents,
             mean=curves.mean(0).tolist(),
-            area=self.mean([area(self.percents, own) for own in curves.tolist()]) if several else None,
-            points=[self.mean(own) for own in curves.T.tolist()] if self.points else [],
+            area=self.mean([area(self.percents, curve) for curve in curves.tolist()]) if several else None,
+            points=[self.mean(values) for values in curves.T.tolist()] if self.points else [],
             prompts=len(curves),
         )

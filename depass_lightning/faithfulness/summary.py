@@ -1,4 +1,4 @@
-"""What a run found, in one object: means over its prompts, from one pass over its rows."""
+"""The summary of a run: means over its prompts, from one pass over its rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -8,7 +8,7 @@ from torchmetrics import MetricCollection
 
 from depass_lightning.faithfulness.metrics import CurveMean, CurvesMean, PromptMean, PromptsMean, Rows
 
-CHUNK = 256  # rows that are held at once
+CHUNK = 256  # rows in memory at a time
 
 NUMBERS = (
     *("correct", "completeness", "evidence_first", "evidence_chance", "evidence_auroc"),
@@ -18,11 +18,11 @@ NUMBERS = (
         for name in ("comprehensiveness", "comprehensiveness_random", "sufficiency", "sufficiency_random")
     ),
 )
-"""The columns with a number a prompt."""
+"""The columns with one number per prompt."""
 
 HIGH, LOW = "higher is better", "lower is better"
 
-# Where the summary has the curves: each one's column, the random one's, and which end is better.
+# The summary's curves: each one's column, that of the random orders, and which end is better.
 REMOVAL: dict[str, dict[str, tuple[str, str, str]]] = {
     kind: {
         f"{prefix}patch_top{suffix}": (f"{prefix}patch_top{suffix}", f"{prefix}patch_random{suffix}", LOW),
@@ -57,11 +57,11 @@ WITH_AREA = ("curves", "kept_curves", "zero_curves", "masking_curves")
 
 
 def removal_metrics(percents: Iterable[float], **options: Any) -> MetricCollection:
-    """Return the metrics of patch top and recover top, by the names of their columns.
+    """Return the metrics of deletion and insertion curves, by the names of their columns.
 
     Args:
-        percents: the K that were measured.
-        options: as for `CurveMean`.
+        percents: the percentages that were measured.
+        options: further arguments of `CurveMean`.
     """
     return _curve_metrics(REMOVAL, percents, options)
 
@@ -70,17 +70,17 @@ def masking_metrics(percents: Iterable[float], **options: Any) -> MetricCollecti
     """Return the metrics of masked heads or neurons, by the names of their columns.
 
     Args:
-        percents: the K that were measured.
-        options: as for `CurveMean`.
+        percents: the percentages that were measured.
+        options: further arguments of `CurveMean`.
     """
     return _curve_metrics(MASKING, percents, options)
 
 
 def number_metrics(**options: Any) -> MetricCollection:
-    """Return the metrics of all numbers of a prompt, by the names of their columns.
+    """Return the metrics of all single numbers, by the names of their columns.
 
     Args:
-        options: as for `PromptMean`.
+        options: further arguments of `PromptMean`.
     """
     return MetricCollection(
         {column: PromptMean(column, **options) for column in NUMBERS}, compute_groups=False
@@ -89,11 +89,14 @@ def number_metrics(**options: Any) -> MetricCollection:
 
 def _curve_metrics(kinds: Mapping[str, Any], percents: Iterable[float], options: Any) -> MetricCollection:
     columns = {
-        column: None for own in kinds.values() for both in own.values() for column in (both[0], both[1])
+        column: None
+        for curves in kinds.values()
+        for ranked, random, _ in curves.values()
+        for column in (ranked, random)
     }
-    listed = list(percents)
+    points = list(percents)
     return MetricCollection(
-        {column: CurveMean(column, listed, **options) for column in columns}, compute_groups=False
+        {column: CurveMean(column, points, **options) for column in columns}, compute_groups=False
     )
 
 
@@ -101,8 +104,7 @@ def summarise(rows: Rows) -> dict[str, Any]:
     """Return the means over a run's rows, ready for JSON, for a page and for a terminal.
 
     Args:
-        rows: rows of `depass_lightning.storage.ATTRIBUTION_SCHEMA`, in one pass: of those, only a few are
-            held at once.
+        rows: rows of `depass_lightning.storage.ATTRIBUTION_SCHEMA`, read once and in chunks.
 
     Returns:
         What the rows know of these: `prompts`; `correct`, the share of prompts that the model answers right;
@@ -115,7 +117,7 @@ def summarise(rows: Rows) -> dict[str, Any]:
         `masking_curves` and `masking_probability_curves`. What has a `value` has what it is by `chance` or in
         random order, and its bootstrap 95% CI over prompts, from `low` to `high`.
     """
-    # A process that writes the summary alone must not wait for the others.
+    # Only one process writes the summary; it must not wait for the others.
     alone: dict[str, Any] = {"sync_on_compute": False}
     metrics = {"numbers": number_metrics(**alone)}
     prompts = 0
@@ -128,18 +130,18 @@ def summarise(rows: Rows) -> dict[str, Any]:
             known = next((row[column] for row in chunk if row.get(column) is not None), None)
             if kind not in metrics and known is not None:
                 metrics[kind] = make(known, **alone)
-        for own in metrics.values():
-            own.update(chunk)
+        for collection in metrics.values():
+            collection.update(chunk)
     if not prompts:
         return {"prompts": 0}
-    found = {kind: own.compute() for kind, own in metrics.items()}
-    summary = {"prompts": prompts, **_numbers(found["numbers"], prompts)}
+    means = {kind: collection.compute() for kind, collection in metrics.items()}
+    summary = {"prompts": prompts, **_numbers(means["numbers"], prompts)}
     for kind, curves in (("removal", REMOVAL), ("masking", MASKING)):
-        if kind in found:
-            summary |= _areas(found[kind], curves)
+        if kind in means:
+            summary |= _areas(means[kind], curves)
     for kind, curves in (("removal", REMOVAL), ("masking", MASKING)):
-        if kind in found:
-            summary |= _curves(found[kind], curves)
+        if kind in means:
+            summary |= _curves(means[kind], curves)
     return summary
 
 
@@ -149,12 +151,12 @@ def _chunks(rows: Rows) -> Iterator[list[Mapping[str, Any]]]:
         yield chunk
 
 
-def _numbers(found: Mapping[str, PromptsMean | None], prompts: int) -> dict[str, Any]:
-    """Return the means of single numbers, each beside what it would be by chance."""
+def _numbers(means: Mapping[str, PromptsMean | None], prompts: int) -> dict[str, Any]:
+    """Return the means of single numbers, each with its value by chance."""
     summary: dict[str, Any] = {}
-    if correct := found["correct"]:
+    if correct := means["correct"]:
         summary["correct"] = correct.value
-    if completeness := found["completeness"]:
+    if completeness := means["completeness"]:
         summary["completeness_max"] = completeness.highest
         summary["completeness_mean"] = completeness.value
     for name, other, note in (
@@ -165,41 +167,41 @@ def _numbers(found: Mapping[str, PromptsMean | None], prompts: int) -> dict[str,
         ("kept_comprehensiveness", "kept_comprehensiveness_random", HIGH),
         ("kept_sufficiency", "kept_sufficiency_random", LOW),
     ):
-        own = found[name]
-        if own is None:
+        mean = means[name]
+        if mean is None:
             continue
         chance = other
         if isinstance(other, str):
-            random = found[other]
+            random = means[other]
             chance = None if random is None else random.value
-        if own.prompts < prompts:
-            note = ", ".join(filter(None, [note, f"known for {own.prompts} of {prompts} prompts"]))
-        summary[name] = _entry(own, chance, note)
+        if mean.prompts < prompts:
+            note = ", ".join(filter(None, [note, f"known for {mean.prompts} of {prompts} prompts"]))
+        summary[name] = _entry(mean, chance, note)
     return summary
 
 
-def _areas(found: Mapping[str, CurvesMean | None], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the areas under the curves, beside those in random order."""
+def _areas(means: Mapping[str, CurvesMean | None], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the areas under the curves, each with that in random order."""
     summary = {}
     for kind in WITH_AREA:
         for name, (column, other, note) in kinds.get(kind, {}).items():
-            own, random = found[column], found[other]
-            if own is not None and own.area is not None:
+            mean, random = means[column], means[other]
+            if mean is not None and mean.area is not None:
                 chance = None if random is None or random.area is None else random.area.value
-                summary[f"{name}_area"] = _entry(own.area, chance, note)
+                summary[f"{name}_area"] = _entry(mean.area, chance, note)
     return summary
 
 
-def _curves(found: Mapping[str, CurvesMean | None], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mean curves, beside those in random order."""
+def _curves(means: Mapping[str, CurvesMean | None], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mean curves, each with that in random order."""
     summary: dict[str, dict[str, Any]] = {}
     for kind, curves in kinds.items():
         for name, (column, other, _) in curves.items():
-            own, random = found[column], found[other]
-            if own is not None:
-                fraction = [percent / 100 for percent in own.percents]
+            mean, random = means[column], means[other]
+            if mean is not None:
+                fraction = [percent / 100 for percent in mean.percents]
                 shown = {} if random is None else {"random": random.mean}
-                summary.setdefault(kind, {})[name] = {"fraction": fraction, "depass": own.mean, **shown}
+                summary.setdefault(kind, {})[name] = {"fraction": fraction, "depass": mean.mean, **shown}
     return summary
 
 

@@ -1,22 +1,21 @@
-"""Patch top and recover top: does the answer leave with the tokens that score high, and come back with
-them?
+"""Deletion and insertion curves: the answer's probability as the top tokens are removed, or kept alone.
 
 Source: Hong et al., "DePass" (arXiv 2510.18462), section on token-level attribution. For a prompt and its
     answer:
 
-1. Rank the components that stand for text by score, the highest first. Special tokens (a leading "<s>") are
-   no
-   candidates: they stay.
-2. *Patch top*: remove the first K% of them; *recover top*: keep only the first K%.
-3. Encode what is left again, as a prompt of its own, and read the answer's probability after its last
-   token. Or leave every token in its place and set the embeddings of those that are removed to zero: the
-   prompt keeps its length and its positions, but the model has never seen such embeddings.
+1. Rank the components that represent text by score, the highest first. Special tokens (a leading "<s>") are
+   not candidates: they are kept.
+2. Deletion (the paper's patch top): remove the first K% of them. Insertion (its recover top): keep only the
+   first K%.
+3. Encode the remaining tokens as a prompt, and read the answer's probability after its last token. Or keep
+   every token and set the embeddings of the removed ones to zero: the prompt keeps its length and positions,
+   but the model has never seen such embeddings.
 
-Both are also done in random orders, which every method has to beat: patch top by falling sooner, recover
-top by rising sooner.
+Both are also done in random orders, which every method has to beat: deletion by falling sooner, insertion by
+rising sooner.
 
-Comprehensiveness and sufficiency say the same in a number each, over a few small K (DeYoung et al., "ERASER",
-ACL 2020, arXiv 1911.03429, section 4.2, equations 1 to 4).
+Comprehensiveness and sufficiency are the corresponding single numbers, over a few small K (DeYoung et al.,
+"ERASER", ACL 2020, arXiv 1911.03429, section 4.2, equations 1 to 4).
 """
 
 import itertools
@@ -111,17 +110,28 @@ class RemovalCurves:
 
 
 def area(percents: Sequence[float], curve: Sequence[float]) -> float:
-    """Return the area under a curve over K from 0 to 1 (trapezoids), as a mean height: between 0 and 1."""
+    """Return the area under a curve (trapezoids) divided by its width: the mean height.
+
+    Args:
+        percents: the percentages of the points.
+        curve: the curve's value at each point.
+
+    Raises:
+        DePassError: there are fewer than two points, or not one value per point.
+    """
     if len(percents) < 2 or len(percents) != len(curve):
         raise DePassError(
-            f"an area needs two points or more, a value each; got {len(percents)} and {len(curve)}"
+            f"an area needs at least two points with a value each; got {len(percents)} and {len(curve)}"
         )
     steps = zip(percents[:-1], percents[1:], curve[:-1], curve[1:], strict=True)
     return sum((right - left) * (a + b) / 2 for left, right, a, b in steps) / (percents[-1] - percents[0])
 
 
 def check_percents(percents: Sequence[float]) -> None:
-    """Refuse anything but percentages in rising order.
+    """Check that percentages rise.
+
+    Args:
+        percents: the percentages.
 
     Raises:
         DePassError: there are none, one is out of range, or they do not rise.
@@ -145,15 +155,15 @@ def removal_curves(
     rationales: Sequence[float] = (),
     progress: bool = False,
 ) -> list[RemovalCurves]:
-    """Measure patch top and recover top, and the same in random order, for every attribution.
+    """Measure deletion and insertion curves, and the same in random order, for every attribution.
 
     Args:
         model: the causal LM that was attributed.
-        attributions: what is judged; each brings its prompt's token ids.
-        answers: the token id whose probability is followed, one a prompt.
-        percents: the K to measure at.
-        draws: how many random orders a prompt; with none their curves are empty.
-        seed: of the random orders, which depend on it and on the prompt alone: not on its place, batch or
+        attributions: the scores, with their prompts' token ids.
+        answers: the token id whose probability is read, one per prompt.
+        percents: the percentages to measure at.
+        draws: the number of random orders per prompt; with 0 their curves are empty.
+        seed: seed of the random orders, which depend on it and on the prompt alone, not on the batch or the
             process.
         batch_size: how many shortened prompts go through the model together.
         zeroed: measure it with embeddings set to zero, too; that is as many prompts again.
@@ -164,7 +174,7 @@ def removal_curves(
         progress: show a progress bar.
 
     Raises:
-        DePassError: the K are not percentages that rise, or there is not one answer a prompt.
+        DePassError: percentages are out of range or do not rise, or there is not one answer per prompt.
     """
     check_percents(percents)
     if rationales:
@@ -175,19 +185,19 @@ def removal_curves(
         _Plan(attribution, percents, rationales, draws=draws, seed=seed, zeroed=zeroed, keep_last=keep_last)
         for attribution in attributions
     ]
-    asked = [own for plan, answer in zip(plans, answers, strict=True) for own in plan.prompts(answer)]
-    found = iter(answers_of(model, asked, batch_size, progress))
-    return [plan.read(list(itertools.islice(found, plan.count))) for plan in plans]
+    prompts = [prompt for plan, answer in zip(plans, answers, strict=True) for prompt in plan.prompts(answer)]
+    results = iter(answers_of(model, prompts, batch_size, progress))
+    return [plan.read(list(itertools.islice(results, plan.count))) for plan in plans]
 
 
 @dataclass(frozen=True)
 class TokenRemoval:
-    """The measure of deletion and insertion curves, of components that stand for text: see `removal_curves`.
+    """The measure of deletion and insertion curves, for components that represent text: see `removal_curves`.
 
     Args:
         percents: the percentages to measure at, ascending from 0 to 100.
         draws: the number of random orders per prompt; 0 leaves them out.
-        seed: of the random orders.
+        seed: seed of the random orders.
         batch_size: the number of ablated prompts in one pass.
         zeroed: also measure with embeddings set to zero, which doubles the number of passes.
         keep_last: also measure with the last token kept, never a candidate for removal: columns that begin
@@ -217,10 +227,10 @@ class TokenRemoval:
             check_percents(self.rationales)
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return the curves of every case whose components stand for text and whose target is a token.
+        """Return the curves of every case whose components represent text and whose target is a token.
 
         Args:
-            cases: what is measured; the explained token is the answer whose probability is followed.
+            cases: the attributions; the explained token is the answer whose probability is read.
             depass: the model that was attributed.
         """
         columns: list[Columns] = [{} for _ in cases]
@@ -241,7 +251,7 @@ class TokenRemoval:
 
 
 class _Plan:
-    """The shortened prompts of one prompt, each once, and where each curve's points are among them.
+    """The ablated prompts of one prompt, each once, and the indices of each curve's points among them.
 
     Args:
         attribution: the scores.
@@ -276,7 +286,7 @@ class _Plan:
         generator = random.Random(f"{seed} {attribution.token_ids}")
         size = len(self.candidates)
         shuffled = [generator.sample(self.candidates, size) for _ in range(draws)]
-        # What a random order keeps last is as random: the same shortened prompts serve both curves.
+        # A random order reversed is as random: the same ablated prompts serve both curves.
         self.orders = {
             "patch_top": ([ranked], False),
             "recover_top": ([ranked], True),
@@ -291,17 +301,21 @@ class _Plan:
 
     @property
     def count(self) -> int:
-        """The number of shortened prompts."""
+        """The number of ablated prompts."""
         return len(self.kept) * (1 + self.zeroed)
 
     def prompts(self, answer: int) -> list[AblatedPrompt]:
-        """Return the shortened prompts, then, where asked for, those with embeddings set to zero."""
+        """Return the ablated prompts, then, where `zeroed`, those with embeddings set to zero.
+
+        Args:
+            answer: the id of the answer's token.
+        """
         ids = self.attribution.token_ids[: self.attribution.position + 1]
-        asked = [AblatedPrompt([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
+        prompts = [AblatedPrompt([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
         if self.zeroed:
             sets = [set(kept) for kept in self.kept]
-            asked += [AblatedPrompt(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
-        return asked
+            prompts += [AblatedPrompt(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
+        return prompts
 
     def read(self, readings: Sequence[AnswerReading]) -> RemovalCurves:
         """Make curves of what the model gives the answers."""
@@ -332,7 +346,7 @@ class _Plan:
         return {f"{column}{suffix}": whole - fmean(means[name]) for name, column in known.items()}
 
     def _numbers(self, counts: list[int], orders: list[list[int]], keep: bool) -> list[list[int]]:
-        """Return, for each order, the shortened prompt at each count."""
+        """Return, for each order, the index of the ablated prompt at each count."""
         return [
             [self._number(self._left(order[:count] if keep else order[count:])) for count in counts]
             for order in orders
@@ -342,17 +356,17 @@ class _Plan:
         return self.kept.setdefault(kept, len(self.kept))
 
     def _left(self, left: list[int]) -> tuple[int, ...]:
-        """Return the positions that stay: all but those of the candidates that are not left.
+        """Return the positions that are kept: all but those of the candidates that are not left.
 
-        A model needs one token to read: where nothing would stay, the last token does, whatever the order.
+        A model needs at least one token: where nothing would be kept, the last token is, in any order.
         """
-        gone: set[int] = set()
+        removed: set[int] = set()
         for i in set(self.candidates) - set(left):
-            gone.update(range(*(self.attribution.positions[i] or (0, 0))))
+            removed.update(range(*(self.attribution.positions[i] or (0, 0))))
         last = self.attribution.position
-        return tuple(i for i in range(last + 1) if i not in gone) or (last,)
+        return tuple(i for i in range(last + 1) if i not in removed) or (last,)
 
 
 def _means(orders: list[list[int]], values: Sequence[float]) -> Curve:
     """Return each point's mean over the orders."""
-    return [fmean(values[i] for i in at) for at in zip(*orders, strict=True)]
+    return [fmean(values[i] for i in point) for point in zip(*orders, strict=True)]

@@ -136,7 +136,7 @@ def _place(decoder: Decoder, layer: int, kind: str) -> Place:
     block = decoder.blocks[layer]
     if kind in ("head", "neuron"):
         (site,) = sites_of(decoder, Heads(layer) if kind == "head" else Neurons(layer))
-        return Place(site.behind.module, site.count, output=False)
+        return Place(site.projection.module, site.count, output=False)
     return Place(_adding(block, kind), 1, output=True)
 
 

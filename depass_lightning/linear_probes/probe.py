@@ -109,14 +109,14 @@ class LinearProbe:
             sign = 1.0 if place else -1.0
             readout = ProbeReadout(sign * self.weight, sign * self.bias)
         else:
-            own = (self.weight[place] - self.weight.mean(0), self.bias[place] - self.bias.mean())
-            readout = ProbeReadout(own[0][None], own[1][None])
+            weight, bias = self.weight[place] - self.weight.mean(0), self.bias[place] - self.bias.mean()
+            readout = ProbeReadout(weight[None], bias[None])
         return ProbeLogit(readout, self.layer, position)
 
     def logits(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows label"]:
         """Return the logit of every label; of two labels the first's is zero."""
-        found = states.to(self.weight) @ self.weight.T + self.bias
-        return torch.cat([torch.zeros_like(found), found], -1) if len(self.labels) == 2 else found
+        logits = states.to(self.weight) @ self.weight.T + self.bias
+        return torch.cat([torch.zeros_like(logits), logits], -1) if len(self.labels) == 2 else logits
 
     def predict(self, states: Float[Tensor, "row hidden"]) -> list[str]:
         """Return the most likely label of each state."""
@@ -200,14 +200,15 @@ def train_probe(
     names = tuple(str(label) for label in model.classes_)
     frequent = Counter(labels).most_common(1)[0][0]
     probe = LinearProbe(weight, bias, names, layer, Fit(0.0, 0.0, len(labels), len(held_out), 0, True))
-    right = sum(own == label for own, label in zip(probe.predict(held_out), held_out_labels, strict=True))
+    predictions = zip(probe.predict(held_out), held_out_labels, strict=True)
+    right = sum(predicted == label for predicted, label in predictions)
     fit = Fit(
         accuracy=right / len(held_out),
         majority=list(held_out_labels).count(frequent) / len(held_out),
         texts=len(labels),
         held_out=len(held_out),
         iterations=int(model.n_iter_.max()),
-        converged=not any(issubclass(own.category, ConvergenceWarning) for own in told),
+        converged=not any(issubclass(warned.category, ConvergenceWarning) for warned in told),
     )
     return LinearProbe(weight, bias, names, layer, fit)
 

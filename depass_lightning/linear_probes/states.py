@@ -72,8 +72,8 @@ def hidden_states(
     """
     decoder, count = depass.decoder, len(depass.decoder.blocks)
     wanted = layers_of(count, layers)
-    given = None if texts is None else list(texts)
-    prompts = prompts_of(decoder, depass.tokenizer, given, input_ids, attention_mask)
+    prompt_texts = None if texts is None else list(texts)
+    prompts = prompts_of(decoder, depass.tokenizer, prompt_texts, input_ids, attention_mask)
     if position != "all":
         for prompt in prompts:
             prompt.resolve_position(position)
@@ -81,10 +81,13 @@ def hidden_states(
     def states(batch: list[int]) -> list[Tensor]:
         return _batch(depass, [prompts[i] for i in batch], wanted, position)
 
-    found = in_batches(
-        [(decoder.regime(len(own.ids)), len(own.ids)) for own in prompts], batch_size, states, progress=False
+    rows = in_batches(
+        [(decoder.regime(len(prompt.ids)), len(prompt.ids)) for prompt in prompts],
+        batch_size,
+        states,
+        progress=False,
     )
-    return found if position == "all" else torch.stack(found, 1)
+    return rows if position == "all" else torch.stack(rows, 1)
 
 
 def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
@@ -124,11 +127,12 @@ def _batch(
     with exact(device):
         recording = record(depass.decoder, ids, lengths, lengths[:, None] - 1, keep_everything=False)
         if position != "all":
-            at = torch.tensor([prompt.resolve_position(position) for prompt in prompts], device=device)
+            positions = torch.tensor([prompt.resolve_position(position) for prompt in prompts], device=device)
             rows = torch.arange(len(prompts), device=device)
-            picked = torch.stack([recording.state(layer)[rows, at] for layer in layers], 1)
+            picked = torch.stack([recording.state(layer)[rows, positions] for layer in layers], 1)
             return list(picked.cpu())
         states = [recording.state(layer).cpu() for layer in layers]
     return [
-        torch.stack([own[row, : len(prompt.ids)] for own in states]) for row, prompt in enumerate(prompts)
+        torch.stack([layer_states[row, : len(prompt.ids)] for layer_states in states])
+        for row, prompt in enumerate(prompts)
     ]

@@ -79,8 +79,8 @@ def train_probes(
     if layers is None:
         wanted = wanted[1:]
     states, judged = (
-        hidden_states(depass, own.texts, layers=wanted, position=position, batch_size=batch_size)
-        for own in (train, test)
+        hidden_states(depass, texts.texts, layers=wanted, position=position, batch_size=batch_size)
+        for texts in (train, test)
     )
     return fit_probes(
         states,
@@ -130,14 +130,16 @@ def fit_probes(
         "seed": seed,
     }
 
-    def part(rows: list[int], at: int) -> tuple[Tensor, list[str]]:
-        return states[at][rows], [labels[row] for row in rows]
+    def part(rows: list[int], index: int) -> tuple[Tensor, list[str]]:
+        return states[index][rows], [labels[row] for row in rows]
 
     probes, validation = [], []
-    for at, layer in enumerate(layers):
-        tried = train_probe(*part(order[:cut], at), *part(order[cut:], at), layer=layer, **settings)
+    for index, layer in enumerate(layers):
+        tried = train_probe(*part(order[:cut], index), *part(order[cut:], index), layer=layer, **settings)
         validation.append(tried.fit.accuracy)
-        probes.append(train_probe(states[at], labels, held_out[at], held_out_labels, layer=layer, **settings))
+        probes.append(
+            train_probe(states[index], labels, held_out[index], held_out_labels, layer=layer, **settings)
+        )
     return Probes(probes, validation)
 
 

@@ -1,4 +1,4 @@
-"""What DePass is compared with: other methods, with the same face and the same batches."""
+"""Attribution methods with one interface; DePass is one of them."""
 
 import inspect
 from typing import Any
@@ -68,10 +68,16 @@ def make_method(name: str, depass: DePass, source: Source | None = None, **optio
         raise DePassError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
     method = METHODS[name]
     if issubclass(method, Baseline):
-        known = [own for own in inspect.signature(method).parameters if own not in ("depass", "source")]
+        known = [
+            parameter
+            for parameter in inspect.signature(method).parameters
+            if parameter not in ("depass", "source")
+        ]
         for option in options:
             if option not in known:
-                raise DePassError(f"{name} has no option {option!r}; it takes {', '.join(known) or 'none'}")
+                raise DePassError(
+                    f"{method.name} has no option {option!r}; it takes {', '.join(known) or 'none'}"
+                )
     return method(depass, source, **options)
 
 

@@ -81,8 +81,8 @@ class Method(ABC):
         Raises:
             DePassError: as for `DePass.attribute`.
         """
-        given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._attribute(prompt, target, batch_size=batch_size, progress=progress, **given)
+        ids: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._attribute(prompt, target, batch_size=batch_size, progress=progress, **ids)
 
     @abstractmethod
     def _attribute(
@@ -92,13 +92,13 @@ class Method(ABC):
         *,
         batch_size: int,
         progress: bool,
-        **given: Tensor | None,
+        **ids: Tensor | None,
     ) -> Any:
         """Do what `attribute` promises.
 
         Args:
             prompt: as for `attribute`, and so are the others.
-            given: `input_ids` and `attention_mask`.
+            ids: `input_ids` and `attention_mask`.
         """
 
 
@@ -122,7 +122,7 @@ class Baseline(Method):
         super().__init__(depass, self.sources[0]() if source is None else source)
         kind = type(self.source).__name__
         if type(self.source) not in self.sources:
-            known = ", ".join(f"{own.__name__}()" for own in self.sources)
+            known = ", ".join(f"{source.__name__}()" for source in self.sources)
             raise DePassError(f"{self.name} does not score {kind}; it scores {known}")
         if self.source.positional and self.source.layers(len(depass.decoder.blocks)) != [0]:
             raise DePassError(f"{self.name} scores the tokens of the input; leave {kind}(layer=) at 0")
@@ -146,10 +146,10 @@ class Baseline(Method):
         *,
         batch_size: int,
         progress: bool,
-        **given: Tensor | None,
+        **ids: Tensor | None,
     ) -> Any:
         decoder, tokenizer = self.depass.decoder, self.depass.tokenizer
-        prompts = prompts_of(decoder, tokenizer, prompt, given["input_ids"], given["attention_mask"])
+        prompts = prompts_of(decoder, tokenizer, prompt, ids["input_ids"], ids["attention_mask"])
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         questions: list[Question] = []
         for entry, aim in zip(prompts, targets, strict=True):
@@ -170,7 +170,7 @@ class Baseline(Method):
                 batch = Batch(decoder, tokenizer, asked)
                 scores = self.score(batch)
                 answers = batch.answers
-            return [self._attribution(*own) for own in zip(asked, answers, scores.detach(), strict=True)]
+            return [self._attribution(*row) for row in zip(asked, answers, scores.detach(), strict=True)]
 
         results = in_batches(kinds, batch_size, explain, progress)
         return results[0] if isinstance(prompt, str) else results

@@ -1,11 +1,18 @@
-"""DePass itself behind the same face, so that a comparison is a loop over methods."""
+"""DePass as a method, so that a comparison is a loop over methods."""
 
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
+from depass_lightning.errors import DePassError
 from depass_lightning.methods.base import Method
+from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Source
+
+STATE_OPTIONS = ("source", "rule", "temperature", "bias", "compat")  # that components' states depend on
 
 
 class DePassMethod(Method):
@@ -14,7 +21,7 @@ class DePassMethod(Method):
     Args:
         depass: the model, with its tokenizer.
         source: what states are split into; by default `Tokens()`.
-        options: what else `DePass.attribute` takes: `rule`, `temperature`, `bias`, `attention_path`.
+        options: further arguments of `DePass.attribute`: `rule`, `temperature`, `bias`, `attention_path`.
     """
 
     name: ClassVar[str] = "depass"
@@ -24,8 +31,42 @@ class DePassMethod(Method):
         super().__init__(depass, source)
         self.options: dict[str, Any] = {"rule": self.rule, **options}
 
-    def _attribute(self, prompt: Any, target: Any, **given: Any) -> Any:
-        return self.depass.attribute(prompt, target, source=self.source, **given, **self.options)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of `DePass.attribute`."""
+        return {"source": self.source, **self.options}
+
+    def decompose(self, prompts: list[str], to_layer: int | None) -> list[Decomposition]:
+        """Return the components' states of prompts, which are propagated in one pass.
+
+        Args:
+            prompts: the prompts.
+            to_layer: the block that the states enter; None for the last block's output.
+        """
+        options: dict[str, Any] = {key: self.settings[key] for key in STATE_OPTIONS if key in self.settings}
+        layer: Any = to_layer
+        return self.depass.decompose(prompts, to_layer=layer, batch_size=len(prompts), **options)
+
+    def attribute_generation(self, prompt: str, max_new_tokens: int) -> Generation:
+        """Let the model continue a prompt, and attribute every generated token.
+
+        Args:
+            prompt: the prompt.
+            max_new_tokens: the maximum number of generated tokens.
+
+        Raises:
+            DePassError: the method is the paper's code, which explains no generated tokens.
+        """
+        settings = self.settings
+        if settings.pop("compat", None) is not None:
+            raise DePassError("compat='paper_code' explains no generated tokens; leave out one of the two")
+        if "temperature" in settings:  # also an argument of `generate`
+            settings["rule_temperature"] = settings.pop("temperature")
+        return self.depass.attribute_generation(prompt, max_new_tokens=max_new_tokens, **settings)
+
+    @override
+    def _attribute(self, prompt: Any, target: Any, **options: Any) -> Any:
+        return self.depass.attribute(prompt, target, source=self.source, **options, **self.options)
 
 
 class Taylor(DePassMethod):
@@ -34,7 +75,7 @@ class Taylor(DePassMethod):
     Args:
         depass: the model, with its tokenizer.
         source: what states are split into; by default `Tokens()`.
-        options: as for `DePassMethod`.
+        options: further arguments of `DePassMethod`.
     """
 
     name: ClassVar[str] = "taylor"
@@ -42,12 +83,12 @@ class Taylor(DePassMethod):
 
 
 class Dual(DePassMethod):
-    """DePass under the dual rule, for models whose MLPs are gated.
+    """DePass under the dual rule, for models with gated MLPs.
 
     Args:
         depass: the model, with its tokenizer.
         source: what states are split into; by default `Tokens()`.
-        options: as for `DePassMethod`.
+        options: further arguments of `DePassMethod`.
     """
 
     name: ClassVar[str] = "dual"

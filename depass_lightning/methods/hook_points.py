@@ -21,53 +21,53 @@ class Site:
 
     Args:
         layer: the block's index.
-        behind: the map that takes them to the residual stream: the output projection, or the down
+        projection: the map that takes them to the residual stream: the output projection, or the down
             projection.
         count: how many there are.
     """
 
     layer: int
-    behind: Projection
+    projection: Projection
     count: int
 
-    def apart(self, given: Tensor, batch: int) -> Float[Tensor, "batch position component size"]:
+    def apart(self, values: Tensor, batch: int) -> Float[Tensor, "batch position component size"]:
         """Return the map's input head by head, or neuron by neuron.
 
         Args:
-            given: the input; some models put all positions in one row.
+            values: the input; some models put all positions in one row.
             batch: the number of prompts.
         """
-        return given.view(batch, -1, self.count, given.shape[-1] // self.count)
+        return values.view(batch, -1, self.count, values.shape[-1] // self.count)
 
 
 def sites_of(decoder: Decoder, source: Heads | Neurons) -> list[Site]:
-    """Return where a source's components are, a site a block.
+    """Return where a source's components are, one site per block.
 
     Args:
         decoder: the model.
         source: the heads or neurons.
 
     Raises:
-        DePassError: the neurons are those of a mixture of experts, which runs no map of its own for each.
+        DePassError: the neurons are those of a mixture of experts, which have no shared projection.
     """
-    found = []
+    sites = []
     for layer in source.layers(len(decoder.blocks)):
         block = decoder.blocks[layer]
         if isinstance(source, Heads):
-            found.append(Site(layer, block.attention.output, block.attention.heads))
+            sites.append(Site(layer, block.attention.output, block.attention.heads))
             continue
         if block.mlp.dense is None:
             raise DePassError(
-                f"block {layer} is a mixture of experts, whose neurons no module gives out to be read or "
-                "masked; take heads, or the neurons of a dense block by layer"
+                f"block {layer} is a mixture of experts, whose neurons cannot be read or masked by "
+                "hooks; use heads, or the neurons of a dense block by layer"
             )
-        found.append(Site(layer, block.mlp.dense.down, block.mlp.width))
-    return found
+        sites.append(Site(layer, block.mlp.dense.down, block.mlp.width))
+    return sites
 
 
 @contextmanager
 def reading(sites: list[Site]) -> Iterator[dict[int, Tensor]]:
-    """Keep what heads or neurons are in the passes inside, the last pass's, by layer.
+    """Record the values of heads or neurons in the passes inside; the last pass's, by layer.
 
     Args:
         sites: where to read.
@@ -82,17 +82,16 @@ def reading(sites: list[Site]) -> Iterator[dict[int, Tensor]]:
 
     with ExitStack() as stack:
         for site in sites:
-            handle = site.behind.module.register_forward_pre_hook(keeper(site.layer))
+            handle = site.projection.module.register_forward_pre_hook(keeper(site.layer))
             stack.callback(handle.remove)
         yield seen
 
 
 @contextmanager
 def masking(sites: list[Site], kept: Mapping[int, Tensor]) -> Iterator[None]:
-    """Set heads or neurons to zero in the passes inside, each prompt's own.
+    """Set heads or neurons to zero at every position in the passes inside, different ones for each prompt.
 
-    That is what zeroing their slice of the map behind them does, without touching a weight: they are zero at
-    every position.
+    This is equivalent to zeroing their slice of the output projection, without changing a weight.
 
     Args:
         sites: where they are.
@@ -101,14 +100,14 @@ def masking(sites: list[Site], kept: Mapping[int, Tensor]) -> Iterator[None]:
 
     def masker(site: Site) -> Any:
         def mask(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            given, own = arguments[0], kept[site.layer]
-            apart = site.apart(given, len(own))
-            masked = torch.where(own.to(given.device)[:, None, :, None], apart, apart.new_zeros(()))
-            return (masked.view(given.shape), *arguments[1:])
+            values, mask = arguments[0], kept[site.layer]
+            apart = site.apart(values, len(mask))
+            masked = torch.where(mask.to(values.device)[:, None, :, None], apart, apart.new_zeros(()))
+            return (masked.view(values.shape), *arguments[1:])
 
         return mask
 
     with ExitStack() as stack:
         for site in sites:
-            stack.callback(site.behind.module.register_forward_pre_hook(masker(site)).remove)
+            stack.callback(site.projection.module.register_forward_pre_hook(masker(site)).remove)
         yield

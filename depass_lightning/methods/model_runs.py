@@ -106,7 +106,7 @@ class Batch:
 
     @property
     def answers(self) -> list[ModelAnswer]:
-        """What the model itself says of the targets."""
+        """The model's answers for the targets."""
         if self._answers is None:
             self.values()
         assert self._answers is not None
@@ -124,8 +124,8 @@ class Batch:
 
     def wanted(self) -> tuple[Int[Tensor, "batch 2"], Float[Tensor, "batch 2"]]:
         """The tokens whose logits make up each target, and how each of them counts."""
-        rows = [(own.ids * 2)[:2] for own in self.answers]
-        signs = [[1.0, -1.0 if len(own.ids) == 2 else 0.0] for own in self.answers]
+        rows = [(answer.ids * 2)[:2] for answer in self.answers]
+        signs = [[1.0, -1.0 if len(answer.ids) == 2 else 0.0] for answer in self.answers]
         device = self.ids.device
         return torch.tensor(rows, device=device), torch.tensor(signs, device=device)
 

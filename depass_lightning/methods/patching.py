@@ -73,9 +73,9 @@ class AttributionPatching(ComponentBaseline):
             value = batch.values().sum()
             activations = [seen[site.layer] for site in self.sites]
             gradients = torch.autograd.grad(value, activations)
-        found = []
+        effects = []
         for site, activation, gradient in zip(self.sites, activations, gradients, strict=True):
             dtype, device = batch.decoder.dtype, batch.ids.device
             both = activation.detach().to(device, dtype) * gradient.to(device, dtype)
-            found.append(site.apart(both, len(batch.ids)).sum((1, 3)))
-        return self.chosen(torch.stack(found, 1))
+            effects.append(site.apart(both, len(batch.ids)).sum((1, 3)))
+        return self.chosen(torch.stack(effects, 1))

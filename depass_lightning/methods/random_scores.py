@@ -45,9 +45,9 @@ class Random(Baseline):
     def score(self, batch: Batch) -> Tensor:
         layers, components = self._components(batch)
         scores = torch.zeros(len(batch.rows), layers, 1 + max(map(max, components)))
-        for row, own, ids in zip(scores, components, batch.rows, strict=True):
+        for row, present, ids in zip(scores, components, batch.rows, strict=True):
             generator = torch.Generator().manual_seed(seed_of(ids, self.seed))
-            row[:, own] = torch.rand(layers, len(own), generator=generator)
+            row[:, present] = torch.rand(layers, len(present), generator=generator)
         return scores
 
     def _components(self, batch: Batch) -> tuple[int, list[list[int]]]:

@@ -77,22 +77,22 @@ class GradientShap(TokenBaseline):
         embeddings = embeddings_of(batch).detach()
         embed = batch.decoder.model.get_input_embeddings()
         for row, ids in enumerate(batch.rows):
-            seed, length, own = seed_of(ids, self.seed), len(ids), slice(row, row + 1)
+            seed, length, rows = seed_of(ids, self.seed), len(ids), slice(row, row + 1)
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.randint(len(batch.decoder.embedding), (self.samples, length), generator=generator)
             with torch.enable_grad(), seeded(seed, batch.ids.device):
-                found = Captum(values_from_embeddings).attribute(
-                    embeddings[own, :length].clone().requires_grad_(),
+                attributed = Captum(values_from_embeddings).attribute(
+                    embeddings[rows, :length].clone().requires_grad_(),
                     baselines=embed(drawn.to(batch.ids.device)).detach(),
                     n_samples=self.samples,
                     additional_forward_args=(
                         batch,
-                        batch.ids[own, :length],
-                        batch.positions[own],
-                        wanted[own],
-                        signs[own],
+                        batch.ids[rows, :length],
+                        batch.positions[rows],
+                        wanted[rows],
+                        signs[rows],
                     ),
                 )
-            assert isinstance(found, Tensor)
-            scores[row, :length] = found[0].detach().to(scores).sum(-1)
+            assert isinstance(attributed, Tensor)
+            scores[row, :length] = attributed[0].detach().to(scores).sum(-1)
         return self.summed(batch, scores)

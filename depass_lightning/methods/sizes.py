@@ -21,33 +21,33 @@ class _Size(ComponentBaseline):
     Args:
         depass: the model, with its tokenizer.
         source: `Heads()` or `Neurons()`, of one layer or of all.
-        at: `all` averages over the positions up to the target's, `last` takes the target's alone.
+        positions: "all" averages over the positions up to the target's, "last" takes the target's alone.
 
     Raises:
-        DePassError: the source or `at` is something else.
+        DePassError: the source is something else, or `positions` is unknown.
     """
 
     def __init__(
-        self, depass: DePass, source: Source | None = None, *, at: Literal["all", "last"] = "all"
+        self, depass: DePass, source: Source | None = None, *, positions: Literal["all", "last"] = "all"
     ) -> None:
         super().__init__(depass, source)
-        if at not in ("all", "last"):
-            raise DePassError(f"{self.name}: at must be 'all' or 'last'; got {at!r}")
-        self.at = at
+        if positions not in ("all", "last"):
+            raise DePassError(f"{self.name}: positions must be 'all' or 'last'; got {positions!r}")
+        self.positions = positions
 
     def score(self, batch: Batch) -> Tensor:
         with reading(self.sites) as seen:
             batch.values()
         real = batch.real
-        if self.at == "last":
+        if self.positions == "last":
             real = torch.zeros_like(real).scatter_(1, batch.positions[:, None], True)
-        found = []
+        means = []
         for site in self.sites:
             values = seen[site.layer].to(batch.ids.device, batch.decoder.dtype)
             sizes = self.of(site, site.apart(values, len(batch.ids)))
             sizes = torch.where(real[:, :, None], sizes, sizes.new_zeros(()))
-            found.append(sizes.sum(1) / real.sum(1, keepdim=True))
-        return self.chosen(torch.stack(found, 1))
+            means.append(sizes.sum(1) / real.sum(1, keepdim=True))
+        return self.chosen(torch.stack(means, 1))
 
     @abstractmethod
     def of(
@@ -62,16 +62,16 @@ class Norm(_Size):
     Args:
         depass: the model, with its tokenizer.
         source: `Heads()` or `Neurons()`, of one layer or of all.
-        at: `all` averages over the positions up to the target's, `last` takes the target's alone.
+        positions: "all" averages over the positions up to the target's, "last" takes the target's alone.
 
     Raises:
-        DePassError: the source or `at` is something else.
+        DePassError: the source is something else, or `positions` is unknown.
     """
 
     name: ClassVar[str] = "norm"
 
     def of(self, site: Site, values: Tensor) -> Tensor:
-        weight = site.behind.linear(values.dtype).weight.to(values.device)
+        weight = site.projection.linear(values.dtype).weight.to(values.device)
         slices = weight.view(len(weight), site.count, -1).permute(1, 2, 0)  # component, size, hidden
         # |W z|^2 is z W^T W z, which needs no state a head.
         squares = slices @ slices.transpose(1, 2)
@@ -84,10 +84,10 @@ class Activation(_Size):
     Args:
         depass: the model, with its tokenizer.
         source: `Neurons()`, of one layer or of all.
-        at: `all` averages over the positions up to the target's, `last` takes the target's alone.
+        positions: "all" averages over the positions up to the target's, "last" takes the target's alone.
 
     Raises:
-        DePassError: the source or `at` is something else.
+        DePassError: the source is something else, or `positions` is unknown.
     """
 
     name: ClassVar[str] = "activation"

@@ -36,7 +36,7 @@ class TokenBaseline(Baseline):
         return owners.to(batch.ids.device)
 
     def summed(
-        self, batch: Batch, each: Float[Tensor, "batch position"]
+        self, batch: Batch, token_scores: Float[Tensor, "batch position"]
     ) -> Float[Tensor, "batch group component"]:
         """Return the sum of each component's tokens, as `score` does.
 
@@ -44,4 +44,4 @@ class TokenBaseline(Baseline):
             batch: the prompts.
             each: a number a token; what is padded may be anything.
         """
-        return summed(each, self.owners(batch))[:, None, 1:]
+        return summed(token_scores, self.owners(batch))[:, None, 1:]

@@ -1,45 +1,45 @@
-"""Whether a checkpoint is about to be ranked by what the probes measured."""
+"""Whether a checkpoint is about to be ranked by one of the probes' scalars."""
 
 import time
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-OURS = "depass/"
+PREFIX = "depass/"
 
 
 def ranks_after_batch(trainer: Trainer) -> bool:
-    """Say, on all ranks alike, whether a ModelCheckpoint that reads a probe's scalar saves after this batch.
+    """Whether a ModelCheckpoint that reads a probe's scalar saves after this batch; the same on all ranks.
 
-    It ranks first and calls `on_save_checkpoint` afterwards, so what it reads has to be current before.
+    It ranks first and calls `on_save_checkpoint` afterwards, so the scalar has to be current before.
 
     Args:
         trainer: the trainer, whose checkpoint callbacks run after all others.
     """
     reading = [callback for callback in trainer.checkpoint_callbacks if _reads(callback)]
     steps = [getattr(callback, "_every_n_train_steps", None) for callback in reading]
-    if any(own and trainer.global_step % own == 0 for own in steps):
+    if any(every and trainer.global_step % every == 0 for every in steps):
         return True
     timed = [callback for callback in reading if getattr(callback, "_train_time_interval", None) is not None]
-    # every rank has a clock of its own
+    # ranks have different clocks
     return bool(timed) and trainer.strategy.broadcast(any(map(_is_time, timed)))
 
 
 def ranks_after_epoch(trainer: Trainer) -> bool:
-    """Say whether a ModelCheckpoint that reads a probe's scalar may save at the end of this epoch.
+    """Whether a ModelCheckpoint that reads a probe's scalar may save at the end of this epoch.
 
     Args:
         trainer: the trainer.
     """
     reading = [callback for callback in trainer.checkpoint_callbacks if _reads(callback)]
     epochs = [getattr(callback, "_every_n_epochs", None) for callback in reading]
-    return any(own and (trainer.current_epoch + 1) % own == 0 for own in epochs)
+    return any(every and (trainer.current_epoch + 1) % every == 0 for every in epochs)
 
 
 def _reads(callback: Any) -> bool:
-    """Whether a checkpoint callback ranks by a probe's scalar, or has one in its files' names."""
+    """Whether a checkpoint callback ranks by a probe's scalar, or has one in its file names."""
     texts = (getattr(callback, "monitor", None), getattr(callback, "filename", None))
-    return any(OURS in text for text in texts if text)
+    return any(PREFIX in text for text in texts if text)
 
 
 def _is_time(callback: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the callback splits states into, by name or as it is, and whether a model can be asked so."""
+"""The callback's sources, by name or as objects, and whether they and the settings suit the model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from depass_lightning.sources import Heads, Module, Neurons, Source, Spans, Toke
 SourceLike = Source | str
 Sources = SourceLike | Sequence[SourceLike] | Mapping[str, SourceLike] | None
 
-# What `analyze.py source=` takes by these names, unless it is told more.
+# The sources that `analyze.py source=` has under these names.
 NAMED: dict[str, Source] = {
     "tokens": Tokens(),
     "spans": Spans("word"),
@@ -22,24 +22,24 @@ NAMED: dict[str, Source] = {
 
 
 def name_sources(source: Sources) -> dict[str, Source]:
-    """Give every source its name: a mapping's key, or what kind of source it is.
+    """Return the sources by name: a mapping's key, or the kind of source.
 
     Args:
-        source: one, several in a list or by names of one's own; each a `Source` or a name in `NAMED`.
+        source: a `Source` or a name in `NAMED`, or several in a list or a mapping from names.
 
     Raises:
-        DePassError: a name or an object that is no source, none at all, or two of one name.
+        DePassError: a name is unknown, an object is not a source, there are none, or two have one name.
     """
     if source is None or isinstance(source, Source | str):
-        given: list[tuple[str | None, Any]] = [(None, "tokens" if source is None else source)]
+        entries: list[tuple[str | None, Any]] = [(None, "tokens" if source is None else source)]
     elif isinstance(source, Mapping):
-        given = list(source.items())
+        entries = list(source.items())
     else:
-        given = [(None, own) for own in source]
+        entries = [(None, entry) for entry in source]
     named: dict[str, Source] = {}
-    for name, own in given:
-        resolved = _source(own)
-        name = name or (own if isinstance(own, str) else resolved.kind)
+    for name, entry in entries:
+        resolved = _source(entry)
+        name = name or (entry if isinstance(entry, str) else resolved.kind)
         if name in named:
             raise DePassError(
                 f"two sources are both called {name!r}; name them, as in source={{'early': Tokens(2), ...}}"
@@ -51,18 +51,23 @@ def name_sources(source: Sources) -> dict[str, Source]:
 
 
 def check_settings(depass: DePass, sources: Sequence[Source], settings: RuleOptions) -> None:
-    """Refuse settings that could attribute no probe, before training begins.
+    """Check, before training begins, that settings suit the model.
+
+    Args:
+        depass: the model.
+        sources: what states are split into.
+        settings: the rule and other settings of `DePass.attribute`.
 
     Raises:
-        DePassError: a setting is unknown, two do not go together, or the model has no such layer.
+        DePassError: a setting is unknown, two exclude each other, or the model has no such layer.
     """
     settings_of(depass.decoder, sources, **settings)
 
 
-def _source(own: Any) -> Source:
-    if isinstance(own, Source):
-        return own
-    if isinstance(own, str) and own in NAMED:
-        return NAMED[own]
-    hint = "; give load_subspace(path, layer)" if own == "subspace" else ""
-    raise DePassError(f"source {own!r} is none of {', '.join(NAMED)}, and no Source either{hint}")
+def _source(entry: Any) -> Source:
+    if isinstance(entry, Source):
+        return entry
+    if isinstance(entry, str) and entry in NAMED:
+        return NAMED[entry]
+    hint = "; give load_subspace(path, layer)" if entry == "subspace" else ""
+    raise DePassError(f"source {entry!r} is none of {', '.join(NAMED)}, and no Source either{hint}")

@@ -1,10 +1,10 @@
-"""Prompts out of a DataLoader: the batches that a training or an evaluation reads anyway.
+"""Prompts from a DataLoader: the batches of a training or an evaluation.
 
-A batch is a mapping of tensors, a row a prompt:
+A batch is a mapping of tensors, one row per prompt:
 
 - `input_ids` `[batch, position]`, and `attention_mask`, where rows are padded, on either side;
-- `labels` `[batch, position]`, as transformers has them: -100 outside of the answer, and at the answer the
-  same ids as `input_ids`. What stands before the answer is the prompt, its first token the target;
+- `labels` `[batch, position]`, in the convention of transformers: -100 outside of the answer, and the ids of
+  `input_ids` at the answer. The prompt is the part before the answer, whose first token is the target;
 - or `target` `[batch]`: the id of the token that follows the row.
 """
 
@@ -18,36 +18,36 @@ from torch.utils.data import DataLoader
 
 from depass_lightning.errors import DePassError
 
-IGNORED = -100  # what transformers' losses leave out
+IGNORED = -100  # transformers' losses ignore these labels
 Prompt = tuple[tuple[int, ...], int]
 
 
 def prompts_in(name: str, loader: DataLoader, size: int) -> list[Prompt]:
     """Return the ids of the first `size` prompts of a loader, each with the id of its target.
 
-    The loader's own generators are left as they are, and a shuffled one gives the same prompts every time.
+    The loader's generators are not changed, and a shuffled loader gives the same prompts every time.
 
     Args:
         name: the probe set's name, for errors.
-        loader: gives batches as the module describes them.
-        size: how many prompts to read at most.
+        loader: a loader of batches as described above.
+        size: the maximum number of prompts.
 
     Raises:
-        DePassError: a batch is laid out in another way, or a row has no answer or nothing before it.
+        DePassError: a batch has another layout, or a row has no answer or nothing before it.
     """
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     with _repeatable(loader):
         for batch in loader:
             try:
                 for row in _rows(batch):
-                    if len(found) == size:
+                    if len(prompts) == size:
                         break
-                    found.append(row)
+                    prompts.append(row)
             except DePassError as error:
-                raise DePassError(f"prompt {len(found)} of {name!r}: {error}") from error
-            if len(found) == size:
+                raise DePassError(f"prompt {len(prompts)} of {name!r}: {error}") from error
+            if len(prompts) == size:
                 break
-    return found
+    return prompts
 
 
 def _rows(batch: Any) -> Iterator[Prompt]:
@@ -73,8 +73,8 @@ def _rows(batch: Any) -> Iterator[Prompt]:
     marked = torch.as_tensor(labels)
     if marked.shape != ids.shape:
         raise DePassError(f"labels of {_shape(marked)} must be of the shape of input_ids {_shape(ids)}")
-    for row, kept, own in zip(ids, mask, marked, strict=True):
-        yield _before_answer(row[kept].tolist(), own[kept].tolist())
+    for row, kept, row_labels in zip(ids, mask, marked, strict=True):
+        yield _before_answer(row[kept].tolist(), row_labels[kept].tolist())
 
 
 def _before_answer(ids: list[int], labels: list[int]) -> Prompt:
@@ -86,8 +86,8 @@ def _before_answer(ids: list[int], labels: list[int]) -> Prompt:
         raise DePassError("its labels mark the first token, so nothing is asked; set the prompt's to -100")
     if labels[first] != ids[first]:
         raise DePassError(
-            f"its labels begin with {labels[first]} where input_ids has {ids[first]}; labels must stand at "
-            "their tokens' own places, not one place earlier"
+            f"its labels begin with {labels[first]} where input_ids has {ids[first]}; labels must have the "
+            "positions of their tokens, not one position earlier"
         )
     return tuple(ids[:first]), labels[first]
 
@@ -98,9 +98,9 @@ def _shape(tensor: Tensor) -> str:
 
 @contextmanager
 def _repeatable(loader: DataLoader) -> Iterator[None]:
-    """Read from a fixed seed, and leave the generators that shuffle as they were."""
-    holders = (loader, loader.sampler, loader.batch_sampler)
-    generators = [own for holder in holders if (own := getattr(holder, "generator", None)) is not None]
+    """Read from a fixed seed, and restore the generators that shuffle."""
+    holders: Any = (loader, loader.sampler, loader.batch_sampler)
+    generators = [holder.generator for holder in holders if getattr(holder, "generator", None) is not None]
     states = [generator.get_state() for generator in generators]
     try:
         with torch.random.fork_rng([]):

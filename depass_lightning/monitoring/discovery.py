@@ -1,4 +1,4 @@
-"""Where the language model and its tokenizer are, in whatever LightningModule is trained."""
+"""Finds the language model and its tokenizer in the LightningModule that is trained."""
 
 from collections.abc import Callable
 from operator import attrgetter
@@ -14,7 +14,7 @@ ModelFinder = str | Callable[[LightningModule], nn.Module]
 
 
 def find_model(pl_module: LightningModule, where: ModelFinder | None = None) -> PreTrainedModel:
-    """Find the causal language model inside a LightningModule; compiled and LoRA-wrapped ones are found too.
+    """Return the causal language model inside a LightningModule, also a compiled or LoRA-wrapped one.
 
     Args:
         pl_module: the module that is trained.
@@ -22,7 +22,7 @@ def find_model(pl_module: LightningModule, where: ModelFinder | None = None) -> 
             model; None to search.
 
     Raises:
-        DePassError: where there is none, or more than one.
+        DePassError: there is no model, or more than one.
     """
     root: Any = pl_module
     if isinstance(where, str):
@@ -35,18 +35,18 @@ def find_model(pl_module: LightningModule, where: ModelFinder | None = None) -> 
         root = where(pl_module)
     if not isinstance(root, nn.Module):
         raise DePassError(f"model= leads to a {type(root).__name__}; it must lead to a torch module")
-    found = _outermost_models(root)
-    if len(found) == 1:
-        return next(iter(found.values()))
+    models = _outermost_models(root)
+    if len(models) == 1:
+        return next(iter(models.values()))
     inside = f"inside {type(root).__name__}"
-    if not found:
+    if not models:
         raise DePassError(
             f"there is no causal language model of transformers {inside}; hold one as a submodule, or "
             "name it with DePassCallback(model='path.to.it')"
         )
-    paths = ", ".join(repr(path) for path in found)
+    paths = ", ".join(repr(path) for path in models)
     raise DePassError(
-        f"there are {len(found)} language models {inside}: {paths}; choose with DePassCallback(model=...)"
+        f"there are {len(models)} language models {inside}: {paths}; choose with DePassCallback(model=...)"
     )
 
 
@@ -54,31 +54,35 @@ def find_tokenizer(
     trainer: Trainer,
     pl_module: LightningModule,
     model: PreTrainedModel,
-    given: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     needed: bool = True,
 ) -> PreTrainedTokenizerBase | None:
-    """Find the tokenizer: the given one, the module's, the data module's, or that of the model's own name.
+    """Return the tokenizer: the callback's, the module's, the data module's, or the one of the model's name.
 
     Args:
         trainer: may have a data module.
         pl_module: the module that is trained.
         model: the language model in it.
-        given: what the callback was given.
-        needed: whether probes are text; ids can do without, and are then called by their numbers.
+        tokenizer: the callback's argument.
+        needed: whether probes are text; ids need no tokenizer, and are then displayed as numbers.
 
     Raises:
-        DePassError: where there is none, but one is needed, or it is none of transformers.
+        DePassError: there is none, but one is needed, or it is not a tokenizer of transformers.
     """
     datamodule = getattr(trainer, "datamodule", None)
-    for holder in (given, getattr(pl_module, "tokenizer", None), getattr(datamodule, "tokenizer", None)):
-        if holder is not None and (needed or isinstance(holder, PreTrainedTokenizerBase)):
-            return _checked(holder)
+    for candidate in (
+        tokenizer,
+        getattr(pl_module, "tokenizer", None),
+        getattr(datamodule, "tokenizer", None),
+    ):
+        if candidate is not None and (needed or isinstance(candidate, PreTrainedTokenizerBase)):
+            return _checked(candidate)
     name = model.config._name_or_path
-    reason: object = "the model's configuration does not say where it came from"
+    reason: object = "the model's configuration does not name its origin"
     if name:
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask
-        except Exception as error:  # whatever the hub, the disk or the file's parser raised
+        except Exception as error:  # of the hub, the disk or the parser
             reason = error
     if not needed:
         return None
@@ -90,7 +94,7 @@ def find_tokenizer(
 
 
 def _checked(tokenizer: Any) -> PreTrainedTokenizerBase:
-    """Refuse another library's tokenizer, with which every probe of every run would fail."""
+    """Reject another library's tokenizer, with which every probe would fail."""
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     kind = f"{type(tokenizer).__module__.partition('.')[0]}.{type(tokenizer).__name__}"
@@ -104,10 +108,10 @@ def _checked(tokenizer: Any) -> PreTrainedTokenizerBase:
 
 
 def _outermost_models(root: nn.Module) -> dict[str, PreTrainedModel]:
-    """Return the language models with a head, by path, that stand in no other such model."""
-    found: dict[str, PreTrainedModel] = {}
+    """Return the language models with a head, by path, that are not inside another one."""
+    models: dict[str, PreTrainedModel] = {}
     for path, module in root.named_modules():
-        inner = any(path.startswith(f"{outer}." if outer else "") for outer in found)
+        inner = any(path.startswith(f"{outer}." if outer else "") for outer in models)
         if not inner and isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
-            found[path] = module
-    return found
+            models[path] = module
+    return models

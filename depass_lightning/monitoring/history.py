@@ -1,6 +1,6 @@
-"""What the probes measured at each step, and how far their scores have drifted.
+"""The probes' scalars at every step, and how far their scores have drifted.
 
-1. Every probe is measured on its own (`measure`).
+1. Every probe is measured (`measure`).
 2. Its scores are compared with those of the first and of the previous run (`History.compare`).
 3. The set's scalars are the means over its probes, and the worst completeness (`summarise`).
 """
@@ -32,11 +32,11 @@ SCALARS = (
 
 
 def measure(case: Case, curves: Columns) -> dict[str, float]:
-    """Return the scalars of one probe that need no history; what cannot be known of it is left out.
+    """Return the scalars of one probe that need no history; those that do not apply are left out.
 
     Args:
         case: the probe's attribution.
-        curves: what removing tokens does to the answer; empty where that was not measured.
+        curves: the columns of `TokenRemoval`; empty if they were not measured.
     """
     (scalars,) = evaluate([case], PROBE_MEASURES)
     if curves:
@@ -46,9 +46,13 @@ def measure(case: Case, curves: Columns) -> dict[str, float]:
 
 
 def summarise(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-    """Return the mean of every named scalar over the probes that have it, of `completeness` the worst.
+    """Return the mean of every named scalar over the probes that have it, and the worst `completeness`.
 
-    A scalar that no probe has is not-a-number, so that whatever watches it finds it.
+    A scalar that no probe has is not-a-number, so that callbacks which monitor it find it.
+
+    Args:
+        rows: each probe's scalars.
+        names: the scalars.
     """
     summary = {}
     for name in names:
@@ -58,7 +62,11 @@ def summarise(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict
 
 
 def similarities(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
-    """Return the scalars of a probe's drift: cosine similarity and rank correlation to each run."""
+    """Return the scalars of a probe's drift: cosine similarity and rank correlation with each run.
+
+    Args:
+        comparisons: the comparisons with earlier runs, by the runs' names.
+    """
     cosines = {f"similarity_{name}": comparison.cosine for name, comparison in comparisons.items()}
     return cosines | {f"spearman_{name}": comparison.spearman for name, comparison in comparisons.items()}
 
@@ -75,16 +83,20 @@ class History:
     def compare(self, probe: ProbePrompt, attribution: Attribution) -> dict[str, Comparison]:
         """Compare a probe's scores with those of its first and of its previous run: `first`, `previous`.
 
-        In its first run with itself. A probe whose components are no longer the same has none.
+        The first run is compared with itself. A probe whose components have changed has no comparison.
+
+        Args:
+            probe: the probe.
+            attribution: its scores now.
         """
-        found = {}
+        comparisons = {}
         for name, run in (("first", self._first), ("previous", self._previous)):
             before = run.get(probe.id)
             if before is None:
-                found[name] = attribution.compare(attribution)
+                comparisons[name] = attribution.compare(attribution)
             elif before["names"] == attribution.names:
-                found[name] = replace(attribution, scores=before["scores"]).compare(attribution)
-        return found
+                comparisons[name] = replace(attribution, scores=before["scores"]).compare(attribution)
+        return comparisons
 
     def add(self, step: int, metrics: Mapping[str, float], scored: Mapping[str, Attribution]) -> None:
         """Append one run.
@@ -92,7 +104,7 @@ class History:
         Args:
             step: the optimiser step.
             metrics: the set's scalars.
-            scored: the attribution of every probe that succeeded, by its id.
+            scored: the attributions of the probes that succeeded, by their ids.
         """
         for name in dict.fromkeys((*self.curves, *metrics)):
             curve = self.curves.setdefault(name, [math.nan] * len(self.steps))
@@ -103,7 +115,7 @@ class History:
         self._first = scores | self._first
 
     def as_json(self) -> dict[str, Any]:
-        """Return steps and curves as JSON has them: null where a value is not a number."""
+        """Return steps and curves for JSON, with null where a value is not a number."""
         curves = {
             name: [value if math.isfinite(value) else None for value in curve]
             for name, curve in self.curves.items()
@@ -118,7 +130,11 @@ class History:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "History":
-        """Rebuild what `state_dict` returned."""
+        """Return the history of a state.
+
+        Args:
+            state: a result of `state_dict`.
+        """
         history = cls()
         history.steps = list(state["steps"])
         history.curves = {name: list(curve) for name, curve in state["curves"].items()}

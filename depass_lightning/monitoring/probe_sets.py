@@ -1,4 +1,4 @@
-"""What the callback asks: sets of held-out prompts, each with its target."""
+"""Probe sets: held-out prompts, each with its target."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,16 +19,15 @@ TargetKind = Literal["contrast", "token", "own"]
 
 @dataclass(frozen=True)
 class ProbePrompt:
-    """One held-out prompt, and what is asked about it.
+    """One held-out prompt and its target.
 
     Attributes:
-        id: its name, the same in every run: similarities follow it.
-        prompt: the text; "" where only ids were given.
-        target: what is explained; None for the model's own next token.
-        evidence: the character ranges [start, end) of the prompt that hold the right tokens; empty where
-            they are not known.
-        ids: the prompt's token ids, instead of its text; None where there is text.
-        judged: whether the target is known to be the right answer, as a task's is.
+        id: its name, the same in every run: similarities refer to it.
+        prompt: the text; "" if the prompt is token ids.
+        target: what is explained; None for the model's next token.
+        evidence: the character ranges `[start, end)` of the evidence in the prompt; empty if unknown.
+        ids: the prompt's token ids, instead of its text; None if the prompt is text.
+        judged: whether the target is known to be the right answer, as in a task.
     """
 
     id: str
@@ -40,18 +39,28 @@ class ProbePrompt:
 
 
 def check_target_kind(kind: str) -> None:
-    """Refuse what cannot be explained at every probe of a training.
+    """Check the kind of target.
+
+    Args:
+        kind: one of `TargetKind`.
 
     Raises:
-        DePassError: there is no such kind of target, or it is another command's.
+        DePassError: there is no such kind of target for probes.
     """
     if kind not in get_args(TargetKind):
         known = ", ".join(map(repr, get_args(TargetKind)))
-        raise DePassError(f"target={kind!r} is nothing that probes can explain; choose one of {known}")
+        raise DePassError(f"target={kind!r} cannot be explained for probes; choose one of {known}")
 
 
 def name_sets(probes: ProbeSource | Mapping[str, ProbeSource]) -> dict[str, ProbeSource]:
-    """Give every probe set its name: a mapping's key, a task's name, a file's stem; else "probes"."""
+    """Return the probe sets by name: a mapping's key, a task's name, a file's stem, or "probes".
+
+    Args:
+        probes: a probe set, or several in a mapping from names.
+
+    Raises:
+        DePassError: the mapping is empty.
+    """
     if isinstance(probes, Mapping):
         if not probes:
             raise DePassError("probes is an empty mapping; give at least one set, such as {'ioi': 'ioi'}")
@@ -69,13 +78,13 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
     Args:
         name: the set's name, for errors.
         probes: the name of a task, a task, a file of JSON lines, a list of examples and of pairs of a prompt
-            and its target, or a DataLoader as `batches.prompts_in` reads it.
-        size: how many to take at most.
-        target: what is explained: "contrast", the target as it was given, against its foil where it has one;
-            "token", without the foil; "own", whatever the model itself finds most likely.
+            and its target, or a DataLoader (`dataloader_prompts.py`).
+        size: the maximum number of probes.
+        target: what is explained: "contrast", the probe's target, against its foil where it has one;
+            "token", without the foil; "own", the model's most likely next token.
 
     Raises:
-        DePassError: for something that is none of these, an empty set, or two probes of one name.
+        DePassError: the source is none of these, the set is empty, or two probes have one id.
     """
     loaded = [
         replace(probe, target=_aimed(probe.target, target), judged=probe.judged and target != "own")
@@ -85,19 +94,19 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
         raise DePassError(f"the probe set {name!r} is empty; give it at least one prompt")
     ids = [probe.id for probe in loaded]
     if twice := next((id for id in ids if ids.count(id) > 1), None):
-        raise DePassError(f"two probes of {name!r} are both named {twice!r}; give each an id of its own")
+        raise DePassError(f"two probes of {name!r} are both named {twice!r}; ids must differ")
     return loaded
 
 
 def _read(name: str, probes: ProbeSource, size: int) -> list[ProbePrompt]:
     if isinstance(probes, DataLoader):
-        found = prompts_in(name, probes, size)
+        prompts = prompts_in(name, probes, size)
         return [
             ProbePrompt(f"{name}-{i}", "", answer, ids=ids, judged=True)
-            for i, (ids, answer) in enumerate(found)
+            for i, (ids, answer) in enumerate(prompts)
         ]
     if isinstance(probes, str | Path):
-        # a task generates as many as are asked for; a file may hold fewer
+        # a task generates `size` prompts; a file may have fewer
         probes = tasks.load("jsonl", path=probes) if _is_file(probes) else tasks.load(str(probes), size=size)
     if not isinstance(probes, Task | Sequence):
         raise DePassError(
@@ -108,7 +117,7 @@ def _read(name: str, probes: ProbeSource, size: int) -> list[ProbePrompt]:
 
 
 def _probe(set_name: str, index: int, item: Any) -> ProbePrompt:
-    """Turn one entry of a set into a probe."""
+    """Return one entry of a set as a probe."""
     if isinstance(item, Example):
         return ProbePrompt(item.id, item.prompt, item.target(), tuple(item.evidence_ranges()), judged=True)
     if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str):
@@ -117,7 +126,7 @@ def _probe(set_name: str, index: int, item: Any) -> ProbePrompt:
 
 
 def _aimed(target: TargetLike, kind: TargetKind) -> TargetLike:
-    """Return what is explained of a probe whose target is given."""
+    """Return a probe's target under a kind of target."""
     if kind == "own":
         return Token(None)
     if kind == "token" and isinstance(target, Contrast):

@@ -1,6 +1,6 @@
-"""Where the callback's results go: files beside the run's logs, and each logger in its own way.
+"""Publishes the callback's results: files in the run's folder, and what each kind of logger can show.
 
-Files are always written. What a logger gets beside the scalars:
+Files are always written. Besides the scalars, loggers get:
 
 - Weights & Biases: the page as an Html panel under one key, so that its step slider plays the training, and a
   fresh Table of the probes, both in the same row of the run's history as the scalars; and the scores as a new
@@ -30,14 +30,14 @@ from depass_lightning.utils.atomic_files import safe_path
 log = logging.getLogger(__name__)
 
 NAME_LENGTH = 64  # characters of a probe set's name in a W&B name, which may have 128 in all
-FIGURES = 4  # TensorBoard keeps every figure of every step in its one file
+FIGURES = 4  # TensorBoard keeps all figures of all steps in one file
 CARDS = {
     "rank": "rank of the answer",
     "similarity_first": "similarity to the first run",
     "similarity_previous": "similarity to the previous run",
     "spearman_first": "rank correlation with the first run",
     "spearman_previous": "rank correlation with the previous run",
-    "faithfulness": "faithfulness, random removal less removal of the top",
+    "faithfulness": "faithfulness, random removal minus removal of the top",
     "failed": "failed probes",
 }
 COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens", "gained most", "lost most")
@@ -45,16 +45,16 @@ SHOWN = 3  # tokens in a cell of the table
 
 
 def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int, strict: bool = False) -> None:
-    """Write a result's files below `folder`, then hand its maps to every logger that can hold them.
+    """Write a result's files to `folder`, then pass its maps to every logger that can show them.
 
-    What fails is named in the log, and the rest is done all the same.
+    A failure is logged, and the rest is done.
 
     Args:
-        result: what a run found.
+        result: the result of a run.
         loggers: the trainer's.
         folder: the run's folder.
-        step: what the loggers call this step.
-        strict: raise the first failure instead.
+        step: the loggers' step.
+        strict: raise the first error instead.
     """
     folder, maps = folder / _place(result), f"the maps of {result.name!r} at step {result.step}"
     files = None
@@ -63,20 +63,20 @@ def publish(result: Result, loggers: Sequence[Logger], folder: Path, step: int, 
         files = write_maps(result, folder) if result.attributions else None
     if files is None:
         return
-    takers = {
+    publishers = {
         "WandbLogger": ("Weights & Biases", _to_wandb),
         "TensorBoardLogger": ("TensorBoard", _to_tensorboard),
         "MLFlowLogger": ("MLflow", _to_mlflow),
     }
     for logger in loggers:
-        for kind, (service, hand_over) in takers.items():
+        for kind, (service, send) in publishers.items():
             if is_named(logger, kind):
-                with _naming(f"{maps} are in {folder}, but {service} did not take them", strict):
-                    hand_over(logger, result, files, step)
+                with _naming(f"{maps} are in {folder}, but {service} did not accept them", strict):
+                    send(logger, result, files, step)
 
 
 def _place(result: Result) -> Path:
-    """Return where a result's files go below the run's folder, whatever its set and source are called."""
+    """Return the path of a result's files in the run's folder, for any name of set and source."""
     return Path("depass", safe_path(result.name))
 
 
@@ -93,21 +93,25 @@ def _naming(failure: str, strict: bool) -> Iterator[None]:
 
 
 def is_named(thing: object, *names: str) -> bool:
-    """Say whether an object's class, or a class that it inherits from, has one of these names.
+    """Whether an object's class, or one that it inherits from, has one of these names.
 
-    Of `lightning` and `pytorch_lightning` each has classes of its own, which share nothing but their names.
+    The classes of `lightning` and `pytorch_lightning` share nothing but their names.
 
     Args:
         thing: the object.
         names: names of classes.
     """
-    return any(own.__name__ in names for own in type(thing).__mro__)
+    return any(kind.__name__ in names for kind in type(thing).__mro__)
 
 
 def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
     """Write the page (`step-000123.html`) and the scores (`step-000123.parquet`) of one step.
 
     The scores have the columns of an analysis, so that `read_attributions` reads them.
+
+    Args:
+        result: the result of a run.
+        folder: where to write.
     """
     page = folder / f"step-{result.step:06d}.html"
     known = [
@@ -136,7 +140,11 @@ def write_maps(result: Result, folder: Path) -> tuple[Path, Path]:
 
 
 def table(result: Result) -> tuple[list[int | str], list[Any]]:
-    """Return one row a probe: what was asked, what the model says, which tokens count, and the scalars."""
+    """Return the column names, and one row per probe: prompt, prediction, top tokens, and scalars.
+
+    Args:
+        result: the result of a run.
+    """
     names = [name for name in result.metrics if any(name in row for row in result.rows)]
     rows = []
     for probe, attribution, drift, row in zip(
@@ -158,8 +166,8 @@ def _changes(changes: Sequence[tuple[str, float, float]]) -> str:
 
 
 def _moved(result: Result) -> str:
-    """Say which component of all probes gained most since the first run, and which lost most."""
-    found = []
+    """Describe which component of all probes gained most since the first run, and which lost most."""
+    moves = []
     for word, pick in (("gained", max), ("lost", min)):
         changes = [
             (after - before, name.strip(), before, after, probe.id)
@@ -169,15 +177,15 @@ def _moved(result: Result) -> str:
         ]
         if changes:
             _, name, before, after, probe = pick(changes)
-            found.append(f"{name} in {probe} has {word} most ({before:+.2f} → {after:+.2f})")
-    return f"Since step {result.history.steps[0]}: {'; '.join(found)}." if found else ""
+            moves.append(f"{name} in {probe} has {word} most ({before:+.2f} → {after:+.2f})")
+    return f"Since step {result.history.steps[0]}: {'; '.join(moves)}." if moves else ""
 
 
 def _wandb_name(name: str) -> str:
-    """Return a probe set's name as Weights & Biases takes it in the names of files and artifacts.
+    """Return a probe set's name as Weights & Biases allows it in the names of files and artifacts.
 
     ASCII letters, digits and `_.-`, with slashes between parts; a name that has to be changed or shortened
-    ends with a digest of the original, so that no two become one.
+    ends with a digest of the original, so that names stay different.
     """
     parts = [re.sub(r"[^\w.-]", "-", part, flags=re.ASCII) for part in name.split("/")]
     fit = "/".join(part for part in parts if part.strip("."))[:NAME_LENGTH].rstrip("/")
@@ -187,7 +195,7 @@ def _wandb_name(name: str) -> str:
 
 
 def _to_wandb(logger: Any, result: Result, files: tuple[Path, Path], step: int) -> None:
-    import wandb  # takes a second, which only those who use it should wait
+    import wandb  # slow to import
 
     page, scores = files
     columns, rows = table(result)
@@ -196,19 +204,19 @@ def _to_wandb(logger: Any, result: Result, files: tuple[Path, Path], step: int) 
         # a Table that was logged cannot be changed, so each step has its own
         "table": wandb.Table(columns=columns, data=rows),
     }
-    own = _wandb_name(result.name)
-    logger.log_metrics({f"depass/{own}/{key}": shown for key, shown in maps.items()}, step=step)
+    set_name = _wandb_name(result.name)
+    logger.log_metrics({f"depass/{set_name}/{key}": shown for key, shown in maps.items()}, step=step)
     run = logger.experiment
-    # its name is the project's, so that it has to say which run it is of
-    name = f"attributions-{own.replace('/', '-')}-{run.id}"
+    # artifact names are shared by all runs of a project
+    name = f"attributions-{set_name.replace('/', '-')}-{run.id}"
     metadata = {"step": result.step, **result.metrics}
     artifact = wandb.Artifact(name, type="attributions", metadata=metadata)
     artifact.add_file(str(scores), name="attributions.parquet")
     run.log_artifact(artifact, aliases=["latest", f"step-{result.step}"])
 
 
-def _to_tensorboard(logger: Any, result: Result, files: tuple[Path, Path], step: int) -> None:
-    from depass_lightning.reports.figures import tokens_figure  # draws in matplotlib: as slow
+def _to_tensorboard(logger: Any, result: Result, _files: tuple[Path, Path], step: int) -> None:
+    from depass_lightning.reports.figures import tokens_figure  # imports matplotlib: slow
 
     for probe, attribution in list(zip(result.probes, result.attributions, strict=True))[:FIGURES]:
         tag = f"depass/{result.name}/map/{probe.id}"
@@ -219,7 +227,7 @@ def _to_tensorboard(logger: Any, result: Result, files: tuple[Path, Path], step:
     logger.experiment.add_text(f"depass/{result.name}/table", text, global_step=step)
 
 
-def _to_mlflow(logger: Any, result: Result, files: tuple[Path, Path], step: int) -> None:
+def _to_mlflow(logger: Any, result: Result, files: tuple[Path, Path], _step: int) -> None:
     place = _place(result).as_posix()
     for file in files:
         logger.experiment.log_artifact(logger.run_id, str(file), artifact_path=place)
@@ -230,6 +238,6 @@ def _to_mlflow(logger: Any, result: Result, files: tuple[Path, Path], step: int)
 
 
 def _cell(value: Any) -> str:
-    """Write a value for a Markdown table, so that it is shown as it is: its marks as character references."""
+    """Return a value as a cell of a Markdown table, with character references for Markdown's marks."""
     text = f"{value:.4g}" if isinstance(value, float) else visible(str(value))
     return re.sub(r"[\\`*_\[\]<>&|!~^$]", lambda mark: f"&#{ord(mark[0])};", text)

@@ -1,4 +1,4 @@
-"""What one run of the probes came to, of one set and one source."""
+"""The result of one run of the probes, for one set and one source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from depass_lightning.results.attribution import Attribution, Comparison
 
 @dataclass(frozen=True)
 class Result:
-    """What one run found of one probe set, split by one source.
+    """The result of one run for one probe set under one source.
 
     Attributes:
         name: the set's name, or `<set>/<source>` where there are several sources.
         step: the optimiser step.
         probes: those that succeeded.
-        attributions: one a probe.
-        curves: for each probe what removing tokens does to the answer; empty where that was not measured.
-        drifts: for each probe how its scores differ from the `first` run's and the `previous` one's.
+        attributions: one per probe.
+        curves: each probe's columns of `TokenRemoval`; empty if they were not measured.
+        drifts: each probe's comparison with its `first` and its `previous` run.
         rows: the scalars of each probe.
         metrics: the scalars of the set.
         history: the runs so far, this one included.
@@ -37,6 +37,11 @@ class Result:
     history: History
 
     @property
+    def scored(self) -> dict[str, Attribution]:
+        """The attributions by the probes' ids."""
+        return {probe.id: scored for probe, scored in zip(self.probes, self.attributions, strict=True)}
+
+    @property
     def scalars(self) -> dict[str, float]:
         """The set's scalars by their full names, as loggers and `trainer.callback_metrics` have them."""
         return {f"depass/{self.name}/{name}": value for name, value in self.metrics.items()}
@@ -50,17 +55,17 @@ def result_of(
     index: int,
     history: History,
 ) -> Result:
-    """Measure what a source's attributions say.
+    """Measure a source's attributions.
 
     Args:
-        name: the result's.
+        name: the result's name.
         step: the optimiser step.
         probes: the whole set.
-        outcomes: what each probe came to, by its index in the set.
-        index: which source.
+        outcomes: each probe's outcome, by its index in the set.
+        index: the source's index.
         history: the runs so far, without this one.
     """
-    scored = [(probes[i], own) for i, own in sorted(outcomes.items()) if isinstance(own, Finding)]
+    scored = [(probes[i], outcome) for i, outcome in sorted(outcomes.items()) if isinstance(outcome, Finding)]
     asked = [probe for probe, _ in scored]
     attributions = [finding.attributions[index] for _, finding in scored]
     curves = [finding.curves[index] for _, finding in scored]
@@ -77,7 +82,7 @@ def result_of(
 def _scalars(
     probes: Sequence[ProbePrompt], rows: Sequence[Mapping[str, float]], history: History
 ) -> list[str]:
-    """Name the scalars that some probe has, or had; where none was ever measured, those that may come."""
+    """Return the scalars that a probe has, or had; if none was ever measured, those that may follow."""
     known = {name for row in rows for name in row} | set(history.curves)
     if not known:
         known = set(SCALARS) - (set() if any(probe.evidence for probe in probes) else {"on_target"})

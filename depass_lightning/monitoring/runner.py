@@ -1,4 +1,4 @@
-"""One rank's share of the probes: attributed in batches, failures kept apart, and nothing else touched."""
+"""Attributes one rank's share of the probes in batches, without side effects; failures stay separate."""
 
 import logging
 import math
@@ -21,8 +21,8 @@ from depass_lightning.sources import Source
 
 log = logging.getLogger(__name__)
 
-REMOVED = (0, 20, 40, 60, 80, 100)  # percent: coarse, because it is measured again and again
-ORDERS = 2  # random ones a probe
+REMOVED = (0, 20, 40, 60, 80, 100)  # percent: coarse, because it is measured often
+ORDERS = 2  # random orders per probe
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a probe came to.
+    """The attributions of a probe.
 
     Attributes:
-        attributions: one a source.
-        curves: for each source what removal does to the answer; empty where it was not measured.
+        attributions: one per source.
+        curves: each source's columns of `TokenRemoval`; empty if they were not measured.
     """
 
     attributions: list[Attribution]
@@ -50,14 +50,14 @@ Outcome = Finding | Failure
 
 @dataclass
 class ProbeRunner:
-    """Attributes probes so that one that fails costs no other its result.
+    """Attributes probes; one that fails does not affect the others.
 
     Attributes:
         depass: the model.
-        device: where it is.
+        device: the model's device.
         sources: what states are split into; all share one recorded pass, and a linear rule's backward pass.
-        batch_size: probes in one pass. It is halved for good where memory runs out.
-        settings: what else every call of `attribute` is given: the rule and the like.
+        batch_size: the number of probes in one pass. It is halved permanently where memory runs out.
+        settings: the rule and other settings of `DePass.attribute`.
     """
 
     depass: DePass
@@ -67,11 +67,11 @@ class ProbeRunner:
     settings: RuleOptions = field(default_factory=RuleOptions)
 
     def outcomes(self, probes: Sequence[ProbePrompt], removal: int = 0) -> list[Outcome]:
-        """Return what each probe came to, in order.
+        """Return each probe's outcome, in order.
 
         Args:
             probes: all as text, or all as ids.
-            removal: for how many of them, from the first, tokens are removed as well.
+            removal: the number of probes, from the first, for which token removal is measured.
         """
         done: list[Outcome] = []
         while len(done) < len(probes):
@@ -80,19 +80,19 @@ class ProbeRunner:
         return done
 
     def _halving(self, probes: Sequence[ProbePrompt], removal: int) -> list[Outcome]:
-        """Attribute a batch; where it fails, its halves, until the probe that is to blame stands alone."""
+        """Attribute a batch; where it fails, its halves, until the probe to blame is alone."""
         try:
             return self._outcomes(probes, removal)
         except torch.OutOfMemoryError as error:
-            reason, short = _reason(error), True
+            reason, out_of_memory = _reason(error), True
         except Exception as error:
             log.debug("attributing %d probes failed", len(probes), exc_info=True)
-            reason, short = _reason(error), False
-        # outside of the handlers: there the error's traceback would keep the failed pass's memory
+            reason, out_of_memory = _reason(error), False
+        # after the handlers: inside them, the error's traceback would keep the failed pass's memory
         if len(probes) == 1:
             return [Failure(reason)]
         middle = len(probes) // 2
-        if short:
+        if out_of_memory:
             self.batch_size = min(self.batch_size, middle)
             log.warning("memory ran out on %d probes; there are %d in a pass now", len(probes), middle)
         return self._halving(probes[:middle], removal) + self._halving(
@@ -100,20 +100,20 @@ class ProbeRunner:
         )
 
     def _outcomes(self, probes: Sequence[ProbePrompt], removal: int) -> list[Outcome]:
-        found = self.depass.attribute_sources(
-            **_asked(probes),
+        scored = self.depass.attribute_sources(
+            **_prompts(probes),
             target=[probe.target for probe in probes],
             sources=self.sources,
             batch_size=len(probes),
             **self.settings,
         )
-        outcomes = [_checked(attributions) for attributions in found]
-        sample = [own for own in outcomes[:removal] if isinstance(own, Finding)]
-        self._remove([(own, i) for own in sample for i in range(len(self.sources))])
+        outcomes = [_checked(attributions) for attributions in scored]
+        sample = [outcome for outcome in outcomes[:removal] if isinstance(outcome, Finding)]
+        self._remove([(finding, i) for finding in sample for i in range(len(self.sources))])
         return outcomes
 
     def _remove(self, places: Sequence[tuple[Finding, int]]) -> None:
-        """Measure what removal does, where components stand for text and the target is a token."""
+        """Measure token removal, where components represent text and the target is a token."""
         removal = TokenRemoval(
             percents=REMOVED,
             draws=ORDERS,
@@ -126,7 +126,11 @@ class ProbeRunner:
 
 
 def gather(share: Any) -> list[Any]:
-    """Return every rank's share, on every rank; alone, one's own."""
+    """Return every rank's share, on every rank.
+
+    Args:
+        share: this rank's share; without other ranks, the only one.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return [share]
     shares: list[Any] = [None] * distributed.get_world_size()
@@ -136,10 +140,10 @@ def gather(share: Any) -> list[Any]:
 
 @contextmanager
 def isolated(device: torch.device | None = None) -> Iterator[None]:
-    """Leave the random states as they are, and shut out the trainer's autocast and inference mode.
+    """Preserve the random states, and disable the trainer's autocast and inference mode.
 
     Args:
-        device: where the model is; a CUDA device's random state is kept, too.
+        device: the model's device; a CUDA device's random state is preserved too.
     """
     kind = "cpu" if device is None else device.type
     python, numpy = random.getstate(), np.random.get_state()
@@ -157,7 +161,7 @@ def isolated(device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _asked(probes: Sequence[ProbePrompt]) -> dict[str, Any]:
+def _prompts(probes: Sequence[ProbePrompt]) -> dict[str, Any]:
     """Return the probes as the prompts of a call: as text, or as ids padded on the right."""
     rows = [probe.ids for probe in probes if probe.ids is not None]
     if not rows:
@@ -169,8 +173,8 @@ def _asked(probes: Sequence[ProbePrompt]) -> dict[str, Any]:
 
 
 def _checked(attributions: list[Attribution]) -> Outcome:
-    for own in attributions:
-        if not (math.isfinite(own.value) and bool(own.scores.isfinite().all())):
+    for scored in attributions:
+        if not (math.isfinite(scored.value) and bool(scored.scores.isfinite().all())):
             return Failure("its value or its scores are not finite")
     return Finding(attributions, [{} for _ in attributions])
 

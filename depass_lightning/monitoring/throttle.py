@@ -1,8 +1,8 @@
-"""How often the probes may run: a limit on the share of wall time that they take.
+"""How often the probes may run: a limit on the fraction of wall time that they take.
 
-1. A run that would lift the share above the limit, at what the last one cost, is skipped.
-2. Each run that is refused doubles the number of occasions (validations, steps, checkpoints) from one run to
-   the next, so that runs are spread evenly rather than bunched where there happens to be room.
+1. A run that would lift the fraction above the limit, at the cost of the last one, is skipped.
+2. Each skipped run doubles the number of occasions (validations, steps, checkpoints) from one run to
+   the next, so that runs are spread evenly rather than bunched.
 3. A run after which less than half of the limit is spent halves that number again.
 """
 
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class Throttle:
-    """Measures the share of wall time that the callback takes, and says whether there is room for a run.
+    """Measures the fraction of wall time that the callback takes, and decides whether to run.
 
     Args:
-        limit: the largest share; None for no limit.
+        limit: the largest fraction; None for no limit.
         clock: returns the time in seconds.
     """
 
@@ -28,24 +28,28 @@ class Throttle:
         self.start()
 
     def start(self) -> None:
-        """Begin to measure: a training begins."""
+        """Start to measure, when training starts."""
         self._began = self.clock()
         self._spent = self._last = 0.0
         self._waited = 0
 
     def spend(self, seconds: float) -> None:
-        """Count what a run took, whether there was a choice or not."""
+        """Count the time of a run.
+
+        Args:
+            seconds: the time that it took.
+        """
         self._spent += seconds
         self._last = seconds
         self._waited = 0
 
     @property
     def share(self) -> float:
-        """The share of the wall time since the start that was spent."""
+        """The fraction of the wall time since the start that was spent."""
         return self._after(0.0)
 
     def has_room(self) -> bool:
-        """Count an occasion, and say whether to use it; how often that is may change, which is then told."""
+        """Count an occasion, and return whether to use it; a change of the interval is logged."""
         if self.limit is None:
             return True
         self._waited += 1
@@ -60,7 +64,7 @@ class Throttle:
         return True
 
     def _after(self, seconds: float) -> float:
-        """The share after another run of so many seconds."""
+        """Return the fraction after another run of `seconds`."""
         elapsed = self.clock() - self._began + seconds
         return (self._spent + seconds) / elapsed if elapsed > 0 else 0.0
 

@@ -1,4 +1,4 @@
-"""A Weights & Biases logger for runs that nobody watches."""
+"""A Weights & Biases logger for unattended runs."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class UnattendedWandbLogger(WandbLogger):
-    """A `WandbLogger` that records offline where the server does not answer; others end the training."""
+    """A `WandbLogger` that records offline where the server does not answer, instead of ending the run."""
 
     @property
     @rank_zero_experiment
@@ -40,16 +40,16 @@ def wandb_logger(
     init_timeout: float = 20.0,
     **options: Any,
 ) -> WandbLogger:
-    """Make a Weights & Biases logger that never waits for a prompt, and not long for a network.
+    """Return a Weights & Biases logger that never waits for a prompt, and not long for a network.
 
     Args:
         project: the project's name.
-        name: the run's name; None to be given one.
-        save_dir: the folder that `wandb/` is made in. `wandb sync` sends offline runs from there later.
-        offline: record offline in any case; else that is decided by `WANDB_MODE`, and by whether there are
-            credentials (`wandb login`, or `WANDB_API_KEY`).
-        init_timeout: how long to wait for the server, in seconds, before going offline.
-        options: anything else that `WandbLogger` takes.
+        name: the run's name; None for a random one.
+        save_dir: the folder of `wandb/`. `wandb sync` uploads offline runs from there.
+        offline: always record offline; otherwise `WANDB_MODE` decides, and whether there are credentials
+            (`wandb login` or `WANDB_API_KEY`).
+        init_timeout: the time to wait for the server, in seconds, before going offline.
+        options: further arguments of `WandbLogger`.
     """
     import wandb
 
@@ -64,7 +64,7 @@ def wandb_logger(
 
 
 def _has_credentials(save_dir: Path) -> bool:
-    """Return whether Weights & Biases knows who is asking; if not, say what happens instead."""
+    """Return whether there are credentials for Weights & Biases; if not, log a warning."""
     import wandb
 
     # by itself, wandb.init would ask at a terminal, and fail without one

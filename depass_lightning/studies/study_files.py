@@ -103,11 +103,11 @@ def read_experiment(folder: str | os.PathLike[str]) -> StudyResult:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         panels = [
-            Panel(**{**own, "curves": {name: Curve(**curve) for name, curve in own["curves"].items()}})
-            for own in content.pop("panels")
+            Panel(**{**panel, "curves": {name: Curve(**curve) for name, curve in panel["curves"].items()}})
+            for panel in content.pop("panels")
         ]
         table = [{name: _cell(value) for name, value in row.items()} for row in content.pop("table")]
-        clouds = [Cloud(**own) for own in content.pop("clouds")]
+        clouds = [Cloud(**cloud) for cloud in content.pop("clouds")]
         return StudyResult(**content, panels=panels, table=table, clouds=clouds)
     except FileNotFoundError:
         raise DePassError(f"there is no {path}; give the folder of an experiment's results") from None
@@ -145,8 +145,8 @@ def terminal_table(experiment: StudyResult, width: int | None = None) -> Table:
     for column in shown:
         numbers = all(not isinstance(row.get(column), str) for row in experiment.table)
         table.add_column(column.replace("_", " "), justify="right" if numbers else "left")
-    for own in zip(*(cells[column] for column in shown), strict=True):
-        table.add_row(*map(Text, own))
+    for row in zip(*(cells[column] for column in shown), strict=True):
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -214,9 +214,9 @@ def _cell(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """Return a value as JSON can hold it."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(own) for name, own in value.items()}
+        return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(own) for own in value]
+        return [_plain(entry) for entry in value]
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):

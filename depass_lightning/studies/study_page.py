@@ -56,7 +56,7 @@ def experiment_html(experiment: StudyResult) -> str:
         title=visible(experiment.title),
         facts={name: visible(value) for name, value in facts.items()},
         settings={
-            name.replace("_", " "): visible(_setting(own)) for name, own in experiment.settings.items()
+            name.replace("_", " "): visible(_setting(value)) for name, value in experiment.settings.items()
         },
         columns=[
             (
@@ -88,7 +88,7 @@ def _figure(name: str, draw: Any, drawn: Any) -> dict[str, str]:
         "name": name,
         "light": _address(draw(drawn)),
         "dark": _address(draw(drawn, dark=True)),
-        "alternative": "; ".join(own.name for own in drawn),
+        "alternative": "; ".join(panel.name for panel in drawn),
     }
 
 

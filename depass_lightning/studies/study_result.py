@@ -33,9 +33,9 @@ class Curve:
     def of(cls, x: Sequence[float], intervals: Sequence[Interval]) -> "Curve":
         """Return the line through intervals, one at each place."""
         ends = (
-            [own.value for own in intervals],
-            [own.low for own in intervals],
-            [own.high for own in intervals],
+            [interval.value for interval in intervals],
+            [interval.low for interval in intervals],
+            [interval.high for interval in intervals],
         )
         return cls(list(x), *ends)
 
@@ -154,10 +154,10 @@ def check(experiment: StudyResult) -> None:
 
 
 def _check_numbers(name: str, numbers: Mapping[str, Sequence[float]]) -> None:
-    lengths = {key: len(own) for key, own in numbers.items()}
+    lengths = {key: len(values) for key, values in numbers.items()}
     if len(set(lengths.values())) != 1 or not lengths["x"]:
         told = ", ".join(f"{length} of {key}" for key, length in lengths.items())
         raise DePassError(f"{name} needs one value for each place, and one place at least; got {told}")
-    for key, own in numbers.items():
-        if not all(math.isfinite(value) for value in own):
+    for key, values in numbers.items():
+        if not all(math.isfinite(value) for value in values):
             raise DePassError(f"{name} has a number in {key} that is not finite; leave that place out")

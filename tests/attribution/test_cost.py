@@ -17,6 +17,7 @@ from depass_lightning.commands.attribute_task import tell_estimate
 from depass_lightning.engine import propagate
 from depass_lightning.engine.state import DecomposedState
 from depass_lightning.engine.variants import top_neurons
+from depass_lightning.methods import DePassMethod
 from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.prompts import prompts_of_ids
 from tests.reference.models import build, prompt
@@ -85,7 +86,7 @@ def test_an_estimate_refuses_what_attribute_refuses() -> None:
 
 def test_a_command_measures_where_the_model_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     depass, task = DePass.from_pretrained("tiny"), tasks.load("ioi", size=2)
-    module = AttributionModule(depass)
+    module = AttributionModule(DePassMethod(depass))
     devices = []
 
     def estimate(*_: object, **__: object) -> SimpleNamespace:

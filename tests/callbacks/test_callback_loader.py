@@ -62,7 +62,7 @@ BAD: list[tuple[Any, str]] = [
     ({"input_ids": IDS}, "but it is input_ids"),
     ({"input_ids": IDS, "labels": IDS}, "prompt 0 of 'x': its labels mark the first token"),
     ({"input_ids": IDS, "labels": torch.full_like(IDS, -100)}, "its labels are -100 throughout"),
-    ({"input_ids": IDS, "labels": torch.tensor([[-100, 3, 4, 5, -100]])}, "not one place earlier"),
+    ({"input_ids": IDS, "labels": torch.tensor([[-100, 3, 4, 5, -100]])}, "not one position earlier"),
     ({"input_ids": IDS, "labels": torch.tensor([[-100, 2]])}, r"labels of \[1, 2\] must be of the shape"),
     ({"input_ids": IDS, "target": torch.tensor([1, 2])}, r"target of \[2\] must be one id a row"),
     ({"input_ids": IDS[0], "target": torch.tensor([1])}, r"input_ids of \[5\]"),
@@ -157,5 +157,5 @@ def test_what_is_explained_can_be_chosen() -> None:
     model = OwnModule()
     found = DePass(model.inside.lm, model.tokenizer).attribute("Mary and John", own.target)
     assert found.rank == 1
-    with pytest.raises(DePassError, match="target='generation' is nothing that probes can explain"):
+    with pytest.raises(DePassError, match="target='generation' cannot be explained for probes"):
         DePassCallback(target="generation")  # type: ignore[arg-type]

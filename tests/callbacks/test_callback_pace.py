@@ -163,7 +163,7 @@ def test_training_skips_runs_and_says_so(
 ) -> None:
     with turned(monkeypatch, cost=1.0, step=1.0) as (clock, steps):
         callback = DePassCallback(list(PROMPTS), every_n_steps=1, max_overhead=0.25)
-        callback.pace = Throttle(0.25, clock)
+        callback.throttle = Throttle(0.25, clock)
         kept = ModelCheckpoint(
             tmp_path / "kept",
             monitor="depass/probes/value",
@@ -223,7 +223,7 @@ def test_a_checkpoint_without_a_run_carries_the_last_one(
 ) -> None:
     with turned(monkeypatch, cost=1.0, step=0.1) as (clock, steps):
         callback = DePassCallback(list(PROMPTS), max_overhead=0.01)
-        callback.pace = Throttle(0.01, clock)
+        callback.throttle = Throttle(0.01, clock)
         kept = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
         fit(trainer(tmp_path, [callback, steps, kept], enable_checkpointing=True), OwnModule())
     assert callback.history["probes"].steps == [0, 6]
@@ -236,7 +236,7 @@ def test_ranks_decide_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Their clocks differ by a factor of six: a rank that ran alone would wait for ever."""
     with turned(monkeypatch, cost=1.0, step=1.0) as (clock, steps):
         callback = DePassCallback(list(PROMPTS), every_n_steps=1, max_overhead=0.25)
-        callback.pace = Throttle(0.25, clock)
+        callback.throttle = Throttle(0.25, clock)
 
         class Write(Callback):
             def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

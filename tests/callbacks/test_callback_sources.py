@@ -35,7 +35,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: name_sources([3]), "source 3 is none of"),  # type: ignore[list-item]
     (lambda: name_sources([Tokens(), Tokens(1)]), "two sources are both called 'tokens'"),
     (lambda: DePassCallback(heat=1.0), "no setting 'heat'; there are rule, temperature"),  # type: ignore[call-arg]
-    (lambda: DePassCallback(max_overhead=0.0), "max_overhead is a share of the time"),
+    (lambda: DePassCallback(max_overhead=0.0), "max_overhead is a fraction of the time"),
     (lambda: DePassCallback(faithfulness=-1), "faithfulness must be a number of probes"),
 ]
 

@@ -59,7 +59,7 @@ def test_what_a_logger_did_not_take_is_named(tmp_path: Path, caplog: pytest.LogC
     train(tmp_path, Broken(), TensorBoardLogger(tmp_path, "board", ""), folder=tmp_path)
     assert_files(tmp_path)
     assert "the maps of 'probes' at step 6 are in " in caplog.text
-    assert ", but Weights & Biases did not take them: the server is away" in caplog.text
+    assert ", but Weights & Biases did not accept them: the server is away" in caplog.text
     assert "were not written" not in caplog.text
     events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload()
     assert len(events.Images("depass/probes/map/probes-0")) == len(STEPS)

@@ -17,6 +17,7 @@ from depass_lightning.callbacks import AttributionWriter
 from depass_lightning.commands.analyze import analyze
 from depass_lightning.depass import DePass
 from depass_lightning.faithfulness import TokenRemoval
+from depass_lightning.methods import DePassMethod
 from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.modules.prompt_datamodule import PromptData, plan_batches
 from depass_lightning.storage import read_attributions, read_rows
@@ -328,7 +329,8 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path):
             return super().predict_step(batch, batch_idx)
 
     task = tasks.load("ioi", size=6)
-    module = Stops(DePass.from_pretrained("tiny"), {"rule": "softmax"}, measures=[TokenRemoval([0, 100])])
+    method = DePassMethod(DePass.from_pretrained("tiny"))
+    module = Stops(method, measures=[TokenRemoval([0, 100])])
     trainer = Trainer(
         accelerator="cpu",
         logger=False,

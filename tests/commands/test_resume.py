@@ -19,7 +19,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from depass_lightning import tasks
-from depass_lightning.callbacks import ProcessWatch
+from depass_lightning.callbacks import ProcessMonitor
 from depass_lightning.callbacks.process_monitor import end_with_parent
 from depass_lightning.commands.resume import UNFINISHED
 from depass_lightning.depass import DePass
@@ -192,7 +192,7 @@ def test_a_lost_process_is_named(tmp_path):
 def by_another(found):
     """Work in a process that something else has started."""
     trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=SimpleNamespace(launcher=None))
-    ProcessWatch().on_predict_start(trainer, None)  # type: ignore[arg-type]
+    ProcessMonitor().on_predict_start(trainer, None)  # type: ignore[arg-type]
     found.write_text(str(os.getpid()))
     time.sleep(60)
 
@@ -200,7 +200,7 @@ def by_another(found):
 def by_lightning(found):
     """Work where Lightning has started the script again."""
     os.environ["LOCAL_RANK"] = "1"
-    watch = ProcessWatch()
+    watch = ProcessMonitor()
     found.write_text(str(os.getpid()))
     time.sleep(60)
     del watch
@@ -229,7 +229,7 @@ def test_a_process_whose_parent_is_lost_ends(tmp_path, work):
 
     def parent():
         end_with_parent()
-        watch = ProcessWatch() if work is never_met else None
+        watch = ProcessMonitor() if work is never_met else None
         own = FORK.Process(target=work, args=(tmp_path / "child",))
         own.start()
         own.join()

@@ -15,8 +15,8 @@ from depass_lightning.faithfulness import (
     answered_right,
     masking_curves,
 )
-from depass_lightning.methods import make_method
-from depass_lightning.modules.attribution_module import AttributionModule
+from depass_lightning.methods import DePassMethod, make_method
+from depass_lightning.modules.attribution_module import AttributionModule, Explained
 from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import ATTRIBUTION_SCHEMA
@@ -231,7 +231,7 @@ def test_the_module_measures_what_its_components_are(tiny: DePass) -> None:
         ("depass", Heads()),
     ):
         method = make_method(name, tiny, source)
-        module = AttributionModule(tiny, method=method, measures=measures)
+        module = AttributionModule(method, measures=measures)
         rows = module.predict_step(batch).rows
         assert all(set(row) <= set(ATTRIBUTION_SCHEMA.names) for row in rows)
         if source is None:
@@ -249,24 +249,22 @@ def test_the_module_measures_what_its_components_are(tiny: DePass) -> None:
             for field in fields:
                 assert row[field] == pytest.approx(getattr(curve, field), rel=1e-3)
     measures = [ComponentMasking((0,))]
-    own = AttributionModule(tiny, method=make_method("atp", tiny), target="own", measures=measures)
+    own = AttributionModule(make_method("atp", tiny), explained=Explained("own"), measures=measures)
     assert [row["mask_top"] for row in own.predict_step(batch).rows] == [[1.0]] * 3
 
 
 def test_a_module_takes_settings_or_a_method(tiny: DePass) -> None:
     method = make_method("input_gradient", tiny)
-    with pytest.raises(DePassError, match="settings are DePass's own"):
-        AttributionModule(tiny, {"rule": "taylor"}, method=method)
     with pytest.raises(DePassError, match="explains no generated tokens"):
-        AttributionModule(tiny, method=method, target="generation")
-    assert AttributionModule(tiny, {"rule": "taylor", "source": Heads()}).settings == {
-        "rule": "taylor",
-        "source": Heads(),
-    }
+        AttributionModule(method, explained=Explained("generation"))
+    with pytest.raises(DePassError, match="target must be one of contrast, token, own, generation"):
+        Explained("mine")  # type: ignore[arg-type]
+    settings = DePassMethod(tiny, Heads(), rule="taylor").settings
+    assert settings == {"rule": "taylor", "source": Heads()}
     with pytest.raises(DePassError, match="must rise"):
         ComponentMasking((20, 10))
     rows = (
-        AttributionModule(tiny, method=method)
+        AttributionModule(method)
         .predict_step(
             PromptBatch(
                 [0], [Example("a", "When Mary and John went to the store, John gave it to", " Mary", " John")]

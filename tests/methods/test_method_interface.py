@@ -170,8 +170,8 @@ def test_what_cannot_be_scored_is_refused() -> None:
                 kind = type(source).__name__
                 with pytest.raises(DePassError, match=rf"{name} .* leave {kind}\(layer=\) at 0"):
                     make_method(name, depass, source)
-    with pytest.raises(DePassError, match="at must be"):
-        make_method("norm", depass, Heads(), at="first")
+    with pytest.raises(DePassError, match="positions must be"):
+        make_method("norm", depass, Heads(), positions="first")
     with pytest.raises(DePassError, match="how must be"):
         make_method("occlusion", depass, how="blur")
     for name, option in (

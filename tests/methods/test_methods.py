@@ -255,9 +255,9 @@ def test_sizes_are_those_of_what_is_written(model: PreTrainedModel, depass: DePa
             written = neurons[..., None] * columns
             norms += written.norm(dim=-1)[kept].mean(0).tolist()
             sizes += neurons[kept].mean(0).tolist()
-        close(scores(Norm(depass, Heads(), at=at)), heads)
-        close(scores(Norm(depass, Neurons(), at=at)), norms)
-        close(scores(Activation(depass, Neurons(), at=at)), sizes)
+        close(scores(Norm(depass, Heads(), positions=at)), heads)
+        close(scores(Norm(depass, Neurons(), positions=at)), norms)
+        close(scores(Activation(depass, Neurons(), positions=at)), sizes)
 
 
 OUTPUTS: dict[str, tuple[str, str | None]] = {

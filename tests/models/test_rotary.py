@@ -8,7 +8,7 @@ import torch
 from depass_lightning import Attribution, DePass, DePassError, Token
 from depass_lightning.errors import DePassWarning
 from depass_lightning.faithfulness import removal_curves
-from depass_lightning.faithfulness.component_masking import Asked, answers_given
+from depass_lightning.faithfulness.component_masking import MaskedPrompt, check_answers
 from depass_lightning.linear_probes import hidden_states
 from depass_lightning.methods import make_method
 from tests.engine.test_untouched import must_stay_untouched
@@ -65,8 +65,8 @@ def test_a_short_prompt_in_a_batch_with_a_long_one(model: Any) -> None:
     states = hidden_states(depass, **both())
     for row, ids in enumerate((SHORT, LONG)):
         torch.testing.assert_close(states[:, row], hidden_states(depass, input_ids=ids[None])[:, 0])
-    answers = [Asked(ids.tolist(), [5]) for ids in (SHORT, LONG)]
-    for ids, found in zip((SHORT, LONG), answers_given(depass.decoder, answers), strict=True):
+    answers = [MaskedPrompt(ids.tolist(), [5]) for ids in (SHORT, LONG)]
+    for ids, found in zip((SHORT, LONG), check_answers(depass.decoder, answers), strict=True):
         assert found.probability == pytest.approx(alone(model, ids).softmax(-1)[5].item(), abs=1e-5)
     for part in depass.decompose(**both()):
         ids = SHORT if part.states.shape[1] == len(SHORT) else LONG

@@ -143,7 +143,7 @@ def hand_made():
             replies[method, 0, number] = [reply(bool(before))] * len(after)
             replies[method, 1, number] = [reply(bool(own), 0.25 + own / 2) for own in after]
     found = {(method, count): [1.0, 0.0, 1.0] for method in METHODS for count in (0, 1)}
-    return Answers(replies, [0, 1], 3, by_options=True, seed=0, found=found)
+    return Answers(replies, [0, 1], 3, by_options=True, seed=0, covered=found)
 
 
 def test_answers_come_to_what_they_come_to_by_hand():

@@ -163,7 +163,9 @@ def compare_rows(
         if drawn:
             panels.append(Panel(name, across, upward, drawn))
     numbers = {method: [_numbers(row) for row in run.rows] for method, run in runs.items()}
-    columns = list(dict.fromkeys(name for each in numbers.values() for row in each for name in row))
+    columns = list(
+        dict.fromkeys(name for method_rows in numbers.values() for row in method_rows for name in row)
+    )
     table = []
     for method, run in runs.items():
         row: dict[str, Cell] = {"method": method}
@@ -206,17 +208,17 @@ def _curve(column: str, rows: Sequence[Mapping[str, Any]], draws: int) -> Curve 
         return None
     metric = CurveMean(column, percents, points=True, draws=draws, sync_on_compute=False)
     metric.update(rows)
-    found = metric.compute()
-    if found is None:
+    mean = metric.compute()
+    if mean is None:
         return None
-    points = found.points
-    lows, highs = [own.low for own in points], [own.high for own in points]
-    return Curve(found.percents, [own.value for own in points], lows, highs)
+    points = mean.points
+    lows, highs = [point.low for point in points], [point.high for point in points]
+    return Curve(mean.percents, [point.value for point in points], lows, highs)
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """Return a prompt's numbers: areas, values at some K, and single numbers."""
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     for column in PANELS:
         curve = row.get(column)
         if curve is None:
@@ -224,10 +226,10 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
         percents = row["masked_percents" if column.startswith("mask") else "percents"]
         for percent in AT.get(column, ()):
             if percent in percents:
-                found[f"{column}_{percent:g}%"] = curve[list(percents).index(percent)]
+                measured[f"{column}_{percent:g}%"] = curve[list(percents).index(percent)]
         if len(percents) > 1:
-            found[f"{column}_area"] = area(percents, curve)
-    return found | {name: float(row[name]) for name in NUMBERS if row.get(name) is not None}
+            measured[f"{column}_area"] = area(percents, curve)
+    return measured | {name: float(row[name]) for name in NUMBERS if row.get(name) is not None}
 
 
 def _interval(rows: Sequence[Mapping[str, float]], column: str, draws: int) -> Interval | None:

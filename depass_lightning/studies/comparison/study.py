@@ -235,7 +235,7 @@ class MethodComparison:
 
     def _manifest(self, depass: DePass, examples: list[Example]) -> Manifest:
         """Return what every method's rows depend on."""
-        settings = {key: own for key, own in asdict(self).items() if key not in FREE}
+        settings = {key: value for key, value in asdict(self).items() if key not in FREE}
         weights, prompts = weights_fingerprint(depass.model), task_fingerprint(examples)
         return Manifest(settings, weights, prompts, len(examples))
 

@@ -67,18 +67,18 @@ def measure(
     languages, cases = ([example.labels[name] for example in task] for name in ("language", "case"))
     centred = (states - states.mean(0)).double()
     hits, chance = nearest_means_the_same(centred, languages, cases)
-    own, others = [], []
+    matching, others = [], []
     for tokens, language, answer in zip(top.tolist(), languages, answers, strict=True):
         shares = {
             name: sum(token in known and token != answer for token in tokens) / len(tokens)
             for name, known in words.items()
         }
-        own.append(shares.pop(language))
+        matching.append(shares.pop(language))
         others.append(sum(shares.values()))
     values = {
         "language_probe": language_told(states, languages, cases, layer, seed),
         "same_meaning": hits,
-        "own_words": own,
+        "own_words": matching,
         "other_words": others,
         "answer_in_top": [float(rank <= top.shape[1]) for rank in ranks],
         "answer_first": [float(rank == 1) for rank in ranks],
@@ -105,8 +105,8 @@ def words_of(depass: DePass, texts: Texts, task: Task, answers: Sequence[int]) -
     for example, answer in zip(task, answers, strict=True):
         held[example.labels["language"]].add(answer)
     return {
-        name: frozenset(own.difference(*(other for key, other in held.items() if key != name)))
-        for name, own in held.items()
+        name: frozenset(words.difference(*(other for key, other in held.items() if key != name)))
+        for name, words in held.items()
     }
 
 
@@ -156,16 +156,16 @@ def language_told(
     rows = [i for i, case in enumerate(cases) if case in fitted]
     seen = {languages[i] for i in rows}
     judged = [i for i, case in enumerate(cases) if case not in fitted and languages[i] in seen]
-    labels, expected = ([languages[i] for i in each] for each in (rows, judged))
+    labels, expected = ([languages[i] for i in indices] for indices in (rows, judged))
     probe = train_probe(states[rows], labels, states[judged], expected, layer=layer, seed=seed)
-    found = probe.predict(states[judged])
-    return [float(own == right) for own, right in zip(found, expected, strict=True)]
+    predictions = probe.predict(states[judged])
+    return [float(predicted == right) for predicted, right in zip(predictions, expected, strict=True)]
 
 
 def _same(names: Sequence[str]) -> Bool[Tensor, "prompt prompt"]:
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    own = torch.tensor([numbers[name] for name in names])
-    return own[:, None] == own
+    groups = torch.tensor([numbers[name] for name in names])
+    return groups[:, None] == groups
 
 
 def _silhouettes(states: Float[Tensor, "prompt hidden"], groups: Sequence[str]) -> list[float]:

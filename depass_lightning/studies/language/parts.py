@@ -57,32 +57,32 @@ def carry_parts(
     unembedded = decoder.unembedded()
 
     def work(batch: list[int]) -> list[tuple[Tensor, float]]:
-        own, error = [prompts[i] for i in batch], 0.0
-        lengths = [len(prompt.ids) for prompt in own]
+        batch_prompts, error = [prompts[i] for i in batch], 0.0
+        lengths = [len(prompt.ids) for prompt in batch_prompts]
         with alone(decoder.model):
-            recording = record_batch(decoder, own, [[length - 1] for length in lengths], settings)
+            recording = record_batch(decoder, batch_prompts, [[length - 1] for length in lengths], settings)
             last = torch.tensor(lengths, device=decoder.device)[:, None] - 1
             kept = [recording.kept.index(int(place)) for place in last]
-            logits = recording.uncapped[range(len(own)), kept].to(recording.dtype)
+            logits = recording.uncapped[range(len(batch_prompts)), kept].to(recording.dtype)
             parts = []
-            context = settings.split_context(own)
+            context = settings.split_context(batch_prompts)
             for source in sources:
                 carry = propagate_to(recording, source, settings, context, recording.layers, last)
                 states = carry.read(recording.final_norm)[:, :, 0]
                 whole = states.sum(1)
-                given = whole @ unembedded.weight.T
+                reconstructed = whole @ unembedded.weight.T
                 if unembedded.bias is not None:
-                    given = given + unembedded.bias
-                error = max(error, float(((given - logits).norm(dim=1) / logits.norm(dim=1)).max()))
+                    reconstructed = reconstructed + unembedded.bias
+                error = max(error, float(((reconstructed - logits).norm(dim=1) / logits.norm(dim=1)).max()))
                 # A bias component stands before the two parts.
                 parts.append(torch.cat([states[:, -2:], whole[:, None]], 1))
         return [(states, error) for states in torch.stack(parts, 1).cpu()]
 
-    found = in_batches(
-        [(decoder.regime(len(own.ids)), len(own.ids)) for own in prompts], batch_size, work, progress
+    results = in_batches(
+        [(decoder.regime(len(prompt.ids)), len(prompt.ids)) for prompt in prompts], batch_size, work, progress
     )
-    stacked = torch.stack([states for states, _ in found], 2)
-    return Carried(stacked[:, :2], stacked[0, 2], max(error for _, error in found))
+    stacked = torch.stack([states for states, _ in results], 2)
+    return Carried(stacked[:, :2], stacked[0, 2], max(error for _, error in results))
 
 
 def decode(
@@ -110,7 +110,7 @@ def decode(
     with exact(weight.device):
         for start in range(0, len(states), batch_size):
             logits = states[start : start + batch_size].to(weight) @ weight.T
-            own = torch.tensor(answers[start : start + batch_size], device=weight.device)
-            ranks += (1 + (logits > logits.gather(1, own[:, None])).sum(1)).tolist()
+            batch_answers = torch.tensor(answers[start : start + batch_size], device=weight.device)
+            ranks += (1 + (logits > logits.gather(1, batch_answers[:, None])).sum(1)).tolist()
             tokens.append(logits.topk(top).indices.cpu())
     return torch.cat(tokens), ranks

@@ -95,12 +95,12 @@ class Language:
         prompts, answers = self._read(depass, task)
         probes, shuffled = self._probes(depass, train, test, layers)
         from_first(lambda: probes.best.save(Path(folder) / "probe.safetensors"))
-        sources = [own.subspace() for pair in zip(probes.probes, shuffled, strict=True) for own in pair]
+        sources = [probe.subspace() for pair in zip(probes.probes, shuffled, strict=True) for probe in pair]
         carried = carry_parts(
             depass, prompts, sources, rule=self.rule, batch_size=self.batch_size, progress=progress
         )
         words = words_of(depass, train, task, answers)
-        found, tops = self._measure(depass, task, carried, answers, words, layers)
+        measured, tops = self._measure(depass, task, carried, answers, words, layers)
         best = layers.index(probes.best.layer)
         experiment = StudyResult(
             name="paper_language",
@@ -110,10 +110,13 @@ class Language:
             prompts=len(task),
             seconds=time.perf_counter() - started,
             settings=asdict(self) | self._settings(probes, layers, words, carried),
-            panels=_panels(found, layers),
-            table=_table(found, layers),
+            panels=_panels(measured, layers),
+            table=_table(measured, layers),
             clouds=self._clouds(task, carried.states[2 * best], layers[best]),
-            notes=[*self._notes(task, probes.best, found, words), *_said(depass, task, tops, layers[best])],
+            notes=[
+                *self._notes(task, probes.best, measured, words),
+                *_said(depass, task, tops, layers[best]),
+            ],
         )
         from_first(lambda: write_experiment(experiment, folder))
         return experiment
@@ -153,16 +156,16 @@ class Language:
     ) -> tuple[Probes, list[LinearProbe]]:
         """Train the language probes, and one a layer on shuffled labels."""
         states, judged = (
-            hidden_states(depass, own.texts, layers=layers, batch_size=self.batch_size)
-            for own in (train, test)
+            hidden_states(depass, examples.texts, layers=layers, batch_size=self.batch_size)
+            for examples in (train, test)
         )
-        found = fit_probes(states, train.labels, judged, test.labels, layers=layers, seed=self.seed)
+        probes = fit_probes(states, train.labels, judged, test.labels, layers=layers, seed=self.seed)
         mixed = random.Random(f"shuffled {self.seed}").sample(train.labels, len(train.labels))
         shuffled = [
-            train_probe(states[at], mixed, judged[at], test.labels, layer=layer, seed=self.seed)
-            for at, layer in enumerate(layers)
+            train_probe(states[index], mixed, judged[index], test.labels, layer=layer, seed=self.seed)
+            for index, layer in enumerate(layers)
         ]
-        return found, shuffled
+        return probes, shuffled
 
     def _measure(
         self,
@@ -174,29 +177,36 @@ class Language:
         layers: list[int],
     ) -> tuple[dict[tuple[int, str], Measures], dict[tuple[int, str], Tensor]]:
         """Measure every part at every layer, and the whole state; the tops are what each decodes to."""
-        found, tops = {}, {}
+        measured, tops = {}, {}
         states = {
-            (layer, name): carried.states[2 * at + place // 2, place % 2]
-            for at, layer in enumerate(layers)
+            (layer, name): carried.states[2 * index + place // 2, place % 2]
+            for index, layer in enumerate(layers)
             for place, name in enumerate(PARTS)
         }
-        for key, own in [*states.items(), ((0, WHOLE), carried.whole)]:
-            tops[key], ranks = decode(depass, own, answers, top=self.top)
-            found[key] = measure(
-                own, task, tops[key], ranks, answers, words, layer=len(depass.decoder.blocks), seed=self.seed
+        for key, part_states in [*states.items(), ((0, WHOLE), carried.whole)]:
+            tops[key], ranks = decode(depass, part_states, answers, top=self.top)
+            measured[key] = measure(
+                part_states,
+                task,
+                tops[key],
+                ranks,
+                answers,
+                words,
+                layer=len(depass.decoder.blocks),
+                seed=self.seed,
             )
-        return found, tops
+        return measured, tops
 
     def _settings(
         self, probes: Probes, layers: list[int], words: Words, carried: Carried
     ) -> dict[str, object]:
         return {
             "layers": layers,
-            "probe_held_out": {own.layer: own.fit.accuracy for own in probes.probes},
+            "probe_held_out": {probe.layer: probe.fit.accuracy for probe in probes.probes},
             "probe_validation": dict(zip(layers, probes.validation, strict=True)),
             "probe": asdict(probes.best.fit),
             "directions": len(probes.best.basis),
-            "words": {name: len(own) for name, own in words.items()},
+            "words": {name: len(listed) for name, listed in words.items()},
             "completeness_error": carried.error,
         }
 
@@ -204,17 +214,17 @@ class Language:
         """Draw both parts of one layer's split by t-SNE."""
         languages = [example.labels["language"] for example in task]
         clouds = []
-        for name, own in zip(PARTS, states, strict=False):
-            tsne = TSNE(perplexity=min(30.0, (len(own) - 1) / 3), init="pca", random_state=self.seed)
-            places = tsne.fit_transform(own.double().numpy())
+        for name, part_states in zip(PARTS, states, strict=False):
+            tsne = TSNE(perplexity=min(30.0, (len(part_states) - 1) / 3), init="pca", random_state=self.seed)
+            places = tsne.fit_transform(part_states.double().numpy())
             title = f"{name}, split at layer {layer} (t-SNE)"
             clouds.append(Cloud(title, places[:, 0].tolist(), places[:, 1].tolist(), languages))
         return clouds
 
     def _notes(
-        self, task: Task, probe: LinearProbe, found: Mapping[tuple[int, str], Measures], words: Words
+        self, task: Task, probe: LinearProbe, measured: Mapping[tuple[int, str], Measures], words: Words
     ) -> list[str]:
-        whole = found[0, WHOLE]
+        whole = measured[0, WHOLE]
         notes = []
         if self.path is None:
             notes.append(
@@ -254,29 +264,29 @@ def split_layers(count: int) -> list[int]:
     return sorted({min(max(1, round(count * place / 5)), count - 1) for place in range(1, 5)})
 
 
-def _panels(found: Mapping[tuple[int, str], Measures], layers: list[int]) -> list[Panel]:
+def _panels(measured: Mapping[tuple[int, str], Measures], layers: list[int]) -> list[Panel]:
     """Return the curves over the layer of the split."""
     panels = []
     for key, (name, y_label) in MEASURES.items():
         curves = {
-            part: Curve.of(layers, [bootstrap(found[layer, part].values[key]) for layer in layers])
+            part: Curve.of(layers, [bootstrap(measured[layer, part].values[key]) for layer in layers])
             for part in PARTS
         }
-        whole = bootstrap(found[0, WHOLE].values[key])
+        whole = bootstrap(measured[0, WHOLE].values[key])
         curves[WHOLE] = Curve.of(layers, [whole for _ in layers])
         panels.append(Panel(name, "layer of the split", y_label, curves))
     return panels
 
 
-def _table(found: Mapping[tuple[int, str], Measures], layers: list[int]) -> list[dict[str, Cell]]:
+def _table(measured: Mapping[tuple[int, str], Measures], layers: list[int]) -> list[dict[str, Cell]]:
     """Return one row for each part of each layer's split, and one for the whole state."""
     keys = [(0, WHOLE), *((layer, part) for layer in layers for part in PARTS)]
     return [
         {
             "split_at": "–" if part == WHOLE else str(layer),
             "part": part,
-            **{name: bootstrap(values) for name, values in found[layer, part].values.items()},
-            "median_rank_of_answer": found[layer, part].median_rank,
+            **{name: bootstrap(values) for name, values in measured[layer, part].values.items()},
+            "median_rank_of_answer": measured[layer, part].median_rank,
         }
         for layer, part in keys
     ]
@@ -291,7 +301,9 @@ def _said(depass: DePass, task: Task, tops: Mapping[tuple[int, str], Tensor], la
             continue
         parts = []
         for part in PARTS[:2]:
-            tokens = [token_text(int(own), depass.tokenizer).strip() for own in tops[layer, part][number][:6]]
+            tokens = [
+                token_text(int(token), depass.tokenizer).strip() for token in tops[layer, part][number][:6]
+            ]
             parts.append(f"{part}: {', '.join(map(repr, tokens))}")
         told[language] = f"“{example.prompt}” ({language}), split at layer {layer}: {'; '.join(parts)}."
     return list(told.values())

@@ -22,8 +22,8 @@ class Answers:
         prompts: how many prompts there are.
         by_options: whether the right option must only be more likely than the false one.
         seed: of the intervals.
-        found: by method and number, for each prompt whether a token that states the false answer is among the
-            masked ones, the mean over random draws; empty where that is not known.
+        covered: by method and number, for each prompt whether a token that states the false answer is
+            masked, the mean over random draws; empty where that is not known.
     """
 
     replies: dict[tuple[str, int, int], list[Reply]]
@@ -31,19 +31,19 @@ class Answers:
     prompts: int
     by_options: bool
     seed: int
-    found: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    covered: dict[tuple[str, int], list[float]] = field(default_factory=dict)
 
     def right(self, method: str, count: int) -> list[float]:
         """Return for each prompt whether it is answered right, the mean over random draws."""
         return [
-            sum(own.preferred if self.by_options else own.rank == 1 for own in several) / len(several)
+            sum(reply.preferred if self.by_options else reply.rank == 1 for reply in several) / len(several)
             for several in (self.replies[method, count, number] for number in range(self.prompts))
         ]
 
     def share(self, method: str, count: int) -> list[float]:
         """Return for each prompt the right answer's probability among the right and the false one."""
         return [
-            sum(own.share for own in several) / len(several)
+            sum(reply.share for reply in several) / len(several)
             for several in (self.replies[method, count, number] for number in range(self.prompts))
         ]
 
@@ -65,10 +65,10 @@ class Answers:
         ]
         if kept:
             panels.append(self._panel(f"right again, of {len(kept)} misled prompts", label, self.right, kept))
-        if self.found:
+        if self.covered:
             name, told = "the false answer is among the masked", "share of prompts"
             panels.append(
-                self._panel(name, told, lambda *key: self.found[key], range(self.prompts), bare=True)
+                self._panel(name, told, lambda *key: self.covered[key], range(self.prompts), bare=True)
             )
         return panels
 
@@ -99,8 +99,10 @@ class Answers:
             "right_again": self._over(self.right(method, count), kept) if kept and method != NONE else None,
             "of_the_two": self._over(self.share(method, count), everything),
         }
-        if self.found:
-            row["false_answer_found"] = self._over(self.found[method, count], everything) if masked else None
+        if self.covered:
+            row["false_answer_found"] = (
+                self._over(self.covered[method, count], everything) if masked else None
+            )
         for measure, values in (("right", self.right), ("of_the_two", self.share)):
             for told, other in (("random", RANDOM), ("the_probe", PROBE)):
                 cell = None

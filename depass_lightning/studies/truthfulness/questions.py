@@ -109,8 +109,8 @@ def _replies(depass: DePass, questions: list[_Key], mask: Mask) -> list[Reply]:
         ).logits[:, -1]
     logits = logits.float()
     answers = torch.tensor([[answer, foil] for _, answer, foil, _ in questions], device=device)
-    own = logits.gather(1, answers)
-    ranks = (1 + (logits > own[:, :1]).sum(1)).tolist()
-    shares = own.softmax(-1)[:, 0].tolist()
-    preferred = (own[:, 0] > own[:, 1]).tolist()
-    return [Reply(*each) for each in zip(ranks, preferred, shares, strict=True)]
+    choices = logits.gather(1, answers)
+    ranks = (1 + (logits > choices[:, :1]).sum(1)).tolist()
+    shares = choices.softmax(-1)[:, 0].tolist()
+    preferred = (choices[:, 0] > choices[:, 1]).tolist()
+    return [Reply(*reply) for reply in zip(ranks, preferred, shares, strict=True)]

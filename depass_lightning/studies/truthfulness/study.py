@@ -134,9 +134,9 @@ class Truthful:
                 "probe_layer": probe.layer,
                 "probe": asdict(probe.fit),
                 "validation_by_layer": {
-                    own.layer: value for own, value in zip(probes.probes, probes.validation, strict=True)
+                    probe.layer: value for probe, value in zip(probes.probes, probes.validation, strict=True)
                 },
-                "held_out_by_layer": {own.layer: own.fit.accuracy for own in probes.probes},
+                "held_out_by_layer": {probe.layer: probe.fit.accuracy for probe in probes.probes},
             },
             panels=results.panels(),
             table=results.table(),
@@ -170,10 +170,12 @@ class Truthful:
 
     def _answered(self, depass: DePass, prompts: list[Misled]) -> list[Misled]:
         """Return the first prompts that are answered right without the information."""
-        questions = [Question(own.plain, own.answer, own.foil) for own in prompts]
+        questions = [Question(misled.plain, misled.answer, misled.foil) for misled in prompts]
         replies = ask(depass, questions, batch_size=self.batch_size)
         pairs = zip(prompts, replies, strict=True)
-        kept = [own for own, reply in pairs if (reply.preferred if self._by_options else reply.rank == 1)]
+        kept = [
+            misled for misled, reply in pairs if (reply.preferred if self._by_options else reply.rank == 1)
+        ]
         if not kept:
             raise DePassError(
                 f"the model answers none of {len(prompts)} prompts right without the information; "
@@ -189,30 +191,32 @@ class Truthful:
         for method, several in orders.items():
             for draw in several:
                 for count in self.counts:
-                    for number, (own, order) in enumerate(zip(prompts, draw, strict=True)):
+                    for number, (misled, order) in enumerate(zip(prompts, draw, strict=True)):
                         meant.append((method, count, number))
-                        questions.append(Question(own.prompt.ids, own.answer, own.foil, order[:count]))
-        for number, own in enumerate(prompts):
+                        questions.append(
+                            Question(misled.prompt.ids, misled.answer, misled.foil, order[:count])
+                        )
+        for number, misled in enumerate(prompts):
             meant.append((NONE, 0, number))
-            questions.append(Question(own.plain, own.answer, own.foil))
+            questions.append(Question(misled.plain, misled.answer, misled.foil))
         replies = ask(depass, questions, mask=self.mask, batch_size=self.batch_size)
-        found: dict[tuple[str, int, int], list[Reply]] = {}
+        grouped: dict[tuple[str, int, int], list[Reply]] = {}
         for key, reply in zip(meant, replies, strict=True):
-            found.setdefault(key, []).append(reply)
+            grouped.setdefault(key, []).append(reply)
         return Answers(
-            found,
+            grouped,
             list(self.counts),
             len(prompts),
             self._by_options,
             self.seed,
             {
                 (method, count): [
-                    sum(bool(set(own.false) & set(draw[i][:count])) for draw in several) / len(several)
-                    for i, own in enumerate(prompts)
+                    sum(bool(set(misled.false) & set(draw[i][:count])) for draw in several) / len(several)
+                    for i, misled in enumerate(prompts)
                 ]
                 for method, several in orders.items()
                 for count in self.counts
-                if all(own.false for own in prompts)
+                if all(misled.false for misled in prompts)
             },
         )
 
@@ -281,7 +285,7 @@ def misled_prompts(depass: DePass, task: Task) -> tuple[list[Misled], list[str]]
         DePassError: the tokenizer does not know where tokens stand in the text, or no prompt can be used.
     """
     tokenizer, size = depass.tokenizer, depass.decoder.vocabulary_size
-    found, skipped = [], []
+    prompts, skipped = [], []
     for example in task:
         try:
             texts = [example.prompt, example.variants["plain"]]
@@ -293,12 +297,12 @@ def misled_prompts(depass: DePass, task: Task) -> tuple[list[Misled], list[str]]
             if ids[0] == ids[1]:
                 raise DePassError("the right and the false answer begin with the same token")
             places, false = (_places(prompt, example, role) for role in ("misleading", "false_answer"))
-            found.append(Misled(example, prompt, plain.ids, *ids, places=places, false=false))
+            prompts.append(Misled(example, prompt, plain.ids, *ids, places=places, false=false))
         except DePassError as error:
             skipped.append(f"{example.id}: {error}")
-    if not found:
+    if not prompts:
         raise DePassError(f"no prompt of {task.name} can be used; {skipped[0]}")
-    return found, skipped
+    return prompts, skipped
 
 
 def _places(prompt: Prompt, example: Example, role: str) -> list[int]:
@@ -330,22 +334,22 @@ def blamed_by_depass(
         batch_size: how many prompts go through the model at once.
         progress: show a progress bar.
     """
-    found = depass.attribute(
-        [own.prompt.text for own in prompts],
-        [probe.target("true", own.places[-1]) for own in prompts],
+    attributions = depass.attribute(
+        [misled.prompt.text for misled in prompts],
+        [probe.target("true", misled.places[-1]) for misled in prompts],
         source=Tokens(),
         rule=rule,
         batch_size=batch_size,
         progress=progress,
     )
     orders = []
-    for own, attribution in zip(prompts, found, strict=True):
+    for misled, attribution in zip(prompts, attributions, strict=True):
         scores = {
             span[0]: float(score)
             for span, score in zip(attribution.positions, attribution.scores, strict=True)
             if span is not None
         }
-        orders.append(sorted(own.places, key=lambda place: scores[place]))
+        orders.append(sorted(misled.places, key=lambda place: scores[place]))
     return orders
 
 
@@ -355,21 +359,22 @@ def flagged_by_probe(
     """Order each prompt's misleading tokens by the probe's own logit at them, the least true first."""
     states = hidden_states(
         depass,
-        [own.prompt.text for own in prompts],
+        [misled.prompt.text for misled in prompts],
         layers=[probe.layer],
         position="all",
         batch_size=batch_size,
     )
     true, false = probe.labels.index("true"), probe.labels.index("false")
     orders = []
-    for own, (state,) in zip(prompts, states, strict=True):
+    for misled, (state,) in zip(prompts, states, strict=True):
         logits = probe.logits(state)
         truth = (logits[:, true] - logits[:, false]).tolist()
-        orders.append(sorted(own.places, key=lambda place: truth[place]))
+        orders.append(sorted(misled.places, key=lambda place: truth[place]))
     return orders
 
 
 def _shuffled(prompts: Sequence[Misled], seed: str) -> list[list[int]]:
     return [
-        random.Random(f"mask {seed} {own.example.id}").sample(own.places, len(own.places)) for own in prompts
+        random.Random(f"mask {seed} {misled.example.id}").sample(misled.places, len(misled.places))
+        for misled in prompts
     ]
