@@ -29,10 +29,7 @@ DATA = ROOT / "depass_lightning" / "tasks" / "synthetic"
 # Not yet written by these rules.
 NOT_YET = (
     "depass_lightning/engine",
-    "depass_lightning/faithfulness",
-    "depass_lightning/linear_probes",
     "depass_lightning/logit_lens.py",
-    "depass_lightning/methods",
     "depass_lightning/models",
     "depass_lightning/modules",
     "depass_lightning/monitoring",

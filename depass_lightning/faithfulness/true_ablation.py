@@ -1,6 +1,6 @@
 """What the target's value really loses with one component ablated, one after another.
 
-A component's own output is replaced in a plain pass, and everything after it is computed anew:
+A component's own output is replaced in a plain pass, and everything after it is computed again:
 
 - a head, or a neuron: its part of what the output (down) projection reads;
 - what a block's attention or MLP adds to the residual stream, after any norm that follows it;

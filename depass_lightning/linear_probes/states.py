@@ -108,7 +108,7 @@ def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return at most so many layers, evenly spread; the last is what leaves the last block.
+    """Return at most `count` layers, evenly spread; the last is what leaves the last block.
 
     Args:
         count: the model's number of blocks.

@@ -68,7 +68,9 @@ def train_probes(
         layers: as for `hidden_states`; without the first, of which only tokens are known, by default.
         position: the token whose state is read; negative counts from each text's end.
         batch_size: how many texts go through the model at once.
-        regularisation: as for `train_probe`, and so are `iterations` and `standardise`.
+        regularisation: scikit-learn's `C`: the smaller, the stronger the penalty.
+        iterations: the maximum number of iterations of `saga`.
+        standardise: fit on features of mean zero and variance one.
         seed: of the draw and of the solver.
 
     Raises:
@@ -115,7 +117,10 @@ def fit_probes(
         held_out: the test texts' states.
         held_out_labels: the test texts' labels.
         layers: where the states stand.
-        regularisation: as for `train_probe`, and so are the others.
+        regularisation: scikit-learn's `C`: the smaller, the stronger the penalty.
+        iterations: the maximum number of iterations of `saga`.
+        standardise: fit on features of mean zero and variance one.
+        seed: the seed of the draw and of the solver.
 
     Raises:
         DePassError: there are fewer than ten training texts, or as for `train_probe`.

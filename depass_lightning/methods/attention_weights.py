@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.model_runs import Batch
@@ -20,6 +21,7 @@ from depass_lightning.methods.token_method import TokenBaseline
 class _Attention(TokenBaseline):
     """One pass that keeps each block's probabilities, their mean over heads."""
 
+    @override
     def score(self, batch: Batch) -> Tensor:
         seen: list[Tensor] = []
 
@@ -54,6 +56,7 @@ class MeanAttention(_Attention):
 
     name: ClassVar[str] = "mean_attention"
 
+    @override
     def of(self, layers: list[Tensor]) -> Tensor:
         return torch.stack(layers).mean(0)
 
@@ -68,6 +71,7 @@ class LastLayerAttention(_Attention):
 
     name: ClassVar[str] = "last_layer_attention"
 
+    @override
     def of(self, layers: list[Tensor]) -> Tensor:
         return layers[-1]
 
@@ -82,6 +86,7 @@ class AttentionRollout(_Attention):
 
     name: ClassVar[str] = "attention_rollout"
 
+    @override
     def of(self, layers: list[Tensor]) -> Tensor:
         identity = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype, device=layers[0].device)
         with_residual = [layer + identity for layer in layers]

@@ -1,4 +1,4 @@
-"""What every method has in common: the face, the batches, and how scores become an `Attribution`."""
+"""The interface of attribution methods: batches, and assembling an `Attribution` from scores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from depass_lightning.utils.batching import in_batches
 
 
 class Method(ABC):
-    """A way to score a prompt's components.
+    """A method that scores a prompt's components.
 
     Args:
         depass: the model, with its tokenizer.
@@ -68,9 +68,9 @@ class Method(ABC):
 
         Args:
             prompt: one prompt, or several.
-            target: a token, a contrast, or None for the model's own next token; one for all prompts, or one
-                each.
-            batch_size: how many prompts go through the model at once.
+            target: a token, a contrast, or None for the model's next token; one for all prompts, or one per
+                prompt.
+            batch_size: the number of prompts in one pass.
             progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side.
             attention_mask: 1 at the real positions of `input_ids`.
@@ -79,7 +79,7 @@ class Method(ABC):
             One `Attribution` for one prompt, a list in their order for several or for ids.
 
         Raises:
-            DePassError: as for `DePass.attribute`.
+            DePassError: an argument is invalid; see `DePass.attribute`.
         """
         ids: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         return self._attribute(prompt, target, batch_size=batch_size, progress=progress, **ids)
@@ -94,19 +94,14 @@ class Method(ABC):
         progress: bool,
         **ids: Tensor | None,
     ) -> Any:
-        """Do what `attribute` promises.
-
-        Args:
-            prompt: as for `attribute`, and so are the others.
-            ids: `input_ids` and `attention_mask`.
-        """
+        """Implement `attribute`; `ids` are `input_ids` and `attention_mask`."""
 
 
 class Baseline(Method):
     """A method that DePass is compared with: its scores need not sum to the target's value.
 
-    The model is left exactly as it was found. Components are named as DePass names them; what it has
-    besides, the rest of the state and the bias, a baseline has no score for.
+    The model is not changed. Components have the names that DePass gives them; the rest of the state and the
+    bias have no score.
 
     Args:
         depass: the model, with its tokenizer.
@@ -135,8 +130,8 @@ class Baseline(Method):
             batch: the prompts and their targets.
 
         Returns:
-            As many components as the prompt with the most of them has up to its target's position. What
-            stands behind that position cannot have contributed: it is zero, or left out at the end.
+            Scores of as many components as any prompt has up to its target's position. Components after
+            that position cannot have contributed: they are zero, or left out at the end.
         """
 
     def _attribute(

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.methods.model_runs import Batch, embeddings_replaced
 from depass_lightning.methods.token_method import TokenBaseline
@@ -29,6 +30,7 @@ def embeddings_of(batch: Batch) -> Float[Tensor, "batch position hidden"]:
 class _Gradient(TokenBaseline):
     """One backward pass to the embeddings."""
 
+    @override
     def score(self, batch: Batch) -> Tensor:
         embeddings = embeddings_of(batch)
         with torch.enable_grad(), embeddings_replaced(batch.decoder, embeddings):
@@ -59,6 +61,7 @@ class InputGradient(_Gradient):
 
     name: ClassVar[str] = "input_gradient"
 
+    @override
     def of(self, batch: Batch, embeddings: Tensor, gradients: Tensor) -> Tensor:
         return self.summed(batch, (embeddings * gradients).sum(-1))
 
@@ -73,5 +76,6 @@ class GradientNorm(_Gradient):
 
     name: ClassVar[str] = "gradient_norm"
 
+    @override
     def of(self, batch: Batch, embeddings: Tensor, gradients: Tensor) -> Tensor:
         return self.summed(batch, gradients.square().sum(-1)).sqrt()

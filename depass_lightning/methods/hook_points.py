@@ -1,4 +1,4 @@
-"""Where heads and neurons can be read and masked in a running model: in front of the map behind them."""
+"""Where heads and neurons are read and masked in a running model: before their output projection."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager

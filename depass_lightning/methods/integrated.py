@@ -1,4 +1,4 @@
-"""Integrated gradients: the gradient's mean on the way from no embeddings to the prompt's, times the way.
+"""Integrated gradients: the mean gradient from zero embeddings to the prompt's, times the difference.
 
 Source: Sundararajan et al., "Axiomatic Attribution for Deep Networks" (ICML 2017, arXiv 1703.01365),
 equation 1. The integral is captum's, by Gauss-Legendre quadrature.
@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from captum.attr import IntegratedGradients as Captum
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -21,15 +22,15 @@ from depass_lightning.sources import Source
 def values_from_embeddings(
     embeddings: Tensor, batch: Batch, ids: Tensor, positions: Tensor, wanted: Tensor, signs: Tensor
 ) -> Tensor:
-    """Run the model on embeddings, as captum calls it: every row brings its own target.
+    """Run the model on embeddings, as captum calls it; every row has its target.
 
     Args:
         embeddings: `[row, position, hidden]`.
-        batch: what the rows were made of.
-        ids: `[row, position]` the tokens whose embeddings they are.
-        positions: `[row]` where targets are read.
-        wanted: `[row, 2]` the targets' tokens.
-        signs: `[row, 2]` how these count.
+        batch: the batch that the rows belong to.
+        ids: `[row, position]`, the tokens of the embeddings.
+        positions: `[row]`, the targets' positions.
+        wanted: `[row, 2]`, the targets' tokens.
+        signs: `[row, 2]`, the factors of their logits.
     """
     with embeddings_replaced(batch.decoder, embeddings):
         _, uncapped = run(batch.decoder, ids, positions)
@@ -39,14 +40,13 @@ def values_from_embeddings(
 class IntegratedGradients(TokenBaseline):
     """Integrated gradients from embeddings of zero.
 
-    Its scores sum to the target's value less what that is at embeddings of zero, as far as the steps are
-    fine enough.
+    With enough steps, the scores sum to the target's value minus its value at zero embeddings.
 
     Args:
         depass: the model, with its tokenizer.
         source: `Tokens()` or `Spans(...)`.
-        steps: how many points of the way gradients are taken at.
-        rows: how many of them go through the model at once, all prompts together.
+        steps: the number of points at which gradients are taken.
+        rows: the number of points in one pass, for all prompts together.
 
     Raises:
         DePassError: a number is less than one.
@@ -63,6 +63,7 @@ class IntegratedGradients(TokenBaseline):
         self.steps = steps
         self.rows = rows
 
+    @override
     def score(self, batch: Batch) -> Tensor:
         wanted, signs = batch.wanted()
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""A batch of prompts and its target, run as DePass runs the model: as often as a method needs it."""
+"""A batch of prompts and their targets, and passes of the model under the conditions of DePass."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,7 +36,7 @@ def as_depass_runs(decoder: Decoder) -> Iterator[None]:
 def embeddings_replaced(
     decoder: Decoder, embeddings: Float[Tensor, "batch position hidden"]
 ) -> Iterator[None]:
-    """Let the model go on with other token embeddings than its own; what positions add stays.
+    """Run the model with other token embeddings; position embeddings are still added.
 
     Args:
         decoder: the model.
@@ -73,7 +73,7 @@ def run(
 
 
 class Batch:
-    """Prompts that are scored together: cut behind their targets' positions, and padded on the right.
+    """Prompts that are scored together: cut after their targets' positions, and padded on the right.
 
     Args:
         decoder: the model.
@@ -100,7 +100,7 @@ class Batch:
 
     @property
     def real(self) -> Tensor:
-        """`[batch, position]` which positions are no padding."""
+        """`[batch, position]`, true where a position is not padding."""
         places = torch.arange(self.ids.shape[1], device=self.ids.device)
         return places <= self.positions[:, None]
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.methods.base import Baseline
@@ -63,6 +64,7 @@ class AttributionPatching(ComponentBaseline):
 
     name: ClassVar[str] = "atp"
 
+    @override
     def score(self, batch: Batch) -> Tensor:
         embeddings = embeddings_of(batch)  # a leaf: the model's parameters may be frozen
         with (

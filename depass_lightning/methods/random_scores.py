@@ -27,12 +27,12 @@ def seed_of(ids: Sequence[int], seed: int) -> int:
 
 
 class Random(Baseline):
-    """Scores between 0 and 1, drawn anew for every prompt: its place and its batch do not matter.
+    """Scores between 0 and 1 that depend on the prompt and the seed alone, not on the batch.
 
     Args:
         depass: the model, with its tokenizer.
         source: `Tokens()`, `Spans(...)`, `Heads()` or `Neurons()`.
-        seed: of the draws.
+        seed: the seed of the draws.
     """
 
     name: ClassVar[str] = "random"
@@ -42,6 +42,7 @@ class Random(Baseline):
         super().__init__(depass, source)
         self.seed = seed
 
+    @override
     def score(self, batch: Batch) -> Tensor:
         layers, components = self._components(batch)
         scores = torch.zeros(len(batch.rows), layers, 1 + max(map(max, components)))
@@ -51,7 +52,7 @@ class Random(Baseline):
         return scores
 
     def _components(self, batch: Batch) -> tuple[int, list[list[int]]]:
-        """Return how many layers are scored, and which components of each prompt."""
+        """Return the number of layers, and the components of each prompt."""
         source, decoder = self.source, batch.decoder
         if isinstance(source, Positional):
             both = zip(batch.prompts, batch.rows, strict=True)
@@ -75,7 +76,7 @@ class RandomLastFirst(Random):
     Args:
         depass: the model, with its tokenizer.
         source: `Tokens()` or `Spans(...)`.
-        seed: of the draws.
+        seed: the seed of the draws.
     """
 
     name: ClassVar[str] = "random_last_first"

@@ -1,4 +1,4 @@
-"""Gradient SHAP: gradients at random points between random prompts and the prompt, times the way.
+"""Gradient SHAP: gradients at random points between random prompts and the prompt, times the difference.
 
 Source: Lundberg & Lee, "A Unified Approach to Interpreting Model Predictions" (NeurIPS 2017, arXiv
 1705.07874); Erion et al., "Improving performance of deep learning models with axiomatic attribution priors"
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from captum.attr import GradientShap as Captum
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -27,16 +28,16 @@ from depass_lightning.sources import Source
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw random numbers from a seed inside, and go on outside as if none had been drawn.
+    """Draw random numbers from a seed inside, and restore the random states afterwards.
 
     Args:
         seed: below 2 to the power of 32.
-        device: where numbers are drawn beside the CPU.
+        device: the device, other than the CPU, that numbers are drawn on.
     """
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        np.random.seed(seed)  # captum draws from NumPy's own
+        np.random.seed(seed)  # captum uses NumPy's generator
         try:
             yield
         finally:
@@ -47,14 +48,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 class GradientShap(TokenBaseline):
     """Gradient SHAP with prompts of as many tokens, drawn from the vocabulary, as the background.
 
-    What is drawn depends on the seed and the prompt alone. Captum draws for all rows at once, so each prompt
-    goes by itself.
+    The draws depend on the seed and the prompt alone. Captum draws for all rows at once, so prompts run
+    one by one.
 
     Args:
         depass: the model, with its tokenizer.
         source: `Tokens()` or `Spans(...)`.
-        samples: how many points are drawn, each between the prompt and a random prompt.
-        seed: of the draws.
+        samples: the number of points, each between the prompt and a random prompt.
+        seed: the seed of the draws.
 
     Raises:
         DePassError: there are no samples.
@@ -71,6 +72,7 @@ class GradientShap(TokenBaseline):
         self.samples = samples
         self.seed = seed
 
+    @override
     def score(self, batch: Batch) -> Tensor:
         scores = torch.zeros(batch.ids.shape, dtype=batch.decoder.dtype, device=batch.ids.device)
         wanted, signs = batch.wanted()

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -35,6 +36,7 @@ class _Size(ComponentBaseline):
             raise DePassError(f"{self.name}: positions must be 'all' or 'last'; got {positions!r}")
         self.positions = positions
 
+    @override
     def score(self, batch: Batch) -> Tensor:
         with reading(self.sites) as seen:
             batch.values()
@@ -57,7 +59,7 @@ class _Size(ComponentBaseline):
 
 
 class Norm(_Size):
-    """The L2 norm of what a head or neuron writes into the residual stream, before any norm behind it.
+    """The L2 norm of what a head or neuron writes into the residual stream, before any norm after it.
 
     Args:
         depass: the model, with its tokenizer.
@@ -70,6 +72,7 @@ class Norm(_Size):
 
     name: ClassVar[str] = "norm"
 
+    @override
     def of(self, site: Site, values: Tensor) -> Tensor:
         weight = site.projection.linear(values.dtype).weight.to(values.device)
         slices = weight.view(len(weight), site.count, -1).permute(1, 2, 0)  # component, size, hidden
@@ -79,7 +82,7 @@ class Norm(_Size):
 
 
 class Activation(_Size):
-    """A neuron's own value: what the activation function gives, times what stands beside it.
+    """A neuron's value: the activation function's output, times the up-projection in a gated MLP.
 
     Args:
         depass: the model, with its tokenizer.
@@ -93,5 +96,6 @@ class Activation(_Size):
     name: ClassVar[str] = "activation"
     sources: ClassVar[tuple[type[Source], ...]] = (Neurons,)
 
+    @override
     def of(self, site: Site, values: Tensor) -> Tensor:
         return values.squeeze(-1)

@@ -42,6 +42,6 @@ class TokenBaseline(Baseline):
 
         Args:
             batch: the prompts.
-            each: a number a token; what is padded may be anything.
+            token_scores: a number a token; what is padded may be anything.
         """
         return summed(token_scores, self.owners(batch))[:, None, 1:]

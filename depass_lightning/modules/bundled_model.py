@@ -1,4 +1,4 @@
-"""The embedded model before its training: its vocabulary, its tokenizer and its shape."""
+"""The bundled model before its training: its vocabulary, its tokenizer and its shape."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
+from typing_extensions import override
 
 
 class FineTune(LightningModule):
@@ -57,6 +58,7 @@ class FineTune(LightningModule):
         """Return the logits of every next token."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
+    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the weighted loss of a batch."""
         loss, _ = self._loss(batch, self.label_smoothing)
@@ -64,6 +66,7 @@ class FineTune(LightningModule):
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy of a batch of held-out passages."""
         loss, logits = self._loss(batch)
@@ -88,7 +91,7 @@ class FineTune(LightningModule):
         logits = self(batch["input_ids"], batch["attention_mask"])[:, :-1]
         weights = batch["weights"][:, 1:]
         next_ids = batch["input_ids"][:, 1:]
-        losses = F.cross_entropy(
+        losses = cross_entropy(
             logits.transpose(1, 2).float(), next_ids, reduction="none", label_smoothing=label_smoothing
         )
         return (losses * weights).sum() / weights.sum().clamp(min=1e-8), logits

@@ -26,7 +26,7 @@ class PromptBatches:
     """One process's batches, in the order in which it does them.
 
     It has no length on purpose: Lightning refuses a loader that is empty on one process and not on another,
-    which is what fewer batches than processes come to.
+    as happens with fewer batches than processes.
 
     Args:
         task: the prompts.

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule
+from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.studies.study_result import StudyResult
@@ -40,6 +41,7 @@ class StudyModule(LightningModule):
         self.folder = folder
         self.model = None if depass.decoder.placed else depass.model  # what Lightning moves to the device
 
+    @override
     def predict_step(self, batch: Any, batch_idx: int = 0) -> bool:
         """Run the experiment.
 

@@ -32,7 +32,7 @@ class TextDataModule(LightningDataModule):
         text_weight: weight of the loss on tokens outside the answers, in passages that have answers; 0 trains
             on the answers alone. Passages without answers weigh 1 everywhere.
         answer_weight: weight of the loss on tokens of answers.
-        max_length: longer passages are cut into pieces of so many tokens; None means the model's context.
+        max_length: longer passages are cut into pieces of this many tokens; None means the model's context.
         append_eos: end each passage with the tokenizer's end-of-sequence token; it weighs as an answer where
             the passage ends with one, and never counts for the accuracy.
     """

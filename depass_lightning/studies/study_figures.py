@@ -102,7 +102,7 @@ def _looks(names: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
 
 
 def _grid(count: int, theme: Theme) -> tuple[Figure, list[Axes]]:
-    """Return a figure with so many panels, two in a row."""
+    """Return a figure with panels, two in a row."""
     columns = min(max(count, 1), COLUMNS)
     rows = math.ceil(max(count, 1) / columns)
     figure = Figure(

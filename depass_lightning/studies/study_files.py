@@ -8,7 +8,7 @@ as curves, as clouds of points and as a table. `write_experiment` makes of it, i
 - `points.parquet` (`cloud, group, x, y`) and `points.svg`, where there are clouds;
 - `table.parquet`: the rows of the table; a cell that is an `Interval` takes three columns, `accuracy`,
   `accuracy_low` and `accuracy_high`;
-- `report.html`: one page with everything on it, which needs nothing beside itself.
+- `report.html`: one page with everything on it, which needs no other file.
 
 `terminal_table` shows the rows in a terminal.
 

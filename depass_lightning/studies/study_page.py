@@ -32,7 +32,7 @@ SCRIPT = """"use strict";
 
 
 def experiment_html(experiment: StudyResult) -> str:
-    """Return the page of an experiment; it needs nothing beside itself and asks no other machine.
+    """Return the page of an experiment; it needs no other file and no network.
 
     Args:
         experiment: what was found.

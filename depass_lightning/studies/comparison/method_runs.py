@@ -1,10 +1,10 @@
-"""The paper's comparison of methods: whose scores the answer depends on, of tokens, of heads and of neurons.
+"""The paper's comparison of methods on tokens, heads and neurons.
 
 1. Every method scores the same prompts; how long that takes is its cost (`run_method`).
 2. Of tokens, the highest and the lowest are removed (patch top, recover top); of heads and neurons they are
-   masked. So each method comes to rows of numbers, one a prompt, the prompts in the same order.
-3. A table and curves are made of the rows, with intervals over prompts. DePass is held against each other
-   method on the same prompts: the interval is that of the difference, prompt by prompt (`compare_rows`).
+   masked. So each method has rows of numbers, one per prompt, in the same order of prompts.
+3. A table and curves are made of the rows, with bootstrap 95% CIs. DePass is compared with each other
+   method on the same prompts: the interval is that of the difference per prompt (`compare_rows`).
 
 Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, heads and neurons.
 """
@@ -35,7 +35,7 @@ from depass_lightning.tasks import Example
 from depass_lightning.utils.bootstrap import bootstrap
 from depass_lightning.utils.paired_tests import holm, sign_flip_test
 
-AGAINST = "depass"  # what the other methods are held against
+AGAINST = "depass"  # the method that the others are compared with
 
 TOKEN_METHODS = (
     *("depass", "taylor", "dual", "input_gradient", "gradient_norm", "integrated_gradients"),
@@ -81,11 +81,11 @@ AT = {"mask_top": (1.0, 5.0), "mask_bottom": (5.0, 20.0)}  # the K whose values 
 
 @dataclass(frozen=True)
 class MethodRun:
-    """What one method came to.
+    """The results of one method.
 
     Attributes:
-        rows: one a prompt, with columns of `depass_lightning.storage.ATTRIBUTION_SCHEMA`.
-        seconds: how long the scores took, all prompts together.
+        rows: one per prompt, with columns of `depass_lightning.storage.ATTRIBUTION_SCHEMA`.
+        seconds: the time of scoring all prompts.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -103,12 +103,12 @@ def run_method(
     batch_size: int = 16,
     progress: bool = False,
 ) -> MethodRun:
-    """Score prompts by a method, and measure what its scores are worth.
+    """Score prompts by a method, and measure the scores.
 
     Args:
         method: scores tokens, heads or neurons.
         examples: prompts that the model answers right; see `answered_right`.
-        percents: the K to measure at; by default those of `removal_curves` or `masking_curves`.
+        percents: the percentages to measure at; by default those of `removal_curves` or `masking_curves`.
         zeroed: of tokens, measure with embeddings set to zero too.
         keep_last: of tokens, measure with the last token kept too.
         measures: what else is measured.
@@ -116,7 +116,7 @@ def run_method(
         progress: show progress bars.
 
     Raises:
-        DePassError: as for the method, or for what measures it.
+        DePassError: the method or a measure fails.
     """
     # No random orders, because "random" is a method. Plain passes need less memory than scores.
     options: dict[str, Any] = {"draws": 0, "batch_size": 4 * batch_size, "progress": progress}
@@ -190,7 +190,7 @@ def _correct(table: Sequence[dict[str, Cell]], column: str) -> None:
 
 
 def _check(runs: Mapping[str, MethodRun], against: str) -> None:
-    """Refuse rows that cannot be held against each other."""
+    """Check that all methods have rows of the same prompts."""
     if against not in runs:
         raise DePassError(f"there are no rows of {against!r}; there are those of {', '.join(runs) or 'none'}")
     ids = [row.get("id") for row in runs[against].rows]

@@ -176,7 +176,7 @@ class MethodComparison:
             name=f"paper_{self.components}",
             title=f"Which {self.components} does the answer rest on?",
             model=depass.decoder.name,
-            data=f"{task.name}, {data_name(self.path) or 'the embedded model’s own'}",
+            data=f"{task.name}, {data_name(self.path) or 'the bundled model’s own'}",
             prompts=len(examples),
             seconds=time.perf_counter() - started,
             settings=asdict(self) | {"methods": list(methods), "asked": len(asked), "answered_right": right},
@@ -242,7 +242,7 @@ class MethodComparison:
     def _notes(self, asked: int, right: int, taken: int) -> list[str]:
         judged = "its first token" if self.components == "tokens" else "all tokens of the answer"
         removed = (
-            "Removed tokens are taken out of the prompt, which is encoded anew."
+            "Removed tokens are taken out of the prompt, which is encoded again."
             if self.components == "tokens"
             else f"Masked {self.components} are zero at every position, by hooks; those of all layers are "
             "ranked together."

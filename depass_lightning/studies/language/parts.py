@@ -19,7 +19,7 @@ from depass_lightning.utils.batching import in_batches
 
 @dataclass(frozen=True)
 class Carried:
-    """The parts of prompts' last states, behind the frozen final norm.
+    """The parts of prompts' last states, after the frozen final norm.
 
     Attributes:
         states: `[source, part, prompt, hidden]`: in a subspace, and the rest.

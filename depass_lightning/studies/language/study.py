@@ -8,7 +8,7 @@
 4. Probe both for the language; look in both for the nearest prompt in another language: does it mean the
    same? And draw them by t-SNE, with silhouettes for languages and for meanings.
 
-Beside it stands the same with a probe that was trained on shuffled labels: a subspace of as many directions
+The control is the same with a probe that was trained on shuffled labels: a subspace of as many directions
 that knows nothing about language.
 
 Source: Hong et al., "DePass" (arXiv 2510.18462), the experiment on a language subspace; the control with
@@ -56,7 +56,7 @@ class Language:
     """The language experiment.
 
     Args:
-        path: the task `multilingual`'s file; None lets relations of the embedded model's facts stand in for
+        path: the task `multilingual`'s file; None lets relations of the bundled model's facts stand in for
             languages.
         train_path: texts to train the language probe on, rows `{text, label}`; None as for `path`.
         test_path: texts to judge it on.
@@ -106,7 +106,7 @@ class Language:
             name="paper_language",
             title="Can a state be split into language and meaning?",
             model=depass.decoder.name,
-            data=f"multilingual, {data_name(self.path) or 'relations of the embedded model’s facts'}",
+            data=f"multilingual, {data_name(self.path) or 'relations of the bundled model’s facts'}",
             prompts=len(task),
             seconds=time.perf_counter() - started,
             settings=asdict(self) | self._settings(probes, layers, words, carried),
@@ -114,7 +114,7 @@ class Language:
             table=_table(measured, layers),
             clouds=self._clouds(task, carried.states[2 * best], layers[best]),
             notes=[
-                *self._notes(task, probes.best, measured, words),
+                *self._notes(probes.best, measured, words),
                 *_said(depass, task, tops, layers[best]),
             ],
         )
@@ -222,13 +222,13 @@ class Language:
         return clouds
 
     def _notes(
-        self, task: Task, probe: LinearProbe, measured: Mapping[tuple[int, str], Measures], words: Words
+        self, probe: LinearProbe, measured: Mapping[tuple[int, str], Measures], words: Words
     ) -> list[str]:
         whole = measured[0, WHOLE]
         notes = []
         if self.path is None:
             notes.append(
-                "The embedded model reads English alone: relations play the part of languages here, and "
+                "The bundled model reads English alone: relations play the part of languages here, and "
                 "subjects that of meanings. Nothing of this is a finding about languages."
             )
         notes += [
@@ -237,8 +237,8 @@ class Language:
             f"{probe.fit.majority:.1%}). Its subspace has {len(probe.basis)} directions.",
             "“Random” is the subspace of a probe that was trained on shuffled labels: as many directions, "
             "which know nothing about language.",
-            "All parts are measured at the end, behind the frozen final norm, at the prompt's last token. "
-            "The probe that tells the language is fitted anew for each part, on half of the cases, and "
+            "All parts are measured at the end, after the frozen final norm, at the prompt's last token. "
+            "The probe that tells the language is fitted for each part, on half of the cases, and "
             "judged on the others. A rest from which it still tells the language has more of it than the "
             "split took.",
             "The nearest prompt in another language: cosine, after subtracting the mean over all prompts. By "

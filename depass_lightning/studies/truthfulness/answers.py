@@ -14,7 +14,7 @@ METHODS = (DEPASS, PROBE, RANDOM)
 
 @dataclass(frozen=True)
 class Answers:
-    """All replies, and what they come to.
+    """All replies, and their means.
 
     Attributes:
         replies: by method, number of masked tokens and prompt, one a random draw.

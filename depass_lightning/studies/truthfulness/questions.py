@@ -56,7 +56,7 @@ def ask(
     Args:
         depass: the model.
         questions: what is asked; the same question is asked once.
-        mask: "remove" takes masked tokens out, and what is left is encoded anew, as a prompt of its own.
+        mask: "remove" takes masked tokens out, and what is left is encoded again as a prompt.
             "attention" leaves every token at its place and hides the masked ones from all later ones.
         batch_size: how many go through the model at once.
 

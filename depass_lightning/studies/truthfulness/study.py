@@ -2,11 +2,11 @@
 
 1. Train a truthfulness probe on statements that are true or false, at every layer, and take the layer that
    does best on a part of the training statements.
-2. Put prompts behind misleading information, and attribute the probe's logit at the information's last token,
+2. Put prompts after misleading information, and attribute the probe's logit at the information's last token,
    where a statement ends as in training, to the tokens.
 3. Of the information's tokens, mask those that speak most against "true", and ask again.
-4. Beside it: mask the tokens at which the probe itself reads least truth; as many tokens at random; nothing;
-   and ask without any information.
+4. For comparison: mask the tokens at which the probe itself reads least truth; as many tokens at random;
+   nothing; and ask without any information.
 
 Source: Hong et al., "DePass" (arXiv 2510.18462), the experiment on a token-level subspace.
 """
@@ -36,7 +36,7 @@ from depass_lightning.utils.distributed import from_first
 
 @dataclass(frozen=True)
 class Misled:
-    """A prompt behind misleading information, as the model reads it.
+    """A prompt after misleading information, as the model reads it.
 
     Attributes:
         example: the prompt.
@@ -63,16 +63,16 @@ class Truthful:
 
     Args:
         task: `truthfulqa`, where an answer is right if the right option is more likely than the false one; or
-            `counterfact` behind false statements, where the right answer must be the most likely of all
-            tokens. The embedded model's own `truthfulqa` has no options and is judged like `counterfact`.
-        path: the task's file or data set; None for the embedded model's own.
-        train_path: statements to train the probe on, rows `{text, label}`; None for the embedded model's own.
+            `counterfact` after false statements, where the right answer must be the most likely of all
+            tokens. The bundled model's own `truthfulqa` has no options and is judged like `counterfact`.
+        path: the task's file or data set; None for the bundled model's own.
+        train_path: statements to train the probe on, rows `{text, label}`; None for the bundled model's own.
         test_path: statements to judge it on.
         size: how many prompts at most.
         known: take only prompts that the model answers right without the information: the others cannot be
             misled.
         counts: how many tokens are masked.
-        mask: `remove` takes them out and encodes the rest anew, as the paper's other experiments on tokens
+        mask: `remove` takes them out and encodes the rest again, as the paper's other experiments on tokens
             do; `attention` hides them from all later tokens.
         layers: where probes are tried; None for ten layers, evenly spread.
         rule: how neurons are shared.
@@ -126,7 +126,7 @@ class Truthful:
             name="paper_truthful",
             title="Does masking what the truthfulness probe is traced to undo misleading information?",
             model=depass.decoder.name,
-            data=f"misled {task.name}, {data_name(self.path) or 'the embedded model’s own'}",
+            data=f"misled {task.name}, {data_name(self.path) or 'the bundled model’s own'}",
             prompts=len(prompts),
             seconds=time.perf_counter() - started,
             settings=asdict(self)
@@ -140,7 +140,7 @@ class Truthful:
             },
             panels=results.panels(),
             table=results.table(),
-            notes=[*self._about_prompts(results, tried, skipped), *self._notes(probe, results)],
+            notes=[*self._about_prompts(results, tried, skipped), *self._notes(probe)],
         )
         from_first(lambda: write_experiment(experiment, folder))
         return experiment
@@ -221,7 +221,7 @@ class Truthful:
         )
 
     def _about_prompts(self, results: "Answers", tried: int, skipped: list[str]) -> list[str]:
-        """Say which prompts the numbers are over."""
+        """Return notes on the prompts."""
         notes = []
         if self.known:
             notes.append(
@@ -239,8 +239,8 @@ class Truthful:
             notes.append(f"{len(skipped)} prompts were left out; the first: {skipped[0]}")
         return notes
 
-    def _notes(self, probe: LinearProbe, results: "Answers") -> list[str]:
-        """Say how the numbers were got."""
+    def _notes(self, probe: LinearProbe) -> list[str]:
+        """Return notes on how the numbers were computed."""
         fit = probe.fit
         right = (
             "An answer is right where the right option is more likely than the false one."
@@ -248,7 +248,7 @@ class Truthful:
             else "An answer is right where its first token is the most likely of all."
         )
         masked = (
-            "Masked tokens are removed, and what is left is encoded anew."
+            "Masked tokens are removed, and what is left is encoded again."
             if self.mask == "remove"
             else "Masked tokens stay at their places, and no later token attends to them."
         )
