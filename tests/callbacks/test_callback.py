@@ -408,5 +408,5 @@ def test_nothing_is_written_in_a_fast_dev_run(tmp_path: Path) -> None:
 
 def test_sharded_strategies_are_refused() -> None:
     run: Any = SimpleNamespace(strategy=FSDPStrategy.__new__(FSDPStrategy))
-    with pytest.raises(DePassError, match="FSDPStrategy spreads the model's weights"):
+    with pytest.raises(DePassError, match="FSDPStrategy shards the model's weights"):
         DePassCallback(list(PROMPTS)).setup(run, OwnModule(), "fit")
