@@ -31,8 +31,6 @@ NOT_YET = (
     "depass_lightning/engine",
     "depass_lightning/logit_lens.py",
     "depass_lightning/models",
-    "depass_lightning/modules",
-    "depass_lightning/monitoring",
     "depass_lightning/reports",
     "depass_lightning/results",
     "depass_lightning/sources",
