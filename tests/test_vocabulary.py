@@ -34,8 +34,6 @@ NOT_YET = (
     "depass_lightning/reports",
     "depass_lightning/results",
     "depass_lightning/sources",
-    "depass_lightning/studies",
-    "callbacks",
     "docs/experiments.md",
 )
 
