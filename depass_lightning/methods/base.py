@@ -178,7 +178,7 @@ class Baseline(Method):
         groups = self.source.describe(prompt, self.depass.decoder)
         # No baseline scores what is left of the state.
         components = [component for group in groups for component in group if not component.remainder]
-        if self.source.positional:  # some stand behind the target's position; another prompt may have more
+        if self.source.positional:  # add those after the target's position
             scores = nn.functional.pad(scores, (0, len(components) - scores.shape[1]))
         return Attribution(
             scores=scores.flatten(),
