@@ -2,12 +2,14 @@
 
 from depass_lightning.faithfulness.ablation_agreement import AblationAgreement, Agreement, agreement
 from depass_lightning.faithfulness.accuracy import answered_right
+from depass_lightning.faithfulness.circuits import circuit_scores, circuit_values
 from depass_lightning.faithfulness.component_masking import (
     MASKED,
     ComponentMasking,
     MaskingCurves,
     masking_curves,
 )
+from depass_lightning.faithfulness.datamodeling import LinearDatamodeling
 from depass_lightning.faithfulness.evaluate import (
     ROW_MEASURES,
     Case,
@@ -18,6 +20,7 @@ from depass_lightning.faithfulness.evaluate import (
 )
 from depass_lightning.faithfulness.evidence import Evidence, evidence_found, text_components
 from depass_lightning.faithfulness.metrics import CurveMean, CurvesMean, PromptMean, PromptsMean
+from depass_lightning.faithfulness.soft_removal import SoftRemoval
 from depass_lightning.faithfulness.summary import (
     masking_metrics,
     number_metrics,
@@ -50,12 +53,14 @@ __all__ = [
     "CurvesMean",
     "Evidence",
     "Interval",
+    "LinearDatamodeling",
     "MaskingCurves",
     "Measure",
     "PromptMean",
     "PromptsMean",
     "RemovalCurves",
     "ScoreMeasure",
+    "SoftRemoval",
     "TokenRemoval",
     "ablation_effects",
     "agreement",
@@ -63,6 +68,8 @@ __all__ = [
     "area",
     "bootstrap",
     "check_percents",
+    "circuit_scores",
+    "circuit_values",
     "evaluate",
     "evidence_found",
     "masking_curves",

@@ -58,9 +58,19 @@ def agreement(
     ]
     return Agreement(
         pearson=_correlation(scores.double(), effects.double()),
-        spearman=_correlation(_ranks(scores), _ranks(effects)),
+        spearman=rank_correlation(scores, effects),
         top_overlap=len(highest[0] & highest[1]) / count,
     )
+
+
+def rank_correlation(a: Float[Tensor, "item"], b: Float[Tensor, "item"]) -> float | None:
+    """Return Spearman's rank correlation, ties averaged; None where one of the two is constant.
+
+    Args:
+        a: numbers.
+        b: as many others.
+    """
+    return _correlation(_ranks(a), _ranks(b))
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -181,11 +181,7 @@ def ablation_effects(
         DePassError: the replacement or the components are unknown, references are missing or differ in
             length, or a target is no token.
     """
-    _check(attributions, replacement, references)
-    means: dict[str, Tensor] = {}
-    if replacement == "mean" and attributions:
-        places, _ = places_of(decoder, attributions[0])
-        means = mean_activations(decoder, places, references, 0 if "embedding" in places else start)
+    substitutes = substitutes_of(decoder, attributions, replacement, references, start)
     lengths = [attribution.position + 1 for attribution in attributions]
     kinds = [(decoder.regime(length), length) for length in lengths]
 
@@ -194,12 +190,44 @@ def ablation_effects(
         attribution = attributions[index]
         places, targets = places_of(decoder, attribution)
         with as_depass_runs(decoder):
-            values: Mapping[str, Tensor] = means
-            if replacement == "resample":
-                values = activations(decoder, places, references[index])
+            values = substitutes(index)
             return [_effects(decoder, attribution, places, targets, values, start, batch_size)]
 
     return in_batches(kinds, 1, work, progress, "ablating")
+
+
+def substitutes_of(
+    decoder: Decoder,
+    attributions: Sequence[Attribution],
+    replacement: Replacement,
+    references: Sequence[Sequence[int]],
+    start: int,
+) -> Callable[[int], Mapping[str, Tensor]]:
+    """Return what components are replaced with in the prompt of each attribution, as `replaced` takes it.
+
+    Args:
+        decoder: the model; it is set up to be run (`as_depass_runs`) where the result is called.
+        attributions: whose components are ablated.
+        replacement: what stands in a component's place.
+        references: as for `ablation_effects`.
+        start: the first position that a mean is taken over.
+
+    Raises:
+        DePassError: as for `ablation_effects`.
+    """
+    _check(attributions, replacement, references)
+    means: dict[str, Tensor] = {}
+    if replacement == "mean" and attributions:
+        places, _ = places_of(decoder, attributions[0])
+        means = mean_activations(decoder, places, references, 0 if "embedding" in places else start)
+
+    def substitutes(index: int) -> Mapping[str, Tensor]:
+        if replacement != "resample":
+            return means
+        places, _ = places_of(decoder, attributions[index])
+        return activations(decoder, places, references[index])
+
+    return substitutes
 
 
 def _check(
@@ -236,13 +264,13 @@ def _effects(
 ) -> dict[int, float]:
     """Return one prompt's effects."""
     ids = torch.tensor([attribution.token_ids[: attribution.position + 1]], device=decoder.device)
-    whole = _value(decoder, attribution, ids)
+    whole = target_values(decoder, attribution, ids)
     effects: dict[int, float] = {}
     for first in range(0, len(targets), batch_size):
         chunk = targets[first : first + batch_size]
         masks = _masks(chunk, places, ids.shape[1], start)
         with replaced({key: places[key] for key in masks}, masks, values):
-            losses = whole - _value(decoder, attribution, ids.expand(len(chunk), -1))
+            losses = whole - target_values(decoder, attribution, ids.expand(len(chunk), -1))
         effects |= dict(zip([target.index for target in chunk], losses.tolist(), strict=True))
     return effects
 
@@ -340,8 +368,14 @@ def mean_activations(
     return {key: total / count for key, total in sums.items()}
 
 
-def _value(decoder: Decoder, attribution: Attribution, ids: Tensor) -> Float[Tensor, "row"]:
-    """Return the target's value in each row."""
+def target_values(decoder: Decoder, attribution: Attribution, ids: Tensor) -> Float[Tensor, "row"]:
+    """Return the target's value in each row.
+
+    Args:
+        decoder: the model, already set up to be run (`as_depass_runs`).
+        attribution: its target's tokens and position.
+        ids: `[row, position]` token ids.
+    """
     position = torch.tensor([attribution.position], device=ids.device)
     _, uncapped, _ = decoder.logits(ids, position)
     logits = uncapped[:, 0, attribution.target_ids].to(decoder.dtype)

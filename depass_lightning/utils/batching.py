@@ -47,7 +47,7 @@ def in_batches(
 
     def process_share() -> dict[int, Any]:
         results: dict[int, Any] = {}
-        for batch in track(batches[rank::world], description=description, disable=not progress):
+        for batch in track(batches[rank::world], description=description, disable=not (progress and batches)):
             results.update(zip(batch, work(batch), strict=True))
         return results
 

@@ -240,6 +240,7 @@ def test_methods_are_compared_with_true_ablation(depass: DePass, tmp_path: Path)
         against="atp",
         percents=[0, 20],
         ablations=["zero", "mean"],
+        circuits=True,
     )
     result = study.run(depass, tmp_path)
     assert [row["method"] for row in result.table] == ["atp", "taylor"]
@@ -247,11 +248,31 @@ def test_methods_are_compared_with_true_ablation(depass: DePass, tmp_path: Path)
         f"ablation_{how}_{name}" for how in ("zero", "mean") for name in ("pearson", "spearman", "top")
     } <= {*result.columns()}
     assert "ablation_zero_pearson_p" in result.columns()
+    cpr, cmd = (result.table[1][name] for name in ("cpr", "cmd"))
+    assert isinstance(cpr, Interval)
+    assert isinstance(cmd, Interval)
+    assert cpr.low <= cpr.value <= cpr.high
+    assert cmd.value >= 0
     assert "all of the split held_out" in result.notes[0]
     kept = read_rows(tmp_path / "rows" / "taylor.parquet")
     pearson = bootstrap([row["ablation_zero_pearson"] for row in kept])
     assert result.table[1]["ablation_zero_pearson"] == pearson
     again = study.run(depass, tmp_path)
     assert again.table == result.table
+    more = MethodComparison(
+        size=2,
+        pool=2,
+        methods=["taylor"],
+        against="taylor",
+        zeroed=False,
+        percents=[0, 50],
+        extra=["lds", "soft"],
+    ).run(depass, tmp_path / "tokens")
+    assert {"lds", "soft_sufficiency", "soft_comprehensiveness", "kept_patch_top_area"} <= {*more.columns()}
+    assert not lower_is_better("soft_sufficiency")
+    with pytest.raises(DePassError, match="extra measures are lds, soft"):
+        MethodComparison(extra=["cpr"])  # type: ignore[list-item]
+    with pytest.raises(DePassError, match="not of tokens"):
+        MethodComparison(circuits=True)
     with pytest.raises(DePassError, match="held against occlusion"):
         MethodComparison(methods=["random"], against="occlusion").run(depass, tmp_path / "other")

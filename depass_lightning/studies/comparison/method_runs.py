@@ -28,6 +28,12 @@ from depass_lightning.faithfulness import (
     area,
     evaluate,
 )
+from depass_lightning.faithfulness.circuits import (
+    FRACTIONS,
+    CircuitValues,
+    circuit_scores,
+    circuit_values,
+)
 from depass_lightning.faithfulness.true_ablation import Replacement
 from depass_lightning.methods import Method
 from depass_lightning.studies.study_result import Cell, Curve, Panel
@@ -67,6 +73,7 @@ PANELS: dict[str, tuple[str, str, str]] = {
 NUMBERS = (
     *("comprehensiveness", "sufficiency", "kept_comprehensiveness", "kept_sufficiency"),
     *(f"kept_{name}_log_odds" for name in ("comprehensiveness", "sufficiency")),
+    *("lds", "soft_comprehensiveness", "soft_sufficiency"),
     *("evidence_first", "evidence_auroc"),
     *(
         f"ablation_{replacement}_{number}"
@@ -100,6 +107,7 @@ def run_method(
     zeroed: bool = True,
     keep_last: bool = True,
     measures: Sequence[Measure] = (),
+    circuits: bool = False,
     batch_size: int = 16,
     progress: bool = False,
 ) -> MethodRun:
@@ -112,6 +120,7 @@ def run_method(
         zeroed: of tokens, measure with embeddings set to zero too.
         keep_last: of tokens, measure with the last token kept too.
         measures: what else is measured.
+        circuits: of heads and neurons, measure circuits of rising size, all others at zero.
         batch_size: how many prompts are scored at once.
         progress: show progress bars.
 
@@ -134,6 +143,10 @@ def run_method(
     ]
     measured = evaluate(cases, [*ROW_MEASURES, *removals, *measures], method.depass)
     rows = [{"id": example.id, **columns} for example, columns in zip(examples, measured, strict=True)]
+    if circuits:
+        values = circuit_values(method.depass.decoder, attributions, progress=progress)
+        for row, value in zip(rows, values, strict=True):
+            row["circuit_values"] = [*value.values, value.whole, value.empty]
     return MethodRun(rows, seconds)
 
 
@@ -175,11 +188,21 @@ def compare_rows(
                 differences = _differences(numbers[against], numbers[method], column)
                 row[f"{column}_difference"] = bootstrap(differences, draws=draws) if differences else None
                 row[f"{column}_p"] = sign_flip_test(differences) if differences else None
+        if run.rows[0].get("circuit_values"):
+            row |= _circuits(run.rows, draws)
         row["seconds_per_prompt"] = run.seconds / len(run.rows)
         table.append(row)
     for column in columns:
         _correct(table, f"{column}_p")
     return panels, table
+
+
+def _circuits(rows: Sequence[Mapping[str, Any]], draws: int) -> dict[str, Cell]:
+    """Return CPR and CMD, which are not means over prompts but of means over them."""
+    columns = [row["circuit_values"] for row in rows]
+    values = [CircuitValues(FRACTIONS, kept, whole, empty) for *kept, whole, empty in columns]
+    scores = circuit_scores(values, draws=draws)
+    return {"cpr": scores.cpr, "cmd": scores.cmd}
 
 
 def _correct(table: Sequence[dict[str, Cell]], column: str) -> None:
@@ -252,7 +275,7 @@ def lower_is_better(measure: str) -> bool:
         measure: a column of the table.
     """
     lower = any(part in measure for part in ("patch_top", "mask_top", "sufficiency"))
-    return lower != ("_rank" in measure)
+    return lower != ("_rank" in measure or "soft_" in measure)
 
 
 def notes_on(table: Sequence[Mapping[str, Cell]], against: str = AGAINST) -> list[str]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,14 @@ from depass_lightning import tasks
 from depass_lightning.attribution.question import Question
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness import AblationAgreement, Measure, answered_right, check_percents
+from depass_lightning.faithfulness import (
+    AblationAgreement,
+    LinearDatamodeling,
+    Measure,
+    SoftRemoval,
+    answered_right,
+    check_percents,
+)
 from depass_lightning.faithfulness.true_ablation import Replacement
 from depass_lightning.methods import Method, make_method
 from depass_lightning.prompts import prompts_of
@@ -58,6 +65,7 @@ from depass_lightning.utils.distributed import from_first
 log = logging.getLogger(__name__)
 
 Components = Literal["tokens", "heads", "neurons"]
+Extra = Literal["lds", "soft"]
 
 LISTED: dict[str, tuple[str, ...]] = {
     "tokens": TOKEN_METHODS,
@@ -90,6 +98,8 @@ class MethodComparison:
         keep_last: of tokens, measure with the last token kept too, which takes as many passes again.
         ablations: measure the agreement with true ablation (`AblationAgreement`): any of `zero`, `mean` and
             `resample`, the latter two from the compared prompts themselves.
+        extra: of tokens, further measures: `lds`, the linear datamodeling score, and `soft`, soft removal.
+        circuits: of heads and neurons, measure CPR and CMD of circuits, all others at zero.
         against: the method that the others are held against.
         layer: of heads and neurons, the block; None for all blocks.
         top: of neurons, how many of a block are carried exactly by `depass`, which is many times faster over
@@ -114,6 +124,8 @@ class MethodComparison:
     zeroed: bool = True
     keep_last: bool = True
     ablations: Sequence[Replacement] = ()
+    extra: Sequence[Extra] = ()
+    circuits: bool = False
     against: str = AGAINST
     layer: int | None = None
     top: int | None = None
@@ -127,6 +139,10 @@ class MethodComparison:
             raise DePassError(f"size is {self.size}; compare on one prompt at least")
         if self.percents is not None:
             check_percents(self.percents)
+        if unknown := set(self.extra) - set(get_args(Extra)):
+            raise DePassError(f"extra measures are {', '.join(get_args(Extra))}; got {', '.join(unknown)}")
+        if self.circuits and self.components == "tokens":
+            raise DePassError("circuits are of heads or neurons, not of tokens")
 
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
@@ -167,6 +183,7 @@ class MethodComparison:
                 zeroed=self.zeroed,
                 keep_last=self.keep_last,
                 measures=measures,
+                circuits=self.circuits,
                 batch_size=self.batch_size,
                 progress=progress,
             )
@@ -215,13 +232,18 @@ class MethodComparison:
     def _measures(self, examples: Sequence[Example], progress: bool) -> list[Measure]:
         """Return what is measured besides removal or masking."""
         references = [example.prompt for example in examples]
-        return [
+        options: dict[str, Any] = {"batch_size": 4 * self.batch_size, "progress": progress}
+        extra: list[Measure] = []
+        if "lds" in self.extra:
+            extra.append(LinearDatamodeling(seed=self.seed, **options))
+        if "soft" in self.extra:
+            extra.append(SoftRemoval(seed=self.seed))
+        return extra + [
             AblationAgreement(
                 replacement,
                 references=references,
                 seed=self.seed,
-                batch_size=4 * self.batch_size,  # plain passes need less memory than scores
-                progress=progress,
+                **options,
             )
             for replacement in self.ablations
         ]
@@ -268,7 +290,8 @@ def _keep(path: Path, run: MethodRun) -> None:
     columns = {"index"}.union(*run.rows)
     known = [column for column in ATTRIBUTION_SCHEMA if column.name in columns]
     others = sorted(columns - set(ATTRIBUTION_SCHEMA.names))  # numbers of measures that only a comparison has
-    schema = pa.schema([*known, *(pa.field(name, pa.float64()) for name in others)])
+    types = {name: pa.list_(pa.float64()) if name == "circuit_values" else pa.float64() for name in others}
+    schema = pa.schema([*known, *(pa.field(name, kind) for name, kind in types.items())])
     rows = [{"index": i, **row} for i, row in enumerate(run.rows)]
     schema = schema.with_metadata({SECONDS: str(run.seconds)})
 

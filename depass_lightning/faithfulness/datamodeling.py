@@ -1,0 +1,98 @@
+"""The linear datamodeling score: how well scores predict the answer under random ablations.
+
+Each candidate token or span is kept with probability 1/2. The sum of the kept ones' scores is what scores
+predict, the answer's log-odds in the ablated prompt is what the model gives, and their rank correlation over
+many ablations is the score. The last token is always kept.
+
+Source: Cohen-Wang et al., "ContextCite: Attributing Model Generation to Context" (NeurIPS 2024, arXiv
+2409.00729), after Park et al., "TRAK" (ICML 2023, arXiv 2303.14186).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
+from depass_lightning.faithfulness.ablation_agreement import rank_correlation
+from depass_lightning.faithfulness.evaluate import Case, Columns
+from depass_lightning.faithfulness.evidence import text_components
+from depass_lightning.methods.random_scores import seed_of
+from depass_lightning.results.attribution import Attribution
+
+
+@dataclass(frozen=True)
+class LinearDatamodeling:
+    """The measure `lds`; a case with fewer than two candidates, or constant answers, has none.
+
+    Args:
+        samples: the number of ablated prompts per prompt.
+        seed: of the ablations, which depend on it and on the prompt alone.
+        batch_size: the number of ablated prompts in one pass.
+        progress: show a progress bar.
+
+    Raises:
+        DePassError: there are fewer than two samples.
+    """
+
+    samples: int = 64
+    seed: int = 0
+    batch_size: int = 64
+    progress: bool = False
+
+    name = "linear datamodeling"
+    needs_model = True
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise DePassError(f"a correlation needs two samples at least; got {self.samples}")
+
+    def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
+        """Return the score of every case whose components stand for text and whose target is a token.
+
+        Args:
+            cases: what is measured; the explained token is the answer whose log-odds are followed.
+            depass: the model that was attributed.
+        """
+        columns: list[Columns] = [{} for _ in cases]
+        plans: dict[int, Tensor] = {}
+        prompts: list[AblatedPrompt] = []
+        for index, case in enumerate(cases):
+            candidates = removable(case.attribution)
+            if not case.target_ids or len(candidates) < 2:
+                continue
+            generator = torch.Generator().manual_seed(seed_of(case.attribution.token_ids, self.seed))
+            kept = torch.rand(self.samples, len(candidates), generator=generator) < 0.5
+            plans[index] = kept.double() @ case.attribution.scores[candidates].double()
+            prompts += [_ablated(case, candidates, row.tolist()) for row in kept]
+        readings = answers_of(depass.model, prompts, self.batch_size, self.progress)
+        for number, (index, predicted) in enumerate(plans.items()):
+            rows = readings[number * self.samples : (number + 1) * self.samples]
+            observed = torch.tensor([reading.log_odds for reading in rows], dtype=torch.float64)
+            correlation = rank_correlation(predicted, observed)
+            if correlation is not None:
+                columns[index] = {"lds": correlation}
+        return columns
+
+
+def removable(attribution: Attribution) -> list[int]:
+    """Return the components that stand for text and do not hold the last token.
+
+    Args:
+        attribution: the scores.
+    """
+    ends = [span[1] if span else 0 for span in attribution.positions]
+    return [i for i in text_components(attribution) if ends[i] <= attribution.position]
+
+
+def _ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> AblatedPrompt:
+    attribution = case.attribution
+    removed: set[int] = set()
+    for component, keep in zip(candidates, kept, strict=True):
+        if not keep:
+            removed.update(range(*(attribution.positions[component] or (0, 0))))
+    ids = [attribution.token_ids[i] for i in range(attribution.position + 1) if i not in removed]
+    return AblatedPrompt(ids, [True] * len(ids), case.target_ids[0])
