@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -114,7 +113,7 @@ class AblationAgreement:
     progress: bool = False
     cache: dict[object, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    needs_model: ClassVar[bool] = True
+    needs_model = True
 
     def __post_init__(self) -> None:
         if self.replacement != "zero" and not self.references:

@@ -51,7 +51,7 @@ def test_a_circuit_is_all_that_is_not_zero(model: Any) -> None:
     depass = DePass(model)
     ids = torch.stack([prompt(6), prompt(6, seed=2)])
     found = depass.attribute(input_ids=ids, target=Contrast(7, 11), source=Module("mlp"), rule="max")
-    mean = sum(own.scores for own in found) / 2
+    mean = torch.stack([own.scores for own in found]).mean(0)
     scores = {name: float(mean[found[0].names.index(name)]) for name in found[0].names if "mlp" in name}
     best = max(scores, key=scores.__getitem__)
     results = circuit_values(depass.decoder, found, fractions=[0.2, 0.5, 1.0])

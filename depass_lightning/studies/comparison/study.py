@@ -233,20 +233,15 @@ class MethodComparison:
         """Return what is measured besides removal or masking."""
         references = [example.prompt for example in examples]
         options: dict[str, Any] = {"batch_size": 4 * self.batch_size, "progress": progress}
-        extra: list[Measure] = []
+        measures: list[Measure] = []
         if "lds" in self.extra:
-            extra.append(LinearDatamodeling(seed=self.seed, **options))
+            measures.append(LinearDatamodeling(seed=self.seed, **options))
         if "soft" in self.extra:
-            extra.append(SoftRemoval(seed=self.seed))
-        return extra + [
-            AblationAgreement(
-                replacement,
-                references=references,
-                seed=self.seed,
-                **options,
-            )
-            for replacement in self.ablations
-        ]
+            measures.append(SoftRemoval(seed=self.seed))
+        for replacement in self.ablations:
+            shared = {"references": references, "seed": self.seed, **options}
+            measures.append(AblationAgreement(replacement, **shared))
+        return measures
 
     def _source(self, name: str) -> Source:
         if self.components == "tokens":
