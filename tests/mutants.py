@@ -34,14 +34,14 @@ TESTS = {
     "depass_lightning/engine/mlp.py": "engine/twin engine/batches engine/parallel",
     "depass_lightning/engine/parallel.py": "engine/parallel",
     "depass_lightning/engine/validate.py": "models/families",
-    "depass_lightning/storage/checksums.py": "storage/damage storage/storage",
+    "depass_lightning/storage/checksums.py": "storage/damage",
     "depass_lightning/storage/fingerprint.py": "storage/storage",
     "depass_lightning/storage/run_store.py": "storage/storage storage/damage commands/resume",
-    "depass_lightning/storage/json_files.py": "storage/storage storage/damage",
+    "depass_lightning/storage/json_files.py": "storage/json_files",
     "depass_lightning/storage/manifest.py": "commands/resume storage/damage",
     "depass_lightning/storage/attribution_rows.py": "storage/storage",
     "depass_lightning/storage/shards.py": "storage/storage storage/damage",
-    "depass_lightning/storage/component_states.py": "storage/storage storage/damage",
+    "depass_lightning/storage/component_states.py": "storage/component_states storage/damage",
     "depass_lightning/monitoring/dataloader_prompts.py": "callbacks/callback_loader",
     "depass_lightning/monitoring/history.py": "callbacks/callback",
     "depass_lightning/monitoring/throttle.py": "callbacks/callback_pace",
@@ -65,6 +65,11 @@ exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*", "core/RemoveDecorato
 """
 
 
+def paths_of(tests: str) -> list[str]:
+    """Return the test files that an entry of `TESTS` names."""
+    return [f"tests/{folder}/test_{name}.py" for folder, name in (test.split("/") for test in tests.split())]
+
+
 def survivors(file: str, copy: Path, folder: Path) -> tuple[int, list[str]]:
     """Return how many changes of a file were tried, and those that no test has noticed.
 
@@ -73,10 +78,8 @@ def survivors(file: str, copy: Path, folder: Path) -> tuple[int, list[str]]:
         copy: a copy of the repository, which is changed.
         folder: where the list of changes is kept meanwhile.
     """
-    tests = [
-        f"tests/{folder}/test_{name}.py" for folder, name in (test.split("/") for test in TESTS[file].split())
-    ]
-    command = shlex.join([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests])
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command = shlex.join([*pytest, *paths_of(TESTS[file])])
     config, session = folder / "mutants.toml", folder / "mutants.sqlite"
     config.write_text(CONFIG.format(file=file, command=command), encoding="utf-8")
     session.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import mutants
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "depass_lightning"
@@ -82,3 +83,11 @@ def test_only_commands_know_hydra() -> None:
         if name.split(".")[0] in ("hydra", "omegaconf")
     }
     assert knowing <= {"commands"}
+
+
+def test_the_mutation_run_lists_files_that_exist() -> None:
+    """A file or a test that is renamed would otherwise be missed until the next run, which takes days."""
+    for path, tests in mutants.TESTS.items():
+        assert (ROOT / path).is_file(), path
+        for test in mutants.paths_of(tests):
+            assert (ROOT / test).is_file(), test
