@@ -32,8 +32,6 @@ NOT_YET = (
     "depass_lightning/logit_lens.py",
     "depass_lightning/models",
     "depass_lightning/reports",
-    "depass_lightning/results",
-    "depass_lightning/sources",
     "docs/experiments.md",
 )
 

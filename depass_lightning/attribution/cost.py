@@ -111,7 +111,7 @@ def propagated_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: 
         owners = source.owners(prompt)
         rows = sum(length - owners.index(owner) for owner in set(owners)) + extra * length
         return [rows if layer >= source.layers(layers)[0] else 0 for layer in range(layers - 1)]
-    members, behind = len(source.describe(prompt, decoder)[0]) + extra, source.behind_mlp
+    members, behind = len(source.describe(prompt, decoder)[0]) + extra, source.after_mlp
     if isinstance(source, Neurons):
         if source.layers(layers)[0] >= layers - 2:
             return []  # next to the target none are propagated

@@ -15,7 +15,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.results.decomposition import Decomposition
-from depass_lightning.sources import Neurons, resolve_layer
+from depass_lightning.sources import resolve_layer
 from depass_lightning.utils.batching import in_batches
 
 
@@ -102,7 +102,7 @@ def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> It
 
 def _record_whole(decoder: Decoder, prompts: Sequence[Prompt], settings: Settings) -> Recording:
     (source,) = settings.sources
-    if isinstance(source, Neurons) and source.top is not None:
+    if source.approximate:
         raise DePassError("Neurons(top=) gives scores, not states; leave top out to decompose")
     return record_batch(decoder, prompts, [[len(prompt.ids) - 1] for prompt in prompts], settings)
 
@@ -120,7 +120,7 @@ def _decompositions(
     states = state.dense().unflatten(1, (state.layout.groups, -1))
     rounded = torch.empty(0)
     if settings.rounding:
-        starts, behind = source.layers(recording.layers), source.behind_mlp
+        starts, behind = source.layers(recording.layers), source.after_mlp
         # [batch, group, position, hidden]
         rounded = rounding_states(recording, settings.rule, starts, behind_mlp=behind, stop=layer)
     results = []

@@ -248,7 +248,7 @@ def _rounding(
         by_target.append(
             [
                 torch.stack(
-                    [sums[layer][source.behind_mlp] + last for layer in source.layers(recording.layers)], 1
+                    [sums[layer][source.after_mlp] + last for layer in source.layers(recording.layers)], 1
                 )
                 for source in settings.sources
             ]

@@ -25,7 +25,7 @@ from depass_lightning.engine.variants.paper_code import paper_code_rule
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import IdsLike, Prompt
-from depass_lightning.sources import Neurons, Source, SplitContext
+from depass_lightning.sources import Source, SplitContext
 from depass_lightning.sources.base import is_whole
 
 BiasMode = Literal["component", "drop"]
@@ -109,8 +109,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
-        tops = [source.top for source in self.sources if isinstance(source, Neurons)]
-        if not softmax and any(top is not None for top in tops):
+        if not softmax and any(source.approximate for source in self.sources):
             raise DePassError(
                 "Neurons(top=) approximates rule='softmax' with every constant propagated (bias='component', "
                 "no compat); leave top out"

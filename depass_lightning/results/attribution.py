@@ -1,4 +1,4 @@
-"""What a decomposed pass found out about one prompt: a score for every component, with names."""
+"""The result of one prompt: a score for every component, and what the components are."""
 
 import importlib
 import json
@@ -44,26 +44,26 @@ class Comparison:
 
 @dataclass(eq=False)
 class Attribution:
-    """The scores of one prompt's components for one target: they sum to the model's own value of it.
+    """The scores of one prompt's components for one target; they sum to the model's value of it.
 
     Attributes:
-        scores: each component's part of the value, in logits; float32, on the CPU.
+        scores: each component's contribution to the value, in logits; float32, on the CPU.
         components: what each score belongs to; the last may be the bias.
-        value: the model's own value of the target: a logit, or a difference of two.
+        value: the model's value of the target: a logit, or a difference of two.
         target: the target in words: "' Mary'" or "' Mary' − ' John'".
         text: the prompt, or "" where only token ids were given.
         tokens: the text of the token at each position; together they read like the prompt.
         token_ids: the id at each position.
         offsets: the character span in `text` of each position ((0, 0) for special tokens), if known.
         source: what the state was split into: "tokens".
-        rule: how neurons were shared out: "softmax".
+        rule: how neurons were shared: "softmax".
         layer: the layer at which the state was split.
         position: the position at which the target was read, an index into `tokens`.
-        prediction: the text of the model's own most likely next token there.
+        prediction: the text of the model's most likely next token there.
         probability: the model's probability of the target's token, if the target is one.
         rank: the rank of that token among all, from 1 for the most likely.
         groups: the number of groups of equal size, one after another, that the components fall into: each
-            layer's heads are a split of their own, and each group's scores sum to the value.
+            layer's heads split the state separately, and each group's scores sum to the value.
         target_ids: the ids of the explained tokens, the answer first; empty for a direction.
         method: `depass`, or the name of the method that made the scores; those of other methods need not sum
             to the value.
@@ -128,9 +128,9 @@ class Attribution:
 
     @property
     def completeness(self) -> float:
-        """How far the scores' sum is from `value`, relative to the larger of |value| and the top |score|.
+        """The completeness error: |sum of scores - value|, relative to the larger of |value| and top |score|.
 
-        Of several groups, the worst one's.
+        With several groups, the largest of theirs.
         """
         if not len(self.scores):
             return 0.0 if self.value == 0 else 1.0
@@ -141,19 +141,19 @@ class Attribution:
 
     @property
     def correct(self) -> bool | None:
-        """Whether the target's token is the model's own most likely one; None where its rank is not known."""
+        """Whether the target's token is the model's most likely one; None where its rank is not known."""
         return None if self.rank is None else self.rank == 1
 
     def grid(self) -> Float[Tensor, "group component"]:
-        """Return the scores group by group: of all layers' heads a row a layer; each sums to the value."""
+        """Return the scores with one row per group, such as a layer's heads; each row sums to the value."""
         return self.scores.view(self.groups, -1)
 
     def top(self, k: int, absolute: bool = False) -> list[tuple[str, float]]:
         """Return the names and scores of the `k` components with the largest scores, the largest first.
 
         Args:
-            k: how many at most.
-            absolute: rank by size whatever the sign.
+            k: the largest number of components.
+            absolute: rank by absolute value.
         """
         return [(self.components[i].label, self.scores[i].item()) for i in self.ranked(k, absolute)]
 
@@ -162,7 +162,7 @@ class Attribution:
 
         Args:
             k: the largest number of indices.
-            absolute: rank by size whatever the sign.
+            absolute: rank by absolute value.
         """
         scores = self.scores.abs() if absolute else self.scores
         return torch.sort(scores, descending=True, stable=True).indices[: max(k, 0)].tolist()
@@ -170,9 +170,8 @@ class Attribution:
     def words(self) -> "Attribution":
         """Return the same attribution with the pieces of each word summed into one component.
 
-        Punctuation marks and special tokens stay components of their own, and so does everything that
-        stands for no position, such as the bias. Where the offsets or the text are not known, a word begins
-        at a token that begins with a space.
+        Punctuation marks, special tokens and components without a position, such as the bias, stay as they
+        are. Where the offsets or the text are not known, a word begins at a token that begins with a space.
         """
         if self.offsets is not None and self.text:
             word_of = word_tokens(self.text, self.offsets)
@@ -197,24 +196,30 @@ class Attribution:
         return Component("span", self.text_of(span), span=span)
 
     def text_of(self, positions: tuple[int, int] | None) -> str:
-        """Return the text of a token range [start, end), from the prompt where its place there is known.
+        """Return the text of a token range, from the prompt where its offsets are known.
 
-        A character that is spread over several tokens can be read in the prompt alone.
+        Only the prompt shows a character that is spread over several tokens.
+
+        Args:
+            positions: the range [start, end); None for no text.
         """
         start, end = positions or (0, 0)
         joined = "".join(self.tokens[start:end])
         if end - start < 2 or not self.text or self.offsets is None:
             return joined
-        found = self.text[self.offsets[start][0] : self.offsets[end - 1][1]]
-        return " " + found if joined.startswith(" ") and not found.startswith(" ") else found
+        text = self.text[self.offsets[start][0] : self.offsets[end - 1][1]]
+        return " " + text if joined.startswith(" ") and not text.startswith(" ") else text
 
     def without(self, names: str | Iterable[str]) -> "Attribution":
-        """Return the attribution less every component of the given names.
+        """Return the attribution without every component that has one of some names.
 
-        The value stays the model's own, so `completeness` shows how much was left out.
+        The value stays the model's, so `completeness` shows how much was left out.
+
+        Args:
+            names: one name, or several.
 
         Raises:
-            DePassError: if no component has one of the names, or groups would be left of unequal size.
+            DePassError: no component has one of the names, or the groups left would differ in size.
         """
         dropped = {names} if isinstance(names, str) else set(names)
         if unknown := sorted(dropped - set(self.names)):
@@ -228,8 +233,11 @@ class Attribution:
     def compare(self, other: "Attribution") -> Comparison:
         """Compare the scores (before) with another attribution's (after), component by component.
 
+        Args:
+            other: over the same components.
+
         Raises:
-            DePassError: if the two are not over the same components.
+            DePassError: the two are not over the same components.
         """
         if self.names != other.names:
             raise DePassError(
@@ -248,9 +256,7 @@ class Attribution:
         )
 
     def positive_fraction(self, ranges: Sequence[tuple[int, int]]) -> float:
-        """Return the part of all positive score that lies on some characters of the text.
-
-        It lies on the components whose text overlaps them.
+        """Return the fraction of all positive score on the components that overlap some character ranges.
 
         Args:
             ranges: the character ranges [start, end) of `text`. White space around a component's text does
@@ -260,7 +266,7 @@ class Attribution:
             A number from 0 to 1; 0 where no score is positive.
 
         Raises:
-            DePassError: if the tokens' places in the text are not known, or a range lies outside of it.
+            DePassError: the tokens' offsets in the text are not known, or a range lies outside of it.
         """
         on = self.overlapping(ranges)
         positive = self.scores.double().clamp(min=0)
@@ -268,10 +274,13 @@ class Attribution:
         return positive[on].sum().item() / total if total else 0.0
 
     def overlapping(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
-        """Return the indices of the components whose text overlaps the given character ranges of the prompt.
+        """Return the indices of the components whose text overlaps character ranges of the prompt.
+
+        Args:
+            ranges: the character ranges [start, end) of `text`.
 
         Raises:
-            DePassError: if the tokens' places in the text are not known, or a range lies outside of it.
+            DePassError: the tokens' offsets in the text are not known, or a range lies outside of it.
         """
         if self.offsets is None or not self.text:
             raise DePassError(
@@ -287,7 +296,7 @@ class Attribution:
         ]
 
     def _characters(self) -> list[tuple[int, int]]:
-        """Return the characters that each component stands for, white space around them left out."""
+        """Return each component's character range, without the white space around it."""
         offsets, spans = self.offsets or [], []
         for position in self.positions:
             covered = [(s, e) for s, e in offsets[slice(*position)] if e > s] if position else []
@@ -301,8 +310,11 @@ class Attribution:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the attribution to one safetensors file: the scores as a tensor, the rest in its header.
 
+        Args:
+            path: the file, which is written whole or not at all.
+
         Raises:
-            DePassError: if `metadata` holds something that JSON cannot.
+            DePassError: `metadata` holds something that JSON cannot.
         """
         record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         record |= {"scores": None, "components": to_columns(self.components)}
@@ -315,10 +327,13 @@ class Attribution:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Attribution":
-        """Read an attribution that `save` wrote, every field as it was.
+        """Read an attribution that `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
-            DePassError: if the file is no saved attribution, or one of another version's format.
+            DePassError: the file is no saved attribution, or one of another version's format.
         """
         name = os.fspath(path)
         try:
@@ -345,7 +360,7 @@ class Attribution:
     # jinja2 take longer to import than an attribution takes to compute.
 
     def show(self) -> None:
-        """Show the attribution where one is: as a panel in a notebook, in colours in a terminal."""
+        """Show the attribution: as a panel in a notebook, in colours in a terminal."""
         if _in_notebook():
             # A kernel brings IPython; the library does not ask for it.
             shown = importlib.import_module("IPython.display")
@@ -363,16 +378,20 @@ class Attribution:
         return attribution_html(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that shows the attribution: one file, which needs no network."""
+        """Write a page that shows the attribution: one file, which needs no network.
+
+        Args:
+            path: the page's file.
+        """
         from depass_lightning.reports.page import write_page
 
         write_page(path, [self], title=f"What the model bases {self.target} on")
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
-        """Draw the tokens coloured by score, a map of layers and heads, or bars; write it to `path` if given.
+        """Draw the tokens coloured by score, a map of layers and heads, or bars.
 
         Args:
-            path: the picture's file; its ending (.png, .svg, .pdf) chooses the format.
+            path: the picture's file, with the format as its ending (.png, .svg, .pdf); None writes none.
         """
         from depass_lightning.reports.component_figures import attribution_figure
         from depass_lightning.reports.figures import save_figure
@@ -384,13 +403,13 @@ class Attribution:
 
 
 def _listing(names: Sequence[str], most: int = 20) -> str:
-    """Return the distinct names as they would be typed, a long list cut."""
+    """Return the distinct names in quotes, a long list cut."""
     distinct = list(dict.fromkeys(names))
     return ", ".join(map(repr, distinct[:most])) + (", ..." if len(distinct) > most else "")
 
 
 def _first_difference(one: Sequence[str], other: Sequence[str]) -> str:
-    """Say where two lists of names part."""
+    """Describe the first difference of two lists of names."""
     for i, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return f"component {i} is {a!r} in one and {b!r} in the other"
@@ -412,7 +431,7 @@ def _centred_ranks(scores: Float[Tensor, " component"]) -> Float[Tensor, " compo
 
 
 def _in_notebook() -> bool:
-    """Say whether the code runs in a notebook's kernel, without importing IPython where nobody has."""
+    """Return whether the code runs in a notebook's kernel, without importing IPython."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and getattr(shell, "kernel", None) is not None

@@ -1,4 +1,4 @@
-"""Several targets of one prompt, explained together: the same components, a score for each target."""
+"""Several targets of one prompt: the same components, a score for each target."""
 
 import os
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from depass_lightning.results.component import Component
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attributions(Sequence[Attribution]):
-    """The scores of one prompt's components for several targets: a sequence of an `Attribution` a target.
+    """The scores of one prompt's components for several targets: a sequence of one `Attribution` per target.
 
     Attributes:
-        attributions: one a target, in the targets' order, all over the same components.
+        attributions: one per target, in their order, all over the same components.
 
     Raises:
         DePassError: there are none, or their components differ.
@@ -54,13 +54,13 @@ class Attributions(Sequence[Attribution]):
 
     @property
     def scores(self) -> Float[Tensor, "target component"]:
-        """Each component's part of each target's value."""
-        return torch.stack([own.scores for own in self])
+        """Each component's contribution to each target's value."""
+        return torch.stack([attribution.scores for attribution in self])
 
     @property
     def values(self) -> Float[Tensor, "target"]:
-        """The model's own value of each target."""
-        return torch.tensor([own.value for own in self])
+        """The model's value of each target."""
+        return torch.tensor([attribution.value for attribution in self])
 
     @property
     def names(self) -> list[str]:
@@ -75,12 +75,12 @@ class Attributions(Sequence[Attribution]):
     @property
     def targets(self) -> list[str]:
         """Each target in words."""
-        return [own.target for own in self]
+        return [attribution.target for attribution in self]
 
     @property
     def completeness(self) -> Float[Tensor, "target"]:
-        """How far each target's scores are from summing to its value, as in `Attribution`."""
-        return torch.tensor([own.completeness for own in self])
+        """Each target's completeness error, as in `Attribution`."""
+        return torch.tensor([attribution.completeness for attribution in self])
 
     @property
     def text(self) -> str:
@@ -94,12 +94,12 @@ class Attributions(Sequence[Attribution]):
 
     def words(self) -> "Attributions":
         """Return the same with the pieces of each word summed into one component, as `Attribution.words`."""
-        return Attributions([own.words() for own in self])
+        return Attributions([attribution.words() for attribution in self])
 
     # The pictures are imported where they are drawn, as in `Attribution`.
 
     def show(self) -> None:
-        """Show the scores as a matrix in a terminal: a row a component, a column a target."""
+        """Print the scores as a matrix: one row per component, one column per target."""
         from rich.console import Console
 
         from depass_lightning.reports.matrix import score_matrix
@@ -108,7 +108,11 @@ class Attributions(Sequence[Attribution]):
         console.print(score_matrix(self, console.width))
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page with all scores as a matrix, a row a target: one file, which needs no network."""
+        """Write a page with all scores as a matrix, one row per target: one file, which needs no network.
+
+        Args:
+            path: the page's file.
+        """
         from depass_lightning.reports.page import write_matrix_page
 
         write_matrix_page(path, self, title=self._title())

@@ -1,9 +1,8 @@
-"""What a state is split into before it is carried through the rest of the model."""
+"""Sources: what a state is split into before it is propagated through the rest of the model."""
 
 from depass_lightning.sources.base import Source, SplitContext, resolve_layer
-from depass_lightning.sources.directions import load_subspace
 from depass_lightning.sources.sublayers import Heads, Module, Neurons
-from depass_lightning.sources.subspaces import Components, Subspace
+from depass_lightning.sources.subspaces import Components, Subspace, load_subspace
 from depass_lightning.sources.tokens import Spans, Tokens
 
 __all__ = [

@@ -1,5 +1,4 @@
-"""What every source shares: where it begins, what its components are called, and how a carry of them
-begins."""
+"""What every source shares: the layers of its components, their description, and how they begin."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.engine.adjoint import BlockGradients, TargetGradient
 from depass_lightning.engine.component_groups import ComponentGroup, DenseGroup
@@ -26,10 +26,10 @@ from depass_lightning.results.component import Component
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is a whole number, of Python or of another library.
+    """Return whether a value is a whole number, of Python or of another library.
 
     Args:
-        value: anything; True and False are none.
+        value: anything; True and False are no whole numbers.
     """
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -40,10 +40,10 @@ def resolve_layer(layer: int, layers: int, what: str) -> int:
     Args:
         layer: a block's index; negative counts from the end.
         layers: the model's number of blocks.
-        what: what asks for it, for the error.
+        what: the name of the argument or class, for the error.
 
     Raises:
-        DePassError: it is no whole number, or the model has no such layer.
+        DePassError: the layer is no whole number, or the model has no such layer.
     """
     if not is_whole(layer):
         raise DePassError(f"{what}: layer is {layer!r}, a {type(layer).__name__}; it must be a whole number")
@@ -57,15 +57,15 @@ def resolve_layer(layer: int, layers: int, what: str) -> int:
 
 @dataclass(frozen=True)
 class SplitContext:
-    """What a source must know of the pass that it begins.
+    """The pass that a source begins.
 
     Args:
         prompts: the batch.
-        bias: a component of constants is carried along; it is the first of each group.
-        competing: the rule makes components compete.
-        release: components begin as in the published code, faults included.
+        bias: whether a component of constants is propagated too, as the first of each group.
+        competing: whether components compete for neurons under the rule.
+        release: whether components begin as in the published code, faults included.
         budget: working memory.
-        spread: the processes that the components are spread over, if they are.
+        spread: the processes that share the components; None for one process.
     """
 
     prompts: Sequence[Prompt]
@@ -77,20 +77,29 @@ class SplitContext:
 
 
 class Source(ABC):
-    """Splits a recorded state into components that sum to it."""
+    """Splits a recorded state into components that sum to it.
+
+    Attributes:
+        kind: the source's name: `tokens`, `heads`.
+        positional: whether the components are positions of the prompt, each of them zero before it begins.
+    """
 
     kind: ClassVar[str]
-    # Whether the components are positions of the prompt, each of them zero before it begins.
     positional: ClassVar[bool] = False
 
     @property
-    def behind_mlp(self) -> bool:
-        """Whether the components begin behind a block's MLP."""
+    def after_mlp(self) -> bool:
+        """Whether the components begin after a block's MLP."""
+        return False
+
+    @property
+    def approximate(self) -> bool:
+        """Whether scores are approximated, so that there are no states of all components."""
         return False
 
     @abstractmethod
     def layers(self, count: int) -> list[int]:
-        """The blocks at or in which groups of components begin, in order.
+        """Return the blocks at or in which groups of components begin, in order.
 
         Args:
             count: the model's number of blocks.
@@ -99,8 +108,8 @@ class Source(ABC):
             DePassError: the model has no such layer.
         """
 
-    def per_layer(self, count: int) -> "Sequence[Source]":
-        """The sources whose groups are carried to a target one after another; together they are this one.
+    def per_layer(self, count: int) -> "Sequence[Source]":  # noqa: ARG002
+        """Return sources that are propagated one after another; together they are this one.
 
         Args:
             count: the model's number of blocks.
@@ -109,19 +118,45 @@ class Source(ABC):
 
     @abstractmethod
     def split(self, recording: Recording, settings: SplitContext) -> Injection:
-        """Begin the components of a recorded batch."""
+        """Split a recorded batch's state into components.
+
+        Args:
+            recording: the recorded pass.
+            settings: what else the source needs of the pass.
+
+        Returns:
+            The components, which the engine takes where they begin.
+        """
 
     @abstractmethod
     def entry_scores(
         self, recording: Recording, settings: SplitContext, layer: int, derivative: TargetGradient
     ) -> Float[Tensor, "batch component"] | None:
-        """The scores of the components that begin at the entry of a block, the bias component's first."""
+        """Score the components that begin at a block's input, the bias component first.
+
+        Args:
+            recording: the recorded pass.
+            settings: what else the source needs of the pass.
+            layer: the block.
+            derivative: the target's gradient at the block's input.
+
+        Returns:
+            None where no components begin there.
+        """
 
     @abstractmethod
     def inside_scores(
         self, derivatives: BlockGradients, settings: SplitContext
     ) -> Float[Tensor, "batch component"] | None:
-        """The scores of the group that begins inside a block, the bias component's first, if one does."""
+        """Score the group that begins inside a block, the bias component first.
+
+        Args:
+            derivatives: the target's gradients inside the block.
+            settings: what the source needs of the pass.
+
+        Returns:
+            None where no group begins there.
+        """
 
     @abstractmethod
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
@@ -141,8 +176,13 @@ class Source(ABC):
 
 @dataclass
 class GroupInjection:
-    """Groups of components that live at every position and begin inside blocks, or at the entry of the
-    first."""
+    """Groups of components at every position that begin inside blocks, or at the first one's input.
+
+    Args:
+        source: what the state is split into.
+        recording: the recorded pass.
+        settings: what else the source needs of the pass.
+    """
 
     source: "GroupSource"
     recording: Recording
@@ -150,9 +190,15 @@ class GroupInjection:
 
     @property
     def first(self) -> int:
+        """The first block at or in which a group begins."""
         return self.source.layers(self.recording.layers)[0]
 
     def at_entry(self, recording: Recording) -> DecomposedState | None:
+        """Return the components that begin at the first block's input, if any do.
+
+        Args:
+            recording: the recorded pass.
+        """
         components = self.source.entering(recording, self.first, self.settings)
         if components is None:
             return None
@@ -162,6 +208,12 @@ class GroupInjection:
         return self.begin(recording, group, positions)
 
     def inside(self, block: FrozenBlock, place: Place) -> ComponentGroup | None:
+        """Return the group that begins inside a block, if one does.
+
+        Args:
+            block: the block.
+            place: where in it.
+        """
         if block.index not in self.source.layers(self.recording.layers):
             return None
         begun = self.source.inside(block, place, self.settings)
@@ -173,12 +225,19 @@ class GroupInjection:
     def begin(
         self, recording: Recording, group: ComponentGroup, positions: Int[Tensor, "batch position"]
     ) -> DecomposedState:
+        """Return the state of a group alone.
+
+        Args:
+            recording: the recorded pass.
+            group: the components.
+            positions: which positions are propagated.
+        """
         real = positions < recording.lengths[:, None]
         bias = 0 if self.settings.bias else None
         return DecomposedState.begin(group, real, positions, bias=bias, budget=self.settings.budget)
 
     def _with_bias(self, group: ComponentGroup, constants: Tensor) -> ComponentGroup:
-        """Put the bias component in front, with the constants that belong to no component from the start."""
+        """Put the bias component first, with the constants that belong to no component from the start."""
         return group.prepend(constants) if self.settings.bias else group
 
 
@@ -186,11 +245,13 @@ Begun = tuple[ComponentGroup, Float[Tensor, "batch position hidden"] | None]
 
 
 class GroupSource(Source):
-    """A source whose components live at every position."""
+    """A source whose components are present at every position."""
 
+    @override
     def split(self, recording: Recording, settings: SplitContext) -> Injection:
         return GroupInjection(self, recording, settings)
 
+    @override
     def entry_scores(
         self, recording: Recording, settings: SplitContext, layer: int, derivative: TargetGradient
     ) -> Tensor | None:
@@ -199,6 +260,7 @@ class GroupSource(Source):
             return None
         return with_constants(derivative.of(components), derivative.constants, settings)
 
+    @override
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor | None:
         places: tuple[tuple[Place, TargetGradient], ...] = (
             ("resid_mid", derivatives.resid_mid),
@@ -221,16 +283,35 @@ class GroupSource(Source):
         return None
 
     def entering(self, recording: Recording, layer: int, settings: SplitContext) -> Tensor | None:
-        """The components `[batch, component, position, hidden]` at the entry of the first block, if there."""
-        return None
+        """Return the components at the input of the first block.
+
+        Args:
+            recording: the recorded pass.
+            layer: the first block.
+            settings: what else the source needs of the pass.
+
+        Returns:
+            `[batch, component, position, hidden]`, or None where none begin there.
+        """
 
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
-        """The components that begin inside a block, and constants that belong to none of them."""
-        return None
+        """Return the components that begin inside a block, and constants that belong to none of them.
+
+        Args:
+            block: the block.
+            place: where in it.
+            settings: what the source needs of the pass.
+        """
 
 
 def with_constants(
     scores: Float[Tensor, "batch component"], constants: Float[Tensor, "batch"], settings: SplitContext
 ) -> Float[Tensor, "batch component"]:
-    """Put the bias component's score in front, where there is one."""
+    """Put the bias component's score first, where there is one.
+
+    Args:
+        scores: of the other components.
+        constants: the bias component's score.
+        settings: whether there is one.
+    """
     return torch.cat([constants[:, None], scores], 1) if settings.bias else scores

@@ -12,7 +12,7 @@ from depass_lightning.utils.words import word_tokens
 Unit = Literal["word", "sentence", "paragraph", "turn"]
 
 _ENDS = {
-    # A sentence ends behind its closing marks; Chinese, Japanese and Hindi have marks of their own.
+    # A sentence ends after its closing marks; Chinese, Japanese and Hindi have other marks.
     "sentence": re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？।]+|\n+"),
     "paragraph": re.compile(r"\n\s*\n"),
 }
@@ -37,16 +37,16 @@ _CLOSES = re.compile(r"\[/INST\]|<</SYS>>|\[/(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TO
 def segment(
     prompt: Prompt, by: Unit | Sequence[tuple[int, int]], unit: Literal["character", "token"]
 ) -> list[list[int]]:
-    """Group positions; the first stands alone, and what given ranges leave out comes last.
+    """Group positions: the first one alone, then the groups, then all that ranges leave out.
 
     Args:
         prompt: the prompt.
-        by: what makes a group: a kind of text, or ranges.
-        unit: what given ranges count.
+        by: a unit of text, or ranges.
+        unit: what the ranges count.
 
     Raises:
-        DePassError: the kind is unknown, the text or the tokens' offsets are not known, turns are asked for
-            and the prompt has no marker of one, or ranges overlap, are empty or out of range.
+        DePassError: the unit of text, the text or the tokens' offsets are not known, the prompt has no marker
+            of turns, or ranges overlap, are empty or out of range.
     """
     groups = _by_text(prompt, by) if isinstance(by, str) else _by_ranges(prompt, by, unit)
     alone = [[position for position in group if position > 0] for group in groups]
@@ -64,19 +64,19 @@ def _by_text(prompt: Prompt, by: str) -> list[list[int]]:
         )
     if by == "word":
         numbers = word_tokens(prompt.text, prompt.offsets)
-        return [[i for i, own in enumerate(numbers) if own == number] for number in sorted(set(numbers))]
+        return [[i for i, word in enumerate(numbers) if word == number] for number in sorted(set(numbers))]
     borders = _turns(prompt) if by == "turn" else [match.end() for match in _ENDS[by].finditer(prompt.text)]
     groups: list[list[int]] = [[] for _ in range(len(borders) + 1)]
     for position, (start, end) in enumerate(prompt.offsets):
-        # A token belongs where its own first visible character stands.
-        own = prompt.text[start:end]
-        at = start + len(own) - len(own.lstrip()) if own.strip() else start
-        groups[sum(at >= border for border in borders)].append(position)
+        # A token belongs to the group of its first visible character.
+        text = prompt.text[start:end]
+        first = start + len(text) - len(text.lstrip()) if text.strip() else start
+        groups[sum(first >= border for border in borders)].append(position)
     return [group for group in groups if group]
 
 
 def _turns(prompt: Prompt) -> list[int]:
-    """The characters at which turns begin."""
+    """Return the characters at which turns begin."""
     text = prompt.text
     begins = {match.start() for match in _OPENS.finditer(text)}
     begins |= {match.end() for match in _CLOSES.finditer(text)} if begins else set()
@@ -88,7 +88,8 @@ def _turns(prompt: Prompt) -> list[int]:
         )
     ordered = sorted(begins)
     # White space alone, as after a last [/INST], is no turn.
-    return [own for own, end in zip(ordered, [*ordered[1:], len(text)], strict=True) if text[own:end].strip()]
+    ends = [*ordered[1:], len(text)]
+    return [start for start, end in zip(ordered, ends, strict=True) if text[start:end].strip()]
 
 
 def _is_range(value: object) -> bool:

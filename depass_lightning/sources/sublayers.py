@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.engine.adjoint import BlockGradients
 from depass_lightning.engine.component_groups import DenseGroup, NeuronGroup
@@ -27,10 +28,11 @@ from depass_lightning.sources.base import (
 
 @dataclass(frozen=True)
 class _Blockwise(GroupSource):
-    """A source with one group of components in one block, or in each."""
+    """A source with one group of components in one block, or in every block."""
 
     layer: int | None = None
 
+    @override
     def layers(self, count: int) -> list[int]:
         if self.layer is None:
             return list(range(count))
@@ -42,12 +44,13 @@ class Heads(_Blockwise):
     """The state before a block's attention, and what each of its heads adds.
 
     Args:
-        layer: the block; None takes every block in one sweep, each a group whose components compete only
-            among themselves, as if it had been run alone.
+        layer: the block; None takes every block in one pass, each with a group whose components compete only
+            among themselves, as in a pass of that block alone.
     """
 
     kind: ClassVar[str] = "heads"
 
+    @override
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
         if place != "resid_mid":
             return None
@@ -60,8 +63,9 @@ class Heads(_Blockwise):
             total = mixed if total is None else mixed + total
         return DenseGroup(torch.cat([block.resid_pre[:, None], heads], 1)), total
 
+    @override
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
-        """Without ever building a head's state: its score is its values times the derivative by them."""
+        # A head's score is its values times the gradient with respect to them: no head's state is built.
         block, middle = derivatives.block, derivatives.resid_mid
         values, constants = block.attention.head_values(block.resid_pre)
         scores = (values * derivatives.heads).sum((1, 3))
@@ -74,6 +78,7 @@ class Heads(_Blockwise):
             total = total + (block.attention.bias_terms * middle.states).sum((1, 2))
         return with_constants(torch.cat([state[:, None], scores], 1), total, settings)
 
+    @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         return block_components(tuple(self.layers(len(decoder.blocks))), "head", range(decoder.heads))
 
@@ -84,7 +89,7 @@ class Module(_Blockwise):
 
     Args:
         module: `attention` or `mlp`.
-        layer: the block; None takes every block in one sweep.
+        layer: the block; None takes every block in one pass.
     """
 
     layer: int | None = None
@@ -98,39 +103,42 @@ class Module(_Blockwise):
         object.__setattr__(self, "layer", layer)
 
     @property
-    def behind_mlp(self) -> bool:
+    @override
+    def after_mlp(self) -> bool:
         return self.module == "mlp"
 
+    @override
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
-        if place != ("resid_post" if self.behind_mlp else "resid_mid"):
+        if place != ("resid_post" if self.after_mlp else "resid_mid"):
             return None
         if self.module == "attention":
             return DenseGroup(torch.stack([block.resid_pre, block.attention_output], 1)), None
         return DenseGroup(torch.stack([block.resid_post - block.mlp_output, block.mlp_output], 1)), None
 
+    @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         return block_components(tuple(self.layers(len(decoder.blocks))), self.module, None)
 
 
 @dataclass(frozen=True)
 class Neurons(_Blockwise):
-    """What each neuron of a block's MLP adds, and the rest of the state behind the MLP.
+    """What each neuron of a block's MLP adds, and the rest of the state after the MLP.
 
-    Many components are carried, so a competing rule takes each block's group by itself, however many are
-    asked for. What it holds then is neurons x tokens x hidden x 4 bytes in float32 (for 11008 neurons, 100
+    Because the components are many, a competing rule propagates the groups of several blocks one after
+    another. Memory is then neurons x tokens x hidden x 4 bytes in float32 (for 11008 neurons, 100
     tokens and 4096 hidden 18 GB), in a temporary file where that is more than half of the free memory; see
     `engine/memory.py`. Neurons of the last block before the target, and of the one before it, need nothing
     of that size.
 
     Args:
-        layer: the block; None takes every block, each a group of its own.
+        layer: the block; None takes every block, each with a separate group.
         indices: the neurons that are components; by default all.
-        top: under the softmax rule, an approximation that is many times faster: the largest neurons of each
-            block are carried exactly, the others to first order (`engine/variants/top_neurons.py`). It is
-            made with `top` and with twice as many; the scores are the latter's, and
-            `metadata["approximation"]` says how far the two are apart (over several blocks the worst). The
-            last two blocks before the target are exact. Scores always sum to the target's value, so
-            completeness says nothing about the error.
+        top: under the softmax rule, an approximation that is many times faster: this number of each
+            block's largest neurons is propagated exactly, the others to first order
+            (`engine/variants/top_neurons.py`). It is made with `top` and with twice `top`; the scores are the
+            latter's, and `metadata["approximation"]` is the difference between the two (over several blocks
+            the largest). The last two blocks before the target are exact. Scores always sum to the target's
+            value, so completeness does not measure the error.
 
     Raises:
         DePassError: `top` is not a positive number.
@@ -143,17 +151,25 @@ class Neurons(_Blockwise):
     def __post_init__(self) -> None:
         if self.top is not None and not (is_whole(self.top) and self.top >= 1):
             raise DePassError(
-                f"Neurons: top is {self.top!r}; carry a whole number of them exactly, at least one, or "
-                "leave it out for all"
+                f"Neurons: top is {self.top!r}; give the number of neurons to propagate exactly, at "
+                "least 1, or leave it out for all"
             )
 
     @property
-    def behind_mlp(self) -> bool:
+    @override
+    def after_mlp(self) -> bool:
         return True
 
+    @property
+    @override
+    def approximate(self) -> bool:
+        return self.top is not None
+
+    @override
     def per_layer(self, count: int) -> "Sequence[Neurons]":
         return [replace(self, layer=layer) for layer in self.layers(count)]
 
+    @override
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
         if place != "resid_post":
             return None
@@ -165,8 +181,9 @@ class Neurons(_Blockwise):
             rest = rest - block.mlp_output
         return NeuronGroup(rest[:, None], values, weights.T[None]), None
 
+    @override
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
-        """Without ever building a neuron's state: its score is its value times the derivative by it."""
+        # A neuron's score is its value times the gradient with respect to it: no neuron's state is built.
         mlp, after = derivatives.block.mlp, derivatives.resid_post
         scores = (mlp.activations * derivatives.activations).sum(1)
         total = (derivatives.block.resid_post * after.states).sum((1, 2))
@@ -175,6 +192,7 @@ class Neurons(_Blockwise):
         rest = total - scores.sum(1)
         return with_constants(torch.cat([rest[:, None], scores], 1), after.constants, settings)
 
+    @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         widths = {decoder.blocks[layer].mlp.width for layer in self.layers(len(decoder.blocks))}
         width = min(widths)

@@ -1,12 +1,18 @@
-"""A state split by what it is made of: subspaces, or any components that sum to it."""
+"""A state split by its content: subspaces, which a file may hold, or any components that sum to it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.engine.record import Recording
 from depass_lightning.errors import DePassError
@@ -17,14 +23,14 @@ from depass_lightning.sources.base import GroupSource, SplitContext, resolve_lay
 
 
 def directions_of(basis: Any) -> Float[Tensor, "direction hidden"]:
-    """Read directions from what people have them in.
+    """Return directions from any of the forms that they are kept in.
 
     Args:
         basis: a vector or a matrix of rows (a tensor, an array or lists), a fitted scikit-learn probe
             (`coef_`), or a sparse autoencoder (`W_dec`).
 
     Raises:
-        DePassError: there are no directions in it.
+        DePassError: it holds no directions.
     """
     for attribute in ("coef_", "W_dec"):
         if hasattr(basis, attribute):
@@ -48,15 +54,15 @@ def directions_of(basis: Any) -> Float[Tensor, "direction hidden"]:
 
 @dataclass(frozen=True)
 class Subspace(GroupSource):
-    """The state's part in a subspace, or in each of several, and the rest.
+    """The state's projection onto a subspace, or onto several, and the rest.
 
-    Several subspaces are projected onto one by one; where they are not orthogonal the rest makes up for it.
+    Several subspaces are projected onto independently; where they are not orthogonal, the rest compensates.
 
     Args:
         layer: the block whose input is split; negative counts from the end.
         basis: directions that span the subspace, in any length: a vector, a matrix of rows, a fitted
             scikit-learn probe, a sparse autoencoder; or a list of these for several subspaces.
-        names: what the subspaces are called.
+        names: the subspaces' labels.
     """
 
     layer: int
@@ -64,6 +70,7 @@ class Subspace(GroupSource):
     names: Sequence[str] | None = None
     kind: ClassVar[str] = "subspace"
 
+    @override
     def layers(self, count: int) -> list[int]:
         return [resolve_layer(self.layer, count, "Subspace")]
 
@@ -75,6 +82,7 @@ class Subspace(GroupSource):
         )
         return [directions_of(entry) for entry in (self.basis if several else [self.basis])]
 
+    @override
     def entering(self, recording: Recording, layer: int, settings: SplitContext) -> Tensor:
         state = recording.state(layer)
         parts = []
@@ -89,6 +97,7 @@ class Subspace(GroupSource):
         rest = state - torch.stack(parts).sum(0)
         return torch.stack([*parts, rest], 1)
 
+    @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         count = len(self.bases)
         names = (
@@ -102,6 +111,43 @@ class Subspace(GroupSource):
         return [[*parts, Component("rest", "rest")]]
 
 
+def load_subspace(path: str | os.PathLike[str], layer: int) -> Subspace:
+    """Read a `Subspace` from a file of directions.
+
+    Args:
+        path: a `.safetensors` file, where each tensor spans a subspace of the tensor's name; or a `.npy` file
+            with one array, whose subspace has the file's name. Each is a direction `[hidden]` or a matrix
+            `[direction, hidden]`.
+        layer: the block whose input is split; negative counts from the end.
+
+    Raises:
+        DePassError: there is no such file, or it holds no directions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DePassError(f"there is no file {path} of directions")
+    if path.suffix not in (".safetensors", ".npy"):
+        raise DePassError(
+            f"{path.name} is neither a .safetensors nor a .npy file; save the directions as one"
+        )
+    try:
+        if path.suffix == ".npy":
+            tensors = {path.stem: torch.from_numpy(np.load(path, allow_pickle=False))}
+        else:
+            tensors = load_file(path)
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise DePassError(f"{path.name} cannot be read: {error}") from error
+    if not tensors:
+        raise DePassError(f"{path.name} holds no directions")
+    bases = []
+    for name, tensor in tensors.items():
+        try:
+            bases.append(directions_of(tensor))
+        except DePassError as error:
+            raise DePassError(f"{path.name}, {name!r}: {error}") from error
+    return Subspace(layer, bases, names=list(tensors))
+
+
 @dataclass(frozen=True, eq=False)
 class Components(GroupSource):
     """Any components that sum to the state at a layer.
@@ -110,7 +156,7 @@ class Components(GroupSource):
         layer: the block whose input is split; negative counts from the end.
         tensor: `[component, position, hidden]`, or one such tensor for each prompt in the call's order, in a
             list or in one tensor that is padded on the right.
-        names: what the components are called.
+        names: the components' labels.
     """
 
     layer: int
@@ -118,24 +164,26 @@ class Components(GroupSource):
     names: Sequence[str] | None = None
     kind: ClassVar[str] = "components"
 
+    @override
     def layers(self, count: int) -> list[int]:
         return [resolve_layer(self.layer, count, "Components")]
 
+    @override
     def entering(self, recording: Recording, layer: int, settings: SplitContext) -> Tensor:
         state = recording.state(layer)
         lengths = recording.lengths.tolist()
         split = state.new_zeros(len(state), self._of(settings.prompts[0]).shape[0], *state.shape[1:])
         for row, (prompt, length) in enumerate(zip(settings.prompts, lengths, strict=True)):
-            # What stands behind the target was cut off, and what stands behind the prompt is padding.
-            given = self._of(prompt)[:, :length].to(state)
-            if given.shape[1] < length:
+            # Positions after the target were cut off; those after the prompt are padding.
+            components = self._of(prompt)[:, :length].to(state)
+            if components.shape[1] < length:
                 raise DePassError(
-                    f"Components: the tensor for {prompt.name} has {given.shape[1]} positions, but the state "
-                    f"has {length}; give [component, position, hidden]"
+                    f"Components: the tensor for {prompt.name} has {components.shape[1]} positions, but the "
+                    f"state has {length}; give [component, position, hidden]"
                 )
-            split[row, :, :length] = given
-            own = state[row, :length]
-            error = float((split[row, :, :length].sum(0) - own).norm() / own.norm())
+            split[row, :, :length] = components
+            total = state[row, :length]
+            error = float((components.sum(0) - total).norm() / total.norm())
             if not error < 1e-4:
                 raise DePassError(
                     f"Components: they do not sum to the state of {prompt.name} at layer {layer} (relative "
@@ -144,30 +192,32 @@ class Components(GroupSource):
         return split
 
     def _of(self, prompt: Prompt) -> Float[Tensor, "component position hidden"]:
-        """One prompt's own components."""
-        given = self.tensor
-        if isinstance(given, Tensor) and given.ndim == 3:
-            return given
-        if not isinstance(given, Tensor) and not (
-            isinstance(given, Sequence) and all(isinstance(own, Tensor) for own in given)
+        """Return one prompt's components."""
+        tensors = self.tensor
+        if isinstance(tensors, Tensor) and tensors.ndim == 3:
+            return tensors
+        if not isinstance(tensors, Tensor) and not (
+            isinstance(tensors, Sequence) and all(isinstance(tensor, Tensor) for tensor in tensors)
         ):
             raise DePassError(
-                f"Components: tensor is a {type(given).__name__}; give [component, position, hidden], or a "
+                f"Components: tensor is a {type(tensors).__name__}; give [component, position, hidden], or a "
                 "list of such tensors, one for each prompt"
             )
-        if not prompt.index < len(given):
+        if not prompt.index < len(tensors):
             raise DePassError(f"Components: there is no tensor for {prompt.name}; give one for each prompt")
-        return given[prompt.index]
+        return tensors[prompt.index]
 
+    @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
-        given = self._of(prompt)
+        tensor = self._of(prompt)
         expected = [len(prompt.ids), decoder.hidden_size]
-        if given.ndim != 3 or given.shape[2] != expected[1]:
+        if tensor.ndim != 3 or tensor.shape[2] != expected[1]:
             raise DePassError(
-                f"Components: the tensor's shape for {prompt.name} is {tuple(given.shape)}, but its state at "
-                f"layer {self.layer} is [position, hidden] = {expected}; give [component, position, hidden]"
+                f"Components: the tensor's shape for {prompt.name} is {tuple(tensor.shape)}, but its state "
+                f"at layer {self.layer} is [position, hidden] = {expected}; give [component, position, "
+                "hidden]"
             )
-        count = len(given)
+        count = len(tensor)
         names = (
             list(self.names) if self.names is not None else [f"component {index}" for index in range(count)]
         )

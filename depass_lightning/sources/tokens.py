@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.engine.adjoint import BlockGradients, TargetGradient
 from depass_lightning.engine.component_groups import ComponentGroup
@@ -15,7 +16,6 @@ from depass_lightning.engine.packing import token_layout
 from depass_lightning.engine.propagate import Injection, Place
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.state import DecomposedState
-from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.results.component import Component
@@ -24,16 +24,16 @@ from depass_lightning.sources.segments import Unit, segment
 
 
 def summed(
-    each: Float[Tensor, "batch position"], owners: Int[Tensor, "batch position"]
+    scores: Float[Tensor, "batch position"], owners: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch component"]:
-    """Return the sum of each component's positions.
+    """Return the sum over each component's positions.
 
     Args:
-        each: a number a position.
-        owners: which component each belongs to.
+        scores: one score per position.
+        owners: the component of each position.
     """
-    sums = each.new_zeros(len(each), int(owners.max()) + 1)
-    return sums.scatter_add_(1, owners.to(each.device), each)
+    sums = scores.new_zeros(len(scores), int(owners.max()) + 1)
+    return sums.scatter_add_(1, owners.to(scores.device), scores)
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,51 @@ class Positional(Source):
     exclude_first: bool = True
     positional: ClassVar[bool] = True
 
+    @override
     def layers(self, count: int) -> list[int]:
         return [resolve_layer(self.layer, count, type(self).__name__)]
 
     def owners(self, prompt: Prompt) -> list[int]:
-        """Which component each position belongs to; the first position is component 0, alone."""
+        """Return the component of each position; the first position alone is component 0.
+
+        Args:
+            prompt: the prompt.
+        """
         raise NotImplementedError
 
     def owner_table(
         self, prompts: Sequence[Prompt], lengths: Sequence[int], positions: int, *, first: int
     ) -> Int[Tensor, "batch position"]:
-        """Every position's component; padding, which is on the right, belongs to component 0.
+        """Return every position's component; padding, which is on the right, belongs to component 0.
 
         Args:
             prompts: the batch.
-            lengths: how many positions of each prompt take part.
-            positions: how many there are with padding.
-            first: the number of the first position's component: 1 where component 0 is something else.
+            lengths: the number of positions of each prompt that take part.
+            positions: the number of positions with padding.
+            first: the index of the first position's component: 1 where the bias is component 0.
         """
         table = torch.zeros(len(prompts), positions, dtype=torch.long)
         for row, prompt, length in zip(table, prompts, lengths, strict=True):
             row[:length] = torch.tensor(self.owners(prompt)[:length]) + first
         return table
 
+    @override
     def entry_scores(
         self, recording: Recording, settings: SplitContext, layer: int, derivative: TargetGradient
     ) -> Tensor:
-        each = (recording.state(layer) * derivative.states).sum(-1)
+        products = (recording.state(layer) * derivative.states).sum(-1)  # batch, position
         lengths, offset = recording.lengths.tolist(), int(settings.bias)
-        scores = summed(each, self.owner_table(settings.prompts, lengths, each.shape[1], first=offset))
+        owners = self.owner_table(settings.prompts, lengths, products.shape[1], first=offset)
+        scores = summed(products, owners)  # batch, component
         if settings.bias:
             scores[:, 0] += derivative.constants
         return scores
 
+    @override
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> None:
         return None
 
+    @override
     def split(self, recording: Recording, settings: SplitContext) -> Injection:
         return _PositionInjection(self, self.layers(recording.layers)[0], settings)
 
@@ -90,15 +99,17 @@ class Tokens(Positional):
 
     Args:
         layer: the block whose input is split; negative counts from the end.
-        exclude_first: under the competing rules the first token, on which attention rests by default, takes
-            no share of any MLP behind its own position.
+        exclude_first: whether, under the competing rules, the first token (an attention sink) gets no
+            share of any MLP at later positions.
     """
 
     kind: ClassVar[str] = "tokens"
 
+    @override
     def owners(self, prompt: Prompt) -> list[int]:
         return list(range(len(prompt.ids)))
 
+    @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         tokens = enumerate(prompt.tokens)
         return [[Component("token", text, index=i, span=(i, i + 1)) for i, text in tokens]]
@@ -106,17 +117,18 @@ class Tokens(Positional):
 
 @dataclass(frozen=True)
 class Spans(Positional):
-    """The tokens of a word, a sentence or any given range together are a component.
+    """The tokens of a word, a sentence or a range together are one component.
 
-    Few components are carried however long the prompt is. The first position stays a component of its own,
-    and tokens that no given range covers are one more, named "rest". A span's score is its own: components
-    share neurons by their sum, so it is not the sum of its tokens' scores.
+    Few components are propagated, whatever the prompt's length. The first position is a separate
+    component, and tokens that no range covers form one more, "rest". A span's score is not the sum of its
+    tokens' scores: neurons are shared by what the components sum to.
 
     Args:
         by: `word`, `sentence`, `paragraph` or `turn` (of a chat), or ranges `[(start, end), ...]`.
-        unit: what given ranges count: `character` of the prompt's text, or `token`.
+        unit: what the ranges count: `character` of the prompt's text, or `token`.
         layer: the block whose input is split; negative counts from the end.
-        exclude_first: as for `Tokens`.
+        exclude_first: whether, under the competing rules, the first token gets no share of any MLP at later
+            positions.
     """
 
     by: Unit | Sequence[tuple[int, int]] = "word"
@@ -125,6 +137,7 @@ class Spans(Positional):
     exclude_first: bool = field(default=True, kw_only=True)
     kind: ClassVar[str] = "spans"
 
+    @override
     def owners(self, prompt: Prompt) -> list[int]:
         owners = [0] * len(prompt.ids)
         for component, tokens in enumerate(segment(prompt, self.by, self.unit)):
@@ -132,6 +145,7 @@ class Spans(Positional):
                 owners[position] = component
         return owners
 
+    @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         components = []
         for index, tokens in enumerate(segment(prompt, self.by, self.unit)):
@@ -146,7 +160,7 @@ class Spans(Positional):
 
 @dataclass(frozen=True)
 class _PositionInjection:
-    """Begins the components of positions at the entry of one block."""
+    """Begins the components of positions at the input of one block."""
 
     source: Positional
     first: int
@@ -177,11 +191,11 @@ class _PositionInjection:
         index = torch.where(real, index, layout.rows)
         rows[index.to(state.device)] = state
         rows[-1] = 0  # padding wrote here
-        at = torch.arange(positions, device=state.device).expand(batch, -1)
-        return DecomposedState(layout, rows, at, self.settings.budget)
+        everywhere = torch.arange(positions, device=state.device).expand(batch, -1)
+        return DecomposedState(layout, rows, everywhere, self.settings.budget)
 
     def _start_positions(self, owners: Tensor, lengths: Tensor) -> Tensor:
-        """The first position of each component; the bias component begins with the prompt."""
+        """Return the first position of each component; the bias component begins with the prompt."""
         batch, positions = owners.shape
         start_positions = torch.full((batch, int(owners.max()) + 1), positions)
         position = torch.arange(positions).expand(batch, -1)
@@ -192,7 +206,7 @@ class _PositionInjection:
         return start_positions
 
     def inside(self, block: FrozenBlock, place: Place) -> None:
-        return None
+        """No component of a position begins inside a block."""
 
     def begin(self, recording: Recording, group: ComponentGroup, positions: Tensor) -> DecomposedState:
-        raise DePassError("positions begin at a block's entry only")
+        raise NotImplementedError("positions begin at a block's input only")
