@@ -26,7 +26,7 @@ from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
-from depass_lightning.targets import Contrast, Direction, ProbeLogit, Token
+from depass_lightning.targets import Contrast, Direction, LogOdds, ProbeLogit, Token
 
 __all__ = [
     "AttentionSpec",
@@ -44,6 +44,7 @@ __all__ = [
     "FamilySpec",
     "Generation",
     "Heads",
+    "LogOdds",
     "MLPSpec",
     "Module",
     "Neurons",

@@ -21,8 +21,10 @@ from depass_lightning.attribution.settings import (
     AttributeOptions,
     BiasMode,
     DecomposeOptions,
+    GeneratedTarget,
     RuleOptions,
     Settings,
+    check_choices,
     checked,
     settings_of,
 )
@@ -167,8 +169,9 @@ class DePass:
                 several targets from one recorded pass. For several prompts it is one for all, a list with one
                 per prompt, or a list with a list for each prompt.
             source: what the state is split into; by default `Tokens()`.
-            rule: how neurons are shared: softmax (the default), max, relu, linear, taylor or dual.
+            rule: how neurons are shared: softmax (by default), max, relu, linear, taylor, half, shap or dual.
             temperature: of the softmax rule, by default 0.1.
+            score_weight: of attention's scores under shap, from 0 (which is half) to 1; by default 0.5.
             bias: `component` (the default) scores constants as a component, so that scores sum to the value;
                 `drop` leaves them out.
             compat: `paper_code` reproduces the published code, with its quirks; by default None.
@@ -335,9 +338,11 @@ class DePass:
         prompt: str | None = None,
         *,
         max_new_tokens: int = 20,
+        target: GeneratedTarget = "token",
         source: Tokens | None = None,
         rule: RuleName = "softmax",
         rule_temperature: float = 0.1,
+        score_weight: float = 0.5,
         bias: BiasMode = "component",
         attention_path: AttentionPath = "content",
         input_ids: IdsLike | None = None,
@@ -348,9 +353,12 @@ class DePass:
         Args:
             prompt: one prompt.
             max_new_tokens: the most tokens to generate.
+            target: what is explained of each token: `token`, its logit; `centred`, its logit less the mean
+                logit; `log_odds`, its log-odds against all others.
             source: the tokens of which layer; by default `Tokens()`.
             rule: how neurons are shared, as in `attribute`.
             rule_temperature: of the softmax rule.
+            score_weight: of the shap rule.
             bias: whether constants have a component of their own, as in `attribute`.
             attention_path: `content` or `control`, as in `attribute`.
             input_ids: `[1, position]` the prompt's ids instead.
@@ -361,11 +369,17 @@ class DePass:
                 context, or `generate` refuses an argument.
         """
         settings = self._settings(
-            source, rule=rule, temperature=rule_temperature, bias=bias, attention_path=attention_path
+            source,
+            rule=rule,
+            temperature=rule_temperature,
+            score_weight=score_weight,
+            bias=bias,
+            attention_path=attention_path,
         )
+        check_choices(target=target)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
-        return generate(self.decoder, self.tokenizer, prompts, settings, arguments)
+        return generate(self.decoder, self.tokenizer, prompts, settings, arguments, target)
 
     @checked
     def estimate(

@@ -22,6 +22,7 @@ TESTS = {
     "depass_lightning/engine/attention.py": "engine/twin engine/batches",
     "depass_lightning/engine/state.py": "engine/twin engine/batches",
     "depass_lightning/engine/control.py": "engine/linear_rules engine/adjoint",
+    "depass_lightning/engine/score_path.py": "engine/linear_rules",
     "depass_lightning/engine/frozen.py": "engine/twin models/families",
     "depass_lightning/engine/component_groups.py": "engine/twin_sources engine/neurons",
     "depass_lightning/engine/isolation.py": "engine/isolation engine/untouched",

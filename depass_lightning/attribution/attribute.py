@@ -14,6 +14,7 @@ from depass_lightning.attribution.question import Question, Readout
 from depass_lightning.attribution.scoring import Scores, score
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import alone
+from depass_lightning.engine.rules import ShapRule
 from depass_lightning.errors import DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
@@ -188,6 +189,8 @@ def _metadata(decoder: Decoder, prompt: Prompt, settings: Settings) -> dict[str,
     metadata: dict[str, Any] = {"model": decoder.name, "bias": settings.bias_mode}
     if settings.rule_name == "softmax":
         metadata["temperature"] = getattr(settings.rule, "temperature", None)
+    if isinstance(settings.rule, ShapRule):
+        metadata["score_weight"] = settings.rule.uniform
     if settings.compat:
         metadata["compat"] = settings.compat
     return metadata | prompt.notes()

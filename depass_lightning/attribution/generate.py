@@ -24,7 +24,7 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, continued
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Tokens
-from depass_lightning.targets import Token
+from depass_lightning.targets import AnswerTarget, answer_target
 from depass_lightning.utils.tokenization import continuation
 
 
@@ -34,6 +34,7 @@ def generate(
     prompts: list[Prompt],
     settings: Settings,
     arguments: Mapping[str, Any],
+    kind: AnswerTarget = "token",
 ) -> Generation:
     """Generate a continuation of a prompt, and attribute every token of it.
 
@@ -43,6 +44,7 @@ def generate(
         prompts: one prompt.
         settings: how the pass is made, for one source.
         arguments: of the model's own `generate`, `max_new_tokens` among them.
+        kind: what is explained of each token: its logit, that less the mean logit, or its log-odds.
 
     Raises:
         DePassError: there are several prompts, the source is not `Tokens`, the text would be longer than the
@@ -67,7 +69,7 @@ def generate(
     text = continued(prompt, ids, tokenizer)
     # The token after a position is that position's target.
     questions = [
-        Question.of(decoder, tokenizer, text, Token(token, position=count - 1 + index))
+        Question.of(decoder, tokenizer, text, answer_target(token, kind, count - 1 + index))
         for index, token in enumerate(ids)
     ]
     ((results,),) = attribute_batch(decoder, tokenizer, [questions], settings)

@@ -15,13 +15,14 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.sources import Source, resolve_layer
 from depass_lightning.targets import (
-    Contrast,
     Direction,
+    LogitSum,
+    LogitTarget,
     Target,
-    Token,
     finite,
     inner_reading,
     target_ids,
+    target_name,
 )
 from depass_lightning.utils.tokenization import token_text
 
@@ -35,8 +36,8 @@ class Question:
         target: the target as it was passed.
         position: the index of the token at which the target is read.
         layer: the block whose input is read; the number of blocks for the last block's output.
-        ids: the token whose logit is explained, and its foil for a contrast; None for the model's own next
-            token, which only the pass shows, and for a vector.
+        ids: the token whose logit is explained, and those that it is compared with; None for the model's own
+            next token, which only the pass shows, and for a vector.
         vector: `[hidden]` what the state is multiplied with, for a target inside the model.
         constant: what is added to that product.
     """
@@ -72,7 +73,7 @@ class Question:
                 layer that does not exist or that components do not reach.
         """
         position, layers = prompt.resolve_position(target.position), len(decoder.blocks)
-        if isinstance(target, (Token, Contrast)):
+        if isinstance(target, LogitTarget):
             text = prompt.text_until(position)
             ids = target_ids(target, text, tokenizer, decoder.vocabulary_size)
             return cls(prompt, target, position, layers, ids=ids)
@@ -136,8 +137,9 @@ class ModelAnswer:
         name: the target in words.
         value: the model's value of the target.
         prediction: the text of the model's most likely next token.
-        ids: the tokens whose logits are explained; empty for a target inside the model.
-        probability: the model's probability of the first of them.
+        ids: the tokens that the target names, the explained one first; empty for a target inside the model.
+        logits: the sum of logits that the target is; None for a target inside the model.
+        probability: the model's probability of the first token.
         rank: its rank among all tokens, from 1 for the most likely.
     """
 
@@ -145,6 +147,7 @@ class ModelAnswer:
     value: float
     prediction: str
     ids: list[int]
+    logits: LogitSum | None = None
     probability: float | None = None
     rank: int | None = None
 
@@ -167,15 +170,19 @@ class ModelAnswer:
         Raises:
             DePassError: the value is not finite.
         """
-        best = int(logits.argmax())
-        ids = [best] if question.ids is None else question.ids
-        name = " − ".join(repr(token_text(token, tokenizer)) for token in ids)
-        values = uncapped[ids]
+        best, target, ids = int(logits.argmax()), question.target, question.ids
+        assert isinstance(target, LogitTarget)
+        if ids is None:
+            text = question.prompt.text_until(question.position)
+            ids = target_ids(target, text, tokenizer, len(logits), best)
+            assert ids is not None
+        name, summed = target_name(target, ids, tokenizer), LogitSum.of(target, ids, logits)
         return cls(
             name=name,
-            value=finite(float(values[0] - values[1:].sum()), name),
+            value=finite(summed.value(uncapped), name),
             prediction=token_text(best, tokenizer),
             ids=ids,
+            logits=summed,
             probability=float(logits.softmax(-1)[ids[0]]),
             rank=1 + int((logits > logits[ids[0]]).sum()),
         )
@@ -249,9 +256,8 @@ class Readout:
                 logits, uncapped = recording.logits[place].to(dtype), recording.uncapped[place].to(dtype)
                 if question.vector is None:
                     answer = ModelAnswer.of_token(question, logits, uncapped, tokenizer)
-                    rows, biases = decoder.readout(torch.tensor(answer.ids, device=logits.device))
-                    signs = rows.new_tensor([1, -1][: len(answer.ids)])
-                    vector, constant = signs @ rows, signs @ biases
+                    assert answer.logits is not None
+                    vector, constant = decoder.summed_readout(answer.logits.tokens, answer.logits.weights)
                 else:
                     vector = question.vector.to(state)
                     value = float(state[row, question.position] @ vector) + question.constant

@@ -15,6 +15,7 @@ from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
 from depass_lightning.engine.rules import (
     AttentionPath,
     CompetingRule,
+    DualRule,
     LinearPaths,
     Rule,
     RuleName,
@@ -30,6 +31,7 @@ from depass_lightning.sources.base import is_whole
 
 BiasMode = Literal["component", "drop"]
 Engine = Literal["auto", "propagate", "adjoint"]
+GeneratedTarget = Literal["token", "centred", "log_odds"]
 
 
 class RuleOptions(TypedDict, total=False):
@@ -37,6 +39,7 @@ class RuleOptions(TypedDict, total=False):
 
     rule: RuleName
     temperature: float
+    score_weight: float
     bias: BiasMode
     engine: Engine
     attention_path: AttentionPath
@@ -63,12 +66,18 @@ class DecomposeOptions(TypedDict, total=False):
 
 
 DEFAULTS = RuleOptions(
-    rule="softmax", temperature=0.1, bias="component", engine="auto", attention_path="content"
+    rule="softmax",
+    temperature=0.1,
+    score_weight=0.5,
+    bias="component",
+    engine="auto",
+    attention_path="content",
 )
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "bias": get_args(BiasMode),
     "compat": (None, "paper_code"),
     "engine": get_args(Engine),
+    "target": get_args(GeneratedTarget),
     "attention_path": get_args(AttentionPath),
 }
 
@@ -128,7 +137,7 @@ class Settings:
     @property
     def complete(self) -> bool:
         """Whether scores must sum to the value."""
-        exact = self.attention_path == "content" and self.compat is None and self.rule_name != "dual"
+        exact = self.attention_path == "content" and self.compat is None and self.rule.complete
         return exact and self.keeps_constants
 
     @property
@@ -188,12 +197,12 @@ def settings_of(
         raise DePassError(f"there is no setting {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
     chosen: dict[str, Any] = {**DEFAULTS, **options}
     name, bias, path = chosen["rule"], chosen["bias"], chosen["attention_path"]
-    rule = rule_named(name, chosen["temperature"])
-    _check_choices(bias=bias, compat=compat, engine=chosen["engine"], attention_path=path)
+    rule = rule_named(name, chosen["temperature"], chosen["score_weight"])
+    check_choices(bias=bias, compat=compat, engine=chosen["engine"], attention_path=path)
     adjoint = goes_back(rule, engine=chosen["engine"], compat=compat, attention_path=path)
-    if isinstance(rule, LinearPaths) and rule.up and not decoder.gated:
+    if isinstance(rule, DualRule) and not decoder.gated:
         raise DePassError(
-            f"rule='{name}' is for gated MLPs, which not all of this model's are; take rule='taylor'"
+            f"rule='{name}' is for gated MLPs, which not all of this model's are; take rule='half'"
         )
     _check_sources(sources)
     for source in sources:
@@ -211,7 +220,7 @@ def settings_of(
         bias_mode="none" if not decoder.has_biases else "drop" if drops else "component",
         keeps_constants=bias == "component",
         # Rounding error can only be separated when the scores are complete.
-        rounding=decoder.rounds and compat is None and name != "dual" and path == "content",
+        rounding=decoder.rounds and compat is None and rule.complete and path == "content",
         compat=compat,
         adjoint=adjoint,
         attention_path=path,
@@ -220,8 +229,15 @@ def settings_of(
     )
 
 
-def _check_choices(**settings: str | None) -> None:
-    """Refuse a value that a setting does not have, which no type checker has seen."""
+def check_choices(**settings: str | None) -> None:
+    """Refuse a value that a setting does not have, which no type checker has seen.
+
+    Args:
+        settings: values by the names in `CHOICES`.
+
+    Raises:
+        DePassError: a setting has no such value.
+    """
     for name, value in settings.items():
         if value not in CHOICES[name]:
             known = " or ".join(map(repr, CHOICES[name]))
@@ -296,6 +312,7 @@ KINDS: dict[str, Kind] = {
     "rule": TEXT,
     "temperature": NUMBER,
     "rule_temperature": NUMBER,
+    "score_weight": NUMBER,
     "bias": TEXT,
     "compat": _none_or(TEXT),
     "engine": TEXT,

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from depass_lightning import tasks
-from depass_lightning.attribution.settings import BiasMode
+from depass_lightning.attribution.settings import BiasMode, GeneratedTarget
 from depass_lightning.engine.rules import AttentionPath, RuleName, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.methods import METHODS, Baseline
@@ -139,6 +139,7 @@ class RuleSettings(Settings):
 
     name: Annotated[str, _one_of(get_args(RuleName))]
     temperature: Temperature = 0.1
+    score_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 class TargetSettings(Settings):
@@ -148,6 +149,7 @@ class TargetSettings(Settings):
 
     kind: Annotated[str, _one_of(TARGETS)]
     max_new_tokens: Annotated[int, Field(le=MAX_COUNT)] = 1
+    readout: GeneratedTarget = "token"
 
 
 class ReportSettings(Settings):

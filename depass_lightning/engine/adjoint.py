@@ -21,6 +21,7 @@ from torch import Tensor
 from depass_lightning.engine.control import through_scores
 from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm
 from depass_lightning.engine.isolation import exact
+from depass_lightning.engine.mlp import linear_paths
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import LinearPaths
 from depass_lightning.models.decoder import AffineMap, Decoder
@@ -132,14 +133,10 @@ def backward(
 
 def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: TargetGradient, neurons: Tensor) -> TargetGradient:
     """From behind the MLP to what it reads."""
-    gates = neurons * rule.slopes(mlp.pre_activations, mlp.activations)
-    normed, constants = _through(mlp.gate, mlp.norm, gates if rule.gate == 1 else rule.gate * gates)
-    if rule.up:
-        assert mlp.up is not None  # checked with the settings
-        values = torch.nn.functional.linear(mlp.normed.to(neurons), mlp.up.weight, mlp.up.bias)
-        ups = rule.up * neurons * rule.slopes(values, mlp.activations)
-        beside, added = _through(mlp.up, mlp.norm, ups)
-        normed, constants = normed + beside, constants + added
+    normed, constants = torch.zeros_like(after.states), torch.zeros_like(after.constants)
+    for linear, slopes in linear_paths(mlp, rule):
+        states, added = _through(linear, mlp.norm, neurons * slopes)
+        normed, constants = normed + states, constants + added
     return TargetGradient(_before_norm(mlp.norm, normed), constants + _of_constants(after, mlp.bias_terms))
 
 
@@ -147,18 +144,25 @@ def _through_attention(
     decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: TargetGradient, heads: Tensor
 ) -> TargetGradient:
     """From behind attention to what it reads."""
-    values = attention.probabilities.transpose(2, 3) @ heads.transpose(1, 2)
-    values = values.unflatten(1, (attention.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
-    normed, constants = _through(
-        attention.value, attention.norm, values if rule.value == 1 else rule.value * values
-    )
+    probabilities, scores = attention.probabilities, None
     if rule.control:
-        beside, added = through_scores(decoder, attention, rule.control * middle.states)
-        normed, constants = normed + beside, constants + added
-        if attention.norm.probe.bias is not None:
-            constants = constants + beside.sum(1) @ attention.norm.probe.bias
+        output = rule.control * middle.states
+        scores = through_scores(decoder, attention, output, mean=rule.uniform > 0)
+    if rule.value != 1:
+        probabilities = rule.value * probabilities
+    if scores is not None and scores.uniform is not None:
+        probabilities = probabilities + rule.uniform * attention.mixture(scores.uniform)
+    values = probabilities.transpose(2, 3) @ heads.transpose(1, 2)
+    values = values.unflatten(1, (attention.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
+    normed, constants = _through(attention.value, attention.norm, values)
     constants = constants + _of_constants(middle, attention.bias_terms)
-    return TargetGradient(_before_norm(attention.norm, normed), constants)
+    entry = TargetGradient(_before_norm(attention.norm, normed), constants)
+    if scores is None:
+        return entry
+    norm, constants = attention.call.norm, scores.constants
+    if norm.probe.bias is not None:
+        constants = constants + scores.normed.sum(1) @ norm.probe.bias
+    return entry.plus(TargetGradient(_before_norm(norm, scores.normed), constants))
 
 
 def _of_constants(derivative: TargetGradient, added: Tensor | None) -> Tensor | float:

@@ -8,10 +8,14 @@ key `k` is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])`, and queries and ke
    So rotary positions, windows, grouped heads and scales need no second implementation.
 2. Hold norms on queries and keys fixed at their recorded scale, as all norms are.
 3. Take the derivative by the normed state, and what the queries' and keys' biases add.
+
+A rule with a weight for even attention takes the softmax's mean derivative instead of the one at the recorded
+scores (`engine/score_path.py`).
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,14 +24,37 @@ from torch import Tensor, nn
 
 from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, FrozenNorm, NormParameters
 from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.engine.score_path import ScorePath
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection, bias_of, features, has_bias
 from depass_lightning.models.decoder import Decoder
 
+ADDED = ("attention_mask", "alibi")  # arguments that attention adds to its scores
+
+
+@dataclass(frozen=True)
+class ScoreGradient:
+    """A target's derivative through a block's attention scores.
+
+    Args:
+        normed: by the normed state that attention reads.
+        constants: what the biases of queries and keys (not the norm's) add to the target, and where the mean
+            derivative is taken also all else that is constant in scores.
+        uniform: the even mixture over what each query sees, where the mean derivative is taken.
+    """
+
+    normed: Float[Tensor, "batch position hidden"]
+    constants: Float[Tensor, "batch"]
+    uniform: Float[Tensor, "batch head query key"] | None
+
 
 def through_scores(
-    decoder: Decoder, attention: FrozenAttention, output: Float[Tensor, "batch position hidden"]
-) -> tuple[Float[Tensor, "batch position hidden"], Float[Tensor, "batch"]]:
+    decoder: Decoder,
+    attention: FrozenAttention,
+    output: Float[Tensor, "batch position hidden"],
+    *,
+    mean: bool = False,
+) -> ScoreGradient:
     """Take a target's derivative back through a block's attention scores, in the model's own precision.
 
     Queries and keys are not linear together: along this path alone a state's product with its derivative
@@ -37,13 +64,11 @@ def through_scores(
         decoder: the model.
         attention: the block's frozen attention.
         output: the target's derivative by what attention adds to the residual stream.
-
-    Returns:
-        The derivative by the normed state that attention reads, and what the biases of queries and keys
-        (not the norm's) add to the target, one number a prompt.
+        mean: take the softmax's mean derivative on the line from zero scores.
 
     Raises:
-        DePassError: a norm inside attention is neither an RMSNorm nor a LayerNorm.
+        DePassError: a norm inside attention is neither an RMSNorm nor a LayerNorm, or the mean derivative
+            cannot be taken.
     """
     with (
         undisturbed(decoder.model),
@@ -56,15 +81,52 @@ def through_scores(
         for module, hook in _hooks(call, dtype, biases):
             stack.callback(module.register_forward_hook(hook).remove)
         arguments, keywords, normed = _with_gradient(call)
-        result = call.block.attention.module(*arguments, **keywords)
+        path = ScorePath(call.block.attention.module) if mean else None
+        added = [] if path is None else _added_to_scores(keywords, len(output))
+        with path or nullcontext():
+            result = call.block.attention.module(*arguments, **keywords)
         result = result[0] if isinstance(result, tuple) else result
-        output = call.before_post_norm(output)
+        if path is not None:
+            _check_mean(path, attention)
+            # A score is counted half by its query and half by its key, its constants once.
+            biases += [(leaf, 2 * constant) for leaf, constant in (*path.constants, *added)]
         leaves = [normed, *(leaf for leaf, _ in biases)]
-        back, *added = torch.autograd.grad(result, leaves, _ordinary(output.to(result)))
+        gradient = _ordinary(call.before_post_norm(output).to(result))
+        back, *others = torch.autograd.grad(result, leaves, gradient, materialize_grads=True)
         constants = output.new_zeros(len(output))
-        for (_, bias), own in zip(biases, added, strict=True):
-            constants = constants + (own.to(dtype) * bias).flatten(1).sum(1).to(output.device)
-    return back.to(output), constants
+        for (_, bias), gradient in zip(biases, others, strict=True):
+            constants = constants + _products(gradient, bias, len(output), dtype).to(output.device)
+    uniform = None if path is None or path.uniform is None else path.uniform.to(output)
+    return ScoreGradient(back.to(output), constants, uniform)
+
+
+def _added_to_scores(keywords: dict[str, Any], batch: int) -> list[tuple[Tensor, Tensor]]:
+    """Give what a call adds to its scores (a mask, ALiBi's slopes) a derivative for each prompt."""
+    added = []
+    for name in ADDED:
+        value = keywords.get(name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.expand(batch, *value.shape[1:]) if len(value) == 1 else value
+            leaf = torch.zeros_like(value, requires_grad=True)
+            keywords[name] = value + leaf
+            added.append((leaf, value))
+    return added
+
+
+def _products(gradient: Tensor, constant: Tensor, batch: int, dtype: torch.dtype) -> Float[Tensor, "batch"]:
+    """A constant times its derivative; what a mask hides has none, however low the mask is."""
+    constant = torch.where(gradient == 0, 0, constant).to(dtype)
+    return (gradient.to(dtype) * constant).reshape(batch, -1).sum(1)
+
+
+def _check_mean(path: ScorePath, attention: FrozenAttention) -> None:
+    """Refuse an attention whose softmax was not seen."""
+    if path.uniform is None or path.uniform.shape != attention.probabilities.shape:
+        kind = type(attention.call.block.attention.module).__name__
+        raise DePassError(
+            f"rule='shap' is not exact here: {kind} of block {attention.call.block.index} does not take one "
+            "softmax over its scores by torch's own function; take rule='half'"
+        )
 
 
 Hook = Callable[[nn.Module, Any, Tensor], Tensor]

@@ -18,7 +18,7 @@ from depass_lightning.engine.frozen import (
 from depass_lightning.engine.hooks import Capture
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap
-from depass_lightning.models.block import Block, DenseParts, ExpertsParts
+from depass_lightning.models.block import Block, DenseParts, ExpertsParts, ExpertsUp
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Freezer:
             raise DePassError(
                 f"block {self.block.index}: attention returned no probabilities under eager attention"
             )
-        norm = self._norm("attention", self.probes.attention)
+        norm = call_norm = self._norm("attention", self.probes.attention)
         value = parts.value.linear(dtype)
         if parts.latent is not None:
             # Values are `W norm(V x)`: the norm's scale fixed, one map, whose scale joins the outer norm's.
@@ -109,7 +109,7 @@ class _Freezer:
             value=value,
             output=output,
             bias_terms=added,
-            call=AttentionCall(self.block, *capture.attention_call, post),
+            call=AttentionCall(self.block, *capture.attention_call, call_norm, post),
         )
 
     def mlp(self) -> FrozenMLP:
@@ -127,7 +127,7 @@ class _Freezer:
             experts = _Experts(parts.experts, self.capture, dtype, self.state.shape[:2])
             gates, neurons, gate, down, added = experts.frozen()
             routed = experts.routed()
-            up_projection, normed = None, self.capture.seen["experts"][0]
+            up_projection, normed = ExpertsUp(parts.experts), self.capture.seen["experts"][0]
             if parts.experts.shared is not None:
                 own = gates.shape[2]
                 gates, neurons, gate, down = self._with_shared(parts.experts, gates, neurons, gate, down)
@@ -192,19 +192,12 @@ class _Freezer:
             scale = self.capture.seen["shared scale"].to(dtype).sigmoid()
             own_neurons = own_neurons * scale.view(*self.state.shape[:2], 1)
         own_gate, own_down = parts.shared.gate.linear(dtype), parts.shared.down.linear(dtype)
-        bias = None
-        if gate.bias is not None or own_gate.bias is not None:
-            bias = torch.cat([_bias(gate), _bias(own_gate)])
         return (
             torch.cat([gates, own_gates], 2),
             torch.cat([neurons, own_neurons], 2),
-            AffineMap(torch.cat([gate.weight, own_gate.weight]), bias),
+            gate.joined(own_gate),
             AffineMap(torch.cat([down.weight, own_down.weight], 1), own_down.bias),
         )
-
-
-def _bias(linear: AffineMap) -> Tensor:
-    return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
 
 
 @dataclass(frozen=True)

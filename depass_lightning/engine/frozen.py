@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, Projection, device_of
-from depass_lightning.models.block import Block
+from depass_lightning.models.block import Block, ExpertsUp
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,14 @@ class AttentionCall:
         block: the block.
         arguments: what attention was called with.
         keywords: the same by name.
+        norm: the norm of the state in these.
         post_norm: what stands behind it, if a norm does.
     """
 
     block: Block
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    norm: FrozenNorm
     post_norm: FrozenNorm | None
 
     def before_post_norm(self, output: Float[Tensor, "batch position hidden"]) -> Tensor:
@@ -210,6 +212,15 @@ class FrozenAttention:
     def key_value_heads(self) -> int:
         """The number of value heads, each shared by a group of query heads."""
         return self.value.weight.shape[0] // self.head_size
+
+    def mixture(self, weights: Float[Tensor, "batch head query key"]) -> Tensor:
+        """Scale weights like the recorded probabilities, where a norm follows attention.
+
+        Args:
+            weights: the weight of each key for each query.
+        """
+        post_norm = self.call.post_norm
+        return weights if post_norm is None else weights * post_norm.scale[:, None, :, None]
 
     def head_values(
         self, states: Float[Tensor, "batch position hidden"]
@@ -269,7 +280,7 @@ class FrozenMLP:
     Args:
         norm: what it reads the residual stream through.
         gate: the map to the pre-activations.
-        up_projection: the up map, read when `up` is asked for; None where there is none, or it is not known.
+        up_projection: the map to the second factor, read when `up` is asked for; None if there is none.
         down: the map from the neurons' values, without its bias.
         bias_terms: what biases add at each position.
         pre_activations: the activation's true input, biases included.
@@ -280,7 +291,7 @@ class FrozenMLP:
 
     norm: FrozenNorm
     gate: AffineMap
-    up_projection: Projection | None
+    up_projection: Projection | ExpertsUp | None
     down: AffineMap
     bias_terms: Float[Tensor, "batch position hidden"] | None
     pre_activations: Float[Tensor, "batch position neuron"]
@@ -290,8 +301,21 @@ class FrozenMLP:
 
     @cached_property
     def up(self) -> AffineMap | None:
-        """The map beside the gate, read when it is asked for: most rules do not need it."""
+        """The map to the second factor, read when it is asked for: most rules do not need it."""
         return None if self.up_projection is None else self.up_projection.linear(self.activations.dtype)
+
+    @cached_property
+    def up_values(self) -> Float[Tensor, "batch position neuron"]:
+        """The second factor's values, in the precision that the recorded activations were computed in.
+
+        In a higher one the factor could be near zero where the activation is not, and their ratio arbitrary.
+        """
+        assert self.up is not None
+        normed, dtype = self.normed, self.activations.dtype
+        if self.experts is not None:  # their activations are computed from the routing, in this precision
+            normed = normed.to(dtype)
+        bias = None if self.up.bias is None else self.up.bias.to(normed.dtype)
+        return torch.nn.functional.linear(normed, self.up.weight.to(normed.dtype), bias).to(dtype)
 
 
 @dataclass(frozen=True)

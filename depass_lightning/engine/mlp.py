@@ -7,7 +7,7 @@
 Of a mixture of experts each works only on the positions that were routed to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from depass_lightning.engine.frozen import Expert, FrozenMLP
 from depass_lightning.engine.packing import Chunk, Run
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
-from depass_lightning.engine.rules import CompetingRule, Rule, Summary, TaylorRule
+from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule, Summary
 from depass_lightning.engine.state import DecomposedState
+from depass_lightning.models.affine import AffineMap
 
 
 def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelRule) -> None:
@@ -35,24 +36,68 @@ def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelR
         sharing.two_passes(rule.rule, groups, rule.ranks)
         carry.mlp_input = None
         return
-    slopes = None
-    if isinstance(rule, TaylorRule):
-        slopes = rule.slopes(carry.at_positions(mlp.pre_activations), sharing.neurons)
+    paths = []
+    if isinstance(rule, LinearPaths):
+        paths = [MLPPath.of(mlp, *path) for path in linear_paths(mlp, rule, carry.at_positions)]
     limit = sharing.limit
     for chunk in carry.layout.chunks(limit):
         count = len(chunk.row_places)
         if mlp.experts is not None:
-            sharing.among_experts(rule, chunk, slopes)
-        elif slopes is not None:
+            sharing.among_experts(rule, chunk, paths)
+        elif isinstance(rule, LinearPaths):
             for part in _parts(count, limit):
-                gates = sharing.gates(chunk, part)
-                sharing.add_down(chunk, part, gates.mul_(slopes[chunk.row_places[part]]))
+                sharing.add_down(chunk, part, sharing.through(chunk, part, paths))
         elif isinstance(rule, CompetingRule):
             if count > limit and len(chunk.places) == 1:  # one position's components do not fit
                 sharing.two_passes(rule, sharing.pieces(chunk))
             else:
                 sharing.whole(rule, chunk)
     carry.mlp_input = None
+
+
+def linear_paths(
+    mlp: FrozenMLP, rule: LinearPaths, pick: Callable[[Tensor], Tensor] = lambda values: values
+) -> list[tuple[AffineMap, Float[Tensor, "*places neuron"]]]:
+    """The maps through which a linear rule reads what enters an MLP, each with its weight times its slopes.
+
+    Args:
+        mlp: the MLP.
+        rule: the rule; both its weights go to the one factor of an MLP that has no second.
+        pick: selects the positions of what was recorded.
+    """
+    neurons = pick(mlp.activations)
+    gate = rule.gate if mlp.up_projection is not None else rule.gate + rule.up
+    slopes = rule.slopes(pick(mlp.pre_activations), neurons)
+    paths = [(mlp.gate, slopes if gate == 1 else gate * slopes)]
+    if rule.up and mlp.up is not None:
+        paths.append((mlp.up, rule.up * rule.slopes(pick(mlp.up_values), neurons)))
+    return paths
+
+
+@dataclass(frozen=True)
+class MLPPath:
+    """One path of a linear rule through an MLP, for components that are propagated forward.
+
+    Args:
+        linear: the map that reads what enters the MLP.
+        slopes: each neuron's slope in the map's output.
+        constant: the part of the map's output that biases give the bias component.
+    """
+
+    linear: AffineMap
+    slopes: Float[Tensor, "places neuron"]
+    constant: Float[Tensor, "neuron"] | None
+
+    @classmethod
+    def of(cls, mlp: FrozenMLP, linear: AffineMap, slopes: Tensor) -> "MLPPath":
+        """One of `linear_paths`.
+
+        Args:
+            mlp: the MLP.
+            linear: the path's map.
+            slopes: its slopes.
+        """
+        return cls(linear, slopes, mlp.norm.constant_through(linear))
 
 
 @dataclass(frozen=True)
@@ -98,6 +143,20 @@ class MLPStep:
         if self.constant is not None:
             gates[_within(chunk.bias, part)] += self.constant
         return gates
+
+    def through(self, chunk: Chunk, part: slice, paths: Sequence[MLPPath]) -> Tensor:
+        """The components' parts of the neurons under a linear rule, for some of a chunk's rows."""
+        places, bias = chunk.row_places[part], _within(chunk.bias, part)
+        normed = self.mlp.norm(self._read(chunk)[part], self.scale[places])
+        total = None
+        for path in paths:
+            values = normed @ path.linear.weight.T  # [row, neuron]
+            if path.constant is not None:
+                values[bias] += path.constant
+            values.mul_(path.slopes[places])
+            total = values if total is None else total.add_(values)
+        assert total is not None
+        return total
 
     def add_down(self, chunk: Chunk, part: slice, shared: Tensor) -> None:
         """Project shared neurons down into the rows."""
@@ -206,13 +265,13 @@ class MLPStep:
             return [[_Piece(chunk, part, slice(0, 1), part.start == 0) for part in parts]]
         return [[_Piece(chunk, run.rows, run.segments, True)] for run in chunk.runs]
 
-    def among_experts(self, rule: Rule, chunk: Chunk, slopes: Float[Tensor, "at neuron"] | None) -> None:
+    def among_experts(self, rule: Rule, chunk: Chunk, paths: Sequence[MLPPath]) -> None:
         """Share the neurons of a mixture of experts, of each only where it was routed to.
 
         Args:
             rule: how neurons are shared.
             chunk: the chunk.
-            slopes: of a linear rule.
+            paths: of a linear rule.
         """
         rows = self.carry.rows[chunk.rows]
         added = torch.zeros_like(rows)
@@ -221,7 +280,7 @@ class MLPStep:
             for run in chunk.runs:
                 segments = active[chunk.places[run.segments]].nonzero()[:, 0]
                 if len(segments):
-                    self._expert(rule, chunk, run, expert, segments, slopes, added)
+                    self._expert(rule, chunk, run, expert, segments, paths, added)
         # Every expert reads what the rows were before any of them wrote.
         rows += added
         self._add_constants(chunk, slice(0, len(chunk.row_places)), rows)
@@ -234,29 +293,35 @@ class MLPStep:
         run: Run,
         expert: Expert,
         segments: Int[Tensor, "segment"],
-        slopes: Float[Tensor, "at neuron"] | None,
+        paths: Sequence[MLPPath],
         added: Float[Tensor, "row hidden"],
     ) -> None:
         """Share one expert's neurons at some segments of a run."""
         members = (run.rows.stop - run.rows.start) // (run.segments.stop - run.segments.start)
         every = torch.arange(members, device=segments.device)
         rows = (run.rows.start + segments[:, None] * members + every).flatten()
-        gate, down = self.mlp.gate.weight[expert.neurons], self.mlp.down.weight[:, expert.neurons]
-        gates = self.mlp.norm(self._read(chunk)[rows], self.scale[chunk.row_places[rows]]) @ gate.T
-        if self.constant is not None:
-            gates[torch.isin(rows, chunk.bias)] += self.constant[expert.neurons]
-        at = chunk.places[run.segments][segments]
-        table = gates.unflatten(0, (len(segments), members))
-        if slopes is not None:
-            shared = table * slopes[at][:, None, expert.neurons]
-        else:
-            assert isinstance(rule, CompetingRule)
-            present = nonzero(gates).view(len(segments), members, 1)
-            prepared, live = rule.prepare(table, present, self._at_origin(at))
-            shared = rule.shares(prepared, live) * self.neurons[at][:, None, expert.neurons]
+        normed = self.mlp.norm(self._read(chunk)[rows], self.scale[chunk.row_places[rows]])
+        bias, places = torch.isin(rows, chunk.bias), chunk.places[run.segments][segments]
+
+        def table(linear: AffineMap, constant: Tensor | None) -> Tensor:
+            values = normed @ linear.weight[expert.neurons].T
+            if constant is not None:
+                values[bias] += constant[expert.neurons]
+            return values.unflatten(0, (len(segments), members))  # [segment, component, neuron]
+
+        if isinstance(rule, CompetingRule):
+            gates = table(self.mlp.gate, self.constant)
+            present = nonzero(gates.flatten(0, 1)).view(len(segments), members, 1)
+            prepared, live = rule.prepare(gates, present, self._at_origin(places))
+            shared = rule.shares(prepared, live) * self.neurons[places][:, None, expert.neurons]
             if rule.complete:
                 self._assign_unclaimed(chunk, live.any(1)[:, 0], run.segments, segments, expert.neurons)
-        added.index_add_(0, rows, shared.flatten(0, 1) @ down.T)
+        else:
+            shared = torch.zeros((), device=rows.device, dtype=normed.dtype)
+            for path in paths:
+                slopes = path.slopes[places][:, None, expert.neurons]
+                shared = shared + table(path.linear, path.constant) * slopes
+        added.index_add_(0, rows, shared.flatten(0, 1) @ self.mlp.down.weight[:, expert.neurons].T)
 
     def _read(self, chunk: Chunk) -> Float[Tensor, "row hidden"]:
         """A chunk's rows as the MLP reads them."""

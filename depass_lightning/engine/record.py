@@ -22,7 +22,7 @@ from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection
-from depass_lightning.models.block import Block
+from depass_lightning.models.block import Block, ExpertsUp
 from depass_lightning.models.decoder import Decoder
 
 
@@ -102,8 +102,9 @@ def brought(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, AttentionCall):
-        return replace(value, post_norm=brought(value.post_norm, device))
-    if isinstance(value, Projection):
+        norms = (brought(norm, device) for norm in (value.norm, value.post_norm))
+        return replace(value, **dict(zip(("norm", "post_norm"), norms, strict=True)))
+    if isinstance(value, Projection | ExpertsUp):
         return replace(value, device=device)
     if isinstance(value, tuple):
         return tuple(brought(own, device) for own in value)

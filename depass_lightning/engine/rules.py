@@ -24,7 +24,7 @@ Present = Bool[Tensor, "segment component 1"]
 PerNeuron = Float[Tensor, "segment 1 neuron"]
 Summary = tuple[Tensor, ...]
 
-RuleName = Literal["softmax", "max", "relu", "linear", "taylor", "dual"]
+RuleName = Literal["softmax", "max", "relu", "linear", "taylor", "half", "shap", "dual"]
 AttentionPath = Literal["content", "control"]
 LOWEST = 1e-30  # temperature: gates over a lower one leave float32
 
@@ -185,23 +185,35 @@ class LinearRule(CompetingRule):
 class LinearPaths:
     """A rule that is linear in the components: how much each path through a block counts.
 
+    An MLP of one factor has only the path through its pre-activation, which takes both weights.
+
     Args:
-        gate: of a neuron, through its pre-activation, its slope and the up map's value held fixed.
-        up: of a neuron, through the up map, the activation held fixed.
-        value: of attention, through its values, the probabilities held fixed.
-        control: of attention, through queries and keys, the values held fixed (`engine/control.py`).
+        gate: weight of a neuron's path through its pre-activation, with the up map's value held fixed.
+        up: weight of a neuron's path through the up map, with the activation held fixed.
+        value: weight of attention's values, mixed by the recorded probabilities.
+        control: weight of attention's queries, and again of its keys, with the values held fixed
+            (`engine/control.py`).
+        uniform: weight of attention's values, mixed evenly over the visible positions. Where it is not zero,
+            the control paths take the softmax's mean derivative on the line from zero scores to the recorded
+            ones (`engine/score_path.py`), which accounts for the difference between both mixtures.
     """
 
     gate: float
     up: float
     value: float
     control: float
+    uniform: float = 0.0
     name: ClassVar[str]
 
     @property
     def forward(self) -> bool:
-        """Whether components can be carried forward by it too, as `engine/state.py` does."""
-        return not (self.up or self.control)
+        """Whether components can be propagated forward by it too, as `engine/state.py` does."""
+        return not (self.control or self.uniform)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the parts of every sublayer's output sum to it exactly, not only up to quadrature."""
+        return math.isclose(self.gate + self.up, 1) and self.value == 1 and self.forward
 
     def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:
         """What is multiplied with a factor (`z`, or the up map's value) to give `a`; zero where it is."""
@@ -223,6 +235,59 @@ class TaylorRule(LinearPaths):
     value: float = 1.0
     control: float = 0.0
     name: ClassVar[str] = "taylor"
+
+
+@dataclass(frozen=True)
+class HalfRule(LinearPaths):
+    """Both factors of a gated MLP, half each (RelP, arXiv 2508.21258; AttnLRP, arXiv 2402.05602).
+
+    With `x` a component after the frozen norm and the true `z = W_gate x̂`, `u = W_up x̂`, a neuron
+    `a = act(z) u` gives it `1/2 (act(z) / z) u W_gate x + 1/2 act(z) W_up x`. Over all components each half
+    sums to `a / 2`, so scores are complete. Attention gives it `sum_k A[n,k] W_V x[k]`, as under `taylor`;
+    on an MLP of one factor the two rules are the same.
+
+    Experts' routing weights are held fixed. A constant that a model adds to the second factor (gpt-oss
+    multiplies with `u + 1`) belongs to the bias component.
+    """
+
+    gate: float = 0.5
+    up: float = 0.5
+    value: float = 1.0
+    control: float = 0.0
+    name: ClassVar[str] = "half"
+
+
+@dataclass(frozen=True)
+class ShapRule(LinearPaths):
+    """MLPs as under `half`; attention's values, and the scores that decide how they are mixed.
+
+    With `U` the even mixture over the positions that a query sees and `w` the weight, values get
+    `(1 - w) A + w U`. Scores `s` get `w` times the softmax's mean derivative on the line from zero scores to
+    the recorded ones, `integral of J(t s) dt` over [0, 1] by Gauss-Legendre quadrature, half each to the
+    query and the key (integrated gradients of the softmax, from even attention). Since the integral times `s`
+    is `A - U`, the parts sum to `A v`: scores are complete up to the quadrature's error, which `completeness`
+    reports.
+
+    Scores are products of queries and keys, with rotary positions and soft caps (their ratio of output to
+    input) held fixed, and so are norms on queries and keys. ALiBi's slopes and attention sinks are constants
+    and belong to the bias component; a sink counts as one more visible position.
+    """
+
+    gate: float = 0.5
+    up: float = 0.5
+    value: float = 0.5
+    control: float = 0.25
+    uniform: float = 0.5
+    name: ClassVar[str] = "shap"
+
+    @classmethod
+    def weighted(cls, weight: float) -> "ShapRule":
+        """The rule that gives scores this weight.
+
+        Args:
+            weight: `w`, from 0 (which is `half`) to 1.
+        """
+        return cls(value=1 - weight, control=weight / 2, uniform=weight)
 
 
 @dataclass(frozen=True)
@@ -258,23 +323,26 @@ class DualRule(LinearPaths):
 Rule = CompetingRule | LinearPaths
 
 
-def rule_named(name: str, temperature: float = 0.1) -> Rule:
+def rule_named(name: str, temperature: float = 0.1, score_weight: float = 0.5) -> Rule:
     """Find a rule.
 
     Args:
-        name: softmax, max, relu, linear, taylor or dual.
+        name: softmax, max, relu, linear, taylor, half, shap or dual.
         temperature: for the softmax only.
+        score_weight: for shap only.
 
     Raises:
-        DePassError: there is no such rule, or the temperature is not positive, too low, or infinite.
+        DePassError: there is no such rule, the temperature is not positive, too low, or infinite, or the
+            weight of scores is not between 0 and 1.
     """
     if not LOWEST <= temperature < math.inf:
         bound = f"at least {LOWEST}" if 0 < temperature < LOWEST else "greater than zero, and finite"
         raise DePassError(f"temperature is {temperature}; it must be {bound} (rule='max' is its limit)")
-    rules: dict[str, Rule] = {
-        rule.name: rule
-        for rule in (SoftmaxRule(temperature), MaxRule(), ReluRule(), LinearRule(), TaylorRule(), DualRule())
-    }
+    if not 0 <= score_weight <= 1:
+        raise DePassError(f"score_weight is {score_weight}; it must be from 0 (as rule='half') to 1")
+    competing = (SoftmaxRule(temperature), MaxRule(), ReluRule(), LinearRule())
+    linear = (TaylorRule(), HalfRule(), ShapRule.weighted(score_weight), DualRule())
+    rules: dict[str, Rule] = {rule.name: rule for rule in (*competing, *linear)}
     if name not in rules:
         raise DePassError(f"rule '{name}' is unknown; choose one of {', '.join(rules)}")
     return rules[name]
@@ -294,10 +362,12 @@ def goes_back(rule: Rule, *, engine: str, compat: str | None, attention_path: st
     """
     linear = isinstance(rule, LinearPaths) and compat is None
     back = linear and engine != "propagate"
+    if compat is not None and isinstance(rule, HalfRule | ShapRule):
+        raise DePassError(f"the published code has no rule '{rule.name}'; leave compat out")
     if engine == "adjoint" and not linear:
         raise DePassError(
-            "engine='adjoint' needs a rule that is linear in the components: rule='taylor' or 'dual', "
-            "and no compat"
+            "engine='adjoint' needs a rule that is linear in the components: rule='taylor', 'half', 'shap' "
+            "or 'dual', and no compat"
         )
     if attention_path == "control" and not (back and isinstance(rule, TaylorRule)):
         raise DePassError(
@@ -306,7 +376,7 @@ def goes_back(rule: Rule, *, engine: str, compat: str | None, attention_path: st
     if isinstance(rule, LinearPaths) and not (back or rule.forward):
         raise DePassError(
             f"rule='{rule.name}' only goes back from a target: use attribute with engine='auto' and no "
-            "compat, or rule='taylor' to carry components forward"
+            "compat, or rule='taylor' or 'half' to propagate components forward"
         )
     return back
 

@@ -14,7 +14,7 @@ from depass_lightning.methods.model_runs import Batch, as_depass_runs
 from depass_lightning.prompts import IdsLike, prompts_of, read_length
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source, Tokens
-from depass_lightning.targets import Contrast, TargetLike, Token, as_targets
+from depass_lightning.targets import LogitTarget, TargetLike, as_targets
 from depass_lightning.utils.batching import in_batches
 
 
@@ -150,9 +150,9 @@ class Baseline(Method):
         for entry, aim in zip(prompts, targets, strict=True):
             if isinstance(aim, list):
                 raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
-            if not isinstance(aim, (Token, Contrast)):
+            if not isinstance(aim, LogitTarget):
                 raise DePassError(
-                    f"{self.name} explains a token or a contrast of two, not {type(aim).__name__}"
+                    f"{self.name} explains logits, contrasts and log-odds, not {type(aim).__name__}"
                 )
             questions.append(Question.of(decoder, tokenizer, entry, aim))
             self.source.describe(entry, decoder)

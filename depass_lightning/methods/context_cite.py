@@ -40,10 +40,10 @@ class ContextCite(SurrogateBaseline):
     name: ClassVar[str] = "context_cite"
 
     @override
-    def read(self, batch: Batch, logits: Tensor, wanted: Tensor, signs: Tensor) -> Tensor:
-        values = super().read(batch, logits, wanted, signs)
+    def read(self, batch: Batch, logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+        values = super().read(batch, logits, wanted, weights)
         others = logits.to(values.dtype).scatter(1, wanted[:, :1], -torch.inf).logsumexp(1)
-        return torch.where(signs[:, 1] == 0, values - others, values)
+        return torch.where(weights[:, 1] == 0, values - others, values)
 
     @override
     def fit(self, values: Values, count: int, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from depass_lightning.attribution.settings import GeneratedTarget
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
@@ -47,12 +48,15 @@ class DePassMethod(Method):
         layer: Any = to_layer
         return self.depass.decompose(prompts, to_layer=layer, batch_size=len(prompts), **options)
 
-    def attribute_generation(self, prompt: str, max_new_tokens: int) -> Generation:
+    def attribute_generation(
+        self, prompt: str, max_new_tokens: int, target: GeneratedTarget = "token"
+    ) -> Generation:
         """Let the model continue a prompt, and attribute every generated token.
 
         Args:
             prompt: the prompt.
             max_new_tokens: the maximum number of generated tokens.
+            target: what is explained of each: `token`, `centred` or `log_odds`.
 
         Raises:
             DePassError: the method is the paper's code, which explains no generated tokens.
@@ -62,7 +66,9 @@ class DePassMethod(Method):
             raise DePassError("compat='paper_code' explains no generated tokens; leave out one of the two")
         if "temperature" in settings:  # also an argument of `generate`
             settings["rule_temperature"] = settings.pop("temperature")
-        return self.depass.attribute_generation(prompt, max_new_tokens=max_new_tokens, **settings)
+        return self.depass.attribute_generation(
+            prompt, max_new_tokens=max_new_tokens, target=target, **settings
+        )
 
     @override
     def _attribute(self, prompt: Any, target: Any, **options: Any) -> Any:

@@ -20,7 +20,7 @@ from depass_lightning.sources import Source
 
 
 def values_from_embeddings(
-    embeddings: Tensor, batch: Batch, ids: Tensor, positions: Tensor, wanted: Tensor, signs: Tensor
+    embeddings: Tensor, batch: Batch, ids: Tensor, positions: Tensor, wanted: Tensor, weights: Tensor
 ) -> Tensor:
     """Run the model on embeddings, as captum calls it; every row has its target.
 
@@ -29,12 +29,12 @@ def values_from_embeddings(
         batch: the batch that the rows belong to.
         ids: `[row, position]`, the tokens of the embeddings.
         positions: `[row]`, the targets' positions.
-        wanted: `[row, 2]`, the targets' tokens.
-        signs: `[row, 2]`, the factors of their logits.
+        wanted: `[row, token]`, the tokens whose logits make up each target.
+        weights: `[row, token]`, the weight of each.
     """
     with embeddings_replaced(batch.decoder, embeddings):
         _, uncapped = run(batch.decoder, ids, positions)
-    return batch.read(uncapped, wanted, signs)
+    return batch.read(uncapped, wanted, weights)
 
 
 class IntegratedGradients(TokenBaseline):
@@ -65,11 +65,11 @@ class IntegratedGradients(TokenBaseline):
 
     @override
     def score(self, batch: Batch) -> Tensor:
-        wanted, signs = batch.wanted()
+        wanted, weights = batch.wanted()
         with torch.enable_grad():
             scores = Captum(values_from_embeddings).attribute(
                 embeddings_of(batch),
-                additional_forward_args=(batch, batch.ids, batch.positions, wanted, signs),
+                additional_forward_args=(batch, batch.ids, batch.positions, wanted, weights),
                 n_steps=self.steps,
                 internal_batch_size=max(self.rows, len(batch.ids)),
             )

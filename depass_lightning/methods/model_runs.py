@@ -122,25 +122,31 @@ class Batch:
             self._answers = self._read(logits.detach(), uncapped.detach())
         return self.read(uncapped, *self.wanted())
 
-    def wanted(self) -> tuple[Int[Tensor, "batch 2"], Float[Tensor, "batch 2"]]:
-        """The tokens whose logits make up each target, and how each of them counts."""
-        rows = [(answer.ids * 2)[:2] for answer in self.answers]
-        signs = [[1.0, -1.0 if len(answer.ids) == 2 else 0.0] for answer in self.answers]
+    def wanted(self) -> tuple[Int[Tensor, "batch token"], Float[Tensor, "batch token"]]:
+        """The tokens whose logits make up each target, at least two, and the weight of each."""
+        sums = [answer.logits for answer in self.answers if answer.logits is not None]
+        width = max(2, *(len(logits.tokens) for logits in sums))
+        tokens, weights = [], []
+        for logits in sums:
+            missing = width - len(logits.tokens)
+            # The first token again, with no weight: its logit is finite.
+            tokens.append(torch.cat([logits.tokens, logits.tokens[:1].expand(missing)]))
+            weights.append(nn.functional.pad(logits.weights, (0, missing)))
         device = self.ids.device
-        return torch.tensor(rows, device=device), torch.tensor(signs, device=device)
+        return torch.stack(tokens).to(device), torch.stack(weights).to(device)
 
     def read(
-        self, uncapped: Float[Tensor, "row vocabulary"], wanted: Tensor, signs: Tensor
+        self, uncapped: Float[Tensor, "row vocabulary"], wanted: Tensor, weights: Tensor
     ) -> Float[Tensor, "row"]:
         """Return the targets' values from the logits of any rows.
 
         Args:
             uncapped: the logits.
-            wanted: `[row, 2]` the tokens, as `wanted` gives them.
-            signs: `[row, 2]` how they count.
+            wanted: `[row, token]` the tokens, as `wanted` gives them.
+            weights: `[row, token]` the weight of each.
         """
         logits = uncapped.gather(1, wanted.to(uncapped.device)).to(self.decoder.dtype)
-        return (logits * signs.to(logits)).sum(1)
+        return (logits * weights.to(logits)).sum(1)
 
     def _read(self, logits: Tensor, uncapped: Tensor) -> list[ModelAnswer]:
         logits, uncapped = logits.to(self.decoder.dtype), uncapped.to(self.decoder.dtype)

@@ -75,7 +75,7 @@ class GradientShap(TokenBaseline):
     @override
     def score(self, batch: Batch) -> Tensor:
         scores = torch.zeros(batch.ids.shape, dtype=batch.decoder.dtype, device=batch.ids.device)
-        wanted, signs = batch.wanted()
+        wanted, weights = batch.wanted()
         embeddings = embeddings_of(batch).detach()
         embed = batch.decoder.model.get_input_embeddings()
         for row, ids in enumerate(batch.rows):
@@ -92,7 +92,7 @@ class GradientShap(TokenBaseline):
                         batch.ids[rows, :length],
                         batch.positions[rows],
                         wanted[rows],
-                        signs[rows],
+                        weights[rows],
                     ),
                 )
             assert isinstance(attributed, Tensor)

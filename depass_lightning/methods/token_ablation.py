@@ -58,26 +58,26 @@ class AblationBaseline(TokenBaseline):
             rows: the prompt of each run.
             removed: the tokens that are ablated in each run.
         """
-        wanted, signs = batch.wanted()
+        wanted, weights = batch.wanted()
         values = []
         for start in range(0, len(rows), self.rows):
             part = slice(start, start + self.rows)
             logits = self._logits(batch, rows[part], removed[part])
-            values.append(self.read(batch, logits, wanted[rows[part]], signs[rows[part]]))
+            values.append(self.read(batch, logits, wanted[rows[part]], weights[rows[part]]))
         return torch.cat(values)
 
     def read(
-        self, batch: Batch, logits: Float[Tensor, "run vocabulary"], wanted: Tensor, signs: Tensor
+        self, batch: Batch, logits: Float[Tensor, "run vocabulary"], wanted: Tensor, weights: Tensor
     ) -> Float[Tensor, "run"]:
         """Return what a run is judged by: the target's value.
 
         Args:
             batch: the prompts.
             logits: the logits, before any soft cap.
-            wanted: `[run, 2]` the targets' tokens.
-            signs: `[run, 2]` how they count.
+            wanted: `[run, token]` the tokens whose logits make up each target.
+            weights: `[run, token]` the weight of each.
         """
-        return batch.read(logits, wanted, signs)
+        return batch.read(logits, wanted, weights)
 
     def _logits(self, batch: Batch, rows: Tensor, removed: Tensor) -> Tensor:
         if self.how == "zero":

@@ -36,6 +36,21 @@ class AffineMap:
         """
         return AffineMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
+    def joined(self, other: "AffineMap") -> "AffineMap":
+        """One map whose outputs are this one's, and then the other's.
+
+        Args:
+            other: a map of the same inputs.
+        """
+        bias = None
+        if self.bias is not None or other.bias is not None:
+            biases = (
+                one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias
+                for one in (self, other)
+            )
+            bias = torch.cat([*biases])
+        return AffineMap(torch.cat([self.weight, other.weight]), bias)
+
 
 def linear_of(module: nn.Module, dtype: torch.dtype) -> AffineMap:
     """Read a module's affine map, dequantised and with its active adapters.

@@ -8,7 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Projection, base_of, features, has_bias, is_quantised, parameter_of
+from depass_lightning.models.affine import (
+    AffineMap,
+    Projection,
+    base_of,
+    features,
+    has_bias,
+    is_quantised,
+    parameter_of,
+)
 from depass_lightning.models.spec import AttentionSpec, FamilySpec, MLPSpec, configured, submodule
 
 
@@ -120,6 +128,11 @@ class ExpertsParts:
         """Where gates stand among the outputs of gates and ups together."""
         return slice(0, None, 2) if self.transposed else slice(0, self.width)
 
+    @property
+    def up_rows(self) -> slice:
+        """Where ups stand among the outputs of gates and ups together."""
+        return slice(1, None, 2) if self.transposed else slice(self.width, 2 * self.width)
+
     def activated(self, gate_up: Tensor) -> Tensor:
         """One expert's neurons from its gates and ups, by the module's own code.
 
@@ -131,6 +144,45 @@ class ExpertsParts:
             return module._apply_gate(gate_up)
         gate, up = gate_up.chunk(2, -1)
         return module.act_fn(gate) * up
+
+
+@dataclass(frozen=True)
+class ExpertsUp:
+    """The map to the second factor of all experts' neurons, and a shared expert's last, read when needed.
+
+    Args:
+        parts: the experts.
+        device: where it is read to; None for where it is.
+    """
+
+    parts: ExpertsParts
+    device: torch.device | None = None
+
+    def linear(self, dtype: torch.dtype) -> AffineMap:
+        """Read the map.
+
+        Args:
+            dtype: the precision of the result.
+        """
+        rows = self.parts.up_rows
+        gate_up, bias, _, _ = self.parts.weights(dtype)
+        offset = self._offset(gate_up)
+        biases = None if bias is None else bias[:, rows].flatten()
+        weight = gate_up[:, rows].flatten(0, 1)
+        if offset:
+            biases = offset + (weight.new_zeros(len(weight)) if biases is None else biases)
+        found = AffineMap(weight, biases)
+        if self.parts.shared is not None:
+            assert self.parts.shared.up is not None
+            found = found.joined(self.parts.shared.up.linear(dtype).to(weight.device))
+        return found if self.device is None else found.to(self.device)
+
+    def _offset(self, like: Tensor) -> float:
+        """What the experts add to their second factor, learnt from their own code: gpt-oss adds one."""
+        gate_up = torch.ones(2, 2 * self.parts.width, device=like.device, dtype=like.dtype)
+        gate_up[0, self.parts.up_rows] = 0
+        at_zero, at_one = self.parts.activated(gate_up)[:, 0].tolist()
+        return at_zero / (at_one - at_zero)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from depass_lightning.models.block import bind
 from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.spec import FamilySpec, configured, submodule
 
+READOUT_ROWS = 16_384  # of the unembedding that are read at once
+
 
 class Decoder:
     """Binds a family's declaration to one model.
@@ -196,6 +198,22 @@ class Decoder:
         """
         rows, biases = rows_of(self.unembedding, tokens, self.dtype)
         return rows.to(self.device) * self.logit_scale, biases.to(self.device) * self.logit_scale
+
+    def summed_readout(
+        self, tokens: Int[Tensor, "token"], weights: Float[Tensor, "token"]
+    ) -> tuple[Float[Tensor, "hidden"], Float[Tensor, ""]]:
+        """The unembedding's rows and biases of some tokens, weighted and summed, some thousand at a time.
+
+        Args:
+            tokens: `[token]` token ids.
+            weights: `[token]` the weight of each.
+        """
+        sums = []
+        for some, weight in zip(tokens.split(READOUT_ROWS), weights.split(READOUT_ROWS), strict=True):
+            rows, biases = self.readout(some)
+            sums.append((weight.to(rows) @ rows, weight.to(rows) @ biases))
+        vectors, constants = zip(*sums, strict=True)
+        return torch.stack(vectors).sum(0), torch.stack(constants).sum(0)
 
     def logits(
         self, input_ids: Tensor, positions: Tensor

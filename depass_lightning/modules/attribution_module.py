@@ -9,13 +9,15 @@ import torch
 from lightning.pytorch import LightningModule
 from typing_extensions import override
 
+from depass_lightning.attribution.settings import GeneratedTarget
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import ROW_MEASURES, Case, Measure, evaluate
 from depass_lightning.methods import DePassMethod, Method
 from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
-from depass_lightning.targets import Contrast, Token, token_id
+from depass_lightning.targets import AnswerTarget, LogitTarget, Token, token_id
 from depass_lightning.tasks import Example
 
 log = logging.getLogger(__name__)
@@ -23,8 +25,8 @@ log = logging.getLogger(__name__)
 # After this error a device computes nothing: no prompt is to blame. It has no class before torch 2.8.
 DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())
 
-ExplainedKind = Literal["contrast", "token", "own", "generation"]
-TARGETS: tuple[str, ...] = get_args(ExplainedKind)
+ExplainedKind = AnswerTarget | Literal["own", "generation"]
+TARGETS: tuple[str, ...] = (*get_args(AnswerTarget), "own", "generation")
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class Explained:
 
     Args:
         kind: "contrast", the answer against the task's foil (the answer alone where there is none); "token",
-            the answer; "own", the model's most likely next token; "generation", every token that the model
+            the answer; "centred", its logit less the mean logit; "log_odds", the answer against all other
+            tokens; "own", the model's most likely next token; "generation", every token that the model
             generates.
         max_new_tokens: the maximum number of generated tokens. Each is a row: a prompt's first has the index
             of the prompt times `max_new_tokens`, and the id "<id>/0".
+        readout: what is explained of a generated token, as in `DePass.attribute_generation`.
 
     Raises:
         DePassError: the kind is unknown.
@@ -44,21 +48,20 @@ class Explained:
 
     kind: ExplainedKind = "contrast"
     max_new_tokens: int = 20
+    readout: GeneratedTarget = "token"
 
     def __post_init__(self) -> None:
         if self.kind not in TARGETS:
             raise DePassError(f"target must be one of {', '.join(TARGETS)}; got {self.kind!r}")
 
-    def target(self, example: Example) -> Token | Contrast:
+    def target(self, example: Example) -> LogitTarget:
         """Return the target of an example, for all kinds but "generation".
 
         Args:
             example: the prompt and its answer.
         """
-        if self.kind == "own":
-            return Token(None)
-        # The first token of a long answer, as in `Example.target`.
-        return Token(example.answer, first=True) if self.kind == "token" else example.target()
+        assert self.kind != "generation"
+        return Token(None) if self.kind == "own" else example.target(self.kind)
 
 
 @dataclass
@@ -141,7 +144,7 @@ class AttributionModule(LightningModule):
 
     def _try(self, prompt: str) -> None:
         if self.generates and self.decomposing is not None:
-            self.decomposing.attribute_generation(prompt, self.explained.max_new_tokens)
+            self._generation(prompt)
         else:
             self.method.attribute(prompt)
             self._decomposed([prompt])
@@ -216,12 +219,17 @@ class AttributionModule(LightningModule):
             rows.append({"index": index, **row, **_known(example), **columns, **self.run})
         return rows
 
+    def _generation(self, prompt: str) -> Generation:
+        """Generate after a prompt, and attribute what is generated."""
+        assert self.decomposing is not None
+        explained = self.explained
+        return self.decomposing.attribute_generation(prompt, explained.max_new_tokens, explained.readout)
+
     def _generated_rows(self, index: int, example: Example) -> list[dict[str, Any]]:
         """Return a row for each token that is generated after one prompt."""
-        assert self.decomposing is not None
         count = self.explained.max_new_tokens
         rows = []
-        for number, attribution in enumerate(self.decomposing.attribute_generation(example.prompt, count)):
+        for number, attribution in enumerate(self._generation(example.prompt)):
             attribution.metadata |= self.run
             known = _known(example) | {"id": f"{example.id}/{number}", "answer": None, "foil": None}
             row = {"index": index * count + number, **attribution_to_row(attribution)}

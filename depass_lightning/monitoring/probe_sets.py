@@ -10,11 +10,20 @@ from torch.utils.data import DataLoader
 from depass_lightning import tasks
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.dataloader_prompts import prompts_in
-from depass_lightning.targets import Contrast, TargetLike, Token
+from depass_lightning.targets import (
+    AnswerTarget,
+    LogitTarget,
+    LogOdds,
+    TargetLike,
+    Token,
+    answer_target,
+    as_target,
+)
 from depass_lightning.tasks import Example, Task
 
 ProbeSource = str | Path | Task | DataLoader | Sequence[Example | tuple[str, TargetLike]]
-TargetKind = Literal["contrast", "token", "own"]
+TargetKind = AnswerTarget | Literal["own"]
+TARGET_KINDS = (*get_args(AnswerTarget), "own")
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,8 @@ def check_target_kind(kind: str) -> None:
     Raises:
         DePassError: there is no such kind of target for probes.
     """
-    if kind not in get_args(TargetKind):
-        known = ", ".join(map(repr, get_args(TargetKind)))
+    if kind not in TARGET_KINDS:
+        known = ", ".join(map(repr, TARGET_KINDS))
         raise DePassError(f"target={kind!r} cannot be explained for probes; choose one of {known}")
 
 
@@ -81,7 +90,8 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
             and its target, or a DataLoader (`dataloader_prompts.py`).
         size: the maximum number of probes.
         target: what is explained: "contrast", the probe's target, against its foil where it has one;
-            "token", without the foil; "own", the model's most likely next token.
+            "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
+            others; "own", the model's most likely next token.
 
     Raises:
         DePassError: the source is none of these, the set is empty, or two probes have one id.
@@ -129,9 +139,13 @@ def _aimed(target: TargetLike, kind: TargetKind) -> TargetLike:
     """Return a probe's target under a kind of target."""
     if kind == "own":
         return Token(None)
-    if kind == "token" and isinstance(target, Contrast):
-        return Token(target.token, target.position, target.first)
-    return target
+    if kind == "contrast":
+        return target
+    target = as_target(target)
+    same = isinstance(target, LogOdds if kind == "log_odds" else Token) and kind != "centred"
+    if same or not isinstance(target, LogitTarget):
+        return target
+    return answer_target(target.token, kind, target.position, first=target.first)
 
 
 def _is_file(probes: str | Path) -> bool:

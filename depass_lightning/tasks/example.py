@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from depass_lightning.targets import Contrast, Token
+from depass_lightning.targets import AnswerTarget, Contrast, LogitTarget, answer_target
 
 Span = tuple[int, int]
 
@@ -53,14 +53,18 @@ class Example:
         """Return the character ranges of all evidence, in the order of the text."""
         return sorted(span for role in self.evidence for span in self.roles[role])
 
-    def target(self) -> Token | Contrast:
-        """Return the target: the answer in contrast to the foil, or the answer alone if there is no foil.
+    def target(self, kind: AnswerTarget = "contrast") -> LogitTarget:
+        """Return what to explain of the answer.
 
-        An answer of several tokens is replaced by its first token: data sets contain words, not tokens.
+        An answer of several tokens stands for its first: data sets hold words, not a model's tokens.
+
+        Args:
+            kind: "contrast", its logit less the foil's, or its logit where there is no foil; "token", its
+                logit; "centred", its logit less the mean logit; "log_odds", its log-odds against all others.
         """
-        if self.foil is None:
-            return Token(self.answer, first=True)
-        return Contrast(self.answer, self.foil, first=True)
+        if kind == "contrast" and self.foil is not None:
+            return Contrast(self.answer, self.foil, first=True)
+        return answer_target(self.answer, kind, first=True)
 
 
 class Task:

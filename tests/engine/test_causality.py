@@ -7,9 +7,7 @@ from torch import Tensor
 from depass_lightning import DePass, Token, Tokens
 from depass_lightning.engine.rules import CompetingRule, rule_named
 from tests.reference.models import ALL, WINDOW, WITH_BIAS_COMPONENT, build, padded, prompt
-from tests.reference.twin import RULES, Options, Rule, shares_of_competing
-
-COMPETING = tuple(rule for rule in RULES if rule != "taylor")
+from tests.reference.twin import COMPETING, RULES, Options, Rule, shares_of_competing
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -23,7 +23,7 @@ from depass_lightning import (
     Tokens,
 )
 from tests.reference.models import build, distance, padded, prompt, real_states
-from tests.reference.twin import RULES, Rule
+from tests.reference.twin import LINEAR, RULES, Rule
 
 LAYERS = 3
 DIRECTIONS = torch.randn(5, 36, generator=torch.Generator().manual_seed(0))
@@ -90,7 +90,7 @@ def test_scores_of_every_target(name: str, source: str, rule: Rule) -> None:
     if own.layers(LAYERS)[0] == 2:
         asked = {kind: target for kind, target in asked.items() if "at 2" not in kind}
     depass = DePass(build(name))
-    engines = ("propagate", "adjoint") if rule == "taylor" else ("propagate",)
+    engines = ("propagate", "adjoint") if rule in LINEAR else ("propagate",)
     for engine in engines:
         given = depass.attribute(
             **inputs(len(asked)), source=own, target=list(asked.values()), rule=rule, engine=engine

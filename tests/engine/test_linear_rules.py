@@ -1,4 +1,4 @@
-"""The dual rule and attention's control path, against the real model's derivatives."""
+"""The rules half, shap and dual and attention's control path, against the real model's derivatives."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from depass_lightning import Contrast, DePass, DePassError, Heads, Module, Neurons, Token, Tokens
+from depass_lightning.engine import score_path
 from depass_lightning.engine.memory import Budget
 from tests.engine.test_untouched import must_stay_untouched
 from tests.reference.models import build, distance, padded, prompt
@@ -21,6 +23,9 @@ NAMES = ("llama", "llama-biases", "mistral-window", "qwen2-window", "qwen3", "qw
 LENGTHS = (9, 6)
 TARGETS = ((5, 7, -1), (4, None, -2))
 # How much of a derivative passes each map's output: by the rule, and where control is all that is left open.
+HALF = {"gate_proj": 0.5, "up_proj": 0.5}
+SHAP = HALF | {"q_proj": 0.5, "k_proj": 0.5}
+SCORE_WEIGHT = 0.3
 DUAL = {"q_proj": 0.25, "k_proj": 0.25, "v_proj": 0.5, "gate_proj": 0.5, "up_proj": 0.5}
 TAYLOR = {"up_proj": 0.0}
 
@@ -41,19 +46,66 @@ class Frozen(TorchFunctionMode):
         return result.detach() if held else result
 
 
+def mean_derivative(scores: Tensor, nodes: int = 40) -> Tensor:
+    """The softmax's mean Jacobian `[..., key, key]` on the line from zero scores, of all scores at once."""
+    places, weights = (torch.from_numpy(own) / 2 for own in np.polynomial.legendre.leggauss(nodes))
+    hidden = scores < -1e30
+    total = torch.zeros(())
+    for place, weight in zip(places + 0.5, weights, strict=True):
+        shares = (place * scores).masked_fill(hidden, -torch.inf).softmax(-1)
+        total = total + weight * (torch.diag_embed(shares) - shares[..., None] * shares[..., None, :])
+    return total
+
+
+class Shapley(Frozen):
+    """Attention's output with the derivative of the shap rule: what mixes values changes by the scores' mean
+    derivative, and values are mixed partly by the probabilities and partly evenly."""
+
+    def __init__(self) -> None:
+        super().__init__(probabilities=False)
+        self.mixture: Tensor | None = None  # with its derivative
+        self.even: Tensor | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.softmax:
+            scores, held = args[0], args[0].detach()
+            probabilities = super().__torch_function__(function, types, args, kwargs).detach()
+            change = (mean_derivative(held) @ (scores - held)[..., None])[..., 0]
+            self.mixture = probabilities + change
+            self.even = (held > -1e30) / (held > -1e30).sum(-1, keepdim=True)
+            return self.mixture
+        result = super().__torch_function__(function, types, args, kwargs)
+        if function in (Tensor.to, torch.nn.functional.dropout) and args[0] is self.mixture:
+            return self.mixture
+        if function is torch.matmul and args[0] is self.mixture:
+            mixture, even, values = args[0], self.even, args[1]
+            assert even is not None
+            held, weight = mixture.detach(), SCORE_WEIGHT
+            by_values = ((1 - weight) * held + weight * even) @ (values - values.detach())
+            return held @ values.detach() + by_values + weight * (mixture - held) @ values.detach()
+        return result
+
+
 def scaled(weight: float) -> Callable[..., Tensor]:
     """Let this much of a derivative pass."""
     return lambda _module, _inputs, output: weight * output + (1 - weight) * output.detach()
 
 
-def logits(model: Any, weights: dict[str, float], states: Tensor, *, probabilities: bool = False) -> Tensor:
+def logits(
+    model: Any,
+    weights: dict[str, float],
+    states: Tensor,
+    *,
+    probabilities: bool = False,
+    mode: Callable[[], Frozen] | None = None,
+) -> Tensor:
     """The model's logits from embeddings, of which only the given parts are open to derivatives."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
             weight = weights.get(name.rsplit(".", 1)[-1])
             if weight is not None:
                 stack.callback(module.register_forward_hook(scaled(weight)).remove)
-        stack.enter_context(Frozen(probabilities=probabilities))
+        stack.enter_context(Frozen(probabilities=probabilities) if mode is None else mode())
         return model(inputs_embeds=states, use_cache=False).logits[0]
 
 
@@ -78,14 +130,26 @@ def reference(
     return torch.cat([scores, torch.as_tensor(added)[None]]).detach()
 
 
+REFERENCES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
+    "half": (HALF, {"probabilities": True}),
+    "half forward": (HALF, {"probabilities": True}),
+    "shap": (SHAP, {"mode": Shapley}),
+    "dual": (DUAL, {}),
+}
+
+
 def expected_scores(model: Any, row: Tensor, target: tuple[int, int | None, int], kind: str) -> Tensor:
-    if kind == "dual":
-        return reference(model, row, target, DUAL)
+    if kind in REFERENCES:
+        weights, options = REFERENCES[kind]
+        return reference(model, row, target, weights, **options)
     free = reference(model, row, target, TAYLOR)
     return free - reference(model, row, target, TAYLOR, probabilities=True)
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "half": {"rule": "half", "engine": "adjoint"},
+    "half forward": {"rule": "half", "engine": "propagate"},
+    "shap": {"rule": "shap", "score_weight": SCORE_WEIGHT},
     "dual": {"rule": "dual"},
     "control": {"rule": "taylor", "attention_path": "control"},
 }
@@ -108,8 +172,10 @@ def test_token_scores_are_the_real_models_derivatives(name: str, kind: str, side
 
 # Torch compiles its forward-mode formulas by what it deprecates itself.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_dual_is_the_forward_derivative_too() -> None:
+@pytest.mark.parametrize("kind", ["half", "shap", "dual"])
+def test_scores_are_the_forward_derivative_too(kind: str) -> None:
     """`torch.func.jvp` along each token's embedding."""
+    weights, options = REFERENCES[kind]
     model = build("qwen3", dtype=torch.float64)
     row = prompt(6)
     embedded = model.get_input_embeddings()(row)[None].detach()
@@ -117,9 +183,11 @@ def test_dual_is_the_forward_derivative_too() -> None:
     for position in range(len(row)):
         tangent = torch.zeros_like(embedded)
         tangent[0, position] = embedded[0, position]
-        change = torch.func.jvp(lambda states: logits(model, DUAL, states), (embedded,), (tangent,))[1]
+        change = torch.func.jvp(
+            lambda states: logits(model, weights, states, **options), (embedded,), (tangent,)
+        )[1]
         expected.append(value_of(change, TARGETS[0]))
-    found = DePass(model).attribute(input_ids=row[None], target=Contrast(5, 7), rule="dual")[0]
+    found = DePass(model).attribute(input_ids=row[None], target=Contrast(5, 7), **ARGUMENTS[kind])[0]
     assert distance(found.scores, torch.stack(expected).float()) < 1e-5
 
 
@@ -142,8 +210,9 @@ def test_heads_and_neurons_are_the_real_models_derivatives(kind: str) -> None:
         )
         return heads[0].unflatten(1, (6, -1)).sum((0, 2)).detach(), neurons[0].sum(0).detach()
 
-    if kind == "dual":
-        expected = derivatives(DUAL)
+    if kind in REFERENCES:
+        weights, options = REFERENCES[kind]
+        expected = derivatives(weights, **options)
     else:
         open_, held = derivatives(TAYLOR), derivatives(TAYLOR, probabilities=True)
         expected = (open_[0] - held[0], open_[1] - held[1])
@@ -219,7 +288,7 @@ def test_the_model_is_left_untouched(name: str, surroundings: Any) -> None:
             depass.attribute(input_ids=prompt(7)[None], target=5, **own)[0] for own in ARGUMENTS.values()
         ]
     assert all(parameter.grad is None for parameter in model.parameters())
-    torch.testing.assert_close(found[1].scores, quiet.scores)
+    torch.testing.assert_close(found[-1].scores, quiet.scores)
 
 
 def test_the_model_is_left_untouched_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +322,12 @@ def test_blocks_that_are_run_again_give_the_same(kind: str, monkeypatch: pytest.
     [
         ({"rule": "dual", "engine": "propagate"}, r"rule='dual' only goes back from a target"),
         ({"rule": "dual", "compat": "paper_code"}, r"rule='dual' only goes back from a target"),
+        ({"rule": "shap", "engine": "propagate"}, r"rule='shap' only goes back from a target"),
+        ({"rule": "shap", "compat": "paper_code"}, r"published code has no rule 'shap'"),
+        ({"rule": "half", "compat": "paper_code"}, r"published code has no rule 'half'"),
+        ({"rule": "half", "attention_path": "control"}, r"attention_path='control' needs rule='taylor'"),
+        ({"rule": "shap", "score_weight": 1.1}, r"score_weight is 1.1; it must be from 0"),
+        ({"rule": "shap", "score_weight": "all"}, r"score_weight is 'all', a str"),
         ({"rule": "softmax", "attention_path": "control"}, r"attention_path='control' needs rule='taylor'"),
         ({"rule": "dual", "attention_path": "control"}, r"attention_path='control' needs rule='taylor'"),
         (
@@ -270,6 +345,53 @@ def test_what_does_not_go_together_is_named(arguments: dict[str, Any], message: 
         DePass(build("llama")).attribute(input_ids=prompt(6)[None], target=4, **arguments)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_shap_is_complete(name: str) -> None:
+    """In float64 up to the quadrature, which is exact to 1e-9 for scores of this size, for any weight."""
+    depass, ids = DePass(build(name, dtype=torch.float64)), prompt(9)[None]
+    for weight in (0.0, 0.5, 1.0):
+        found = depass.attribute(input_ids=ids, target=Contrast(5, 7), rule="shap", score_weight=weight)[0]
+        assert found.completeness < 1e-6
+        assert found.metadata["score_weight"] == weight
+        if weight == 0:
+            half = depass.attribute(input_ids=ids, target=Contrast(5, 7), rule="half")[0]
+            assert torch.equal(found.scores, half.scores)
+
+
+def test_completeness_reports_a_coarse_quadrature(monkeypatch: pytest.MonkeyPatch) -> None:
+    depass, ids = DePass(build("llama-biases", dtype=torch.float64)), prompt(9)[None]
+    arguments: dict[str, Any] = {"input_ids": ids, "target": Contrast(5, 7), "rule": "shap"}
+    fine = depass.attribute(**arguments)[0].completeness
+    monkeypatch.setattr(score_path, "NODES", 2)
+    assert depass.attribute(**arguments)[0].completeness > max(1e-4, 100 * fine)
+
+
+@pytest.mark.parametrize("sink", [0, 1])
+def test_the_mean_derivative_times_scores_is_what_they_add_to_even_attention(sink: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3, 5, 5 + sink, generator=generator, dtype=torch.float64) * 3
+    seen = torch.ones(5, 5 + sink, dtype=torch.bool).tril() | (torch.arange(5 + sink) == 5)
+    scores = scores.masked_fill(~seen, torch.finfo(torch.float64).min).requires_grad_()
+    values = torch.randn(2, 3, 5, 5 + sink, generator=generator, dtype=torch.float64)
+    path = score_path.ScorePath(torch.nn.Linear(1, 1))
+    with path:
+        probabilities = torch.nn.functional.softmax(scores, dim=-1)
+    assert torch.equal(probabilities, scores.softmax(-1))
+    (gradient,) = torch.autograd.grad((probabilities * values).sum(), scores)
+    even = seen / seen.sum(-1, keepdim=True)
+    expected = ((probabilities - even) * values).sum().item()
+    assert (gradient * scores).sum().item() == pytest.approx(expected, rel=1e-6)
+    assert path.uniform is not None
+    torch.testing.assert_close(path.uniform, even[:, :5].double().expand(2, 3, 5, 5))
+
+
+def test_shap_refuses_attention_whose_softmax_it_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    depass = DePass(build("llama"))
+    monkeypatch.setattr(score_path, "SOFTMAX", ())
+    with pytest.raises(DePassError, match="LlamaAttention of block 2 does not take one softmax"):
+        depass.attribute(input_ids=prompt(6)[None], target=4, rule="shap")
+
+
 def test_states_cannot_be_had_of_dual() -> None:
-    with pytest.raises(DePassError, match=r"rule='taylor' to carry components forward"):
+    with pytest.raises(DePassError, match=r"rule='taylor' or 'half' to propagate"):
         DePass(build("llama")).decompose(input_ids=prompt(6)[None], rule="dual")

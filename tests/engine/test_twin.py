@@ -13,7 +13,7 @@ from torch import Tensor
 from depass_lightning import Contrast, DePass, Token, Tokens
 from tests.reference import twin
 from tests.reference.models import ALL, ONE_OF_EACH, WITH_BIAS_COMPONENT, build, distance, prompt, real_states
-from tests.reference.twin import RULES, Options, Rule
+from tests.reference.twin import PUBLISHED, RULES, Options, Rule
 
 LENGTH = 11  # longer than the tiny models' attention windows
 
@@ -204,7 +204,7 @@ def test_the_shortest_prompts(name: str, length: int, rule: Rule) -> None:
     assert distance(scored.scores, twin.scores(trace, expected, -1, 4)) < 1e-5
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", PUBLISHED)
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("llama-biases", "llama-mlp-biases")])
 def test_the_published_codes_steps(name: str, rule: Rule) -> None:
     """What `test_oracle.py` compares with published values, here without them and on every type of model.

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from tests.reference.models import stay_in_float64
 
-Rule = Literal["softmax", "max", "relu", "linear", "taylor"]
-RULES: tuple[Rule, ...] = ("softmax", "max", "relu", "linear", "taylor")
+Rule = Literal["softmax", "max", "relu", "linear", "taylor", "half"]
+COMPETING: tuple[Rule, ...] = ("softmax", "max", "relu", "linear")
+PUBLISHED: tuple[Rule, ...] = (*COMPETING, "taylor")  # in the paper's code
+LINEAR: tuple[Rule, ...] = ("taylor", "half")
+RULES: tuple[Rule, ...] = (*COMPETING, *LINEAR)
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,12 @@ def mlp_parts(layer: Layer, normed: list[Tensor], bias: int | None, options: Opt
     if options.rule == "taylor":
         slope = torch.where(layer.gate == 0, torch.zeros_like(activated), activated / layer.gate)
         neurons = gates * slope * layer.up
+    elif options.rule == "half":
+        ups = torch.stack([c @ mlp.up_proj.weight.T for c in normed])
+        if bias is not None and mlp.up_proj.bias is not None:
+            ups[bias] += mlp.up_proj.bias
+        slope = torch.where(layer.gate == 0, torch.zeros_like(activated), activated / layer.gate)
+        neurons = 0.5 * gates * slope * layer.up + 0.5 * activated * ups
     else:
         neurons = shares(gates, options) * activated * layer.up
     parts = [part @ mlp.down_proj.weight.T for part in neurons]

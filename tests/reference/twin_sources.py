@@ -172,6 +172,11 @@ def mlp_parts(
     values = mlp.act_fn(layer.gate) * layer.up
     if rule == "taylor":
         shares = gates / layer.gate
+    elif rule == "half":
+        ups = torch.einsum("id,mnd->mni", mlp.up_proj.weight, normed)
+        if constants and mlp.up_proj.bias is not None:
+            ups[-1] += mlp.up_proj.bias
+        shares = (gates / layer.gate + ups / layer.up) / 2
     else:
         shares = competing_shares(gates, present[:, :, None].expand_as(gates), rule, temperature)
     added = torch.einsum("di,mni->mnd", mlp.down_proj.weight, shares * values)

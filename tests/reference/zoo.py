@@ -135,11 +135,13 @@ SIGMOIDS = (torch.sigmoid, nn.functional.sigmoid, Tensor.sigmoid)
 class Frozen(Double):
     """Lets the real model run with its norms, probabilities, routing and activations' slopes held fixed.
 
-    It knows no family: what an activation gives is marked, and a factor beside it is held fixed too.
+    It knows no family: what an activation gives is marked, and a factor beside it is held fixed too, or each
+    of the two by half.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, half: bool = False) -> None:
         super().__init__()
+        self.half = half
         self.slopes: list[Tensor] = []
         self.activated: list[Tensor] = []
 
@@ -153,6 +155,8 @@ class Frozen(Double):
             if self._among(second, self.activated):
                 first, second = second, first
             if self._among(first, self.activated) and isinstance(second, Tensor):
+                if self.half:
+                    return (function(first, second.detach()) + function(first.detach(), second)) / 2
                 return function(first, second.detach())
             result = function(*args)
             if self._among(first, self.slopes) or self._among(second, self.slopes):
@@ -211,7 +215,9 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     return list(max(lists, key=lambda own: sum(parameter.numel() for parameter in own.parameters())))
 
 
-def derivatives(model: Any, ids: Tensor, token: int, foil: int) -> tuple[Tensor, float, float]:
+def derivatives(
+    model: Any, ids: Tensor, token: int, foil: int, *, half: bool = False
+) -> tuple[Tensor, float, float]:
     """What the real model says under a linear rule, without knowledge of its family.
 
     Returns:
@@ -220,7 +226,7 @@ def derivatives(model: Any, ids: Tensor, token: int, foil: int) -> tuple[Tensor,
     """
     entered: list[Tensor] = []
     unembedded: list[Tensor] = []
-    frozen = Frozen()
+    frozen = Frozen(half=half)
 
     def enter(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         given = arguments[0] if arguments else keywords["hidden_states"]

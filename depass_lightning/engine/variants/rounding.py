@@ -17,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import TargetGradient, backward
-from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.frozen import FrozenBlock, FrozenMLP
+from depass_lightning.engine.mlp import linear_paths
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule
+from depass_lightning.models.affine import AffineMap
 
 
 class _AttentionOnly(LinearPaths):
@@ -93,9 +95,9 @@ def summed_gates(
     """
     behind = _through(block, rule, rounded)
     read = block.resid_pre - rounded if block.parallel else block.resid_pre + block.attention_output - behind
-    return _gates(block, read, block.mlp.norm.constant_through(block.mlp.gate)), behind + _rounded(
-        block, rule
-    )
+    mlp = block.mlp
+    gates = _read(mlp, mlp.gate, read, mlp.norm.constant_through(mlp.gate))
+    return gates, behind + _rounded(block, rule)
 
 
 def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hidden"]:
@@ -105,7 +107,7 @@ def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hi
         return left - block.mlp_output
     # The neurons as the rule's slopes give them, which rounding has moved too.
     read = block.resid_pre if block.parallel else block.resid_pre + block.attention_output
-    mlp = _through_slopes(block, rule, read, block.mlp.norm.constant_through(block.mlp.gate))
+    mlp = _through_slopes(block, rule, read, constants=True)
     return left - (mlp if block.mlp.bias_terms is None else mlp + block.mlp.bias_terms)
 
 
@@ -115,18 +117,20 @@ def _through(block: FrozenBlock, rule: Rule, states: Tensor) -> Tensor:
     behind = states + values.flatten(2) @ block.attention.output.weight.T
     if isinstance(rule, CompetingRule):
         return behind
-    return behind + _through_slopes(block, rule, states if block.parallel else behind, None)
+    return behind + _through_slopes(block, rule, states if block.parallel else behind, constants=False)
 
 
-def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, constant: Tensor | None) -> Tensor:
-    mlp = block.mlp
-    slopes = rule.slopes(mlp.pre_activations, mlp.activations)
-    return (_gates(block, states, constant) * slopes) @ mlp.down.weight.T
+def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, *, constants: bool) -> Tensor:
+    """The MLP's output for a state under a linear rule, with the constants of its maps or without."""
+    mlp, total = block.mlp, torch.zeros_like(block.mlp.activations)
+    for linear, slopes in linear_paths(mlp, rule):
+        constant = mlp.norm.constant_through(linear) if constants else None
+        total += _read(mlp, linear, states, constant) * slopes
+    return total @ mlp.down.weight.T
 
 
-def _gates(
-    block: FrozenBlock, states: Tensor, constant: Tensor | None
+def _read(
+    mlp: FrozenMLP, linear: AffineMap, states: Tensor, constant: Tensor | None
 ) -> Float[Tensor, "batch position neuron"]:
-    mlp = block.mlp
-    gates = mlp.norm(states.flatten(0, 1), mlp.norm.scale.flatten()) @ mlp.gate.weight.T
-    return gates.view(*states.shape[:2], -1) + (0 if constant is None else constant)
+    values = mlp.norm(states.flatten(0, 1), mlp.norm.scale.flatten()) @ linear.weight.T
+    return values.view(*states.shape[:2], -1) + (0 if constant is None else constant)
