@@ -107,6 +107,11 @@ def test_every_decision_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     pace = Throttle(0.5, clock)
     assert pace.share == 0
+    pace.spend(0.25)
+    clock.now = 0.5
+    assert pace.share == 0.5
+    clock.now = 0.0
+    pace.start()
     clock.now = 10.0
     pace.spend(2.5)
     assert pace.share == 0.25
@@ -115,6 +120,7 @@ def test_every_decision_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     pace.spend(1.0)
     clock.now = 13.0
     assert pace.has_room()  # (1 + 1) / (3 + 1) is the limit itself
+    assert pace.has_room()  # nor does an occasion that was not used close the next
     pace.spend(1.0)
     # (2 + 1) / (3 + 1) is above it: refused at the 1st, 2nd and 4th occasion, passed over at the 3rd
     assert [(pace.has_room(), pace.every) for _ in range(4)] == [
