@@ -23,7 +23,6 @@ from torch import Tensor
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.token_removal import area
 from depass_lightning.faithfulness.true_ablation import (
-    Place,
     Replacement,
     Target,
     places_of,
@@ -32,6 +31,7 @@ from depass_lightning.faithfulness.true_ablation import (
     target_values,
 )
 from depass_lightning.methods.model_runs import as_depass_runs
+from depass_lightning.methods.places import Place
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.batching import in_batches

@@ -30,8 +30,9 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.datamodeling import removable
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.true_ablation import Place, replaced
+from depass_lightning.faithfulness.true_ablation import replaced
 from depass_lightning.methods.model_runs import as_depass_runs
+from depass_lightning.methods.places import Place
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.models.decoder import Decoder
 

@@ -14,62 +14,21 @@ Language Models", arXiv 2309.16042).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.evidence import text_components
-from depass_lightning.methods.hook_points import sites_of
 from depass_lightning.methods.model_runs import as_depass_runs
-from depass_lightning.models.block import Block
+from depass_lightning.methods.places import Place, place_of
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.results.attribution import Attribution
-from depass_lightning.sources import Heads, Neurons
 from depass_lightning.utils.batching import in_batches
 
 Replacement = Literal["zero", "mean", "resample"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A module in whose input or output components can be read and replaced.
-
-    Args:
-        module: the module.
-        count: the number of components, which share the last dimension equally.
-        output: whether they are in its output; else in its input.
-    """
-
-    module: nn.Module
-    count: int
-    output: bool
-
-    def hooked(self, change: Callable[[Tensor], Tensor | None], batch: int) -> Any:
-        """Register a hook; `handle.remove()` takes it away.
-
-        Args:
-            change: takes the components `[batch, position, component, size]`, and returns others, or None to
-                leave them as they are.
-            batch: the number of rows; some models put all positions in one row.
-        """
-
-        def changed(states: Tensor) -> Tensor:
-            components = states.view(batch, -1, self.count, states.shape[-1] // self.count)
-            replaced = change(components)
-            return states if replaced is None else replaced.reshape(states.shape)
-
-        def before(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (changed(arguments[0]), *arguments[1:])
-
-        def after(_module: nn.Module, _arguments: object, output: Any) -> Any:
-            return (changed(output[0]), *output[1:]) if isinstance(output, tuple) else changed(output)
-
-        if self.output:
-            return self.module.register_forward_hook(after)
-        return self.module.register_forward_pre_hook(before)
 
 
 @dataclass(frozen=True)
@@ -125,29 +84,11 @@ def places_of(decoder: Decoder, attribution: Attribution) -> tuple[dict[str, Pla
             continue
         key = f"layer {layer} {kind}"
         if key not in places:
-            places[key] = _place(decoder, layer, kind)
+            places[key] = place_of(decoder, layer, kind)
         targets.append(Target(index, key, component.index or 0))
     if not targets:
         raise DePassError(f"{attribution.source} cannot be ablated; take tokens, heads, neurons or modules")
     return places, targets
-
-
-def _place(decoder: Decoder, layer: int, kind: str) -> Place:
-    block = decoder.blocks[layer]
-    if kind in ("head", "neuron"):
-        (site,) = sites_of(decoder, Heads(layer) if kind == "head" else Neurons(layer))
-        return Place(site.projection.module, site.count, output=False)
-    return Place(_adding(block, kind), 1, output=True)
-
-
-def _adding(block: Block, kind: str) -> nn.Module:
-    """Return the module whose output a sublayer adds to the residual stream."""
-    parts = block.attention if kind == "attention" else block.mlp
-    if parts.post_norm is not None:
-        return parts.post_norm
-    if kind == "attention":
-        return block.attention.output.module
-    return block.mlp.module if block.mlp.dense is None else block.mlp.dense.down.module
 
 
 def ablation_effects(
@@ -379,4 +320,6 @@ def target_values(decoder: Decoder, attribution: Attribution, ids: Tensor) -> Fl
     position = torch.tensor([attribution.position], device=ids.device)
     _, uncapped, _ = decoder.logits(ids, position)
     logits = uncapped[:, 0, attribution.target_ids].to(decoder.dtype)
-    return logits[:, 0] - logits[:, 1:].sum(1)
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    return logits[:, 0] - logits[:, 1:].logsumexp(1)  # a contrast, or the log-odds against several tokens

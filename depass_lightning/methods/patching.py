@@ -1,4 +1,4 @@
-"""Attribution patching (AtP) of heads and neurons: gradient x activation, all of them from one backward pass.
+"""Attribution patching (AtP): gradient x activation of heads, neurons or sublayers, from one backward pass.
 
 Source: Nanda, "Attribution Patching" (2023); Kramár et al., "AtP*" (2024, arXiv 2403.00745), equation 3, with
 zero in the place of a corrupted prompt's activations.
@@ -9,6 +9,8 @@ instead and cut that into as many pieces as there are heads; each piece holds so
 stream, which all heads write to, so that what it calls a head is a mixture of them.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import ClassVar
 
 import torch
@@ -18,9 +20,10 @@ from typing_extensions import override
 from depass_lightning.depass import DePass
 from depass_lightning.methods.base import Baseline
 from depass_lightning.methods.gradients import embeddings_of
-from depass_lightning.methods.hook_points import reading, sites_of
+from depass_lightning.methods.hook_points import sites_of
 from depass_lightning.methods.model_runs import Batch, embeddings_replaced
-from depass_lightning.sources import Heads, Neurons, Source
+from depass_lightning.methods.places import place_of
+from depass_lightning.sources import Heads, Module, Neurons, Source
 
 
 class ComponentBaseline(Baseline):
@@ -51,33 +54,54 @@ class ComponentBaseline(Baseline):
         return scores if indices is None else scores[..., list(indices)]
 
 
-class AttributionPatching(ComponentBaseline):
-    """Gradient x activation of each head or neuron, summed over positions.
+class AttributionPatching(Baseline):
+    """Gradient x activation of each head, neuron, attention or MLP, summed over positions.
+
+    Of tokens this is `input_gradient`.
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Heads()` or `Neurons()`, of one layer or of all.
+        source: `Heads()`, `Neurons()` or `Module(...)`, of one layer or of all.
 
     Raises:
         DePassError: it is something else, or the neurons are those of a mixture of experts.
     """
 
     name: ClassVar[str] = "atp"
+    sources: ClassVar[tuple[type[Source], ...]] = (Heads, Neurons, Module)
+
+    def __init__(self, depass: DePass, source: Source | None = None) -> None:
+        super().__init__(depass, source)
+        kinds = {Heads: "head", Neurons: "neuron"}
+        kind = self.source.module if isinstance(self.source, Module) else kinds[type(self.source)]
+        layers = self.source.layers(len(depass.decoder.blocks))
+        self.places = [place_of(depass.decoder, layer, kind) for layer in layers]
 
     @override
     def score(self, batch: Batch) -> Tensor:
         embeddings = embeddings_of(batch)  # a leaf: the model's parameters may be frozen
-        with (
-            torch.enable_grad(),
-            embeddings_replaced(batch.decoder, embeddings),
-            reading(self.sites) as seen,
-        ):
+        seen: dict[int, Tensor] = {}
+
+        def keeper(index: int) -> Callable[[Tensor], Tensor]:
+            def keep(components: Tensor) -> Tensor:
+                seen[index] = components
+                return components  # the pass goes on from here, so that it has a gradient
+
+            return keep
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(embeddings_replaced(batch.decoder, embeddings))
+            for index, place in enumerate(self.places):
+                stack.callback(place.hooked(keeper(index), len(batch.ids)).remove)
             value = batch.values().sum()
-            activations = [seen[site.layer] for site in self.sites]
+            activations = [seen[index] for index in range(len(self.places))]
             gradients = torch.autograd.grad(value, activations)
         effects = []
-        for site, activation, gradient in zip(self.sites, activations, gradients, strict=True):
+        for activation, gradient in zip(activations, gradients, strict=True):
             dtype, device = batch.decoder.dtype, batch.ids.device
             both = activation.detach().to(device, dtype) * gradient.to(device, dtype)
-            effects.append(site.apart(both, len(batch.ids)).sum((1, 3)))
-        return self.chosen(torch.stack(effects, 1))
+            effects.append(both.sum((1, 3)))  # [batch, component]
+        scores = torch.stack(effects, 1)
+        indices = self.source.indices if isinstance(self.source, Neurons) else None
+        return scores if indices is None else scores[..., list(indices)]

@@ -12,7 +12,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.methods.base import Baseline
 from depass_lightning.methods.hook_points import sites_of
 from depass_lightning.methods.model_runs import Batch
-from depass_lightning.sources import Heads, Neurons, Source, Spans, Tokens
+from depass_lightning.sources import Heads, Module, Neurons, Source, Spans, Tokens
 from depass_lightning.sources.tokens import Positional
 
 
@@ -31,12 +31,12 @@ class Random(Baseline):
 
     Args:
         depass: the model, with its tokenizer.
-        source: `Tokens()`, `Spans(...)`, `Heads()` or `Neurons()`.
+        source: `Tokens()`, `Spans(...)`, `Heads()`, `Neurons()` or `Module(...)`.
         seed: the seed of the draws.
     """
 
     name: ClassVar[str] = "random"
-    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans, Heads, Neurons)
+    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans, Heads, Neurons, Module)
 
     def __init__(self, depass: DePass, source: Source | None = None, *, seed: int = 0) -> None:
         super().__init__(depass, source)
@@ -59,6 +59,8 @@ class Random(Baseline):
             return 1, [sorted(set(source.owners(prompt)[: len(ids)])) for prompt, ids in both]
         if isinstance(source, Heads):
             layers, count = len(source.layers(len(decoder.blocks))), decoder.heads
+        elif isinstance(source, Module):
+            layers, count = len(source.layers(len(decoder.blocks))), 1
         else:
             assert isinstance(source, Neurons)
             sites = sites_of(decoder, source)

@@ -99,7 +99,7 @@ def test_the_true_weights_predict_every_ablation() -> None:
     single = attribution([1, 1], ids=(2, 3))
     cases = []
     for scored in (true, opposite, unrelated, single):
-        scored.metadata["target_ids"] = [ANSWER]
+        scored.target_ids = [ANSWER]
         cases.append(Case(scored))
     columns = LinearDatamodeling(samples=40).columns(cases, depass)
     assert columns[0] == {"lds": pytest.approx(1)}

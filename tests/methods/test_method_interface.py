@@ -8,7 +8,18 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from depass_lightning import Contrast, DePass, DePassError, Direction, Heads, Neurons, Spans, Token, Tokens
+from depass_lightning import (
+    Contrast,
+    DePass,
+    DePassError,
+    Direction,
+    Heads,
+    Module,
+    Neurons,
+    Spans,
+    Token,
+    Tokens,
+)
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.faithfulness import MASKED, PERCENTS, RATIONALES, ComponentMasking, TokenRemoval
 from depass_lightning.methods import METHODS, Baseline, DePassMethod, make_method
@@ -39,7 +50,8 @@ def methods(depass: DePass, *, neurons: bool = True) -> list[Any]:
             continue
         for kind in method.sources:
             if neurons or kind is not Neurons:
-                source = RANGES if kind is Spans else kind()
+                made = {Spans: RANGES, Module: Module("mlp")}
+                source = made[kind] if kind in made else kind()
                 found.append(make_method(name, depass, source, **OPTIONS.get(name, {})))
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from depass_lightning import Contrast, DePass, Heads, Neurons
+from depass_lightning import Contrast, DePass, Heads, Module, Neurons
 from depass_lightning.methods import (
     Activation,
     AttentionRollout,
@@ -314,3 +314,27 @@ def test_random_scores_depend_on_the_seed_and_the_prompt_alone(depass: DePass) -
         assert not torch.equal(first, scores(Random(depass, source, seed=1)))
         assert not torch.equal(first, scores(Random(depass, source), prompt(7, seed=3)))
         assert len(first.unique()) == len(first)
+
+
+def test_patching_of_sublayers_is_a_finite_difference() -> None:
+    """Make what a sublayer adds a little larger and a little smaller, after the norm that follows it."""
+    step = 1e-5
+    for name, attention, mlp in (
+        ("gemma2", "post_attention_layernorm", "post_feedforward_layernorm"),
+        ("gpt2", "attn.c_proj", "mlp.c_proj"),
+        ("opt", "self_attn.out_proj", "fc2"),
+    ):
+        model = zoo.build(name, dtype=torch.float64)
+        depass = DePass(model)
+        kinds: tuple[tuple[Literal["attention", "mlp"], str], ...] = (("attention", attention), ("mlp", mlp))
+        for kind, path in kinds:
+            by_layer = scores(AttributionPatching(depass, Module(kind)))
+            assert len(by_layer) == 3
+            module = zoo.blocks_of(model)[1].get_submodule(path)
+            values = []
+            for factor in (1 + step, 1 - step):
+                handle = module.register_forward_hook(lambda _m, _a, output, factor=factor: output * factor)
+                values.append(depass.attribute(input_ids=IDS[None], target=TARGET)[0].value)
+                handle.remove()
+            difference = (values[0] - values[1]) / (2 * step)
+            assert by_layer[1] == pytest.approx(difference, abs=1e-5 * float(by_layer.abs().max()))

@@ -13,6 +13,7 @@ from depass_lightning.studies import read_experiment
 from depass_lightning.studies.comparison import study as module
 from depass_lightning.studies.comparison.method_runs import (
     HEAD_METHODS,
+    MLP_METHODS,
     NEURON_METHODS,
     TOKEN_METHODS,
     MethodRun,
@@ -276,3 +277,11 @@ def test_methods_are_compared_with_true_ablation(depass: DePass, tmp_path: Path)
         MethodComparison(circuits=True)
     with pytest.raises(DePassError, match="held against occlusion"):
         MethodComparison(methods=["random"], against="occlusion").run(depass, tmp_path / "other")
+
+
+def test_methods_are_compared_on_mlps(depass: DePass, tmp_path: Path) -> None:
+    study = MethodComparison("mlps", size=2, pool=3, ablations=["zero"], circuits=True)
+    result = study.run(depass, tmp_path)
+    assert [row["method"] for row in result.table] == list(MLP_METHODS)
+    assert {"ablation_zero_pearson", "cpr", "cmd"} <= {*result.columns()}
+    assert (tmp_path / "report.html").exists()

@@ -48,6 +48,7 @@ TOKEN_METHODS = (
     *("gradient_shap", "mean_attention", "last_layer_attention", "attention_rollout", "occlusion", "random"),
 )
 HEAD_METHODS = ("depass", "taylor", "dual", "atp", "norm", "random")
+MLP_METHODS = ("depass", "taylor", "dual", "atp", "random")
 NEURON_METHODS = ("depass", "taylor", "dual", "atp", "activation", "norm", "random")
 
 PANELS: dict[str, tuple[str, str, str]] = {

@@ -33,7 +33,7 @@ from depass_lightning.faithfulness import (
 from depass_lightning.faithfulness.true_ablation import Replacement
 from depass_lightning.methods import Method, make_method
 from depass_lightning.prompts import prompts_of
-from depass_lightning.sources import Heads, Neurons, Source, Tokens
+from depass_lightning.sources import Heads, Module, Neurons, Source, Tokens
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
     UNREADABLE,
@@ -49,6 +49,7 @@ from depass_lightning.storage import (
 from depass_lightning.studies.comparison.method_runs import (
     AGAINST,
     HEAD_METHODS,
+    MLP_METHODS,
     NEURON_METHODS,
     TOKEN_METHODS,
     MethodRun,
@@ -64,13 +65,14 @@ from depass_lightning.utils.distributed import from_first
 
 log = logging.getLogger(__name__)
 
-Components = Literal["tokens", "heads", "neurons"]
+Components = Literal["tokens", "heads", "neurons", "mlps"]
 Extra = Literal["lds", "soft"]
 
 LISTED: dict[str, tuple[str, ...]] = {
     "tokens": TOKEN_METHODS,
     "heads": HEAD_METHODS,
     "neurons": NEURON_METHODS,
+    "mlps": MLP_METHODS,
 }
 
 
@@ -84,7 +86,7 @@ class MethodComparison:
     """A comparison of methods on one task.
 
     Args:
-        components: what is scored: tokens, heads or neurons.
+        components: what is scored: tokens, heads, neurons or mlps.
         task: the task's name.
         path: its file; None for the embedded model's own.
         split: compare on `development`, `held_out` or `fresh` prompts (`prompt_splits.py`), drawn by the seed
@@ -99,9 +101,9 @@ class MethodComparison:
         ablations: measure the agreement with true ablation (`AblationAgreement`): any of `zero`, `mean` and
             `resample`, the latter two from the compared prompts themselves.
         extra: of tokens, further measures: `lds`, the linear datamodeling score, and `soft`, soft removal.
-        circuits: of heads and neurons, measure CPR and CMD of circuits, all others at zero.
+        circuits: of heads, neurons and mlps, measure CPR and CMD of circuits, all others at zero.
         against: the method that the others are held against.
-        layer: of heads and neurons, the block; None for all blocks.
+        layer: of heads, neurons and mlps, the block; None for all blocks.
         top: of neurons, how many of a block are carried exactly by `depass`, which is many times faster over
             all blocks; None carries all.
         batch_size: how many prompts are scored at once.
@@ -142,7 +144,7 @@ class MethodComparison:
         if unknown := set(self.extra) - set(get_args(Extra)):
             raise DePassError(f"extra measures are {', '.join(get_args(Extra))}; got {', '.join(unknown)}")
         if self.circuits and self.components == "tokens":
-            raise DePassError("circuits are of heads or neurons, not of tokens")
+            raise DePassError("circuits are of heads, neurons or mlps, not of tokens")
 
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Run the comparison and write it into a folder, with each prompt's numbers: `rows/<method>.parquet`.
@@ -248,6 +250,8 @@ class MethodComparison:
             return Tokens()
         if self.components == "heads":
             return Heads(self.layer)
+        if self.components == "mlps":
+            return Module("mlp", self.layer)
         return Neurons(self.layer, top=self.top if name == AGAINST else None)
 
     def _manifest(self, depass: DePass, examples: list[Example]) -> Manifest:
@@ -258,12 +262,11 @@ class MethodComparison:
 
     def _notes(self, asked: int, right: int, taken: int) -> list[str]:
         judged = "its first token" if self.components == "tokens" else "all tokens of the answer"
-        removed = (
-            "Removed tokens are taken out of the prompt, which is encoded again."
-            if self.components == "tokens"
-            else f"Masked {self.components} are zero at every position, by hooks; those of all layers are "
-            "ranked together."
-        )
+        masked = f"Masked {self.components} are zero at every position, by hooks; those of all layers are "
+        removed = {
+            "tokens": "Removed tokens are taken out of the prompt, which is encoded again.",
+            "mlps": "What an MLP adds to the residual stream is ablated, biases included.",
+        }.get(self.components, masked + "ranked together.")
         return [
             f"The model answers {right} of {asked} prompts right, judged by {judged} (not counted: prompts "
             "whose answer and foil begin with the same token); compared on the first "
