@@ -102,16 +102,18 @@ def circuit_values(
         return []
     substitutes = substitutes_of(decoder, attributions, replacement, references, 0)
     places, targets = places_of(decoder, attributions[0])
-    if any(own.names != attributions[0].names for own in attributions) or "embedding" in places:
+    names = [attribution.names for attribution in attributions]
+    if names != [names[0]] * len(names) or "embedding" in places:
         raise DePassError("a circuit has the same heads, neurons or modules for all prompts")
-    scores = torch.stack([own.scores[[target.index for target in targets]] for own in attributions]).mean(0)
+    indices = [target.index for target in targets]
+    scores = torch.stack([attribution.scores[indices] for attribution in attributions]).mean(0)
     order = (scores.abs() if absolute else scores).sort(descending=True, stable=True).indices.tolist()
     counts = [*(int(fraction * len(targets)) for fraction in fractions), len(targets), 0]
     circuits = [set(order[:count]) for count in counts]
-    lengths = [own.position + 1 for own in attributions]
+    lengths = [attribution.position + 1 for attribution in attributions]
 
-    def work(indices: list[int]) -> list[CircuitValues]:
-        (index,) = indices
+    def work(numbers: list[int]) -> list[CircuitValues]:
+        (index,) = numbers
         ids = torch.tensor([attributions[index].token_ids[: lengths[index]]], device=decoder.device)
         masks = _masks(circuits, places, targets, lengths[index])
         with as_depass_runs(decoder):
@@ -151,7 +153,7 @@ def circuit_scores(values: Sequence[CircuitValues], *, draws: int = 1000, seed: 
     if not values:
         raise DePassError("circuits need the values of one prompt at least")
     fractions = list(values[0].fractions)
-    table = np.array([[*own.values, own.whole, own.empty] for own in values], dtype=np.float64)
+    table = np.array([[*value.values, value.whole, value.empty] for value in values], dtype=np.float64)
     faithfulness, cpr, cmd = _areas(fractions, table.mean(0))
     generator = np.random.default_rng(seed)
     samples = [
