@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from depass_lightning import Contrast, DePass, DePassError, Heads, LogOdds, Neurons, Token, Tokens
-from depass_lightning.methods import METHODS
+from depass_lightning.methods import METHODS, DePassMethod
+from depass_lightning.modules.attribution_module import AttributionModule, Explained
+from depass_lightning.modules.prompt_datamodule import PromptBatch
+from depass_lightning.monitoring.probe_sets import load_set
 from depass_lightning.targets import LogitSum
 from depass_lightning.tasks import Example
 from tests.reference import twin, zoo
@@ -190,3 +193,37 @@ def test_an_examples_targets() -> None:
     assert example.target("token") == Token(" B", first=True)
     assert example.target("centred") == Token(" B", first=True, centred=True)
     assert example.target("log_odds") == LogOdds(" B", first=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "expected"),
+    [
+        (Contrast(" B", " C", -2, True), "log_odds", LogOdds(" B", position=-2, first=True)),
+        (Contrast(" B", " C"), "centred", Token(" B", centred=True)),
+        (Contrast(" B", " C"), "token", Token(" B")),
+        (" B", "log_odds", LogOdds(" B")),
+        (7, "centred", Token(7, centred=True)),
+        (None, "log_odds", LogOdds()),
+        (Token(" B", centred=True), "token", Token(" B", centred=True)),
+        (LogOdds(" B", against=(" C",)), "log_odds", LogOdds(" B", against=(" C",))),
+        (LogOdds(" B", against=(" C",)), "token", Token(" B")),
+        (Contrast(" B", " C"), "own", Token()),
+    ],
+)
+def test_probes_of_every_kind(given: Any, kind: Any, expected: Any) -> None:
+    (probe,) = load_set("mine", [("A", given)], 1, kind)
+    assert probe.target == expected
+
+
+@pytest.mark.parametrize("kind", ["log_odds", "centred"])
+def test_an_analysis_explains_them(tiny: DePass, kind: Any) -> None:
+    example = Example("1", TEXT, " Mary", " John")
+    module = AttributionModule(DePassMethod(tiny, rule="half"), explained=Explained(kind))
+    (row,) = module.predict_step(PromptBatch([0], [example])).rows
+    expected = tiny.attribute(TEXT, example.target(kind), rule="half")
+    assert row["target"] == expected.target
+    assert row["value"] == pytest.approx(expected.value, rel=1e-5)
+    generated = AttributionModule(DePassMethod(tiny), explained=Explained("generation", 2, readout=kind))
+    rows = generated.predict_step(PromptBatch([0], [example])).rows
+    found = tiny.attribute_generation(TEXT, max_new_tokens=2, target=kind)
+    assert [row["target"] for row in rows] == [own.target for own in found]
