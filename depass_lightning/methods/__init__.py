@@ -8,7 +8,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.methods.attention_weights import AttentionRollout, LastLayerAttention, MeanAttention
 from depass_lightning.methods.base import Baseline, Method
 from depass_lightning.methods.context_cite import ContextCite
-from depass_lightning.methods.depass_rules import DePassMethod, Dual, Taylor
+from depass_lightning.methods.depass_rules import DePassMethod, Dual, Half, Shap, Taylor
 from depass_lightning.methods.gradients import GradientNorm, InputGradient
 from depass_lightning.methods.information_flow import InformationFlow
 from depass_lightning.methods.integrated import IntegratedGradients
@@ -27,6 +27,8 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         DePassMethod,
         Taylor,
+        Half,
+        Shap,
         Dual,
         InputGradient,
         GradientNorm,
@@ -92,6 +94,7 @@ __all__ = [
     "Dual",
     "GradientNorm",
     "GradientShap",
+    "Half",
     "InformationFlow",
     "InputGradient",
     "IntegratedGradients",
@@ -103,6 +106,7 @@ __all__ = [
     "Occlusion",
     "Random",
     "RandomLastFirst",
+    "Shap",
     "Shapley",
     "Taylor",
     "ValueZeroing",

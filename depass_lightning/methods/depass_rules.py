@@ -88,6 +88,32 @@ class Taylor(DePassMethod):
     rule: ClassVar[RuleName] = "taylor"
 
 
+class Half(DePassMethod):
+    """DePass under the half rule, which follows both factors of a gated MLP.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: what states are split into; by default `Tokens()`.
+        options: further arguments of `DePassMethod`.
+    """
+
+    name: ClassVar[str] = "half"
+    rule: ClassVar[RuleName] = "half"
+
+
+class Shap(DePassMethod):
+    """DePass under the shap rule, which follows attention's queries and keys as well.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: what states are split into; by default `Tokens()`.
+        options: further arguments of `DePassMethod`, such as `score_weight`.
+    """
+
+    name: ClassVar[str] = "shap"
+    rule: ClassVar[RuleName] = "shap"
+
+
 class Dual(DePassMethod):
     """DePass under the dual rule, for models with gated MLPs.
 

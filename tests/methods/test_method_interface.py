@@ -131,7 +131,13 @@ def test_text_comes_in_one_by_one_and_in_lists() -> None:
 def test_depass_itself_has_the_same_face() -> None:
     depass = DePass.from_pretrained("tiny")
     texts = ["When Mary and John went out, John gave it to", "Then Anna met Tom, and Tom gave a drink to"]
-    rules: tuple[tuple[str, RuleName], ...] = (("depass", "softmax"), ("taylor", "taylor"), ("dual", "dual"))
+    rules: tuple[tuple[str, RuleName], ...] = (
+        ("depass", "softmax"),
+        ("taylor", "taylor"),
+        ("half", "half"),
+        ("shap", "shap"),
+        ("dual", "dual"),
+    )
     for name, rule in rules:
         for source in (None, Heads()):
             found = make_method(name, depass, source).attribute(texts, [" Mary", " Anna"], batch_size=1)
@@ -222,7 +228,7 @@ def test_every_method_has_a_configuration() -> None:
     """DePass's rules have theirs in rule=."""
     depass = DePass(build("llama"))
     paths = sorted((CONF / "method").glob("*.yaml"))
-    assert {path.stem for path in paths} == {*METHODS} - {"taylor", "dual"}
+    assert {path.stem for path in paths} == {*METHODS} - {"taylor", "half", "shap", "dual"}
     for path in paths:
         options = options_of(path)
         assert options["name"] == path.stem

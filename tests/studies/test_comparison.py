@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from depass_lightning import DePass, DePassError, tasks
+from depass_lightning import DePass, DePassError, LogOdds, tasks
 from depass_lightning.faithfulness import Interval, area
+from depass_lightning.methods import DePassMethod
 from depass_lightning.storage import read_rows
 from depass_lightning.studies import read_experiment
 from depass_lightning.studies.comparison import study as module
@@ -157,6 +158,22 @@ def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tm
     file.write_text(json.dumps(rows[0]))
     with pytest.raises(DePassError, match="none of 1 prompts"):
         study.run(depass, tmp_path)
+
+
+def test_the_target_is_that_of_the_study(depass: DePass, tmp_path: Path, monkeypatch) -> None:
+    explained, original = [], DePassMethod.attribute
+
+    def attribute(method, prompts, targets, **options):
+        explained.extend(targets)
+        return original(method, prompts, targets, **options)
+
+    monkeypatch.setattr(DePassMethod, "attribute", attribute)
+    few = {"size": 2, "pool": 3, "percents": [0, 100], "zeroed": False, "methods": ["half"]}
+    MethodComparison(target="log_odds", against="half", **few).run(depass, tmp_path)
+    assert explained
+    assert all(isinstance(target, LogOdds) for target in explained)
+    with pytest.raises(DePassError, match="target must be contrast, token, centred, log_odds"):
+        MethodComparison(target="own")  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

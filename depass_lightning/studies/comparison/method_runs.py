@@ -37,6 +37,7 @@ from depass_lightning.faithfulness.circuits import (
 from depass_lightning.faithfulness.true_ablation import Replacement
 from depass_lightning.methods import Method
 from depass_lightning.studies.study_result import Cell, Curve, Panel
+from depass_lightning.targets import AnswerTarget
 from depass_lightning.tasks import Example
 from depass_lightning.utils.bootstrap import bootstrap
 from depass_lightning.utils.paired_tests import holm, sign_flip_test
@@ -44,12 +45,12 @@ from depass_lightning.utils.paired_tests import holm, sign_flip_test
 AGAINST = "depass"  # the method that the others are compared with
 
 TOKEN_METHODS = (
-    *("depass", "taylor", "dual", "input_gradient", "gradient_norm", "integrated_gradients"),
+    *("depass", "taylor", "half", "shap", "dual", "input_gradient", "gradient_norm", "integrated_gradients"),
     *("gradient_shap", "mean_attention", "last_layer_attention", "attention_rollout", "occlusion", "random"),
 )
-HEAD_METHODS = ("depass", "taylor", "dual", "atp", "norm", "random")
-MLP_METHODS = ("depass", "taylor", "dual", "atp", "random")
-NEURON_METHODS = ("depass", "taylor", "dual", "atp", "activation", "norm", "random")
+HEAD_METHODS = ("depass", "taylor", "half", "shap", "dual", "atp", "norm", "random")
+MLP_METHODS = ("depass", "taylor", "half", "shap", "dual", "atp", "random")
+NEURON_METHODS = ("depass", "taylor", "half", "shap", "dual", "atp", "activation", "norm", "random")
 
 PANELS: dict[str, tuple[str, str, str]] = {
     "patch_top": ("patch top", "tokens removed (%)", "probability of the answer"),
@@ -104,6 +105,7 @@ def run_method(
     method: Method,
     examples: Sequence[Example],
     *,
+    target: AnswerTarget = "contrast",
     percents: Sequence[float] | None = None,
     zeroed: bool = True,
     keep_last: bool = True,
@@ -117,6 +119,7 @@ def run_method(
     Args:
         method: scores tokens, heads or neurons.
         examples: prompts that the model answers right; see `answered_right`.
+        target: what is explained of the answer, as in `Example.target`.
         percents: the percentages to measure at; by default those of `removal_curves` or `masking_curves`.
         zeroed: of tokens, measure with embeddings set to zero too.
         keep_last: of tokens, measure with the last token kept too.
@@ -135,7 +138,10 @@ def run_method(
         ComponentMasking(percents or MASKED, **options),
     )
     started = time.perf_counter()
-    prompts, targets = [example.prompt for example in examples], [example.target() for example in examples]
+    prompts, targets = (
+        [example.prompt for example in examples],
+        [example.target(target) for example in examples],
+    )
     attributions = method.attribute(prompts, targets, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - started
     cases = [

@@ -60,6 +60,7 @@ from depass_lightning.studies.comparison.method_runs import (
 from depass_lightning.studies.comparison.prompt_splits import Split, sampled
 from depass_lightning.studies.study_files import write_experiment
 from depass_lightning.studies.study_result import StudyResult, data_name
+from depass_lightning.targets import AnswerTarget
 from depass_lightning.tasks import Example
 from depass_lightning.utils.distributed import from_first
 
@@ -95,6 +96,8 @@ class MethodComparison:
         pool: how many prompts of the split are asked to find them; None asks all.
         methods: the methods; None for all that score such components and suit the model.
         options: further options of some methods, by name: `{"integrated_gradients": {"steps": 64}}`.
+        target: what is explained of the answer: `contrast`, its logit less the foil's if there is one;
+            `token`, its logit; `centred`, its logit less the mean logit; `log_odds`, its log-odds.
         percents: the percentages to measure at; None for 0 to 100 of tokens, 0 to 50 of heads and neurons.
         zeroed: of tokens, measure with embeddings set to zero too, which takes as many passes again.
         keep_last: of tokens, measure with the last token kept too, which takes as many passes again.
@@ -122,6 +125,7 @@ class MethodComparison:
     pool: int | None = None
     methods: Sequence[str] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    target: AnswerTarget = "contrast"
     percents: Sequence[float] | None = None
     zeroed: bool = True
     keep_last: bool = True
@@ -137,6 +141,8 @@ class MethodComparison:
     def __post_init__(self) -> None:
         if self.components not in LISTED:
             raise DePassError(f"components must be {', '.join(LISTED)}; got {self.components!r}")
+        if self.target not in get_args(AnswerTarget):
+            raise DePassError(f"target must be {', '.join(get_args(AnswerTarget))}; got {self.target!r}")
         if self.size < 1:
             raise DePassError(f"size is {self.size}; compare on one prompt at least")
         if self.percents is not None:
@@ -181,6 +187,7 @@ class MethodComparison:
             runs[name] = run_method(
                 method,
                 examples,
+                target=self.target,
                 percents=self.percents,
                 zeroed=self.zeroed,
                 keep_last=self.keep_last,
