@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from depass_lightning.methods.model_runs import Batch
-from depass_lightning.methods.token_subsets import SurrogateBaseline, Values
+from depass_lightning.methods.token_subsets import ITERATIONS, SurrogateBaseline, Values
 
 
 class ContextCite(SurrogateBaseline):
@@ -55,6 +55,6 @@ class ContextCite(SurrogateBaseline):
         weights = torch.zeros(count, dtype=torch.float64)
         if varies.any():
             inputs = (indicators - indicators.mean(0))[:, varies] / scale[varies]
-            lasso = Lasso(alpha=self.alpha).fit(inputs.numpy(), outputs.numpy())
+            lasso = Lasso(alpha=self.alpha, max_iter=ITERATIONS).fit(inputs.numpy(), outputs.numpy())
             weights[varies] = torch.from_numpy(lasso.coef_).double() / scale[varies]
         return weights

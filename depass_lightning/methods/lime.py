@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from depass_lightning.methods.shap import seeded
-from depass_lightning.methods.token_subsets import SurrogateBaseline, Values
+from depass_lightning.methods.token_subsets import ITERATIONS, SurrogateBaseline, Values
 
 
 class Lime(SurrogateBaseline):
@@ -39,9 +39,8 @@ class Lime(SurrogateBaseline):
     @override
     def fit(self, values: Values, count: int, seed: int) -> Tensor:
         with seeded(seed, torch.device("cpu")):
-            scores = Captum(
-                lambda kept: values(kept > 0.5), interpretable_model=SkLearnLasso(alpha=self.alpha)
-            ).attribute(
+            lasso = SkLearnLasso(alpha=self.alpha, max_iter=ITERATIONS)
+            scores = Captum(lambda kept: values(kept > 0.5), interpretable_model=lasso).attribute(
                 torch.ones(1, count, dtype=torch.float64),
                 n_samples=self.samples,
                 perturbations_per_eval=self.rows,

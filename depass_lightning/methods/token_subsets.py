@@ -16,6 +16,8 @@ from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.methods.token_ablation import AblationBaseline
 from depass_lightning.sources import Source
 
+ITERATIONS = 100_000  # of a LASSO; fewer draws than candidates converge slowly
+
 Values = Callable[[Bool[Tensor, "subset candidate"]], Float[Tensor, "subset"]]
 """The target's value with only the candidates kept that are true."""
 
