@@ -28,7 +28,7 @@ from depass_lightning.engine.state import DecomposedState
 from depass_lightning.models.affine import features
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources import Neurons, Source
+from depass_lightning.sources import Source
 from depass_lightning.sources.tokens import Positional
 
 SHORT = 64  # tokens of the prompt that is tried
@@ -112,11 +112,10 @@ def propagated_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: 
         rows = sum(length - owners.index(owner) for owner in set(owners)) + extra * length
         return [rows if layer >= source.layers(layers)[0] else 0 for layer in range(layers - 1)]
     members, behind = len(source.describe(prompt, decoder)[0]) + extra, source.after_mlp
-    if isinstance(source, Neurons):
-        if source.layers(layers)[0] >= layers - 2:
-            return []  # next to the target none are propagated
-        if source.top is not None:  # once with these, and once with twice as many
-            members = 3 * source.top + 2 * (1 + extra)
+    if source.read_directly(layers - 1 - source.layers(layers)[0]):
+        return []  # next to the target none are propagated
+    if source.top is not None:  # once with these, and once with twice as many
+        members = 3 * source.top + 2 * (1 + extra)
     return [
         members * length * sum(start + behind <= layer for start in source.layers(layers))
         for layer in range(layers - 1)

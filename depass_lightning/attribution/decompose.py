@@ -102,7 +102,7 @@ def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> It
 
 def _record_whole(decoder: Decoder, prompts: Sequence[Prompt], settings: Settings) -> Recording:
     (source,) = settings.sources
-    if source.approximate:
+    if source.top is not None:
         raise DePassError("Neurons(top=) gives scores, not states; leave top out to decompose")
     return record_batch(decoder, prompts, [[len(prompt.ids) - 1] for prompt in prompts], settings)
 

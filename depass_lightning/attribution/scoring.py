@@ -24,7 +24,7 @@ from depass_lightning.engine.variants.rounding import rounding_scores
 from depass_lightning.engine.variants.top_neurons import ApproximationError, TopNeuronApproximation
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import Prompt
-from depass_lightning.sources import Neurons, Source, SplitContext
+from depass_lightning.sources import Source, SplitContext
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,14 @@ def _read_next_to_target(source: Source, readout: Readout, layers: int) -> bool:
     A block's neurons are read at once where the target is read from the next block's input, and the
     approximation by the largest neurons is worthwhile from two blocks further on.
     """
-    if not isinstance(source, Neurons):
-        return False
-    (layer,) = source.layers(layers)
-    distance = readout.layer - layer
-    return distance <= 1 or (source.top is not None and distance > 2)
+    distance = readout.layer - source.layers(layers)[0]
+    return source.read_directly(distance) or (source.top is not None and distance > 2)
 
 
 def _scores_of_neurons(
     recording: Recording, source: Source, readout: Readout, settings: Settings, context: SplitContext
 ) -> Scores:
     """Score one block's neurons for each target, directly or by their approximation."""
-    assert isinstance(source, Neurons)
     (layer,) = source.layers(recording.layers)
     split = source.split(recording, context)
     group = None if layer >= readout.layer else split.inside(recording.block(layer), "resid_post")

@@ -118,7 +118,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         softmax = self.rule_name == "softmax" and self.compat is None and self.bias_mode != "drop"
-        if not softmax and any(source.approximate for source in self.sources):
+        if not softmax and any(source.top is not None for source in self.sources):
             raise DePassError(
                 "Neurons(top=) approximates rule='softmax' with every constant propagated (bias='component', "
                 "no compat); leave top out"

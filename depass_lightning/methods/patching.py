@@ -44,15 +44,6 @@ class ComponentBaseline(Baseline):
         assert isinstance(self.source, (Heads, Neurons))
         self.sites = sites_of(depass.decoder, self.source)
 
-    def chosen(self, scores: Tensor) -> Tensor:
-        """Return the scores of the neurons that were asked for.
-
-        Args:
-            scores: `[batch, group, component]` of all.
-        """
-        indices = self.source.indices if isinstance(self.source, Neurons) else None
-        return scores if indices is None else scores[..., list(indices)]
-
 
 class AttributionPatching(Baseline):
     """Gradient x activation of each head, neuron, attention or MLP, summed over positions.
@@ -102,6 +93,4 @@ class AttributionPatching(Baseline):
             dtype, device = batch.decoder.dtype, batch.ids.device
             both = activation.detach().to(device, dtype) * gradient.to(device, dtype)
             effects.append(both.sum((1, 3)))  # [batch, component]
-        scores = torch.stack(effects, 1)
-        indices = self.source.indices if isinstance(self.source, Neurons) else None
-        return scores if indices is None else scores[..., list(indices)]
+        return self.source.chosen(torch.stack(effects, 1))

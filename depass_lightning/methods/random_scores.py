@@ -57,16 +57,12 @@ class Random(Baseline):
         if isinstance(source, Positional):
             both = zip(batch.prompts, batch.rows, strict=True)
             return 1, [sorted(set(source.owners(prompt)[: len(ids)])) for prompt, ids in both]
-        if isinstance(source, Heads):
-            layers, count = len(source.layers(len(decoder.blocks))), decoder.heads
-        elif isinstance(source, Module):
-            layers, count = len(source.layers(len(decoder.blocks))), 1
-        else:
-            assert isinstance(source, Neurons)
-            sites = sites_of(decoder, source)
-            layers = len(sites)
-            count = sites[0].count if source.indices is None else len(source.indices)
-        return layers, [list(range(count))] * len(batch.rows)
+        if isinstance(source, Module):
+            return len(source.layers(len(decoder.blocks))), [[0]] * len(batch.rows)
+        assert isinstance(source, Heads | Neurons)
+        sites = sites_of(decoder, source)
+        count = len(source.chosen(torch.arange(sites[0].count)))
+        return len(sites), [list(range(count))] * len(batch.rows)
 
 
 class RandomLastFirst(Random):

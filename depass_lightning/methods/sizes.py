@@ -49,7 +49,7 @@ class _Size(ComponentBaseline):
             sizes = self.of(site, site.apart(values, len(batch.ids)))
             sizes = torch.where(real[:, :, None], sizes, sizes.new_zeros(()))
             means.append(sizes.sum(1) / real.sum(1, keepdim=True))
-        return self.chosen(torch.stack(means, 1))
+        return self.source.chosen(torch.stack(means, 1))
 
     @abstractmethod
     def of(

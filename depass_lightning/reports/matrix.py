@@ -9,31 +9,30 @@ from depass_lightning.reports.components import asked_for_together, complete
 from depass_lightning.reports.numbers import plain, signed, visible
 from depass_lightning.reports.terminal import score_style
 from depass_lightning.results.attributions import Attributions
-from depass_lightning.results.generation import Generation
 
 LABEL_WIDTH = 16
 CELL_WIDTH = 4
-ROWS = 24  # of components that stand for no text, the strongest
+ROWS = 24  # of components that are not positions of the text, the strongest
 
 
 def score_matrix(attributions: Attributions, width: int) -> RenderableType:
-    """Return the scores with a row a component and a column a target, in parts of the column's strongest.
+    """Return one row of scores per component and one column per target, relative to the column's largest.
 
-    Of components that stand for no text, such as heads, only the strongest have a row.
+    Of components that are not positions of the text, such as heads, only the strongest have a row.
 
     Args:
-        attributions: what to show.
-        width: the terminal's, in letters; further columns stand in further matrices below.
+        attributions: the scores.
+        width: the terminal's width in characters; further columns follow in further matrices below.
     """
     fit = max((width - LABEL_WIDTH - 8) // CELL_WIDTH, 1)
     count = len(attributions)
     parts = [_matrix(attributions, range(first, min(first + fit, count))) for first in range(0, count, fit)]
-    if isinstance(attributions, Generation):
-        title = "what each generated token rests on, in tenths of the strongest of its column"
+    if attributions.first_generated is not None:
+        title = "what each generated token relies on, in tenths of the column's largest score"
         return Group(Text(title, "dim"), *parts)
-    title = "what each target rests on, in tenths of the strongest of its column"
+    title = "what each target relies on, in tenths of the column's largest score"
     if complete(attributions[0]):
-        title += f"; completeness {plain(attributions.completeness.max().item())}"
+        title += f"; completeness error {plain(attributions.completeness.max().item())}"
     return Group(_legend(attributions), Text(), Text(title, "dim"), *parts)
 
 
@@ -43,8 +42,8 @@ def _legend(attributions: Attributions) -> Table:
     table.add_column(justify="right", style="bold")
     table.add_column()
     table.add_column(justify="right")
-    for number, own in enumerate(attributions, start=1):
-        table.add_row(str(number), Text(visible(own.target)), Text(signed(own.value)))
+    for number, attribution in enumerate(attributions, start=1):
+        table.add_row(str(number), Text(visible(attribution.target)), Text(signed(attribution.value)))
     return table
 
 
@@ -60,14 +59,14 @@ def _matrix(attributions: Attributions, columns: range) -> Table:
     strongest = scores.abs().amax(1, keepdim=True)
     strengths = (scores / strongest.where(strongest > 0, 1.0)).tolist()
     last = max(attributions[column].position for column in columns)
-    before = len(attributions.tokens) - len(attributions)
+    generated = attributions.first_generated
     for row, component in enumerate(rows):
         span, name = components[component].span, components[component].label
-        if span is not None and span[0] > last + isinstance(attributions, Generation):
+        if span is not None and span[0] > last + (generated is not None):
             continue
         number = ""
-        if isinstance(attributions, Generation) and span is not None and span[0] >= before:
-            number = str(span[0] - before + 1)
+        if generated is not None and span is not None and span[0] >= generated:
+            number = str(span[0] - generated + 1)
         cells = [
             _cell(strengths[column][row], known=span is None or span[0] <= attributions[column].position)
             for column in columns
@@ -78,7 +77,7 @@ def _matrix(attributions: Attributions, columns: range) -> Table:
 
 
 def _cell(strength: float, *, known: bool) -> Text:
-    """Return a score in tenths, on the ground that its size has; nothing where there is none."""
+    """Return a score in tenths, on a background coloured by its size; nothing where there is none."""
     tenths = round(abs(strength) * 10)
     if not known:
         return Text()

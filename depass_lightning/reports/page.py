@@ -38,7 +38,6 @@ from depass_lightning.reports.prompt_segments import unread_words
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.component import Component
-from depass_lightning.results.generation import Generation
 from depass_lightning.utils.atomic_files import write_whole
 
 SCRIPTS = (
@@ -124,10 +123,9 @@ def matrix_examples(attributions: Attributions, name: str = "matrix") -> list[di
         attributions: one a target.
         name: what the matrix is called.
     """
-    generated = attributions.generated if isinstance(attributions, Generation) else attributions.targets
-    return [
-        {"id": f"{index + 1} {bare(row)}", "matrix": name, "row": row} for index, row in enumerate(generated)
-    ]
+    first = attributions.first_generated
+    rows = attributions.targets if first is None else attributions.tokens[first:]
+    return [{"id": f"{index + 1} {bare(row)}", "matrix": name, "row": row} for index, row in enumerate(rows)]
 
 
 def page_html(

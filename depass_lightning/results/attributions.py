@@ -78,6 +78,11 @@ class Attributions(Sequence[Attribution]):
         return [attribution.target for attribution in self]
 
     @property
+    def first_generated(self) -> int | None:
+        """The position of the first target in the text; None where targets are not part of the text."""
+        return None
+
+    @property
     def completeness(self) -> Float[Tensor, "target"]:
         """Each target's completeness error, as in `Attribution`."""
         return torch.tensor([attribution.completeness for attribution in self])

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from depass_lightning.results.attributions import Attributions
 
 
@@ -23,9 +25,14 @@ class Generation(Attributions):
         return f"Generation({self.continuation!r}, {len(self)} tokens over {len(self.tokens)})"
 
     @property
+    @override
+    def first_generated(self) -> int:
+        return len(self.tokens) - len(self)
+
+    @property
     def generated(self) -> list[str]:
         """The text of each generated token, the end-of-text token included."""
-        return self.tokens[-len(self) :]
+        return self.tokens[self.first_generated :]
 
     @property
     def continuation(self) -> str:

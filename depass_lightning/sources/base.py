@@ -82,20 +82,35 @@ class Source(ABC):
     Attributes:
         kind: the source's name: `tokens`, `heads`.
         positional: whether the components are positions of the prompt, each of them zero before it begins.
+        top: the number of components of each group that are propagated exactly, where the others are
+            approximated, so that there are no states of all; None for exact scores.
     """
 
     kind: ClassVar[str]
     positional: ClassVar[bool] = False
+    top: int | None = None
 
     @property
     def after_mlp(self) -> bool:
         """Whether the components begin after a block's MLP."""
         return False
 
-    @property
-    def approximate(self) -> bool:
-        """Whether scores are approximated, so that there are no states of all components."""
+    def read_directly(self, distance: int) -> bool:  # noqa: ARG002
+        """Return whether scores are read where the components begin, without propagating them.
+
+        Args:
+            distance: the number of blocks from the one in which they begin to the layer where the target is
+                read.
+        """
         return False
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        """Return the scores of the components that were asked for.
+
+        Args:
+            scores: of all components that the block has, last axis.
+        """
+        return scores
 
     @abstractmethod
     def layers(self, count: int) -> list[int]:

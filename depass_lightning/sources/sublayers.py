@@ -160,10 +160,13 @@ class Neurons(_Blockwise):
     def after_mlp(self) -> bool:
         return True
 
-    @property
     @override
-    def approximate(self) -> bool:
-        return self.top is not None
+    def read_directly(self, distance: int) -> bool:
+        return distance <= 1
+
+    @override
+    def chosen(self, scores: Tensor) -> Tensor:
+        return scores if self.indices is None else scores[..., list(self.indices)]
 
     @override
     def per_layer(self, count: int) -> "Sequence[Neurons]":
@@ -185,10 +188,8 @@ class Neurons(_Blockwise):
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
         # A neuron's score is its value times the gradient with respect to it: no neuron's state is built.
         mlp, after = derivatives.block.mlp, derivatives.resid_post
-        scores = (mlp.activations * derivatives.activations).sum(1)
+        scores = self.chosen((mlp.activations * derivatives.activations).sum(1))
         total = (derivatives.block.resid_post * after.states).sum((1, 2))
-        if self.indices is not None:
-            scores = scores[:, list(self.indices)]
         rest = total - scores.sum(1)
         return with_constants(torch.cat([rest[:, None], scores], 1), after.constants, settings)
 
