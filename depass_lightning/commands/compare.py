@@ -17,6 +17,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from depass_lightning.models.folder import fault_of_file
+from depass_lightning.reports.numbers import measure_name
 from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import attribution_from_row, write_json
 from depass_lightning.utils.atomic_files import safe_name
@@ -169,7 +170,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with one line per model."""
     names = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
-    columns = (name.replace("_", " ") for name in names)
+    columns = (measure_name(name) for name in names)
     table = Table("model", *columns, title="what changed", title_justify="left", box=None)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -16,7 +16,7 @@ from depass_lightning.reports.components import asked_for, complete, mean_of, st
 from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.matrix import score_matrix
 from depass_lightning.reports.numbers import curves_of
-from depass_lightning.reports.page import write_page
+from depass_lightning.reports.page import SharedComponents, write_page
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import Component
@@ -96,8 +96,9 @@ def write_results(
         subtitle=subtitle,
         summary=_shown(summary),
         examples=examples,
-        mean=mean,
-        notes=None if notes is None or mean is None else notes(_leading_components([mean, *shown])),
+        components=SharedComponents(
+            mean, {} if notes is None or mean is None else notes(_leading_components([mean, *shown]))
+        ),
     )
     return Results(folder, rows, summary, page, generated)
 

@@ -20,7 +20,7 @@ from depass_lightning import sources
 from depass_lightning.commands.console import existing_folder, reason_in_line
 from depass_lightning.commands.outputs import example_of
 from depass_lightning.errors import DePassError
-from depass_lightning.reports.numbers import percent, plain
+from depass_lightning.reports.numbers import measure_name, percent, plain
 from depass_lightning.reports.sweep import AXES, Map, varying, write_sweep_page
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.storage import (
@@ -41,14 +41,14 @@ SUMMARY_BYTES = 2**26
 
 TEXT, NUMBER, COUNT = pa.string(), pa.float64(), pa.int64()
 COLUMNS = {
-    "prompts": ("prompts", lambda value: f"{value:,}"),
-    "correct": ("right", percent),
-    "evidence_first": ("right token first", percent),
-    "patch_top_area": ("patch top", plain),
-    "recover_top_area": ("recover top", plain),
-    "completeness_max": ("off by", plain),
-    "seconds": ("s", plain),
-}  # columns of the terminal table: heading and number format
+    "prompts": lambda value: f"{value:,}",
+    "correct": percent,
+    "evidence_first": percent,
+    "patch_top_area": plain,
+    "recover_top_area": plain,
+    "completeness_max": plain,
+    "seconds": plain,
+}  # columns of the terminal table, with their number formats
 SWEEP_SCHEMA = pa.schema(
     [
         *((name, TEXT) for name in ("run", "status", "reason", "model", "checkpoint", "dtype", "task")),
@@ -340,8 +340,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in ["run", *axes]:
         table.add_column(AXES.get(name, name), overflow="fold")
     columns: list[list[str]] = []
-    for name, (label, write) in COLUMNS.items():
+    for name, write in COLUMNS.items():
         if any(row.get(name) is not None for row in rows):
+            label = measure_name(name)
             cells = ["" if row.get(name) is None else write(row[name]) for row in rows]
             # In a narrow terminal, headings and names wrap, but numbers do not.
             table.add_column(label, justify="right", min_width=max(map(len, [*cells, *label.split()])))

@@ -44,8 +44,8 @@ def write_timelines(folder: str | Path) -> list[Path]:
                 write_timeline(
                     page,
                     frames,
-                    title=f"{name}: what the answers were based on while the model trained",
-                    subtitle=f"{len(frames)} steps; the slider walks over them, the curves can be clicked",
+                    title=f"{name}: what the answers relied on during training",
+                    subtitle=f"{len(frames)} steps; choose one with the slider or by a click on a curve",
                     examples=examples,
                     lines=losses | _curves(probe_set),
                 )
@@ -77,7 +77,7 @@ def read_frames(folder: Path) -> tuple[list[Frame], dict[str, Mapping[str, Any]]
                 evidence = {row["id"]: {"evidence": row["evidence"] or ()} for row in rows}
                 frames.append(Frame(f"step {int(match[1])}", int(match[1]), attributions))
                 examples |= evidence
-    return sorted(frames, key=lambda frame: frame.at), examples
+    return sorted(frames, key=lambda frame: frame.step), examples
 
 
 def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:

@@ -1,4 +1,4 @@
-"""Pictures of components that are no places in the text: a map of all layers' heads, or bars."""
+"""Figures of components that are not positions of the text: a heat map of all layers' heads, or bars."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,17 +19,17 @@ from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, in
 from depass_lightning.results.attribution import Attribution
 
 LISTED = 16  # bars
-NUMBERED = 36  # points; from this width on a cell says its score
+NUMBERED = 36  # points; cells of at least this width show their scores
 TOP = 64  # points, above the first row
 
 
 def attribution_figure(attribution: Attribution, dark: bool = False, title: str | None = None) -> Figure:
-    """Draw an attribution as befits it: coloured text, a map of layers and heads, or bars.
+    """Draw an attribution as coloured text, as a heat map of layers and heads, or as bars.
 
     Args:
-        attribution: what to draw.
-        dark: for a dark ground.
-        title: what stands above, if not the target and its value; coloured text needs none.
+        attribution: the attribution.
+        dark: use the dark theme.
+        title: the title; by default the target and its value. Coloured text has none.
     """
     if placed(attribution):
         return tokens_figure(attribution, dark=dark)
@@ -39,15 +39,17 @@ def attribution_figure(attribution: Attribution, dark: bool = False, title: str 
 
 
 def heat_figure(attribution: Attribution, dark: bool = False, title: str | None = None) -> Figure:
-    """Draw the components of all layers as a map: a row a layer, a column a head, and what was there before.
+    """Draw the components of all layers as a heat map: one row per layer, one column per head.
+
+    The last columns are numbers: what remains of each layer's state.
 
     Args:
-        attribution: of heads or modules of every layer.
-        dark: for a dark ground.
-        title: what stands above, if not the target and its value.
+        attribution: the attribution of heads or modules of every layer.
+        dark: use the dark theme.
+        title: the title; by default the target and its value.
     """
     theme, grid = DARK if dark else LIGHT, grid_of(attribution)
-    assert grid is not None, "components that stand in no grid are drawn by bars_figure"
+    assert grid is not None, "components that are not in a grid are drawn by bars_figure"
     rows = attribution.grid().tolist()
     full = max((abs(row[i]) for row in rows for i in grid.cells), default=0.0) or 1.0
     left, aside = MARGIN + 34, 58 * len(grid.remainders)
@@ -59,11 +61,11 @@ def heat_figure(attribution: Attribution, dark: bool = False, title: str | None 
     muted = hexadecimal(theme.muted)
     word = grid.columns[grid.cells[0]].rpartition(" ")[0]
     write(axes, left - 8, height - TOP - 6, "layer", 9, color=muted, ha="right")
-    each = max(1, round(18 / across))
+    stride = max(1, round(18 / across))
     for k, column in enumerate(grid.cells):
         name = grid.columns[column].removeprefix(word).strip() if k else grid.columns[column]
         wide = font_width(name, 9) <= across
-        if k % each == 0:
+        if k % stride == 0:
             text = name if wide or k else name.removeprefix(word).strip()
             write(axes, left + (k + 0.5) * across, height - TOP - 6, text, 9, color=muted, ha="center")
     right = left + across * len(grid.cells)
@@ -85,9 +87,9 @@ def bars_figure(attribution: Attribution, dark: bool = False, title: str | None 
     """Draw the strongest components as bars.
 
     Args:
-        attribution: of neurons, subspaces or one layer's heads.
-        dark: for a dark ground.
-        title: what stands above, if not the target and its value.
+        attribution: the attribution of neurons, subspaces or one layer's heads.
+        dark: use the dark theme.
+        title: the title; by default the target and its value.
     """
     theme = DARK if dark else LIGHT
     shown = asked_for(attribution).top(LISTED, absolute=True)
@@ -100,9 +102,10 @@ def bars_figure(attribution: Attribution, dark: bool = False, title: str | None 
     for number, (name, score) in enumerate(shown):
         y = height - TOP - 22 * number
         write(axes, left - 10, y, visible(name), 10.5, color=hexadecimal(theme.ink), ha="right")
-        at = left + width * (min(score, 0.0) - low) / span
+        start = left + width * (min(score, 0.0) - low) / span
         colour = hexadecimal(theme.positive if score > 0 else theme.negative)
-        axes.add_patch(Rectangle((at, y - 7), width * abs(score) / span, 14, facecolor=colour, linewidth=0))
+        length = width * abs(score) / span
+        axes.add_patch(Rectangle((start, y - 7), length, 14, facecolor=colour, linewidth=0))
         write(axes, WIDTH * 72 - MARGIN, y, signed(score), 10, color=hexadecimal(theme.ink), ha="right")
     return figure
 
@@ -122,7 +125,7 @@ def _cell(
 
 
 def _headline(axes: Axes, attribution: Attribution, theme: Theme, height: float, title: str | None) -> None:
-    """Write what is shown, and below it how it was made."""
+    """Write the title, and the settings below it."""
     value = title or f"{visible(attribution.target)} = {signed(attribution.value)}"
     write(axes, MARGIN, height - 26, value, 13.5, color=hexadecimal(theme.ink), weight="bold")
     parts = [model_name(str(attribution.metadata.get("model", ""))), made(attribution), attribution.rule]

@@ -1,4 +1,4 @@
-"""What a picture must know of components that are no places in the text, such as heads and neurons."""
+"""Grids, lists and means of components that are not positions of the text, such as heads and neurons."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,19 +8,19 @@ import torch
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import Component
 
-WIDEST = 102  # columns of a map; what has more, such as neurons, is a list
-LISTED = 60  # components of a long list that are kept one by one
+WIDEST = 102  # columns of a heat map; components with more, such as neurons, are a list
+LISTED = 60  # components of a long list that are shown
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How the components of all layers stand in rows: component i is row i // width, column i % width.
+    """The components of all layers in rows: component i is in row i // width and column i % width.
 
     Attributes:
-        layers: each row's layer.
-        columns: each column's name: "head 3", "state".
-        cells: the columns that were asked for.
-        remainders: the columns that hold what is left of the state.
+        layers: the layer of each row.
+        columns: the name of each column: "head 3", "state".
+        cells: the columns of the source's components.
+        remainders: the columns of the rest of the state.
     """
 
     layers: tuple[int, ...]
@@ -30,7 +30,7 @@ class Grid:
 
 
 def grid_of(attribution: Attribution) -> Grid | None:
-    """Return how the components stand in layers, or None where they do not, or are too many to draw."""
+    """Return the components' grid; None if they are not a grid of layers, or too many to draw."""
     width = len(attribution) // attribution.groups
     if attribution.groups < 2 or width > WIDEST:
         return None
@@ -45,20 +45,22 @@ def grid_of(attribution: Attribution) -> Grid | None:
 
 
 def placed(attribution: Attribution) -> bool:
-    """Say whether any component stands for a place in the text."""
+    """Return whether any component is a position or span of the text."""
     return any(span is not None for span in attribution.positions)
 
 
 def complete(attribution: Attribution) -> bool:
-    """Say whether the scores ought to sum to the value: those of control paths, a part of it, do not, nor do
-    those of other methods."""
+    """Return whether the scores must sum to the value.
+
+    Those of control paths, which are only a part of it, and of other methods need not.
+    """
     return attribution.attention_path == "content" and attribution.method == "depass"
 
 
 def remainders_of(attribution: Attribution) -> list[int]:
-    """Return the components that are what is left of a state: larger than all, and not what was asked for.
+    """Return the indices of the components that are the rest of a state: large, and not what was asked for.
 
-    Beside components of the text there are none: a bias is listed with them.
+    There are none if components are positions of the text: a bias is listed with them.
     """
     if placed(attribution):
         return []
@@ -67,7 +69,7 @@ def remainders_of(attribution: Attribution) -> list[int]:
 
 
 def asked_for(attribution: Attribution) -> Attribution:
-    """Return the attribution less what is left of the state, to rank what was asked for."""
+    """Return the attribution without the rest of the state, to rank the components that were asked for."""
     left = set(remainders_of(attribution))
     return (
         _chosen(attribution, [i for i in range(len(attribution)) if i not in left]) if left else attribution
@@ -77,12 +79,12 @@ def asked_for(attribution: Attribution) -> Attribution:
 def strongest_of(
     attribution: Attribution, most: int = LISTED, among: Sequence[Attribution] = ()
 ) -> Attribution:
-    """Return a long list's strongest components in their order, the rest summed where they are one split.
+    """Return a long list's strongest components in their order; the others are summed if there is one group.
 
     Args:
-        attribution: any; what stands in the text or in a grid is returned whole.
-        most: how many are kept one by one, beside what is left of the state.
-        among: all targets' attributions, where the same components are wanted of each.
+        attribution: the attribution; one of the text or in a grid is returned unchanged.
+        most: the number of components to keep besides the rest of the state.
+        among: the attributions of all targets, to keep the same components for all of them.
     """
     if len(attribution) <= 2 * most or placed(attribution) or grid_of(attribution) is not None:
         return attribution
@@ -100,11 +102,11 @@ def strongest_of(
 
 
 def asked_for_together(attributions: Sequence[Attribution], most: int = LISTED) -> list[int]:
-    """Return which components a matrix of several targets shows, in their order.
+    """Return the indices of the components that a matrix of several targets shows, in their order.
 
     Args:
-        attributions: one a target, over the same components.
-        most: how many at most where they stand for no text; then the strongest of any target.
+        attributions: one per target, over the same components.
+        most: the maximum number if they are not positions of the text: the strongest of any target.
     """
     first = attributions[0]
     if placed(first):
@@ -113,15 +115,15 @@ def asked_for_together(attributions: Sequence[Attribution], most: int = LISTED) 
 
 
 def _ranked(attributions: Sequence[Attribution], left: set[int]) -> list[int]:
-    """Return the components but for some, those first that have most of any target's strongest score."""
+    """Return all components but `left`, sorted by their largest score relative to a target's strongest."""
     kept = [i for i in range(len(attributions[0])) if i not in left]
-    sizes = torch.stack([each.scores[kept].abs() for each in attributions])
+    sizes = torch.stack([attribution.scores[kept].abs() for attribution in attributions])
     parts = (sizes / sizes.amax(1, keepdim=True).clamp_min(1e-30)).amax(0)
     return [kept[i] for i in torch.sort(parts, descending=True, stable=True).indices.tolist()]
 
 
 def mean_of(attributions: Iterable[Attribution]) -> Attribution | None:
-    """Return the mean of attributions over the same components, or None where these differ with the text."""
+    """Return the mean of attributions over the same components; None if these depend on the text."""
     rest = iter(attributions)
     first = next(rest, None)
     if first is None or placed(first):
@@ -135,13 +137,13 @@ def mean_of(attributions: Iterable[Attribution]) -> Attribution | None:
 
 
 def made(attribution: Attribution) -> str:
-    """Write what the state was split into, and where: "tokens at layer 0", "heads of every layer"."""
+    """Describe the source: "tokens at layer 0", "heads of every layer"."""
     where = "of every layer" if attribution.groups > 1 else f"at layer {attribution.layer}"
     return f"{attribution.source} {where}"
 
 
 def _chosen(attribution: Attribution, kept: Sequence[int]) -> Attribution:
-    """Return some components as a list, no longer in groups."""
+    """Return some of the components as one group."""
     return replace(
         attribution,
         scores=attribution.scores[list(kept)],

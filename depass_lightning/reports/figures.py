@@ -1,4 +1,4 @@
-"""Pictures for papers, READMEs and loggers, drawn by matplotlib without a window or a global state."""
+"""Figures for papers, READMEs and loggers, drawn by matplotlib without a window or global state."""
 
 import io
 import os
@@ -17,13 +17,13 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.textpath import text_to_path
 
 from depass_lightning.reports.components import made
-from depass_lightning.reports.numbers import model_name, percent, signed, visible
+from depass_lightning.reports.numbers import measure_name, model_name, percent, signed, visible
 from depass_lightning.reports.palette import DARK, LIGHT, Theme, hexadecimal, ink, shade
-from depass_lightning.reports.prompt_segments import Piece, full_score, pieces_of, strengths
+from depass_lightning.reports.prompt_segments import PromptSegment, full_score, prompt_segments, strengths
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.atomic_files import write_whole
 
-# The first of these that is installed writes the text; the others stand in where it lacks a letter.
+# The first of these that is installed is used; the others supply the characters that it lacks.
 FAMILIES = (
     "Inter",
     "Helvetica Neue",
@@ -46,24 +46,24 @@ MARGIN = 24
 TOKEN_SIZE = 17
 NUMBER_SIZE = 8.5
 LINE = 44
-SPACE = 4.4  # between tokens that a space parts
+SPACE = 4.4  # between tokens with a space between them
 PADDING = 2.6  # left and right of a token in its box
-NUMBERED = 0.12  # a score is written below its token from this part of the largest on
+NUMBERED = 0.12  # scores of at least this fraction of the largest are written below their tokens
 HEAD, FOOT = 52, 44  # above the first line and below the last
-MOST = 600  # pieces; of a longer prompt the beginning and the end are drawn
+MOST = 600  # segments; of a longer prompt the beginning and the end are drawn
 
 
 @dataclass(frozen=True)
 class Box:
-    """One component's text with its place in the picture.
+    """One component's text with its place in the figure.
 
     Attributes:
-        text: what is written.
-        strength: its score relative to the largest, from -1 to 1; None for text that has no score.
-        score: the score itself, where it is large enough to be written.
-        left: distance from the left edge, in points.
-        width: in points.
-        line: number of the line it stands in.
+        text: the text.
+        strength: the score relative to the largest, from -1 to 1; None for text without a score.
+        score: the score, if it is large enough to be written.
+        left: the distance from the left edge, in points.
+        width: the width in points.
+        line: the number of its line.
     """
 
     text: str
@@ -75,11 +75,11 @@ class Box:
 
 
 def tokens_figure(attribution: Attribution, dark: bool = False) -> Figure:
-    """Draw the prompt with its tokens in boxes coloured by score, and what the model goes on with.
+    """Draw the prompt with its tokens in boxes coloured by score, and the model's next token.
 
     Args:
-        attribution: what to draw; its `words()` draw words.
-        dark: for a dark ground.
+        attribution: the attribution; pass its `words()` to draw words.
+        dark: use the dark theme.
     """
     theme = DARK if dark else LIGHT
     boxes, answer = _layout(attribution)
@@ -95,12 +95,12 @@ def tokens_figure(attribution: Attribution, dark: bool = False) -> Figure:
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], dark: bool = False) -> Figure:
-    """Draw what becomes of the answer as tokens are taken or kept, or as heads or neurons are masked.
+    """Draw deletion and insertion curves of tokens, or masking curves of heads or neurons.
 
     Args:
-        curves: one panel an entry ("patch_top", "mask_top", ...): the `fraction` of the components, 0 to 1,
-            and the other entries, as long as it, one line each; "random" is what to compare with.
-        dark: for a dark ground.
+        curves: one panel per entry (`patch_top`, `mask_top`, ...): the `fraction` of the components, 0 to 1,
+            and one line per further entry, of the same length; `random` is the baseline.
+        dark: use the dark theme.
     """
     theme = DARK if dark else LIGHT
     figure = Figure(figsize=(4.3 * max(len(curves), 1), 3.1), facecolor=hexadecimal(theme.ground), dpi=100)
@@ -115,9 +115,9 @@ def curves_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], dark: boo
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure to a file, whole or not at all; its ending (.png, .svg, .pdf) chooses the format."""
+    """Write a figure to a file, whole or not at all; its suffix (.png, .svg, .pdf) selects the format."""
     kind = Path(path).suffix.lower().removeprefix(".") or "png"
-    # Without the date two runs write the same file.
+    # Without the date, two runs write the same file.
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=200, metadata=dated)
@@ -125,18 +125,18 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def _layout(attribution: Attribution) -> tuple[list[Box], Box]:
-    """Place every piece of the prompt in lines, and after the last the model's own next token."""
+    """Lay the prompt's segments out in lines, and after the last one the model's next token."""
     right = WIDTH * 72 - MARGIN
     x, line, indent = float(MARGIN), 0, 0.0
     boxes: list[Box] = []
-    for piece, strength, score in _pieces(attribution):
-        first, *below = piece.text.split("\n")
-        # What follows a line's end is a box of its own in the next line; the last one's spaces indent it.
-        for number, text in enumerate([first, *(own for own in below if own.strip())]):
+    for segment, strength, score in _segments(attribution):
+        first, *below = segment.text.split("\n")
+        # Text after a line break is a separate box in the next line; the last one's spaces indent it.
+        for number, text in enumerate([first, *(line_text for line_text in below if line_text.strip())]):
             bare = text.lstrip() if number else text
             indent = font_width(text[: -len(bare)], TOKEN_SIZE) + 0.1 if number else indent
             width = font_width(bare, TOKEN_SIZE) + 2 * PADDING
-            gap = SPACE if piece.space else 1.0
+            gap = SPACE if segment.space else 1.0
             if boxes and (x + gap + width > right or indent):
                 x, line = MARGIN + indent, line + 1
             elif boxes:
@@ -154,7 +154,7 @@ def _layout(attribution: Attribution) -> tuple[list[Box], Box]:
 
 
 def _numbered(boxes: list[Box]) -> list[Box]:
-    """Return the boxes less the scores that are small, or would run into a larger one beside them."""
+    """Return the boxes without scores that are small, or would overlap a larger one next to them."""
     taken: list[tuple[int, float, float]] = []
     kept = set()
     for i in sorted(range(len(boxes)), key=lambda i: -abs(boxes[i].strength or 0.0)):
@@ -169,24 +169,25 @@ def _numbered(boxes: list[Box]) -> list[Box]:
     return [box if i in kept else replace(box, score=None) for i, box in enumerate(boxes)]
 
 
-def _pieces(attribution: Attribution) -> list[tuple[Piece, float | None, float | None]]:
-    """Return the prompt's pieces up to the target's position, each with its strength and its score."""
+def _segments(attribution: Attribution) -> list[tuple[PromptSegment, float | None, float | None]]:
+    """Return the prompt's segments up to the target's position, each with its strength and its score."""
     scores, strength = attribution.scores.tolist(), strengths(attribution)
-    pieces: list[tuple[Piece, float | None, float | None]] = []
-    for piece in pieces_of(attribution):
-        number = piece.component
-        pieces.append((piece, None, None) if number is None else (piece, strength[number], scores[number]))
-        if piece.end > attribution.position:
+    segments: list[tuple[PromptSegment, float | None, float | None]] = []
+    for segment in prompt_segments(attribution):
+        number = segment.component
+        scored = (None, None) if number is None else (strength[number], scores[number])
+        segments.append((segment, *scored))
+        if segment.end > attribution.position:
             break
-    if len(pieces) > MOST:
-        left_out = (Piece(" ", "…", None, 0), None, None)
-        pieces = [*pieces[: MOST // 2], left_out, *pieces[-MOST // 2 :]]
-    return pieces
+    if len(segments) > MOST:
+        left_out = (PromptSegment(" ", "…", None, 0), None, None)
+        segments = [*segments[: MOST // 2], left_out, *segments[-MOST // 2 :]]
+    return segments
 
 
 @lru_cache
 def _font() -> list[str]:
-    """Return the installed ones of the families, in order."""
+    """Return the installed families, in order."""
     installed = set(fontManager.get_font_names())
     return [family for family in FAMILIES if family in installed]
 
@@ -201,27 +202,27 @@ def _letters() -> frozenset[int]:
 
 
 def _writable(text: str) -> str:
-    """Return the text with a box for every letter that no installed font has."""
+    """Return the text with a box for every character that no installed font has."""
     known = _letters()
     return "".join(c if ord(c) in known else "□" for c in text if c not in "\u200c\u200d\ufe0f")
 
 
 @lru_cache(maxsize=4096)
 def font_width(text: str, size: float) -> float:
-    """Return the width in points that a text takes."""
+    """Return the width of a text in points."""
     properties = FontProperties(family=_font(), size=size)
     width, _, _ = text_to_path.get_text_width_height_descent(_writable(text), properties, ismath=False)
     return width
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: float, **settings: Any) -> None:
-    """Write a text whose left or middle stands at a place, in points; a dollar sign is a dollar sign."""
+    """Write a text at a place in points, without reading it as mathematics."""
     style = {"va": "center_baseline", "family": _font()} | settings
     axes.text(x, y, _writable(text), fontsize=size, parse_math=False, **style)
 
 
 def canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
-    """Return a figure of so many points, and axes over all of it in which one unit is one point."""
+    """Return a figure of a size in points, and axes that cover it in which one unit is one point."""
     figure = Figure(figsize=(width / 72, height / 72), facecolor=hexadecimal(theme.ground), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -231,7 +232,7 @@ def canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
 
 
 def _headline(axes: Axes, attribution: Attribution, theme: Theme, height: float) -> None:
-    """Write the target and its value, and at the right how the scores were made."""
+    """Write the target and its value, and the settings at the right."""
     value = f"{visible(attribution.target)} = {signed(attribution.value)}"
     write(axes, MARGIN, height - 30, value, 13.5, color=hexadecimal(theme.ink), weight="bold")
     model, source = (
@@ -256,7 +257,7 @@ def _draw_token(axes: Axes, box: Box, theme: Theme, y: float) -> None:
 
 
 def _draw_answer(axes: Axes, box: Box, theme: Theme, y: float, correct: bool | None) -> None:
-    """Draw the model's own next token behind the prompt, with an arrow, in a frame of its own."""
+    """Draw the model's next token after the prompt, in a dashed frame."""
     colour = hexadecimal(theme.negative if correct is False else theme.ink)
     _rounded(axes, box, y, facecolor="none", edgecolor=colour, linewidth=1.1, linestyle=(0, (3, 2)))
     middle = box.left + box.width / 2
@@ -292,11 +293,11 @@ def draw_scale(axes: Axes, largest: float, theme: Theme) -> None:
 
 
 def _draw_elsewhere(axes: Axes, attribution: Attribution, theme: Theme) -> None:
-    """Name at the lower left what stands at no place in the text, and the target's probability."""
+    """List the components outside the text at the lower left, with the target's probability."""
     named = zip(attribution.names, attribution.scores.tolist(), attribution.positions, strict=True)
     parts = [f"{name} {signed(score)}" for name, score, span in named if span is None][:6]
     if attribution.probability is not None:
-        parts.append(f"the model gives the target {percent(attribution.probability)}")
+        parts.append(f"target's probability {percent(attribution.probability)}")
     write(axes, MARGIN, 24, "  ·  ".join(parts), 9, color=hexadecimal(theme.muted))
 
 
@@ -312,11 +313,11 @@ def _draw_curves(axes: Axes, name: str, curve: Mapping[str, Sequence[float]], th
     what = "tokens kept" if "recover" in name else "tokens removed"
     measured = "probability of the answer"
     if name.startswith("mask"):
-        what, measured = "masked", "answers right"
+        what, measured = "masked", "accuracy"
     muted, line = hexadecimal(theme.muted), hexadecimal(theme.line)
     written = {"fontsize": 9, "family": _font()}
     title = written | {"fontsize": 11, "weight": "bold", "color": hexadecimal(theme.ink)}
-    axes.set_title(name.replace("_", " ").capitalize(), loc="left", fontdict=title)
+    axes.set_title(measure_name(name).capitalize(), loc="left", fontdict=title)
     axes.set_xlabel(f"{what} (%)", fontdict=written, color=muted)
     axes.set_ylabel(measured, fontdict=written, color=muted)
     axes.set(facecolor="none", xlim=(0, 100 * max(curve["fraction"])))

@@ -1,4 +1,4 @@
-"""Which prompts of a page are rows of one matrix, and what they need not repeat."""
+"""Prompts of a page that are the rows of one matrix, written without repetition."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ class Matrix:
     """Attributions of a page that are shown together.
 
     Attributes:
-        name: what it is called.
-        rows: which ones, `[first, end)`.
+        name: the title.
+        rows: the indices of the attributions, `[first, end)`.
     """
 
     name: str
@@ -23,23 +23,23 @@ def matrices_of(names: Sequence[str | None]) -> list[Matrix]:
     """Return the matrices of a page.
 
     Args:
-        names: of each attribution the matrix that it is a row of; those of one matrix follow one another.
+        names: the matrix of each attribution, None for none; rows of one matrix are consecutive.
     """
-    found, first = [], 0
+    matrices, first = [], 0
     for name, rows in groupby(names):
         end = first + len(list(rows))
         if name is not None:
-            found.append(Matrix(name, (first, end)))
+            matrices.append(Matrix(name, (first, end)))
         first = end
-    return found
+    return matrices
 
 
 def shared_rows(prompts: Sequence[Mapping[str, Any]], matrices: Sequence[Matrix]) -> list[dict[str, Any]]:
-    """Return a page's prompts with what a row has in common with its matrix's first left out.
+    """Return a page's prompts; a row leaves out what equals the first row of its matrix.
 
     Args:
-        prompts: what the page shows of each attribution.
-        matrices: which of them belong together.
+        prompts: the page's data of each attribution.
+        matrices: the page's matrices.
     """
     written = [dict(prompt) for prompt in prompts]
     for number, matrix in enumerate(matrices):

@@ -1,13 +1,13 @@
-"""An attribution as a panel in a notebook: plain HTML, readable on a light and on a dark ground."""
+"""An attribution as a panel in a notebook: plain HTML, readable on a light and on a dark background."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depass_lightning.reports.components import asked_for, complete, made
 from depass_lightning.reports.numbers import percent, plain, signed, visible
-from depass_lightning.reports.prompt_segments import pieces_of, strengths, unread_words
+from depass_lightning.reports.prompt_segments import prompt_segments, strengths, unread_words
 from depass_lightning.results.attribution import Attribution
 
-# A notebook does not tell its ground. Half transparent tones of middle lightness leave its letters readable.
+# A notebook's background is unknown. Half-transparent tones of medium lightness keep the text readable.
 POSITIVE, NEGATIVE = "46,107,255", "235,104,30"
 STRONGEST = 0.6
 BAR_WIDTH = 160
@@ -17,8 +17,8 @@ def attribution_html(attribution: Attribution, top: int = 8) -> str:
     """Return the prompt with its tokens coloured by score, and the strongest components, as HTML.
 
     Args:
-        attribution: what to show.
-        top: how many components are listed.
+        attribution: the attribution.
+        top: the number of components in the list.
     """
     environment = Environment(
         loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
@@ -26,26 +26,26 @@ def attribution_html(attribution: Attribution, top: int = 8) -> str:
     return environment.get_template("notebook.html.j2").render(
         target=visible(attribution.target),
         value=signed(attribution.value),
-        pieces=_pieces(attribution),
+        segments=_segments(attribution),
         prediction=visible(attribution.prediction.strip(" ") or attribution.prediction),
         rows=_rows(attribution, top),
         facts=_facts(attribution),
     )
 
 
-def _pieces(attribution: Attribution) -> list[dict[str, object]]:
-    """Return each piece of the prompt with the colour of the component that stands for it."""
+def _segments(attribution: Attribution) -> list[dict[str, object]]:
+    """Return each segment of the prompt with the colour of its component."""
     scores, strength = attribution.scores.tolist(), strengths(attribution)
     unread, shown = True, []
-    for piece in pieces_of(attribution):
-        number = piece.component
-        read = unread and piece.end > attribution.position
+    for segment in prompt_segments(attribution):
+        number = segment.component
+        read = unread and segment.end > attribution.position
         unread = unread and not read
         shown.append(
             {
-                "space": piece.space,
-                "text": piece.text,
-                "title": "no component stands for this" if number is None else signed(scores[number]),
+                "space": segment.space,
+                "text": segment.text,
+                "title": "not a component" if number is None else signed(scores[number]),
                 "colour": POSITIVE if number is not None and scores[number] > 0 else NEGATIVE,
                 "strength": 0.0 if number is None else round(STRONGEST * abs(strength[number]), 3),
                 "read": read,
@@ -70,13 +70,13 @@ def _rows(attribution: Attribution, top: int) -> list[dict[str, object]]:
 
 
 def _facts(attribution: Attribution) -> str:
-    """Return what else is known, in one line."""
-    facts = [f"the model says {visible(attribution.prediction)!r}"]
+    """Return the model's next token, the target's probability and rank, and the settings, in one line."""
+    facts = [f"next token {visible(attribution.prediction)!r}"]
     if attribution.probability is not None:
-        facts.append(f"gives the target {percent(attribution.probability)}")
+        facts.append(f"target's probability {percent(attribution.probability)}")
     if attribution.rank is not None:
         facts.append(f"rank {attribution.rank:,}")
     facts.append(f"{made(attribution)}, rule {attribution.rule}")
     if complete(attribution):
-        facts.append(f"completeness {plain(attribution.completeness)}")
+        facts.append(f"completeness error {plain(attribution.completeness)}")
     return "; ".join(filter(None, [", ".join(facts), unread_words(attribution)]))

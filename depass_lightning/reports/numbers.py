@@ -1,4 +1,4 @@
-"""How numbers, and the characters of a token, are written for a reader."""
+"""How numbers, measures and the characters of a token are written for a reader."""
 
 import math
 import unicodedata
@@ -12,15 +12,19 @@ PERCENT_WORDS = frozenset(
 )
 ERROR_WORDS = frozenset(("completeness", "error"))
 
-LABELS = {
+MEASURES = {
     "correct": "model is right",
-    "completeness_max": "completeness, worst",
-    "completeness_mean": "completeness, mean",
-    "evidence_first": "right token first",
-    "on_target": "score on the right tokens",
+    "completeness": "completeness error",
+    "completeness_max": "completeness error, largest",
+    "completeness_mean": "completeness error, mean",
+    "evidence_auroc": "evidence AUROC",
+    "evidence_first": "evidence ranked first",
+    "on_target": "score on the evidence",
+    "seconds_per_prompt": "seconds per prompt",
 }
+PREFIXES = {"kept_": "last token kept", "zero_": "embeddings zeroed"}
 
-# Signs without a look of their own that turn the direction of the text round them.
+# Invisible characters that change the direction of the text around them.
 TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 
 
@@ -47,7 +51,7 @@ def signed(number: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Write a part of one in percent: 71.2%, 100%, <0.1%."""
+    """Write a fraction in percent: 71.2%, 100%, <0.1%."""
     if not math.isfinite(fraction):
         return plain(fraction)
     if 0 < fraction < 0.001:
@@ -56,10 +60,10 @@ def percent(fraction: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Write the characters that have no look of their own as signs: ↵ for a line's end, ⇥ for a tab.
+    """Write invisible characters as signs: ↵ for a line break, ⇥ for a tab.
 
-    Control characters become their pictures (␛), so no token can steer a terminal; spaces alone become ␣,
-    and what would turn the text's direction round becomes �.
+    Control characters become their pictures (␛), so that no token can control a terminal; spaces alone become
+    ␣, and characters that change the text's direction become �.
     """
     if text and not text.strip(" "):
         return "␣" * len(text)
@@ -67,7 +71,7 @@ def visible(text: str) -> str:
 
 
 def bare(name: str) -> str:
-    """Return a token's text without the space that it begins with, of spaces alone the spaces."""
+    """Return a token's text without its leading space; spaces alone are returned unchanged."""
     return name.strip(" ") or name
 
 
@@ -81,9 +85,28 @@ def _visible(character: str) -> str:
     return "�" if category == "Cs" or character in TURNING else character
 
 
+def measure_name(key: str) -> str:
+    """Return a measure's name for a reader, the same on pages, in figures and in the terminal.
+
+    Args:
+        key: the measure's name in a summary or in a run's columns: `evidence_first`, `patch_top_area`.
+    """
+    for prefix, note in PREFIXES.items():
+        if key.startswith(prefix):
+            return f"{measure_name(key.removeprefix(prefix))}, {note}"
+    curve = key.replace("patch_top", "deletion_curve").replace("recover_top", "insertion_curve")
+    return MEASURES.get(key, curve.replace("_", " "))
+
+
 @dataclass(frozen=True)
 class Card:
-    """One number of a run, ready to be shown: what it is, how much, and what to hold it against."""
+    """One number of a run as text.
+
+    Attributes:
+        label: the measure's name.
+        value: the number.
+        note: its interval and its chance level; "" without either.
+    """
 
     label: str
     value: str
@@ -91,10 +114,10 @@ class Card:
 
 
 def curves_of(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the curves of a run's summary that are drawn, by their names: one panel each.
+    """Return the curves of a run's summary by name, one per panel.
 
     Args:
-        summary: as `summary_cards` takes it.
+        summary: see `summary_cards`.
     """
     kinds = ("curves", "kept_curves", "masking_curves")
     return {name: curve for kind in kinds for name, curve in (summary.get(kind) or {}).items()}
@@ -104,9 +127,9 @@ def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
     """Write the numbers of a run's summary for a reader.
 
     Args:
-        summary: names and values. A value is a number, a truth value, or a mapping of its own with the
-            `value` and, where known, the value by `chance`, its interval's ends, `low` and `high`, and a
-            `note`. What is neither (texts, lists, curves, settings) is left out: it is no single number.
+        summary: values by name. A value is a number, a boolean, or a mapping with the `value` and optionally
+            its value by `chance`, the ends of its interval, `low` and `high`, and a `note`. Everything else
+            (texts, lists, curves, settings) is left out.
     """
     cards = []
     for key, entry in summary.items():
@@ -121,12 +144,12 @@ def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
             notes.append(f"at random {_amount(key, parts['chance'])}")
         if parts.get("note"):
             notes.append(str(parts["note"]))
-        cards.append(Card(LABELS.get(key, key.replace("_", " ")), _amount(key, value), ", ".join(notes)))
+        cards.append(Card(measure_name(key), _amount(key, value), ", ".join(notes)))
     return cards
 
 
 def _amount(key: str, value: float) -> str:
-    """Write one value of a summary in the unit that its name tells."""
+    """Write one value of a summary in the unit that follows from its name."""
     words = set(key.lower().split("_"))
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -140,5 +163,5 @@ def _amount(key: str, value: float) -> str:
 
 
 def model_name(name: str) -> str:
-    """Return a model's name, of one that was read from a folder or a file the last part of its path."""
+    """Return a model's name; for an absolute path its last part."""
     return PurePath(name).name if PurePath(name).is_absolute() else name

@@ -1,6 +1,6 @@
-"""The colours of scores: blue speaks for the target, orange against it.
+"""The colours of scores: blue supports the target, orange opposes it.
 
-The pair can be told apart with every common kind of colour blindness, and by lightness alone in print.
+The pair is distinguishable with every common kind of colour blindness, and by lightness alone in print.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of a light or a dark ground.
+    """The colours of a light or a dark background.
 
     Attributes:
-        ground: behind everything.
-        ink: of text.
-        muted: of text that matters less.
-        line: of thin rules and of tokens without a score.
-        positive: of the largest score for the target.
-        negative: of the largest score against it.
+        ground: the background.
+        ink: text.
+        muted: secondary text.
+        line: thin rules, and tokens without a score.
+        positive: the largest supporting score.
+        negative: the largest opposing score.
     """
 
     ground: Colour
@@ -39,16 +39,16 @@ def hexadecimal(colour: Colour) -> str:
 
 
 def mixed(one: Colour, other: Colour, part: float) -> Colour:
-    """Return a colour that lies the given part of the way from one to the other."""
+    """Return the mixture of two colours; `part` is the second one's, from 0 to 1."""
     r, g, b = (round(a + (c - a) * part) for a, c in zip(one, other, strict=True))
     return r, g, b
 
 
 def shade(theme: Theme, strength: float) -> Colour:
-    """Return the colour of a score on a theme's ground.
+    """Return the colour of a score on a theme's background.
 
     Args:
-        theme: what it is shown on.
+        theme: light or dark.
         strength: the score relative to the largest, from -1 to 1.
     """
     full = theme.positive if strength > 0 else theme.negative
@@ -56,7 +56,7 @@ def shade(theme: Theme, strength: float) -> Colour:
 
 
 def ink(ground: Colour) -> Colour:
-    """Return near black or white, whichever is easier to read on a ground (at least 4.5 to 1)."""
+    """Return near black or white, whichever has more contrast with a background (at least 4.5 to 1)."""
     channels = ((c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in ground)
     luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
     return (255, 255, 255) if luminance < 0.18 else (14, 16, 20)

@@ -1,4 +1,4 @@
-"""The prompt as it is shown: piece by piece, each with the component that stands for it."""
+"""The prompt as it is shown: segments of its text, each with its component."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from depass_lightning.results.attribution import Attribution
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of the prompt that is shown in one colour.
+class PromptSegment:
+    """A part of the prompt that is shown in one colour.
 
     Attributes:
-        space: the spaces before it, which stay without colour so that the text reads as a text.
-        text: the rest, with signs for what has no look of its own; behind every line's end it really ends.
-        component: the number of the component that stands for it, if one does.
-        end: the token position behind it.
+        space: the leading spaces, which are not coloured, so that the text stays readable.
+        text: the rest, with signs for invisible characters; a line break follows the sign of each.
+        component: the index of its component; None if it has none.
+        end: the token position after it.
     """
 
     space: str
@@ -24,8 +24,8 @@ class Piece:
     end: int
 
 
-def pieces_of(attribution: Attribution) -> Iterator[Piece]:
-    """Yield the prompt's pieces in order: tokens, or the words or spans that components stand for."""
+def prompt_segments(attribution: Attribution) -> Iterator[PromptSegment]:
+    """Yield the prompt's segments in order: tokens, or the words or spans that are components."""
     owner: dict[int, int] = {}
     for number, span in enumerate(attribution.positions):
         owner |= dict.fromkeys(range(*span) if span else (), number)
@@ -38,20 +38,20 @@ def pieces_of(attribution: Attribution) -> Iterator[Piece]:
         written = attribution.text_of((start, end))
         bare = written.lstrip(" ") or written
         text = visible(bare).replace("↵", "↵\n") if "\n" in bare else visible(bare)
-        yield Piece(written[: len(written) - len(bare)], text, component, end)
+        yield PromptSegment(written[: len(written) - len(bare)], text, component, end)
         start = end
 
 
 def unread_words(attribution: Attribution) -> str:
-    """Say which words of the prompt the model's tokenizer does not know; "" where it knows all."""
+    """Return a note on the words of the prompt that the tokenizer does not know; "" if it knows all."""
     words = [visible(word) for word in attribution.metadata.get("unknown_words", ())]
     return f"the model's tokenizer does not know {', '.join(map(repr, words))}" if words else ""
 
 
 def full_score(attribution: Attribution) -> float:
-    """Return the size of the score that has the full colour: the largest of what stands in the text.
+    """Return the absolute score that has the full colour: the largest of the components in the text.
 
-    What stands at no place in the text, such as a bias, may be larger than all the rest together.
+    Components outside the text, such as a bias, may be larger than all others together.
     """
     scores = [abs(score) for score in attribution.scores.tolist()]
     placed = [score for score, span in zip(scores, attribution.positions, strict=True) if span is not None]
@@ -59,6 +59,6 @@ def full_score(attribution: Attribution) -> float:
 
 
 def strengths(attribution: Attribution) -> list[float]:
-    """Return each component's score relative to the one with the full colour, from -1 to 1."""
+    """Return each component's score relative to the full colour, from -1 to 1."""
     full = full_score(attribution)
     return [min(max(score / full, -1.0), 1.0) for score in attribution.scores.tolist()]

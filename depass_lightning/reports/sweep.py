@@ -1,7 +1,7 @@
-"""The page of a sweep: models against tasks, what each run came to, and one prompt's maps side by side.
+"""The page of a sweep: models by tasks, the results of each run, and one prompt's maps for comparison.
 
-It is drawn with the report's own pieces (`page.py` and the scripts beside it): a map is a prompt of the
-report, once for each run that has it.
+It uses the report's data and scripts (`page_data.py`, `page.py`): a map is a prompt of the report, once for
+each run that has it.
 """
 
 import base64
@@ -18,8 +18,9 @@ from markupsafe import Markup
 
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.components import Grid
-from depass_lightning.reports.numbers import visible
-from depass_lightning.reports.page import asset, embedded, grid_data, joined, prompt_data
+from depass_lightning.reports.numbers import measure_name, visible
+from depass_lightning.reports.page import asset, embedded, joined
+from depass_lightning.reports.page_data import grid_data, prompt_data
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.atomic_files import write_whole
@@ -44,30 +45,30 @@ AXES = {
     "method": "method",
     "seed": "seed",
 }
-"""What a run is asked, by the names of the columns of a sweep's table."""
+"""The settings of a run by column of a sweep's table."""
 
-# What the matrix may show: the column, its name, how a number is written, and whether a small one is good.
+# The measures of the matrix: the column, the number format, and whether lower is better.
 NUMBERS = (
-    ("evidence_first", "right token first", "percent", False),
-    ("correct", "model is right", "percent", False),
-    ("patch_top_area", "patch top area", "plain", True),
-    ("recover_top_area", "recover top area", "plain", False),
-    ("completeness_max", "completeness, worst", "plain", True),
-    ("seconds_per_prompt", "seconds a prompt", "plain", True),
-    ("seconds", "seconds", "plain", True),
-    ("prompts", "prompts", "plain", False),
+    ("evidence_first", "percent", False),
+    ("correct", "percent", False),
+    ("patch_top_area", "plain", True),
+    ("recover_top_area", "plain", False),
+    ("completeness_max", "plain", True),
+    ("seconds_per_prompt", "plain", True),
+    ("seconds", "plain", True),
+    ("prompts", "plain", False),
 )
 
 
 @dataclass(frozen=True)
 class Map:
-    """What one run says of one prompt.
+    """One run's attribution of one prompt.
 
     Attributes:
-        run: the run, as its row calls it.
-        prompt: the prompt's name, the same for all runs that have it and another's for no other.
-        attribution: of the prompt.
-        example: what is known of it, as for `write_page`.
+        run: the run's name in its row.
+        prompt: the prompt's name, unique and the same for all runs that have it.
+        attribution: the prompt's attribution.
+        example: what is known of the prompt, see `write_page`.
     """
 
     run: str
@@ -82,11 +83,11 @@ def write_sweep_page(
     """Write the page.
 
     Args:
-        path: where to write it, in the sweep's folder; the file is written whole or not at all.
-        rows: one a run: `run`, its folder below the sweep's; `status` and `reason`; what it was asked, by the
-            names in `AXES`; and its numbers, by those in `NUMBERS`, beside the same at random (`_chance`).
-        maps: of some prompts, those of one prompt together.
-        title: what the page is about.
+        path: the page's file in the sweep's folder, written whole or not at all.
+        rows: one per run: `run`, its folder relative to the sweep's; `status` and `reason`; its settings, by
+            the names in `AXES`; and its numbers, by those in `NUMBERS`, with their chance level (`_chance`).
+        maps: the attributions of some prompts, those of one prompt consecutive.
+        title: the page's title.
 
     Raises:
         DePassError: there are no rows.
@@ -124,18 +125,22 @@ def write_sweep_page(
 
 
 def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what runs were asked differently, by the names in `AXES`."""
+    """Return the settings in `AXES` that differ between runs.
+
+    Args:
+        rows: one per run.
+    """
     return [name for name in AXES if len({row.get(name) for row in rows}) > 1]
 
 
 def _data(rows: Sequence[Mapping[str, Any]], maps: Sequence[Map], axes: Sequence[str]) -> dict[str, Any]:
-    """Collect what the page's scripts read."""
+    """Return the data of the page's scripts."""
     places = {row["run"]: place for place, row in enumerate(rows)}
     grids: list[Grid] = []
-    prompts = [prompt_data(own.prompt, own.attribution, own.example, grids, ()) for own in maps]
+    prompts = [prompt_data(m.prompt, m.attribution, m.example, grids, ()) for m in maps]
     chosen: dict[str, list[tuple[int, int]]] = {}
-    for place, own in enumerate(maps):
-        chosen.setdefault(visible(own.prompt), []).append((places[own.run], place))
+    for place, shown in enumerate(maps):
+        chosen.setdefault(visible(shown.prompt), []).append((places[shown.run], place))
     runs = [_run(row, axes) for row in rows]
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     return {
@@ -148,17 +153,17 @@ def _data(rows: Sequence[Mapping[str, Any]], maps: Sequence[Map], axes: Sequence
         "runs": runs,
         "axes": [{"key": name, "name": AXES[name]} for name in axes],
         "numbers": [
-            {"key": key, "name": name, "write": write, "small": small}
-            for key, name, write, small in NUMBERS
+            {"key": key, "name": measure_name(key), "write": write, "small": small}
+            for key, write, small in NUMBERS
             if any(row.get(key) is not None for row in rows)
         ],
-        # Those of one setting stand together: the models one under the other.
+        # Runs with the same setting are consecutive: the models one below the other.
         "maps": [
             {
                 "prompt": name,
-                "of": sorted(own, key=lambda each: (settings.index(runs[each[0]]["setting"]), each)),
+                "of": sorted(pairs, key=lambda pair: (settings.index(runs[pair[0]]["setting"]), pair)),
             }
-            for name, own in chosen.items()
+            for name, pairs in chosen.items()
         ],
     }
 

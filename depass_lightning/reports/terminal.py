@@ -1,4 +1,4 @@
-"""Attributions and summaries in a terminal, in colours that can be read on a dark and on a light one."""
+"""Attributions and summaries in a terminal, in colours readable on a dark and on a light background."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,26 +13,26 @@ from rich.text import Text
 from depass_lightning.reports.components import Grid, asked_for, complete, grid_of, made, remainders_of
 from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
-from depass_lightning.reports.prompt_segments import pieces_of, strengths, unread_words
+from depass_lightning.reports.prompt_segments import prompt_segments, strengths, unread_words
 from depass_lightning.results.attribution import Attribution
 
-# A terminal does not tell its ground. Weak scores colour the letters alone, in a tone between light and dark;
-# strong ones bring a ground of their own, with white letters on it.
+# A terminal's background is unknown. Weak scores colour only the letters, in a tone of medium lightness;
+# strong scores colour the background, with white letters on it.
 LETTERS: tuple[Colour, Colour] = ((58, 124, 246), (224, 96, 32))
 GROUNDS: tuple[tuple[Colour, Colour], tuple[Colour, Colour]] = (
     ((82, 104, 150), (22, 84, 240)),
     ((146, 100, 78), (200, 66, 0)),
 )
 BAR_WIDTH = 24
-LEVELS = "·░▒▓█"  # of a cell in a map, which can be told apart without colours too
+LEVELS = "·░▒▓█"  # of a heat map's cells, distinguishable without colours
 
 
 def attribution_text(attribution: Attribution, top: int = 8) -> RenderableType:
     """Return the prompt with its tokens coloured by score, and a table of the strongest components.
 
     Args:
-        attribution: what to show.
-        top: how many components the table lists.
+        attribution: the attribution.
+        top: the number of components in the table.
     """
     parts: list[RenderableType] = [_headline(attribution), _tokens(attribution)]
     if (grid := grid_of(attribution)) is not None:
@@ -43,39 +43,40 @@ def attribution_text(attribution: Attribution, top: int = 8) -> RenderableType:
 
 
 def _headline(attribution: Attribution) -> Text:
-    """Return the target and its value, what the model itself would say, and how the scores were made."""
-    said = f"the model says {visible(attribution.prediction)!r}"
+    """Return the target and its value, the model's next token, and the settings."""
+    answer = f"next token {visible(attribution.prediction)!r}"
     if attribution.probability is not None:
-        said += f", and gives the target {percent(attribution.probability)}"
+        answer += f", target's probability {percent(attribution.probability)}"
     if attribution.rank is not None:
-        said += f" (rank {attribution.rank:,})"
+        answer += f" (rank {attribution.rank:,})"
     value = f"{visible(attribution.target)} = {signed(attribution.value)}"
-    lines = [said, *([unread] if (unread := unread_words(attribution)) else [])]
+    lines = [answer, *([unread] if (unread := unread_words(attribution)) else [])]
     return Text.assemble((value, "bold"), "\n", "\n".join(lines), "\n", (_settings(attribution), "dim"))
 
 
 def _settings(attribution: Attribution) -> str:
     how = f"{made(attribution)}, rule {attribution.rule}"
     if not complete(attribution):
-        return f"{how}, control paths alone, which are not all of the value"
-    return f"{how}, completeness {plain(attribution.completeness)}"
+        return f"{how}, control paths alone, which do not sum to the value"
+    return f"{how}, completeness error {plain(attribution.completeness)}"
 
 
 def _tokens(attribution: Attribution) -> Text:
-    """Return the prompt, each piece of it in the colour of the component that stands for it."""
+    """Return the prompt, each segment in the colour of its component."""
     strength = strengths(attribution)
     text = Text()
-    for piece in pieces_of(attribution):
-        text.append(piece.space)
-        text.append(piece.text, score_style(0.0 if piece.component is None else strength[piece.component]))
+    for segment in prompt_segments(attribution):
+        text.append(segment.space)
+        style = score_style(0.0 if segment.component is None else strength[segment.component])
+        text.append(segment.text, style)
     return text
 
 
 def score_style(strength: float) -> Style:
-    """Return how a token is printed.
+    """Return the style of a token.
 
     Args:
-        strength: its part of the strongest score, from -1 to 1.
+        strength: its score relative to the largest, from -1 to 1.
     """
     size, sign = abs(strength), int(strength < 0)
     if size < 0.05:
@@ -89,7 +90,7 @@ def score_style(strength: float) -> Style:
 
 
 def _map(attribution: Attribution, grid: Grid) -> Text:
-    """Return the components of all layers as a map: a line a layer, the fuller a cell the stronger."""
+    """Return the components of all layers as a heat map, one line per layer; fuller cells are stronger."""
     rows = attribution.grid().tolist()
     full = max((abs(row[i]) for row in rows for i in grid.cells), default=0.0) or 1.0
     widest = len(str(max(grid.layers)))
@@ -106,7 +107,7 @@ def _map(attribution: Attribution, grid: Grid) -> Text:
 
 
 def _components(attribution: Attribution, top: int) -> Table:
-    """Return the strongest components, whatever their sign, with bars."""
+    """Return the components with the largest absolute scores, with bars."""
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
     table.add_column("component")
     table.add_column("score", justify="right")
@@ -117,23 +118,23 @@ def _components(attribution: Attribution, top: int) -> Table:
     for name, score in rows:
         bar = _bar(abs(score) / strongest if strongest else 0.0)
         table.add_row(_name(name), signed(score), Text(bar, hexadecimal(LETTERS[int(score < 0)])))
-    beside = [f"and {left:,} more"] if (left := len(asked) - len(rows)) else []
-    if attribution.groups == 1:  # of many layers each has its own
+    notes = [f"and {left:,} more"] if (left := len(asked) - len(rows)) else []
+    if attribution.groups == 1:  # with several groups, each has one
         names = attribution.names
-        beside += [f"{names[i]} {signed(attribution.scores[i].item())}" for i in remainders_of(attribution)]
-    if beside:
-        table.caption = ", ".join(beside)
+        notes += [f"{names[i]} {signed(attribution.scores[i].item())}" for i in remainders_of(attribution)]
+    if notes:
+        table.caption = ", ".join(notes)
         table.caption_justify = "left"
     return table
 
 
 def _name(name: str) -> Text:
-    """Return a component's name without the space that a token begins with."""
+    """Return a component's name without a token's leading space."""
     return Text(visible(name.strip(" ") or name), overflow="ellipsis", no_wrap=True)
 
 
 def _bar(part: float) -> str:
-    """Return a bar, in eighths of a letter, for a part of the whole width."""
+    """Return a bar for a fraction of the full width, in eighths of a character."""
     eighths = round(part * BAR_WIDTH * 8)
     return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
 
@@ -141,20 +142,20 @@ def _bar(part: float) -> str:
 def attributions_table(
     attributions: Sequence[Attribution], ids: Sequence[str] | None = None, limit: int = 20
 ) -> Table:
-    """Return one row a prompt: what was explained, and what it rests on most.
+    """Return one row per prompt: the target, its value, and the component that it relies on most.
 
     Args:
-        attributions: in the order to show them.
-        ids: a name for each of them; their numbers if not given.
-        limit: how many rows at most; the rest are counted below the table.
+        attributions: the attributions, in order.
+        ids: their names; by default their numbers.
+        limit: the maximum number of rows; the rest are counted below the table.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     table.add_column("", style="dim", no_wrap=True)
-    table.add_column("prompt")  # the only one that may wrap is what a narrow terminal cuts first
+    table.add_column("prompt")  # the only column that may wrap is cut first in a narrow terminal
     table.add_column("target", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("model says (✓ the target)", no_wrap=True)
-    table.add_column("rests on", no_wrap=True)
+    table.add_column("next token (✓ target)", no_wrap=True)
+    table.add_column("relies on", no_wrap=True)
     for number, attribution in enumerate(attributions[:limit]):
         name = str(number) if ids is None else ids[number]
         table.add_row(Text(name), *_row(attribution))
@@ -165,26 +166,26 @@ def attributions_table(
 
 
 def _row(attribution: Attribution) -> tuple[Text, ...]:
-    """Return one attribution as cells: prompt, target, value, the model's own word, strongest component."""
-    says = Text(visible(attribution.prediction.strip(" ")))
+    """Return one attribution as cells: prompt, target, value, next token, strongest component."""
+    token = Text(visible(attribution.prediction.strip(" ")))
     if attribution.correct is not None:
-        says.append(" ✓" if attribution.correct else " ✗", "green" if attribution.correct else "red")
+        token.append(" ✓" if attribution.correct else " ✗", "green" if attribution.correct else "red")
     strongest = asked_for(attribution).top(1)
-    rests = f"{_name(strongest[0][0]).plain} {signed(strongest[0][1])}" if strongest else "nothing"
+    relies_on = f"{_name(strongest[0][0]).plain} {signed(strongest[0][1])}" if strongest else "nothing"
     return (
         Text(visible(attribution.text or "".join(attribution.tokens)), overflow="ellipsis", no_wrap=True),
         Text(visible(attribution.target)),
         Text(signed(attribution.value)),
-        says,
-        Text(rests),
+        token,
+        Text(relies_on),
     )
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Return the numbers of a run's summary, one a row, with what to hold each against.
+    """Return the numbers of a run's summary, one per row, with their chance level or interval.
 
     Args:
-        summary: as `summary_cards` reads it.
+        summary: see `summary_cards`.
     """
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")

@@ -1,7 +1,7 @@
 """The training timeline: one page with a slider over the steps of a run, or over several models.
 
-It is the report's page (`page.py`) with one more thing in it: what each prompt's scores and answers were at
-every other step. Colours have one scale over all steps, so that what grows is seen to grow.
+It is the report's page (`page.py`) with each prompt's scores and answers at every step. All steps share one
+colour scale, so that growth is visible.
 """
 
 import os
@@ -12,7 +12,8 @@ from typing import Any
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.components import Grid
 from depass_lightning.reports.numbers import visible
-from depass_lightning.reports.page import page_html, prompt_data
+from depass_lightning.reports.page import PageFrames, page_html
+from depass_lightning.reports.page_data import prompt_data
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.atomic_files import write_whole
 
@@ -24,13 +25,13 @@ class Frame:
     """One step of a training, or one model among several.
 
     Attributes:
-        label: what it is called, as "step 120".
-        at: where it stands among the others; steps for a training.
-        attributions: of each prompt, by its id.
+        label: the name at the slider: "step 120".
+        step: the training step, or the model's index; the horizontal axis of the curves.
+        attributions: the attributions by the prompt's id.
     """
 
     label: str
-    at: float
+    step: float
     attributions: Mapping[str, Attribution]
 
 
@@ -47,46 +48,44 @@ def write_timeline(
     """Write the page.
 
     Args:
-        path: where to write it; the file is written whole or not at all.
+        path: the page's file, written whole or not at all.
         frames: the steps, in order.
-        title: what the page is about.
-        subtitle: a sentence below it.
-        summary: numbers shown as cards, as for `write_page`.
-        examples: what is known of each prompt, by its id, as for `write_page`.
-        lines: curves drawn beside the slider, such as the loss: `(step, value)`.
+        title: the page's title.
+        subtitle: a sentence below the title.
+        summary: numbers shown as cards, see `write_page`.
+        examples: what is known of each prompt, by its id, see `write_page`.
+        lines: curves drawn below the slider, such as the loss: `(step, value)`.
 
     Raises:
-        DePassError: there are fewer than two frames, or no prompt that all of them have with the same
-            components.
+        DePassError: there are fewer than two frames, or no prompt has the same components in all of them.
     """
     if len(frames) < 2:
         raise DePassError(
             f"a training timeline needs two steps or more; there {'is' if frames else 'are'} {len(frames)}"
         )
     ids = _common(frames)
-    # Whether the model is right changes from step to step, and an example knows it of one step.
+    # Whether the model is right changes with the step, and an example has it for one step only.
     known = [{"id": id} | dict((examples or {}).get(id, {})) | {"correct": None} for id in ids]
-    beside = [[frame.attributions[id] for frame in frames] for id in ids]
-    timeline = {
+    by_prompt = [[frame.attributions[id] for frame in frames] for id in ids]
+    data = {
         "labels": [visible(frame.label) for frame in frames],
-        "at": [frame.at for frame in frames],
+        "steps": [frame.step for frame in frames],
         "lines": {name: [list(point) for point in points] for name, points in (lines or {}).items()},
-        "prompts": [_frames(own, example) for own, example in zip(beside, known, strict=True)],
+        "frames": [_frames(steps, example) for steps, example in zip(by_prompt, known, strict=True)],
     }
     page = page_html(
-        [own[-1] for own in beside],
+        [steps[-1] for steps in by_prompt],
         title=title,
         subtitle=subtitle,
         summary=summary,
         examples=known,
-        timeline=timeline,
-        beside=beside,
+        frames=PageFrames(data, by_prompt),
     )
     write_whole(path, page.encode("utf-8", errors="replace"))
 
 
 def _common(frames: Sequence[Frame]) -> list[str]:
-    """The prompts that every frame has, over the same components."""
+    """Return the ids of the prompts that every frame has, with the same components."""
     first, *others = frames
     ids = [
         id
@@ -98,17 +97,17 @@ def _common(frames: Sequence[Frame]) -> list[str]:
     ]
     if not ids:
         raise DePassError(
-            "no prompt was explained at every step over the same components; nothing to compare"
+            "no prompt has attributions over the same components at every step; nothing to compare"
         )
     return ids
 
 
 def _frames(attributions: Sequence[Attribution], example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What changes of one prompt from frame to frame."""
+    """Return the data of one prompt that differ between frames."""
     grids: list[Grid] = []
-    each = [prompt_data(example["id"], own, example, grids, attributions) for own in attributions]
+    frames = [prompt_data(example["id"], a, example, grids, attributions) for a in attributions]
     return [
-        {name: own[name] for name in CHANGING}
-        | {"scores": {name: view["scores"] for name, view in own["views"].items()}}
-        for own in each
+        {name: frame[name] for name in CHANGING}
+        | {"scores": {name: view["scores"] for name, view in frame["views"].items()}}
+        for frame in frames
     ]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from depass_lightning import DePass, DePassError, Heads, Module, Neurons, Spans, Subspace, Tokens, tasks
 from depass_lightning.attribution.cost import propagated_rows
 from depass_lightning.attribution.settings import settings_of
-from depass_lightning.commands.attribute_task import tell_estimate
+from depass_lightning.commands.attribute_task import print_estimate
 from depass_lightning.engine import propagate
 from depass_lightning.engine.state import DecomposedState
 from depass_lightning.engine.variants import top_neurons
@@ -95,5 +95,5 @@ def test_a_command_measures_where_the_model_will_run(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(depass, "estimate", estimate)
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
-    tell_estimate(OmegaConf.create({"batch_size": 2}), depass, task, module, cast(Any, trainer))
+    print_estimate(OmegaConf.create({"batch_size": 2}), depass, task, module, cast(Any, trainer))
     assert devices == [torch.device("meta")]

@@ -57,9 +57,9 @@ def test_every_steps_scores_and_answers_are_in_the_page(tmp_path: Path) -> None:
     page = page_of(tmp_path, given, lines={"loss": [(0, 2.0), (20, 1.0)]})
     timeline = data_of(page)["timeline"]
     assert timeline["labels"] == ["step 0", "step 10", "step 20"]
-    assert timeline["at"] == [0, 10, 20]
+    assert timeline["steps"] == [0, 10, 20]
     assert timeline["lines"] == {"loss": [[0, 2.0], [20, 1.0]]}
-    (steps,) = timeline["prompts"]
+    (steps,) = timeline["frames"]
     for frame, shown in zip(given, steps, strict=True):
         own = frame.attributions["a"]
         assert shown["scores"]["tokens"] == pytest.approx(own.scores.tolist(), rel=1e-4)
@@ -107,7 +107,7 @@ def test_neurons_of_all_steps_are_the_same_in_the_page(tmp_path: Path) -> None:
             Frame("late", 1, {"a": replace(many, scores=late)}),
         ],
     )
-    (prompt,), ((before, after),) = data_of(page)["prompts"], data_of(page)["timeline"]["prompts"]
+    (prompt,), ((before, after),) = data_of(page)["prompts"], data_of(page)["timeline"]["frames"]
     shown = [name or "" for name in prompt["views"]["tokens"]["names"]]
     assert len(before["scores"]["tokens"]) == len(after["scores"]["tokens"]) == len(shown)
     assert {"neuron 0", f"neuron {count - 1}"} <= set(shown)
@@ -120,7 +120,7 @@ def test_a_runs_folder_becomes_a_timeline(tmp_path: Path) -> None:
             attribution_to_row(own) | {"id": id, "index": i, "evidence": [[0, 3]]}
             for i, (id, own) in enumerate(frame.attributions.items())
         ]
-        write_shard(maps / f"step-{int(frame.at):06d}.parquet", rows, ATTRIBUTION_SCHEMA)
+        write_shard(maps / f"step-{int(frame.step):06d}.parquet", rows, ATTRIBUTION_SCHEMA)
     write_json(maps / "history.json", {"steps": [0, 10, 20], "curves": {"probability": [0.1, None, 0.3]}})
     logs = tmp_path / "csv"
     logs.mkdir()
@@ -146,7 +146,7 @@ def test_a_file_that_is_broken_costs_a_timeline_only_itself(
                 for i, (id, own) in enumerate(frame.attributions.items())
             ]
             write_shard(
-                tmp_path / "depass" / name / f"step-{int(frame.at):06d}.parquet", rows, ATTRIBUTION_SCHEMA
+                tmp_path / "depass" / name / f"step-{int(frame.step):06d}.parquet", rows, ATTRIBUTION_SCHEMA
             )
     (tmp_path / "depass/a/history.json").write_text('{"steps": [0')
     (tmp_path / "depass/a/step-000010.parquet").write_bytes(b"PAR1")
@@ -178,14 +178,14 @@ def test_every_probe_set_and_source_of_a_training_has_its_timeline(
     for name, own in folders.items():
         for folder, source in zip(own, sources, strict=True):
             page = (maps / folder / "timeline.html").read_text(encoding="utf-8")
-            assert f"{folder}: what the answers were based on" in page
+            assert f"{folder}: what the answers relied on" in page
             shown = data_of(page)
             assert [prompt["id"] for prompt in shown["prompts"]] == [
                 f"{name}-{i}" for i in range(len(sets[name]))
             ]
-            assert shown["timeline"]["at"] == [0, 2, 4, 6]
+            assert shown["timeline"]["steps"] == [0, 2, 4, 6]
             rows = read_attributions(maps / folder / "step-000004.parquet")
-            for row, steps in zip(rows, shown["timeline"]["prompts"], strict=True):
+            for row, steps in zip(rows, shown["timeline"]["frames"], strict=True):
                 [scores] = steps[2]["scores"].values()
                 assert row.source == source
                 assert sorted(scores) == pytest.approx(sorted(row.scores.tolist()), rel=1e-3, abs=1e-5)

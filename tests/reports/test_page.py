@@ -12,7 +12,7 @@ import torch
 
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.figures import curves_figure, save_figure
-from depass_lightning.reports.page import page_html, write_matrix_page, write_page
+from depass_lightning.reports.page import SharedComponents, page_html, write_matrix_page, write_page
 from depass_lightning.results.generation import Generation
 from tests.reference.attributions import CURVES, NASTY, Elements, attribution_of, heads, ioi, nasty, neurons
 
@@ -104,7 +104,7 @@ def test_a_letter_in_two_tokens_is_read_from_the_prompt() -> None:
 def test_evidence_can_be_given_as_ranges_and_left_out() -> None:
     page = page_html([ioi(), ioi()], title="T", examples=[{"evidence": [[5, 9]]}, {}])
     known, unknown = data_of(page)["prompts"]
-    assert known["marks"] == [{"name": "right tokens", "right": True, "tokens": [2]}]
+    assert known["marks"] == [{"name": "evidence", "right": True, "tokens": [2]}]
     assert (unknown["marks"], unknown["share"], unknown["first"]) == ([], None, None)
     assert [known["id"], unknown["id"]] == ["prompt 1", "prompt 2"]
 
@@ -137,7 +137,7 @@ def test_heads_of_all_layers_share_one_grid_and_are_shown_together() -> None:
 
 def test_of_many_neurons_the_strongest_are_shown_and_the_rest_summed() -> None:
     a = neurons()
-    page = page_html([a], title="T", notes={"neuron 299": f"promotes {NASTY}"})
+    page = page_html([a], title="T", components=SharedComponents(notes={"neuron 299": f"promotes {NASTY}"}))
     data = data_of(page)
     view = data["prompts"][0]["views"]["tokens"]
     assert view["names"] == ["state", *(f"neuron {i}" for i in range(240, 300)), "the other 240"]
@@ -184,7 +184,7 @@ def test_what_no_page_can_be_made_of_is_refused(tmp_path: Path) -> None:
         page_html([], title="T")
     with pytest.raises(DePassError, match="1 examples for 2 attributions"):
         page_html([ioi(), ioi()], title="T", examples=[EXAMPLE])
-    with pytest.raises(DePassError, match=r"numbers\.csv is no picture"):
+    with pytest.raises(DePassError, match=r"numbers\.csv: a page cannot embed"):
         page_html([ioi()], title="T", figures=[tmp_path / "numbers.csv"])
     with pytest.raises(DePassError, match="there is no figure"):
         page_html([ioi()], title="T", figures=[tmp_path / "missing.png"])
@@ -227,13 +227,13 @@ def test_a_generation_is_one_matrix_that_repeats_nothing(tmp_path: Path) -> None
     assert data["matrices"] == [{"name": "matrix", "rows": [0, 3]}]
     assert data["mean"] is None
     assert (first["matrix"], second["like"], third["like"]) == (0, 0, 0)
-    assert [first["stands"], second["stands"], third["stands"]] == [7, 8, 9]
+    assert [first["target_position"], second["target_position"], third["target_position"]] == [7, 8, 9]
     assert [first["row"], second["row"], third["row"]] == ["John", "waved", "to"]
     assert not {"tokens", "special", "marks"} & set(second)
     assert set(second["views"]["tokens"]) == {"scores"}
     assert (
-        second["views"]["tokens"]["scores"][: second["stands"]]
-        == found.scores[1, : second["stands"]].tolist()
+        second["views"]["tokens"]["scores"][: second["target_position"]]
+        == found.scores[1, : second["target_position"]].tolist()
     )
 
 
@@ -291,13 +291,18 @@ def test_a_browser_draws_a_matrix_whose_rows_can_be_chosen(tmp_path: Path) -> No
     body = drawn(tmp_path, "used.html")
     assert chosen_rows(body) == [False, False, True]
     tip = re.sub("<[^>]*>", "", body.split('id="tip"', 1)[1])
-    assert "Mary → waved+377.4% of what speaks for it" in tip
+    assert "Mary → waved+377.4% of what supports it" in tip
     assert 'class="matrix-mark"' in body
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
 def test_a_browser_draws_the_map_of_heads(tmp_path: Path) -> None:
-    write_page(tmp_path / "page.html", [heads(), heads()], title="Heads", notes={"layer 1 head 0": "a note"})
+    write_page(
+        tmp_path / "page.html",
+        [heads(), heads()],
+        title="Heads",
+        components=SharedComponents(notes={"layer 1 head 0": "a note"}),
+    )
     body = drawn(tmp_path, "page.html")
     assert body.count('class="cell"') == 2 * 2 * 3  # the mean's and the prompt's
     assert body.count("a note") == 2

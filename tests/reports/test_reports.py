@@ -84,8 +84,8 @@ def test_summary_cards_say_what_to_hold_a_number_against() -> None:
     assert [(card.label, card.value) for card in cards] == [
         ("prompts", "2,000"),
         ("model is right", "87.1%"),
-        ("completeness, worst", "6.1e−8"),
-        ("right token first", "93%"),
+        ("completeness error, largest", "6.1e−8"),
+        ("evidence ranked first", "93%"),
         ("seconds", "12.3 s"),
         ("complete", "yes"),
     ]
@@ -145,7 +145,7 @@ def test_the_terminal_shows_tokens_and_the_strongest_components() -> None:
     shown = printed(attribution_text(ioi(), top=2))
     assert "WhenMary" not in shown
     assert "When Mary and John left, John waved to" in shown
-    assert "the model says ' Mary', and gives the target 75% (rank 1)" in shown
+    assert "next token ' Mary', target's probability 75% (rank 1)" in shown
     assert re.search(r"Mary +\+3 +█{24}", shown)
     assert re.search(r"John +−1 +█{8}", shown)
     assert "and 9 more" in shown
@@ -201,7 +201,7 @@ def test_the_summary_in_the_terminal() -> None:
     shown = printed(
         summary_table({"evidence_first": {"value": 0.93, "chance": 0.071}, "model": {"name": "tiny"}})
     )
-    assert re.search(r"right token first +93% +at random 7\.1%", shown)
+    assert re.search(r"evidence ranked first +93% +at random 7\.1%", shown)
     assert "tiny" not in shown
 
 
@@ -306,7 +306,7 @@ def test_nothing_of_a_map_lies_outside_of_the_picture(layers: int) -> None:
 
 def test_curves_are_drawn_as_given() -> None:
     figure = curves_figure(CURVES)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Patch top", "Recover top"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Deletion curve", "Insertion curve"]
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert np.asarray(lines["depass"].get_xydata()).tolist() == [[0.0, 0.7], [50.0, 0.1], [100.0, 0.0]]
     assert lines["random"].get_linestyle() == "--"

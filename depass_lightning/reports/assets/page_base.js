@@ -4,7 +4,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const PROMPTS = DATA.prompts;
 const byId = (id) => document.getElementById(id);
 
-// Text is set as text throughout, never as markup: a token may say anything.
+// Text is always set as text, never as markup: a token may contain anything.
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -50,10 +50,10 @@ const bare = (name) => name.trim() || name;
 
 function colour(name) {
   const written = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  return [1, 3, 5].map((at) => parseInt(written.slice(at, at + 2), 16));
+  return [1, 3, 5].map((start) => parseInt(written.slice(start, start + 2), 16));
 }
 
-// The theme's own colours, read once and again when the theme changes.
+// The theme's colours, read again when the theme changes.
 const theme = {};
 function readTheme() {
   for (const name of ["ground", "positive", "negative"]) theme[name] = colour(name);
@@ -65,7 +65,7 @@ function shade(strength) {
   return theme.ground.map((ground, i) => Math.round(ground + (full[i] - ground) * part));
 }
 
-// Near black or white, whichever is easier to read on a ground.
+// Near black or white, whichever has more contrast with a background.
 function ink(ground) {
   const [r, g, b] = ground.map((c) => (c <= 10 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.18 ? "#ffffff" : "#0e1014";
@@ -73,17 +73,17 @@ function ink(ground) {
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
 
-// A row of a matrix has what it does not say itself from the matrix's first.
+// A row of a matrix takes the entries that it lacks from the matrix's first row.
 for (const prompt of PROMPTS.filter((prompt) => prompt.like != null)) {
   const first = PROMPTS[prompt.like];
   for (const [name, view] of Object.entries(prompt.views)) prompt.views[name] = { ...first.views[name], ...view };
   Object.assign(prompt, { ...first, ...prompt });
 }
-// The prompt that stands for another in the list: of a matrix its first row.
+// The prompt that represents another in the list: the first row of its matrix.
 const leading = (i) => DATA.matrices[PROMPTS[i].matrix]?.rows[0] ?? i;
 const LEADING = PROMPTS.map((_, i) => i).filter((i) => leading(i) === i);
 
-// Prompts whose components stand in the same grid share one list of names, and what is left of the state.
+// Prompts with the same grid share one list of names, and the components that are the rest of the state.
 for (const grid of DATA.grids) {
   grid.names = grid.layers.flatMap((layer) => grid.columns.map((name) => `layer ${layer} ${name}`));
   grid.left = grid.layers.flatMap((_, row) => grid.remainders.map((column) => row * grid.columns.length + column));
@@ -95,21 +95,21 @@ for (const view of [DATA.mean?.view, ...PROMPTS.map((prompt) => prompt.views.tok
   Object.assign(view, { names: grid.names, spans: grid.spans, remainders: grid.left });
 }
 
-// The data leaves to the tokens what they tell of a component: its text, and its name where that is its text.
+// The data leaves out a component's text where its tokens have it, and its name where that is its text.
 const textOf = (prompt, view, i) => view.texts[i] ?? prompt.tokens.slice(...view.spans[i]).join("");
 const nameOf = (prompt, view, i) => view.names[i] ?? textOf(prompt, view, i);
 
 const inText = (view) => view.spans.some(Boolean);
 
-// The components that were asked for; what is left of the state beside heads or neurons may outweigh all.
+// The components that were asked for, without the rest of the state, which may be larger than all of them.
 function askedFor(view) {
   const left = new Set(view.remainders ?? []);
   return view.scores.map((_, i) => i).filter((i) => !left.has(i));
 }
 
-// The largest score of a component that stands in the text. A bias has no place there and may outweigh all.
+// The largest score of a component in the text. A bias is outside the text and may be larger than all others.
 function strongest(view) {
-  if (view.most) return view.most; // a training timeline has one scale
+  if (view.most) return view.most; // all steps of a training timeline share one scale
   const counted = inText(view) ? view.scores.filter((_, i) => view.spans[i]) : askedFor(view).map((i) => view.scores[i]);
   return counted.reduce((most, score) => Math.max(most, Math.abs(score)), 0) || 1;
 }

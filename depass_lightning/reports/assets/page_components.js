@@ -1,4 +1,4 @@
-// The components as bars, the strongest first or as they stand in the text.
+// The components as bars, the strongest first or in the order of the text.
 
 PANELS.push({ fits: (prompt) => prompt.views.tokens.scores.length > 0, draw: componentsPanel });
 
@@ -50,7 +50,7 @@ const noteOf = (name) => (DATA.notes[name] ? element("small", { class: "note", d
 function orderSwitch(view) {
   const button = (order, label) =>
     element("button", { type: "button", "aria-pressed": String(state.order === order), onclick: () => chooseOrder(order) }, label);
-  return element("div", { class: "switch", role: "group", "aria-label": "Order" }, button("score", "by size"), button("text", inText(view) ? "as in the text" : "in order"));
+  return element("div", { class: "switch", role: "group", "aria-label": "Order" }, button("score", "by size"), button("text", inText(view) ? "by position" : "in order"));
 }
 
 function chooseOrder(order) {

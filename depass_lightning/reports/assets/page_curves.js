@@ -1,13 +1,13 @@
-// The run's curves: what becomes of the answer as tokens are taken or kept, or as heads or neurons are masked.
+// The run's curves: deletion and insertion of tokens, and masking of heads or neurons.
 
 const CURVE = { width: 460, height: 260, left: 46, right: 96, top: 14, bottom: 40 };
 const CURVE_MEANING = {
-  patch_top: "probability of the answer as the strongest tokens are removed",
-  recover_top: "probability of the answer as only the strongest tokens are kept",
-  kept_patch_top: "the same, the last token never removed",
-  kept_recover_top: "the same, the last token always kept",
-  mask_top: "share of answers that stay right as the highest are masked",
-  mask_bottom: "share of answers that stay right as the lowest are masked",
+  patch_top: "probability of the answer as the tokens with the highest scores are removed",
+  recover_top: "probability of the answer as only the tokens with the highest scores are kept",
+  kept_patch_top: "the same, but the last token is never removed",
+  kept_recover_top: "the same, but the last token is always kept",
+  mask_top: "accuracy as the components with the highest scores are masked",
+  mask_bottom: "accuracy as the components with the lowest scores are masked",
 };
 const CURVE_COLOURS = ["--positive", "--muted", "--negative", "--good", "--bad"];
 
@@ -26,7 +26,7 @@ function curveFigure(name, curve) {
   const last = Math.max(...fraction) || 1;
   const across = (x) => CURVE.left + (x / last) * (CURVE.width - CURVE.left - CURVE.right);
   const down = (y) => CURVE.top + ((high - y) / (high - low)) * (CURVE.height - CURVE.top - CURVE.bottom);
-  const picture = drawing("svg", { viewBox: `0 0 ${CURVE.width} ${CURVE.height}`, role: "img", "aria-label": `${name.replaceAll("_", " ")}: ${Object.keys(lines).join(", ")}` });
+  const picture = drawing("svg", { viewBox: `0 0 ${CURVE.width} ${CURVE.height}`, role: "img", "aria-label": `${DATA.measures[name]}: ${Object.keys(lines).join(", ")}` });
   for (let i = 0; i <= 4; i++) {
     const y = low + ((high - low) * i) / 4;
     picture.append(
@@ -49,7 +49,7 @@ function curveFigure(name, curve) {
   const reading = element("p", { class: "reading" }, "\u00a0");
   picture.addEventListener("pointermove", (event) => read(event, { picture, reading, fraction, lines, across }));
   const meaning = CURVE_MEANING[name] ? element("small", {}, CURVE_MEANING[name]) : null;
-  return element("figure", {}, element("figcaption", {}, name.replaceAll("_", " "), meaning), picture, reading);
+  return element("figure", {}, element("figcaption", {}, DATA.measures[name], meaning), picture, reading);
 }
 
 function axisName(name) {
@@ -59,7 +59,7 @@ function axisName(name) {
 
 const niceTop = (y) => [0.01, 0.04, 0.1, 0.2, 0.4, 0.6, 0.8, 1].find((top) => y <= top);
 
-// Labels at the lines' ends, pushed apart where the lines end together, the lowest no lower than the ground.
+// Labels at the ends of the lines, moved apart where they would overlap, the lowest no lower than `ground`.
 function labelHeights(heights, ground) {
   const placed = [...heights];
   const order = heights.map((_, i) => i).sort((a, b) => heights[a] - heights[b]);
@@ -71,7 +71,7 @@ function labelHeights(heights, ground) {
 function read(event, { picture, reading, fraction, lines, across }) {
   const box = picture.getBoundingClientRect();
   const x = ((event.clientX - box.left) / box.width) * CURVE.width;
-  const near = fraction.reduce((best, at, k) => (Math.abs(across(at) - x) < Math.abs(across(fraction[best]) - x) ? k : best), 0);
+  const near = fraction.reduce((best, part, k) => (Math.abs(across(part) - x) < Math.abs(across(fraction[best]) - x) ? k : best), 0);
   const cursor = picture.querySelector(".cursor");
   cursor.setAttribute("x1", across(fraction[near]));
   cursor.setAttribute("x2", across(fraction[near]));

@@ -1,15 +1,15 @@
-// What is known of the prompt in numbers.
+// Numbers of the chosen prompt.
 
 PANELS.push({ fits: () => true, draw: factsPanel });
 
 function factsPanel(prompt) {
   const facts = [
-    ["the model says", bare(prompt.prediction)],
+    ["next token", bare(prompt.prediction)],
     ["answer", prompt.answer && bare(prompt.answer)],
     ["probability of the target", prompt.probability == null ? null : percent(prompt.probability)],
     ["rank of the target", prompt.rank == null ? null : prompt.rank.toLocaleString("en")],
-    ["score on the right tokens", prompt.share == null ? null : percent(prompt.share)],
-    ["completeness", prompt.completeness == null ? null : plain(prompt.completeness), prompt.completeness > 1e-3 ? "bad" : null],
+    ["score on the evidence", prompt.share == null ? null : percent(prompt.share)],
+    ["completeness error", prompt.completeness == null ? null : plain(prompt.completeness), prompt.completeness > 1e-3 ? "bad" : null],
     ["tokens", prompt.tokens.length.toLocaleString("en")],
     ...Object.entries(prompt.settings),
   ];

@@ -1,8 +1,8 @@
-// Heads and modules of all layers as a map: a row a layer, a column a head, and beside it what was there before.
+// Heads and modules of all layers as a heat map: one row per layer, one column per head, and the rest of the state.
 
 PANELS.push({ fits: (prompt) => viewOf(prompt).grid != null, draw: heatPanel });
 
-const NUMBERED = 8; // columns; of so few every cell says its score
+const NUMBERED = 8; // columns; with at most this number, cells show their scores
 
 function heatPanel(prompt) {
   const view = viewOf(prompt);
@@ -29,7 +29,7 @@ function heatMap(view, { hover }) {
     cell ? hover(Number(cell.dataset.component), cell) : hideTip();
   });
   cells.addEventListener("pointerleave", hideTip);
-  const meaning = "Every row is a split of its own: with the state before it, it adds up to the value.";
+  const meaning = "Every row is a separate split: with the rest of the state, it sums to the value.";
   return element("div", { class: "heat-frame" }, cells, element("div", { class: "legend" }, scaleLegend(scale), element("span", {}, meaning)));
 }
 
@@ -41,10 +41,10 @@ function heatCell(view, i, scale, numbered) {
   return cell;
 }
 
-// The columns' numbers, a few of many, under the word that their names begin with.
+// The columns' numbers, thinned out where they are many, under the first word of their names.
 function heatHead(grid, kind) {
-  const each = Math.ceil(grid.cells.length / 32) * (grid.cells.length > 16 ? 4 : 1);
-  const names = grid.cells.map((column, k) => element("span", { class: "column" }, k % each ? "" : kind ? grid.columns[column].slice(kind.length) : grid.columns[column]));
+  const stride = Math.ceil(grid.cells.length / 32) * (grid.cells.length > 16 ? 4 : 1);
+  const names = grid.cells.map((column, k) => element("span", { class: "column" }, k % stride ? "" : kind ? grid.columns[column].slice(kind.length) : grid.columns[column]));
   const over = element("span", { class: "over" }, kind.trim());
   over.style.gridColumn = `2 / span ${grid.cells.length}`;
   const first = [element("span", { class: "layer" }, kind ? "" : "layer"), ...(kind ? [over, ...grid.remainders.map(() => element("span", {}))] : [])];
@@ -52,7 +52,7 @@ function heatHead(grid, kind) {
   return [...first, ...second, ...names, ...grid.remainders.map((column) => element("span", { class: "column left" }, grid.columns[column]))];
 }
 
-// "head " of "head 0", "head 1", ...; nothing where the names share no first word.
+// "head " of "head 0", "head 1", ...; "" where the names share no first word.
 function commonWord(names) {
   const word = names[0].match(/^\S+ /)?.[0] ?? "";
   return names.every((name) => name.startsWith(word)) ? word : "";

@@ -1,5 +1,5 @@
-// The list of all prompts: searched, filtered, sorted. Only the rows in sight are in the page, so that thousands
-// of prompts are as quick as ten.
+// The list of all prompts, with search, filters and sorting. Only visible rows are in the page, so that thousands
+// of prompts are as fast as ten.
 
 const ROW = 70;
 
@@ -13,8 +13,8 @@ const FILTERS = {
   "the model is wrong": (p) => p.right === false,
   "the target is the model's first choice": (p) => firstChoice(p) === true,
   "the target is not the model's first choice": (p) => firstChoice(p) === false,
-  "the right token is first": (p) => p.first === true,
-  "the right token is not first": (p) => p.first === false,
+  "evidence ranked first": (p) => p.first === true,
+  "evidence not ranked first": (p) => p.first === false,
 };
 
 const SORTS = {
@@ -22,9 +22,9 @@ const SORTS = {
   id: (p) => p.id,
   value: (p) => p.value,
   "rank of the target": (p) => (p.rank == null ? null : -p.rank),
-  "right token first": (p) => (p.first == null ? null : Number(p.first)),
-  "score on the right tokens": (p) => p.share,
-  completeness: (p) => p.completeness,
+  "evidence ranked first": (p) => (p.first == null ? null : Number(p.first)),
+  "score on the evidence": (p) => p.share,
+  "completeness error": (p) => p.completeness,
 };
 
 let descending = true;
@@ -62,7 +62,7 @@ function drawList() {
   const rows = byId("rows");
   rows.style.height = `${state.visible.length * ROW}px`;
   rows.replaceChildren(...state.visible.slice(first, first + count).map((i, k) => listRow(i, first + k)));
-  if (!state.visible.length) rows.replaceChildren(element("p", { class: "nothing" }, "No prompt fits."));
+  if (!state.visible.length) rows.replaceChildren(element("p", { class: "nothing" }, "No prompt matches."));
   const chosen = byId(`prompt-${leading(state.chosen)}`);
   chosen ? list.setAttribute("aria-activedescendant", chosen.id) : list.removeAttribute("aria-activedescendant");
 }
@@ -89,16 +89,16 @@ function listRow(i, place) {
 const snippet = (prompt) =>
   prompt.tokens.slice(0, 60).filter((_, k) => !prompt.special.includes(k)).join("").replaceAll("↵", "↵ ").trim();
 
-// The whole prompt as a band of colours, one stripe a token, or a head where no component stands in the text.
+// The whole prompt as a band of colours, one stripe per token, or per component where none is in the text.
 function stripes(prompt) {
   const view = prompt.views.tokens;
   const scale = strongest(view);
   const asked = inText(view) ? null : askedFor(view).map((i) => view.scores[i] / scale);
   const strength = asked ?? new Array(prompt.tokens.length).fill(0);
   view.spans.forEach((span, i) => span && strength.fill(view.scores[i] / scale, span[0], span[1]));
-  const each = Math.ceil(strength.length / 200);
-  const shown = Array.from({ length: Math.ceil(strength.length / each) }, (_, k) =>
-    strength.slice(k * each, (k + 1) * each).reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a)));
+  const stride = Math.ceil(strength.length / 200);
+  const shown = Array.from({ length: Math.ceil(strength.length / stride) }, (_, k) =>
+    strength.slice(k * stride, (k + 1) * stride).reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a)));
   const stops = shown.map((part, k) => `${css(shade(part))} ${(100 * k) / shown.length}% ${(100 * (k + 1)) / shown.length}%`);
   return `linear-gradient(90deg, ${stops.join(", ")})`;
 }

@@ -1,12 +1,13 @@
-// Several targets over the same components: a row a target, a column a component, the chosen row in the text above.
+// Several targets over the same components: one row per target, one column per component. The text above shows the
+// chosen row.
 
 PANELS.push({ fits: (prompt) => prompt.matrix != null, draw: matrixPanel });
 
-const NARROW = 15; // px, a column at least
+const NARROW = 15; // px, minimum width of a column
 const WIDE = 36;
-const PARTED = 150; // columns; of so few each is parted from the next
+const PARTED = 150; // columns; up to this number, they are separated by lines
 
-// The matrix stays as it is while another row is chosen: it may be large.
+// The matrix is not drawn again when another row is chosen: it may be large.
 let matrix = { key: null };
 
 function matrixPanel(prompt) {
@@ -15,7 +16,7 @@ function matrixPanel(prompt) {
   const { panel, frame, rows, top, left } = matrix;
   rows.forEach((row, k) => row.setAttribute("aria-selected", String(matrix.first + k === state.chosen)));
   frame.setAttribute("aria-activedescendant", rows[state.chosen - matrix.first].id);
-  // What is taken out of the page and put back has forgotten how far it was scrolled.
+  // An element that is removed and inserted again loses its scroll position.
   queueMicrotask(() => frame.scrollTo(left, top));
   return panel;
 }
@@ -23,7 +24,7 @@ function matrixPanel(prompt) {
 function drawMatrix(prompt, key) {
   const [first, end] = DATA.matrices[prompt.matrix].rows;
   const views = PROMPTS.slice(first, end).map(viewOf);
-  const reach = Math.max(...PROMPTS.slice(first, end).map((own) => own.position));
+  const reach = Math.max(...PROMPTS.slice(first, end).map((row) => row.position));
   const shown = inText(views[0])
     ? views[0].spans.flatMap((span, i) => (span && span[0] <= reach ? [i] : []))
     : askedFor(views[0]);
@@ -33,7 +34,7 @@ function drawMatrix(prompt, key) {
   drawn.columns = shown.map((i) => element("span", { dir: "auto" }, bare(nameOf(prompt, views[0], i))));
   drawn.frame = element(
     "div",
-    { class: "matrix", role: "listbox", tabindex: "0", "aria-label": "Targets; up and down choose one, left and right walk over its components" },
+    { class: "matrix", role: "listbox", tabindex: "0", "aria-label": "Targets; up and down choose one, left and right choose a component" },
     element("div", { class: "matrix-head", role: "presentation" }, element("span", { class: "matrix-name" }), element("div", { class: "matrix-columns", "aria-hidden": "true" }, ...drawn.columns)),
     ...drawn.rows,
   );
@@ -45,14 +46,14 @@ function drawMatrix(prompt, key) {
   drawn.frame.addEventListener("click", chooseRow);
   drawn.frame.addEventListener("keydown", walkMatrix);
   drawn.frame.addEventListener("scroll", () => Object.assign(drawn, { top: drawn.frame.scrollTop, left: drawn.frame.scrollLeft }), { passive: true });
-  const keys = element("span", { class: "keys" }, element("kbd", {}, "↑"), " ", element("kbd", {}, "↓"), " another row");
-  const legend = element("div", { class: "legend" }, element("span", {}, "Each row has its own scale: full colour is its strongest score. A click chooses the row that the text above shows."), keys);
+  const keys = element("span", { class: "keys" }, element("kbd", {}, "↑"), " ", element("kbd", {}, "↓"), " change row");
+  const legend = element("div", { class: "legend" }, element("span", {}, "Each row has its own scale: the full colour is its strongest score. Click a row to show it in the text above."), keys);
   const title = views.length === 1 ? "1 target" : `${views.length} targets`;
   drawn.panel = element("div", { class: "panel matrix-panel" }, element("div", { class: "panel-head" }, element("h2", {}, `${title} over ${shown.length.toLocaleString("en")} components`)), drawn.frame, legend);
   return drawn;
 }
 
-// One row is one element: its cells are stops of its ground, so that thousands of them are light.
+// One row is one element: its cells are the stops of a gradient, so that thousands of them are fast.
 function matrixRow(prompt, view, shown, number) {
   const scale = strongest(view);
   const part = 100 / shown.length;
@@ -66,7 +67,7 @@ function matrixRow(prompt, view, shown, number) {
   const band = element("div", { class: "matrix-band" });
   band.style.backgroundImage = `linear-gradient(90deg, ${stops.join(", ")})`;
   const top = [...shown].sort((a, b) => Math.abs(view.scores[b]) - Math.abs(view.scores[a])).slice(0, 3);
-  const label = `${prompt.row} ${signed(prompt.value)}, mostly on ${top.map((i) => `${bare(nameOf(prompt, view, i))} ${signed(view.scores[i])}`).join(", ")}`;
+  const label = `${prompt.row} ${signed(prompt.value)}, relies most on ${top.map((i) => `${bare(nameOf(prompt, view, i))} ${signed(view.scores[i])}`).join(", ")}`;
   return element("div", { id: `row-${number}`, class: "matrix-row", role: "option", "aria-label": label }, element("span", { class: "matrix-name", dir: "auto" }, prompt.row), band);
 }
 
@@ -78,7 +79,7 @@ function pointAt(event) {
   pointTo(matrix.rows.indexOf(band.parentElement), Math.min(Math.max(column, 0), matrix.shown.length - 1));
 }
 
-// Marks a cell, its column's name and its component in the text, and says what it is.
+// Marks a cell, its column's name and its component in the text, and shows its tip.
 function pointTo(row, column) {
   if (row === matrix.row && column === matrix.column) return;
   Object.assign(matrix, { row, column });

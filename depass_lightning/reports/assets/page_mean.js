@@ -1,16 +1,16 @@
-// All prompts of the run together, where their components are the same heads, modules, neurons or subspaces.
+// The mean over prompts, where their components are the same heads, modules, neurons or subspaces.
 
 function drawMean() {
   byId("mean").hidden = !DATA.mean || PROMPTS.length < 2;
   if (byId("mean").hidden) return;
   const { view, value } = DATA.mean;
-  const over = `mean over all prompts, of a value of ${signed(value)}`;
-  const head = element("div", { class: "panel-head" }, element("h2", {}, "All prompts together ", element("small", {}, over)));
-  const hover = (i, at) => {
+  const over = `mean value ${signed(value)}`;
+  const head = element("div", { class: "panel-head" }, element("h2", {}, "Mean over prompts ", element("small", {}, over)));
+  const hover = (i, cell) => {
     unlight();
     lit = [...byId("mean").querySelectorAll(`[data-component="${i}"]`)];
     for (const node of lit) node.classList.add("lit");
-    showTip(at, view.names[i], view, i);
+    showTip(cell, view.names[i], view, i);
   };
   byId("mean").replaceChildren(head, element("div", { class: "mean-body" }, view.grid == null ? null : heatMap(view, { hover }), meanBars(view, hover)));
 }

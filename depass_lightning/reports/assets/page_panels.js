@@ -1,7 +1,7 @@
 // The chosen prompt, panel by panel.
 
-// A panel is {fits(prompt), draw(prompt)}: whether it has something to show, and the element that shows it.
-// The order in which the scripts add them is their order on the page.
+// A panel is {fits(prompt), draw(prompt)}: whether it applies to a prompt, and its element.
+// Panels appear on the page in the order in which the scripts add them.
 const PANELS = [];
 
 const state = { chosen: 0, view: "tokens", order: "score", all: false, visible: LEADING };
@@ -33,49 +33,48 @@ function detailHead(prompt) {
   );
 }
 
-// Whether the model would say the target, which need not be the right answer; null where that is not shown.
+// Whether the target is the model's next token, which need not be the correct answer; null where that is not shown.
 const firstChoice = (prompt) => (prompt.rank == null || prompt.matrix != null ? null : prompt.rank === 1);
 
 function badges(prompt) {
   const badge = (good, yes, no) =>
     good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ ${no}`);
   const first = prompt.right != null ? null : firstChoice(prompt);
-  return [badge(prompt.right, "model is right", "model is wrong"), badge(first, "the target is the model's first choice", "the target is not the model's first choice"), badge(prompt.first, "right token first", "right token not first")].filter(Boolean);
+  return [badge(prompt.right, "model is right", "model is wrong"), badge(first, "the target is the model's first choice", "the target is not the model's first choice"), badge(prompt.first, "evidence ranked first", "evidence not ranked first")].filter(Boolean);
 }
 
-// The tip, and the two places where a component shows itself: its tokens and its bar.
+// The tip, and highlighting a component in the text and among the bars.
 
 let lit = [];
 
-function light(i, at) {
+function light(i, node) {
   unlight();
   const prompt = PROMPTS[state.chosen];
   const view = viewOf(prompt);
   lit = [...byId("detail").querySelectorAll(`[data-component="${i}"]`)];
-  for (const node of lit) node.classList.add("lit");
+  for (const part of lit) part.classList.add("lit");
   const marks = view.spans[i] ? prompt.marks.filter((mark) => mark.tokens.some((t) => within(t, view.spans[i]))) : [];
-  const roles = marks.map((mark) => element("small", { class: "role" }, mark.name + (mark.right ? ", a right token" : "")));
-  showTip(at, bare(nameOf(prompt, view, i)), view, i, ...roles);
+  const roles = marks.map((mark) => element("small", { class: "role" }, mark.name + (mark.right && mark.name !== "evidence" ? ", evidence" : "")));
+  showTip(node, bare(nameOf(prompt, view, i)), view, i, ...roles);
 }
 
-// A component's name and score, and what part it has in all that speaks for or against: of its own split,
-// where each layer is one.
-function showTip(at, name, view, i, ...more) {
+// A component's name and score, and its share of all supporting or opposing scores in its group.
+function showTip(node, name, view, i, ...more) {
   const score = view.scores[i];
   const width = view.grid == null ? view.scores.length : DATA.grids[view.grid].columns.length;
   const first = Math.floor(i / width) * width;
   const side = view.scores.slice(first, first + width).filter((other) => other * score > 0).reduce((sum, other) => sum + other, 0);
-  const part = `${percent(score / side)} of what speaks ${score > 0 ? "for" : "against"} it${view.grid == null ? "" : " in its layer"}`;
+  const part = `${percent(score / side)} of what ${score > 0 ? "supports" : "opposes"} it${view.grid == null ? "" : " in its layer"}`;
   const tip = byId("tip");
   tip.replaceChildren(
     element("b", {}, name),
     element("span", { class: score < 0 ? "against" : "for" }, signed(score)),
-    ...(view.partial ? [] : [element("small", {}, score ? part : "no part in it")]),
+    ...(view.partial ? [] : [element("small", {}, score ? part : "no contribution")]),
     ...more,
     ...(DATA.notes[name] ? [element("small", {}, DATA.notes[name])] : []),
   );
   tip.hidden = false;
-  placeTip(tip, at.getClientRects()[0] ?? at.getBoundingClientRect());
+  placeTip(tip, node.getClientRects()[0] ?? node.getBoundingClientRect());
 }
 
 const within = (token, span) => span[0] <= token && token < span[1];

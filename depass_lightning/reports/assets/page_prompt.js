@@ -18,7 +18,7 @@ function promptPanel(prompt) {
 
 function promptText(prompt, view, scale) {
   const long = prompt.tokens.length > 150 ? " long" : "";
-  const text = element("div", { class: `prompt${long}`, dir: "auto", tabindex: "0", role: "group", "aria-label": "The prompt; arrow keys walk over its components" });
+  const text = element("div", { class: `prompt${long}`, dir: "auto", tabindex: "0", role: "group", "aria-label": "The prompt; arrow keys choose a component" });
   const componentAt = new Array(prompt.tokens.length).fill(-1);
   view.spans.forEach((span, i) => span && componentAt.fill(i, span[0], span[1]));
   for (let start = 0, end; start < prompt.tokens.length; start = end) {
@@ -27,7 +27,7 @@ function promptText(prompt, view, scale) {
     while (i >= 0 && componentAt[end] === i) end++;
     const written = i < 0 ? prompt.tokens[start] : textOf(prompt, view, i);
     appendPiece(text, prompt, { i, start, end, written, strength: i < 0 ? 0 : view.scores[i] / scale });
-    if (prompt.stands == null && start <= prompt.position && prompt.position < end) appendAnswer(text, prompt);
+    if (prompt.target_position == null && start <= prompt.position && prompt.position < end) appendAnswer(text, prompt);
   }
   text.addEventListener("pointerover", (event) => {
     const piece = event.target.closest("[data-component]");
@@ -39,7 +39,7 @@ function promptText(prompt, view, scale) {
   return text;
 }
 
-// One component in the text, its first space outside of the colour so that the text reads as a text.
+// One component in the text, without its leading spaces, so that the text stays readable.
 function appendPiece(text, prompt, { i, start, end, written, strength }) {
   const shown = written.replace(/^ +/, "");
   text.append(written.slice(0, written.length - shown.length));
@@ -47,10 +47,10 @@ function appendPiece(text, prompt, { i, start, end, written, strength }) {
   const underline = marks.some((mark) => mark.right) ? " right" : marks.length ? " named" : "";
   const special = prompt.special.includes(start) ? " special" : "";
   const piece = element("span", { class: `piece${underline}${special}`, "data-component": i >= 0 ? i : null }, shown.replaceAll("↵", "↵\n"));
-  if (prompt.stands != null && start <= prompt.stands && prompt.stands < end) {
+  if (prompt.target_position != null && start <= prompt.target_position && prompt.target_position < end) {
     piece.classList.add("answer", ...(prompt.rank > 1 ? ["wrong"] : []));
     piece.title = "the target";
-  } else if (i >= 0 && (prompt.stands == null || start <= prompt.position)) {
+  } else if (i >= 0 && (prompt.target_position == null || start <= prompt.position)) {
     const ground = shade(strength);
     piece.style.background = css(ground);
     piece.style.color = ink(ground);
@@ -58,10 +58,10 @@ function appendPiece(text, prompt, { i, start, end, written, strength }) {
   text.append(piece);
 }
 
-// What the model itself goes on with, where the target was read.
+// The model's next token, after the position at which the target is read.
 function appendAnswer(text, prompt) {
   const wrong = prompt.rank != null && prompt.rank > 1;
-  const title = wrong ? "the model's own next token, not the target" : "the model's own next token";
+  const title = wrong ? "the model's next token, not the target" : "the model's next token";
   text.append(" ", element("span", { class: `answer${wrong ? " wrong" : ""}`, title }, bare(prompt.prediction)));
 }
 
@@ -71,13 +71,12 @@ function walk(event) {
   event.preventDefault();
   event.stopPropagation();
   const pieces = [...event.currentTarget.querySelectorAll("[data-component]")];
-  const at = pieces.findIndex((piece) => piece.classList.contains("lit"));
-  const next = pieces[at < 0 ? (by > 0 ? 0 : pieces.length - 1) : at + by];
+  const current = pieces.findIndex((piece) => piece.classList.contains("lit"));
+  const next = pieces[current < 0 ? (by > 0 ? 0 : pieces.length - 1) : current + by];
   if (next) light(Number(next.dataset.component), next);
 }
 
-// Components that stand for no place in the text, such as the bias. Where none does, they are shown below, but
-// for what is left of the state.
+// Components outside the text, such as the bias. Where no component is in the text, only the rest of the state.
 function elsewhere(prompt, view, scale) {
   if (view.grid != null) return null;
   const left = inText(view) ? view.scores.map((_, i) => i) : view.remainders;
@@ -91,7 +90,7 @@ function elsewhere(prompt, view, scale) {
     chip.style.color = ink(ground);
     return [chip];
   });
-  return chips.length ? element("p", { class: "elsewhere" }, inText(view) ? "beside the text " : "the rest of the state ", ...chips) : null;
+  return chips.length ? element("p", { class: "elsewhere" }, inText(view) ? "not in the text " : "the rest of the state ", ...chips) : null;
 }
 
 function viewSwitch(prompt) {

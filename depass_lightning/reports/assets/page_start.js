@@ -4,7 +4,7 @@ function choose(i, { remember = true, show = false } = {}) {
   state.chosen = i;
   state.all = false;
   if (remember) {
-    // A page shown inside another may not be allowed to change its address.
+    // A page inside a frame may not be allowed to change its address.
     try {
       history.replaceState(null, "", `#${encodeURIComponent(PROMPTS[i].id)}`);
     } catch {}
@@ -13,7 +13,7 @@ function choose(i, { remember = true, show = false } = {}) {
   drawList();
   drawDetail();
   drawTimeline();
-  // On a narrow screen the prompt stands above the list, out of sight.
+  // On a narrow screen the prompt is above the list, out of sight.
   if (show && byId("detail").getBoundingClientRect().bottom < 120) byId("detail").scrollIntoView();
 }
 
@@ -31,8 +31,8 @@ function chooseFromAddress() {
   try {
     wanted = decodeURIComponent(location.hash.slice(1));
   } catch {}
-  const found = PROMPTS.findIndex((prompt) => prompt.id === wanted);
-  choose(Math.max(found, 0), { remember: false });
+  const index = PROMPTS.findIndex((prompt) => prompt.id === wanted);
+  choose(Math.max(index, 0), { remember: false });
 }
 
 function onListKey(event) {

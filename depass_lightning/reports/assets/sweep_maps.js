@@ -1,6 +1,6 @@
-// One prompt as every run has it, one map under the other; the theme; and the first drawing.
+// One prompt in every run, one map below the other; the theme; and the first drawing.
 
-const STRONGEST = 6; // components that are listed where none stands in the text
+const STRONGEST = 6; // components that are listed where none is in the text
 
 function drawMaps() {
   hideTip();
@@ -19,14 +19,14 @@ function mapOf(run, place) {
       element("b", {}, DATA.axes.some((axis) => axis.key === "model" || axis.key === "checkpoint") ? run.model : run.run),
       run.setting ? element("span", {}, run.setting) : null,
       element("span", { class: "equation" }, element("span", {}, prompt.target), " = ", element("b", {}, signed(prompt.value))),
-      good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ says ${bare(prompt.prediction)}`),
-      prompt.share == null ? null : element("span", {}, `${percent(prompt.share)} of the score on the right tokens`),
+      good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ next token ${bare(prompt.prediction)}`),
+      prompt.share == null ? null : element("span", {}, `${percent(prompt.share)} of the score on the evidence`),
     ),
     ...drawn(prompt, view),
   );
-  // The other scripts ask for the chosen prompt, and for the place where it is shown.
-  article.addEventListener("pointerover", () => atHand(article, place), true);
-  article.addEventListener("focusin", () => atHand(article, place));
+  // The other scripts use the chosen prompt and its element.
+  article.addEventListener("pointerover", () => chooseMap(article, place), true);
+  article.addEventListener("focusin", () => chooseMap(article, place));
   return article;
 }
 
@@ -41,7 +41,7 @@ function drawn(prompt, view) {
   return [bars];
 }
 
-function atHand(article, place) {
+function chooseMap(article, place) {
   state.chosen = place;
   byId("detail")?.removeAttribute("id");
   article.id = "detail";
@@ -72,7 +72,7 @@ function otherTheme() {
 function start() {
   fillSelect("number", DATA.numbers.map((number) => number.name));
   fillSelect("setting", SETTINGS);
-  byId("prompt").append(...DATA.maps.map((own, i) => element("option", { value: i }, `${own.prompt}: ${beginning(PROMPTS[own.of[0][1]])}`)));
+  byId("prompt").append(...DATA.maps.map((map, i) => element("option", { value: i }, `${map.prompt}: ${beginning(PROMPTS[map.of[0][1]])}`)));
   byId("maps").hidden = !DATA.maps.length;
   for (const id of ["number", "setting"]) byId(id).addEventListener("input", drawMatrix);
   byId("prompt").addEventListener("input", drawMaps);

@@ -1,4 +1,4 @@
-// Models against tasks, and the table of all runs.
+// Models by tasks, and the table of all runs.
 
 const RUNS = DATA.runs;
 const SCRIBES = { percent, plain };
@@ -13,15 +13,15 @@ const SETTINGS = distinct(RUNS.map((run) => run.setting));
 const written = (number, value) => (value == null ? "" : SCRIBES[number.write](value));
 
 function chance(run, number) {
-  const own = run.numbers[number.key]?.chance;
-  return own == null ? null : element("small", {}, `at random ${written(number, own)}`);
+  const value = run.numbers[number.key]?.chance;
+  return value == null ? null : element("small", {}, `at random ${written(number, value)}`);
 }
 
 function drawMatrix() {
   const number = DATA.numbers[byId("number").value];
   const runs = RUNS.filter((run) => run.setting === SETTINGS[byId("setting").value]);
   const [models, tasks] = [distinct(runs.map((run) => run.model)), distinct(runs.map((run) => run.task))];
-  if (!number) return byId("matrix-body").replaceChildren(element("p", { class: "hint-line" }, "No run has come to a number yet."));
+  if (!number) return byId("matrix-body").replaceChildren(element("p", { class: "hint-line" }, "No run has results yet."));
   const known = runs.map((run) => run.numbers[number.key]?.value).filter((value) => value != null);
   const range = [Math.min(...known), Math.max(...known)];
   const head = element("tr", {}, element("th", {}), ...tasks.map((task) => element("th", { scope: "col" }, task)));
@@ -29,13 +29,13 @@ function drawMatrix() {
     element("tr", {}, element("th", { scope: "row" }, model), ...tasks.map((task) => matrixCell(runs.filter((run) => run.model === model && run.task === task), number, range))),
   );
   byId("matrix-body").replaceChildren(element("table", { class: "numbers" }, element("thead", {}, head), element("tbody", {}, ...rows)));
-  byId("matrix-hint").textContent = `${number.name}, ${number.small ? "lower is better" : "higher is better"}; a number opens its run's report.`;
-  if (["prompts", "seconds", "seconds_per_prompt"].includes(number.key)) byId("matrix-hint").textContent = `${number.name}; a number opens its run's report.`;
+  byId("matrix-hint").textContent = `${number.name}, ${number.small ? "lower is better" : "higher is better"}; click a number to open its run's report.`;
+  if (["prompts", "seconds", "seconds_per_prompt"].includes(number.key)) byId("matrix-hint").textContent = `${number.name}; click a number to open its run's report.`;
 }
 
-// Of runs that were asked the same, as with two folders of one sweep, the first stands here and the table has all.
+// Of runs with the same settings, as in two folders of one sweep, the matrix has the first and the table all.
 function matrixCell(runs, number, [low, high]) {
-  const run = runs.find((own) => own.numbers[number.key] != null);
+  const run = runs.find((candidate) => candidate.numbers[number.key] != null);
   if (!run) return element("td", { class: "none" }, runs.length ? "no number" : "");
   const value = run.numbers[number.key].value;
   const part = high > low ? (value - low) / (high - low) : 0.5;
