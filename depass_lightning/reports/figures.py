@@ -174,9 +174,8 @@ def _segments(attribution: Attribution) -> list[tuple[PromptSegment, float | Non
     scores, strength = attribution.scores.tolist(), strengths(attribution)
     segments: list[tuple[PromptSegment, float | None, float | None]] = []
     for segment in prompt_segments(attribution):
-        number = segment.component
-        scored = (None, None) if number is None else (strength[number], scores[number])
-        segments.append((segment, *scored))
+        i = segment.component
+        segments.append((segment, None, None) if i is None else (segment, strength[i], scores[i]))
         if segment.end > attribution.position:
             break
     if len(segments) > MOST:
