@@ -175,7 +175,6 @@ def page_html(
     if examples is not None and len(examples) != len(attributions):
         raise DePassError(f"{len(examples)} examples for {len(attributions)} attributions; give one for each")
     known = examples if examples is not None else [{}] * len(attributions)
-    names = _distinct([str(example.get("id", f"prompt {i + 1}")) for i, example in enumerate(known)])
     by_prompt = frames.attributions if frames is not None else ()
     shared = _shared_settings([a for steps in by_prompt for a in steps] or attributions)
     grids: list[Grid] = []
@@ -183,10 +182,10 @@ def page_html(
     together = dict(enumerate(by_prompt))
     together |= {row: attributions[slice(*matrix.rows)] for matrix in matrices for row in range(*matrix.rows)}
     prompts = [
-        prompt_data(names[i], attribution, known[i], grids, together.get(i, ()))
+        prompt_data(name, attribution, known[i], grids, together.get(i, ()))
         # What differs between the steps of a training timeline is shown at its slider.
         | {"settings": {} if frames is not None else _settings(attribution, without=shared)}
-        for i, attribution in enumerate(attributions)
+        for i, (name, attribution) in enumerate(zip(_names(known), attributions, strict=True))
     ]
     components = components or SharedComponents()
     curves = curves_of(summary or {})
@@ -200,23 +199,40 @@ def page_html(
         "measures": {name: measure_name(name) for name in curves},
         "timeline": None if frames is None else frames.data,
     }
-    script = joined(SCRIPTS)
-    environment = Environment(
-        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("page.html.j2").render(
+    return rendered(
+        "page",
+        SCRIPTS,
+        data,
         title=visible(title),
         subtitle=visible(subtitle),
         settings=shared,
         cards=summary_cards(summary or {}),
         figures=[_figure(Path(figure)) for figure in figures or ()],
-        data=embedded(data),
         notes=bool(components.notes),
         style=Markup(asset("page.css")),
+    )
+
+
+def rendered(template: str, scripts: Iterable[str], data: Mapping[str, Any], **values: Any) -> str:
+    """Return a page as HTML.
+
+    Args:
+        template: the template's name in `assets/`, without its suffix.
+        scripts: the page's scripts, in order.
+        data: what the scripts read.
+        values: the template's other variables.
+    """
+    script = _joined(scripts)
+    environment = Environment(
+        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template(f"{template}.html.j2").render(
+        data=_embedded(data),
         light=css_variables(LIGHT),
         dark=css_variables(DARK),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
     )
 
 
@@ -238,14 +254,15 @@ def _shared_settings(attributions: Sequence[Attribution]) -> dict[str, str]:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Number repeated names, because the page's address contains the prompt's name."""
+def _names(examples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the prompts' names; repeated ones are numbered, because the page's address contains the name."""
     seen: Counter[str] = Counter()
-    distinct = []
-    for name in names:
+    names = []
+    for number, example in enumerate(examples, start=1):
+        name = str(example.get("id", f"prompt {number}"))
         seen[name] += 1
-        distinct.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return distinct
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
 
 
 def _figure(path: Path) -> dict[str, str]:
@@ -259,7 +276,7 @@ def _figure(path: Path) -> dict[str, str]:
     return {"source": f"data:{kind};base64,{content}", "name": path.stem.replace("_", " ")}
 
 
-def embedded(data: Mapping[str, Any]) -> Markup:
+def _embedded(data: Mapping[str, Any]) -> Markup:
     """Return data as JSON that cannot end its script element, whatever a token contains."""
     written = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
@@ -267,7 +284,7 @@ def embedded(data: Mapping[str, Any]) -> Markup:
     return Markup(written)
 
 
-def joined(scripts: Iterable[str]) -> str:
+def _joined(scripts: Iterable[str]) -> str:
     """Return a page's scripts as one, with no global names."""
     parts = "\n".join(asset(name) for name in scripts)
     return f'"use strict";\n(() => {{\n{parts}\n}})();\n'

@@ -4,8 +4,6 @@ It uses the report's data and scripts (`page_data.py`, `page.py`): a map is a pr
 each run that has it.
 """
 
-import base64
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,15 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.components import Grid
 from depass_lightning.reports.numbers import measure_name, visible
-from depass_lightning.reports.page import asset, embedded, joined
+from depass_lightning.reports.page import asset, rendered
 from depass_lightning.reports.page_data import grid_data, prompt_data
-from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.atomic_files import write_whole
 
@@ -101,11 +97,10 @@ def write_sweep_page(
         for name in AXES
         if name not in axes and rows[0].get(name) is not None
     }
-    script = joined(SCRIPTS)
-    environment = Environment(
-        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("sweep.html.j2").render(
+    page = rendered(
+        "sweep",
+        SCRIPTS,
+        _data(rows, maps, axes),
         title=visible(title),
         subtitle=f"{done:,} runs are done" + (f", {len(rows) - done:,} are not" if done < len(rows) else ""),
         settings=shared,
@@ -114,12 +109,7 @@ def write_sweep_page(
             for row in rows
             if row["status"] != "done"
         ],
-        data=embedded(_data(rows, maps, axes)),
         style=Markup(asset("page.css") + asset("sweep.css")),
-        light=css_variables(LIGHT),
-        dark=css_variables(DARK),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_whole(path, page.encode("utf-8", errors="replace"))
 

@@ -16,13 +16,13 @@ class Component:
 
     Attributes:
         kind: `token`, `span`, `head`, `neuron`, `attention`, `mlp`, `subspace`, or `component` for one of a
-            user's tensor; `state` for what is left of the state next to heads, modules or neurons; `rest` for
+            user's tensor; `state` for the rest of the state next to heads, modules or neurons; `rest` for
             what subspaces or spans leave out; `bias` and `rounding` for constants; `others` for a sum of
             components that are not listed one by one.
         label: its name: a token's text, "head 3", "layer 2 neuron 7".
         layer: the block in which it is computed; None for positions, directions and a user's components.
         index: its index among the components of its kind: the head, the neuron, the subspace.
-        span: the token range [start, end) that it stands for, if any.
+        span: the token range [start, end) of the text; None for components that are not in the text.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Component:
 
     @property
     def remainder(self) -> bool:
-        """Whether it is left over: the state next to heads or neurons, a bias, or a sum of others."""
+        """Whether this is a remainder: the state next to heads or neurons, a bias, or a sum of others."""
         return self.kind in ("state", "bias", "others")
 
 
