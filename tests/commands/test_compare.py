@@ -53,7 +53,7 @@ def test_models_are_compared_on_the_same_prompts(tmp_path: Path, changed: dict[s
     assert timeline["labels"] == ["tiny", "moved", "moved.ckpt"]
     for label, place in (("tiny", 0), ("moved", 1)):
         own = read_attributions(tmp_path / label / "attributions")
-        shown = timeline["prompts"][0][place]["scores"]["tokens"]
+        shown = timeline["frames"][0][place]["scores"]["tokens"]
         assert shown == pytest.approx(own[0].scores.tolist(), rel=1e-3, abs=1e-4)
 
 
