@@ -114,22 +114,12 @@ class DePass:
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
-        self,
-        prompt: str,
-        target: TargetLike = None,
-        *,
-        source: Source | None = None,
-        **options: Unpack[AttributeOptions],
+        self, prompt: str, target: TargetLike = None, **options: Unpack[AttributeOptions]
     ) -> Attribution: ...
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
-        self,
-        prompt: str,
-        target: Sequence[TargetLike],
-        *,
-        source: Source | None = None,
-        **options: Unpack[AttributeOptions],
+        self, prompt: str, target: Sequence[TargetLike], **options: Unpack[AttributeOptions]
     ) -> Attributions: ...
 
     @overload
@@ -137,8 +127,6 @@ class DePass:
         self,
         prompt: Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] = None,
-        *,
-        source: Source | None = None,
         **options: Unpack[AttributeOptions],
     ) -> list[Attribution]: ...
 
@@ -147,8 +135,6 @@ class DePass:
         self,
         prompt: Sequence[str] | None = None,
         target: Sequence[Sequence[TargetLike]] = (),
-        *,
-        source: Source | None = None,
         **options: Unpack[AttributeOptions],
     ) -> list[Attributions]: ...
 
@@ -157,8 +143,6 @@ class DePass:
         self,
         prompt: str | Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]] = None,
-        *,
-        source: Source | None = None,
         **options: Unpack[AttributeOptions],
     ) -> Any:
         """Compute how much each component of a prompt contributes to a target.
@@ -194,7 +178,8 @@ class DePass:
             DePassError: a prompt is empty or too long, a target is not one token, there are too few or too
                 many targets, a layer is out of range, a setting is unknown, or a value is not finite.
         """
-        results = self.attribute_sources(prompt, target, [source or Tokens()], **options)
+        source = options.pop("source", None) or Tokens()
+        results = self.attribute_sources(prompt, target, [source], **options)
         return results[0] if isinstance(prompt, str) else [result for (result,) in results]
 
     @checked

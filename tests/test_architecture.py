@@ -91,3 +91,59 @@ def test_the_mutation_run_lists_files_that_exist() -> None:
         assert (ROOT / path).is_file(), path
         for test in mutants.paths_of(tests):
             assert (ROOT / test).is_file(), test
+
+
+# Called by users and by Hydra: their arguments are settings with names and defaults.
+PUBLIC_FACE = {
+    ("DePass", "attribute"),
+    ("DePass", "attribute_sources"),
+    ("DePass", "attribute_generation"),
+    ("DePass", "decompose"),
+    ("DePassCallback", "__init__"),
+    ("", "fit_probes"),
+    ("", "removal_curves"),
+    ("", "train_probe"),
+    ("", "train_probes"),
+}
+ROOT_MODULES = {"__init__", "depass", "errors", "logit_lens", "prompts", "targets"}
+
+
+def test_the_root_of_the_package_holds_what_users_import() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    names = Counter(
+        node.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function of a file with the name of its class, which is empty outside of one."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    owners = {
+        function: node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for function in node.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield owners.get(node, ""), node
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    """At most 400 lines a file, 60 lines of code a function, and 8 arguments outside the public face."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    for owner, function in functions(path):
+        docstring = ast.get_docstring(function, clean=False) or ""
+        length = (function.end_lineno or 0) - function.lineno + 1 - len(docstring.splitlines())
+        assert length <= 60, function.name
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        named = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+        assert len(named) <= 8 or (owner, function.name) in PUBLIC_FACE, function.name

@@ -48,6 +48,7 @@ class RuleOptions(TypedDict, total=False):
 class AttributeOptions(RuleOptions, total=False):
     """The keyword arguments of a call that returns scores."""
 
+    source: Source | None
     compat: Literal["paper_code"] | None
     batch_size: int
     progress: bool

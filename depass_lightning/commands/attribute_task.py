@@ -156,8 +156,7 @@ def _attribute(
         },
         title=f"What {config.model.name} bases its answers on",
         subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
-        prompts=config.report.prompts,
-        figures=config.report.figures,
+        size=config.report,
         notes=functools.partial(notes_on, depass, source),
         generated=generates,
     )

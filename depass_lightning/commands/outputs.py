@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
@@ -51,9 +52,8 @@ def write_results(
     *,
     about: Mapping[str, Any],
     title: str,
-    subtitle: str = "",
-    prompts: int = 200,
-    figures: int = 4,
+    subtitle: str,
+    size: DictConfig,
     notes: Callable[[Sequence[Component]], Mapping[str, str]] | None = None,
     generated: bool = False,
 ) -> Results:
@@ -65,8 +65,7 @@ def write_results(
         about: further entries of the summary: model, settings, versions, time.
         title: the page's title.
         subtitle: the line below the title.
-        prompts: the maximum number of prompts on the page, the first ones.
-        figures: the number of prompts drawn as figures.
+        size: how many of the first prompts are on the page (`prompts`) and drawn as figures (`figures`).
         notes: returns notes on components by their labels, such as the tokens that a neuron promotes.
         generated: whether each row is a generated token; the rows of a prompt are consecutive.
     """
@@ -80,12 +79,12 @@ def write_results(
     if not len(rows):
         page.unlink(missing_ok=True)  # of an earlier run
         return Results(folder, rows, summary, None)
-    first = rows.first(sum(counts[:prompts]))
+    first = rows.first(sum(counts[: size.prompts]))
     shown = [attribution_from_row(row) for row in first]
     if not generated:
-        _draw(folder / "figures", summary, first, shown[:figures], mean)
-    if len(counts) > prompts:
-        subtitle = f"{subtitle}; the first {prompts:,} of {len(counts):,} prompts".lstrip("; ")
+        _draw(folder / "figures", summary, first, shown[: size.figures], mean)
+    if len(counts) > size.prompts:
+        subtitle = f"{subtitle}; the first {size.prompts:,} of {len(counts):,} prompts".lstrip("; ")
     examples = [example_of(row) for row in first]
     if generated:
         examples = [example | _in_matrix(row) for example, row in zip(examples, first, strict=True)]

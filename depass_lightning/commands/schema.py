@@ -70,13 +70,13 @@ Temperature = Annotated[float, AfterValidator(_temperature)]
 Object = dict[str, Any]
 
 
-class Settings(BaseModel):
+class StrictSettings(BaseModel):
     """Settings without type conversion: no text for a number, and no float for an integer."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class ModelSettings(Settings):
+class ModelSettings(StrictSettings):
     """The model, and how it is loaded."""
 
     name: Name
@@ -85,7 +85,7 @@ class ModelSettings(Settings):
     device_map: str | int | Object | None = None
 
 
-class TrainerSettings(Settings):
+class TrainerSettings(StrictSettings):
     """The number of processes and their devices; Lightning checks the rest."""
 
     accelerator: ACCELERATORS = "auto"
@@ -94,7 +94,7 @@ class TrainerSettings(Settings):
     strategy: Annotated[str, _one_of(("auto", *StrategyRegistry.available_strategies()))] | Object = "auto"
 
 
-class CommonSettings(Settings):
+class CommonSettings(StrictSettings):
     """Settings of every command."""
 
     task_name: Name
@@ -119,7 +119,7 @@ class TrainSettings(CommonSettings):
     export_dtype: DType | None
 
 
-class TaskSettings(Settings):
+class TaskSettings(StrictSettings):
     """The prompts."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -132,7 +132,7 @@ class TaskSettings(Settings):
     language: Name | None = None
 
 
-class RuleSettings(Settings):
+class RuleSettings(StrictSettings):
     """How a neuron is shared among the components."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -142,7 +142,7 @@ class RuleSettings(Settings):
     score_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
-class TargetSettings(Settings):
+class TargetSettings(StrictSettings):
     """The target."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -152,7 +152,7 @@ class TargetSettings(Settings):
     readout: GeneratedTarget = "token"
 
 
-class ReportSettings(Settings):
+class ReportSettings(StrictSettings):
     """The size of the report."""
 
     model_config = ConfigDict(strict=True, extra="forbid")

@@ -32,8 +32,8 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import pad
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Heads, Neurons
-from depass_lightning.targets import continuation_ids
 from depass_lightning.utils.batching import in_batches
+from depass_lightning.utils.tokenization import continuation_ids
 
 MASKED = (0, 1, 2, 5, 10, 20, 50)
 

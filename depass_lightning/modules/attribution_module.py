@@ -17,8 +17,9 @@ from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
-from depass_lightning.targets import AnswerTarget, LogitTarget, Token, token_id
+from depass_lightning.targets import AnswerTarget, LogitTarget, Token
 from depass_lightning.tasks import Example
+from depass_lightning.utils.tokenization import token_id
 
 log = logging.getLogger(__name__)
 

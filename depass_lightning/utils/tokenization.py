@@ -199,3 +199,61 @@ def unknown_words(
     pairs = zip(ids, offsets, strict=True)
     words = [text[start:end].strip() for token, (start, end) in pairs if token == tokenizer.unk_token_id]
     return tuple(dict.fromkeys(word for word in words if word not in ("", tokenizer.unk_token)))
+
+
+def token_id(
+    token: str | int,
+    prompt: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: int,
+    *,
+    first: bool = False,
+) -> int:
+    """Return the id of a token.
+
+    A text is tokenised as the prompt's continuation, since the tokens of a word depend on the text before it.
+
+    Args:
+        token: the token's text or id.
+        prompt: the prompt that it continues; None if it was passed as ids.
+        tokenizer: the model's tokenizer; required for text.
+        vocabulary: the number of tokens.
+        first: use the first token of a text of several tokens.
+
+    Raises:
+        DePassError: the text is several tokens or none (the error shows the split), there is no tokenizer,
+            the id is out of range, or the token has no embedding.
+    """
+    if isinstance(token, bool) or not isinstance(token, (str, int)):
+        raise DePassError(f"target {token!r} is a {type(token).__name__}; pass a token's text or id")
+    if isinstance(token, int):
+        if not 0 <= token < vocabulary:
+            raise DePassError(f"target id {token} is outside the vocabulary of {vocabulary} tokens")
+        return token
+    if tokenizer is None:
+        raise DePassError(
+            f"target {token!r} is text, but there is no tokenizer; pass a token id, or a tokenizer"
+        )
+    ids = continuation_ids(token, prompt, tokenizer)
+    if len(ids) != 1 and not (first and ids):
+        split = " + ".join(repr(token_text(part, tokenizer)) for part in ids) or "nothing"
+        hint = "" if token.startswith(" ") else f", or try {' ' + token!r} with a leading space"
+        raise DePassError(
+            f"target {token!r} must be one token, but the tokenizer splits it into {len(ids)}: {split}; "
+            f"explain the first of them by Token(..., first=True){hint}"
+        )
+    if ids[0] == tokenizer.unk_token_id and token != tokenizer.unk_token:
+        raise DePassError(f"target {token!r} is not in the model's vocabulary")
+    check_vocabulary(f"target {token!r}", ids[:1], tokenizer, vocabulary)
+    return ids[0]
+
+
+def continuation_ids(text: str, prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a text adds to a prompt, or its ids alone if a token spans the boundary."""
+    alone = tokenizer.encode(text, add_special_tokens=False)
+    if prompt:
+        before = tokenizer.encode(prompt, add_special_tokens=False)
+        joined = tokenizer.encode(prompt + text, add_special_tokens=False)
+        if joined[: len(before)] == before:
+            return joined[len(before) :]
+    return alone

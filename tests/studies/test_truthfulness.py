@@ -11,7 +11,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.linear_probes import Fit, LinearProbe, hidden_states, spread
 from depass_lightning.studies import read_experiment
 from depass_lightning.studies.truthfulness.answers import DEPASS, METHODS, NONE, PROBE, RANDOM, Answers
-from depass_lightning.studies.truthfulness.questions import Question, Reply, ask
+from depass_lightning.studies.truthfulness.questions import ForcedChoice, Reply, ask
 from depass_lightning.studies.truthfulness.study import (
     Truthful,
     blamed_by_depass,
@@ -52,7 +52,7 @@ def agree(reply, expected):
 
 
 def test_replies_are_the_models_own(random_model):
-    questions = [Question(ids, answer=7 + i, foil=20) for i, ids in enumerate(rows())]
+    questions = [ForcedChoice(ids, answer=7 + i, foil=20) for i, ids in enumerate(rows())]
     removed, hidden = ask(random_model, questions), ask(random_model, questions, mask="attention")
     for replies in (removed, hidden):
         for question, reply in zip(questions, replies, strict=True):
@@ -61,7 +61,7 @@ def test_replies_are_the_models_own(random_model):
 
 def test_removed_tokens_are_not_there(random_model):
     masked = [{2}, {1, 3}, set(), {4, 5, 1}]
-    questions = [Question(ids, 9, 20, own) for ids, own in zip(rows(), masked, strict=True)]
+    questions = [ForcedChoice(ids, 9, 20, own) for ids, own in zip(rows(), masked, strict=True)]
     for question, reply in zip(questions, ask(random_model, questions, batch_size=3), strict=True):
         left = [own for place, own in enumerate(question.ids) if place not in question.masked]
         agree(reply, replies_one_by_one(random_model, left, 9, 20))
@@ -70,7 +70,7 @@ def test_removed_tokens_are_not_there(random_model):
 def test_hidden_tokens_reach_nobody_and_the_others_keep_their_places(random_model):
     (ids, *_) = rows()
     other = [*ids[:2], 50, *ids[3:]]
-    questions = [Question(other, 9, 20), Question(ids, 9, 20, {2}), Question(other, 9, 20, {2})]
+    questions = [ForcedChoice(other, 9, 20), ForcedChoice(ids, 9, 20, {2}), ForcedChoice(other, 9, 20, {2})]
     seen, hidden, elsewhere = ask(random_model, questions, mask="attention")
     removed = ask(random_model, questions)[1]
     assert hidden.share == pytest.approx(elsewhere.share, rel=1e-5)
@@ -80,11 +80,11 @@ def test_hidden_tokens_reach_nobody_and_the_others_keep_their_places(random_mode
 
 def test_asking_leaves_the_model_as_it_was_and_refuses_what_has_no_answer(random_model):
     random_model.model.train()
-    ask(random_model, [Question(rows()[0], 9, 20)])
+    ask(random_model, [ForcedChoice(rows()[0], 9, 20)])
     assert random_model.model.training
     random_model.model.eval()
     with pytest.raises(DePassError, match="last token cannot be masked"):
-        ask(random_model, [Question([1, 5, 6], 9, 20, {2})])
+        ask(random_model, [ForcedChoice([1, 5, 6], 9, 20, {2})])
 
 
 def made_probe(tiny, direction, layer=2):

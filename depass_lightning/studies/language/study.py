@@ -35,11 +35,10 @@ from depass_lightning.studies.language.measures import Measures, Words, measure,
 from depass_lightning.studies.language.parts import Carried, carry_parts, decode
 from depass_lightning.studies.study_files import write_experiment
 from depass_lightning.studies.study_result import Cell, Cloud, Curve, Panel, StudyResult, data_name
-from depass_lightning.targets import token_id
 from depass_lightning.tasks import Task, Texts, load_texts
 from depass_lightning.utils.bootstrap import bootstrap
 from depass_lightning.utils.distributed import from_first
-from depass_lightning.utils.tokenization import token_text
+from depass_lightning.utils.tokenization import token_id, token_text
 
 PARTS = ("language part", "rest", "random part", "random rest")
 WHOLE = "whole state"

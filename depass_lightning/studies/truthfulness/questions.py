@@ -17,8 +17,8 @@ MASKS = get_args(Mask)
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a model is asked.
+class ForcedChoice:
+    """A prompt with some tokens masked, and its two answers.
 
     Args:
         ids: the prompt's token ids.
@@ -49,7 +49,7 @@ class Reply:
 
 
 def ask(
-    depass: DePass, questions: Sequence[Question], *, mask: Mask = "remove", batch_size: int = 32
+    depass: DePass, questions: Sequence[ForcedChoice], *, mask: Mask = "remove", batch_size: int = 32
 ) -> list[Reply]:
     """Ask a model questions with tokens masked.
 
@@ -81,7 +81,7 @@ def ask(
 _Key = tuple[tuple[int, ...], int, int, frozenset[int]]
 
 
-def _key(question: Question) -> _Key:
+def _key(question: ForcedChoice) -> _Key:
     return tuple(question.ids), question.answer, question.foil, frozenset(question.masked)
 
 

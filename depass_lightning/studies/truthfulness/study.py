@@ -28,10 +28,10 @@ from depass_lightning.sources import Tokens
 from depass_lightning.studies.study_files import write_experiment
 from depass_lightning.studies.study_result import StudyResult, data_name
 from depass_lightning.studies.truthfulness.answers import DEPASS, NONE, PROBE, RANDOM, Answers
-from depass_lightning.studies.truthfulness.questions import MASKS, Mask, Question, Reply, ask
-from depass_lightning.targets import token_id
+from depass_lightning.studies.truthfulness.questions import MASKS, ForcedChoice, Mask, Reply, ask
 from depass_lightning.tasks import Example, Task, Texts, load_texts
 from depass_lightning.utils.distributed import from_first
+from depass_lightning.utils.tokenization import token_id
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Truthful:
 
     def _answered(self, depass: DePass, prompts: list[Misled]) -> list[Misled]:
         """Return the first prompts that are answered right without the information."""
-        questions = [Question(misled.plain, misled.answer, misled.foil) for misled in prompts]
+        questions = [ForcedChoice(misled.plain, misled.answer, misled.foil) for misled in prompts]
         replies = ask(depass, questions, batch_size=self.batch_size)
         pairs = zip(prompts, replies, strict=True)
         kept = [
@@ -194,11 +194,11 @@ class Truthful:
                     for number, (misled, order) in enumerate(zip(prompts, draw, strict=True)):
                         meant.append((method, count, number))
                         questions.append(
-                            Question(misled.prompt.ids, misled.answer, misled.foil, order[:count])
+                            ForcedChoice(misled.prompt.ids, misled.answer, misled.foil, order[:count])
                         )
         for number, misled in enumerate(prompts):
             meant.append((NONE, 0, number))
-            questions.append(Question(misled.plain, misled.answer, misled.foil))
+            questions.append(ForcedChoice(misled.plain, misled.answer, misled.foil))
         replies = ask(depass, questions, mask=self.mask, batch_size=self.batch_size)
         grouped: dict[tuple[str, int, int], list[Reply]] = {}
         for key, reply in zip(meant, replies, strict=True):
