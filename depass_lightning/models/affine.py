@@ -29,19 +29,11 @@ class AffineMap:
     bias: Float[Tensor, "out"] | None
 
     def to(self, device: torch.device) -> "AffineMap":
-        """The same map on a device.
-
-        Args:
-            device: the device.
-        """
+        """Return the same map on a device."""
         return AffineMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
     def joined(self, other: "AffineMap") -> "AffineMap":
-        """One map whose outputs are this one's, and then the other's.
-
-        Args:
-            other: a map of the same inputs.
-        """
+        """Return one map with this map's outputs and then those of another map of the same inputs."""
         bias = None
         if self.bias is not None or other.bias is not None:
             biases = (

@@ -101,14 +101,31 @@ class MethodRun:
     seconds: float
 
 
+def removal_measures(
+    percents: Sequence[float] | None, *, zeroed: bool, keep_last: bool, batch_size: int, progress: bool
+) -> list[Measure]:
+    """Return the measures of removal: curves of tokens, and masking of heads and neurons.
+
+    Args:
+        percents: the percentages to measure at; by default those of `removal_curves` or `masking_curves`.
+        zeroed: of tokens, measure with embeddings set to zero too.
+        keep_last: of tokens, measure with the last token kept too.
+        batch_size: how many prompts go through the model at once.
+        progress: show progress bars.
+    """
+    # No random orders, because "random" is a method.
+    options: dict[str, Any] = {"draws": 0, "batch_size": batch_size, "progress": progress}
+    return [
+        TokenRemoval(percents or PERCENTS, zeroed=zeroed, keep_last=keep_last, **options),
+        ComponentMasking(percents or MASKED, **options),
+    ]
+
+
 def run_method(
     method: Method,
     examples: Sequence[Example],
     *,
     target: AnswerTarget = "contrast",
-    percents: Sequence[float] | None = None,
-    zeroed: bool = True,
-    keep_last: bool = True,
     measures: Sequence[Measure] = (),
     circuits: bool = False,
     batch_size: int = 16,
@@ -119,11 +136,8 @@ def run_method(
     Args:
         method: scores tokens, heads or neurons.
         examples: prompts that the model answers right; see `answered_right`.
-        target: what is explained of the answer, as in `Example.target`.
-        percents: the percentages to measure at; by default those of `removal_curves` or `masking_curves`.
-        zeroed: of tokens, measure with embeddings set to zero too.
-        keep_last: of tokens, measure with the last token kept too.
-        measures: what else is measured.
+        target: what is explained of an answer.
+        measures: what is measured next to the scores themselves.
         circuits: of heads and neurons, measure circuits of rising size, all others at zero.
         batch_size: how many prompts are scored at once.
         progress: show progress bars.
@@ -131,12 +145,6 @@ def run_method(
     Raises:
         DePassError: the method or a measure fails.
     """
-    # No random orders, because "random" is a method. Plain passes need less memory than scores.
-    options: dict[str, Any] = {"draws": 0, "batch_size": 4 * batch_size, "progress": progress}
-    removals = (
-        TokenRemoval(percents or PERCENTS, zeroed=zeroed, keep_last=keep_last, **options),
-        ComponentMasking(percents or MASKED, **options),
-    )
     started = time.perf_counter()
     prompts, targets = (
         [example.prompt for example in examples],
@@ -148,7 +156,7 @@ def run_method(
         Case(attribution, example.evidence_ranges(), example.answer)
         for attribution, example in zip(attributions, examples, strict=True)
     ]
-    measured = evaluate(cases, [*ROW_MEASURES, *removals, *measures], method.depass)
+    measured = evaluate(cases, [*ROW_MEASURES, *measures], method.depass)
     rows = [{"id": example.id, **columns} for example, columns in zip(examples, measured, strict=True)]
     if circuits:
         values = circuit_values(method.depass.decoder, attributions, progress=progress)

@@ -55,6 +55,7 @@ from depass_lightning.studies.comparison.method_runs import (
     MethodRun,
     compare_rows,
     notes_on,
+    removal_measures,
     run_method,
 )
 from depass_lightning.studies.comparison.prompt_splits import Split, sampled
@@ -188,9 +189,6 @@ class MethodComparison:
                 method,
                 examples,
                 target=self.target,
-                percents=self.percents,
-                zeroed=self.zeroed,
-                keep_last=self.keep_last,
                 measures=measures,
                 circuits=self.circuits,
                 batch_size=self.batch_size,
@@ -239,10 +237,11 @@ class MethodComparison:
         return {name: made[name] for name in names}
 
     def _measures(self, examples: Sequence[Example], progress: bool) -> list[Measure]:
-        """Return what is measured besides removal or masking."""
+        """Return what is measured next to the scores."""
         references = [example.prompt for example in examples]
+        # Plain passes need less memory than scores.
         options: dict[str, Any] = {"batch_size": 4 * self.batch_size, "progress": progress}
-        measures: list[Measure] = []
+        measures = removal_measures(self.percents, zeroed=self.zeroed, keep_last=self.keep_last, **options)
         if "lds" in self.extra:
             measures.append(LinearDatamodeling(seed=self.seed, **options))
         if "soft" in self.extra:
