@@ -27,11 +27,7 @@ WORDS = re.compile(r"\b(beside|behind|anew|so many|comes? to)\b", re.IGNORECASE)
 DATA = ROOT / "depass_lightning" / "tasks" / "synthetic"
 
 # Not yet written by these rules.
-NOT_YET = (
-    "depass_lightning/engine",
-    "depass_lightning/models",
-    "docs/experiments.md",
-)
+NOT_YET = ("docs/experiments.md",)
 
 
 def written(paths: list[Path]) -> list[Path]:

@@ -122,7 +122,7 @@ def _decompositions(
     if settings.rounding:
         starts, behind = source.layers(recording.layers), source.after_mlp
         # [batch, group, position, hidden]
-        rounded = rounding_states(recording, settings.rule, starts, behind_mlp=behind, stop=layer)
+        rounded = rounding_states(recording, settings.rule, starts, after_mlp=after_mlp, stop=layer)
     results = []
     for row, (prompt, groups) in enumerate(zip(prompts, states, strict=True)):
         components = describe_components(source, prompt, recording.decoder, settings)

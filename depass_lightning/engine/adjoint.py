@@ -33,7 +33,7 @@ class TargetGradient:
 
     Args:
         states: `[batch, position, hidden]` the derivative.
-        constants: `[batch]` what biases behind this place add to the target.
+        constants: `[batch]` what biases after this place add to the target.
     """
 
     states: Float[Tensor, "batch position hidden"]
@@ -79,14 +79,14 @@ def at_readout(
     *,
     normed: bool,
 ) -> TargetGradient:
-    """The derivative where a target is read, one position a prompt.
+    """Return the derivative where a target is read, at one position per prompt.
 
     Args:
         recording: the recorded pass.
         positions: where each prompt's target stands.
         vectors: what the state is multiplied with.
         constants: what is added.
-        normed: the state is read behind the final norm.
+        normed: the state is read after the final norm.
     """
     batch = torch.arange(len(positions), device=vectors.device)
     states = torch.zeros_like(recording.final_state)
@@ -102,13 +102,13 @@ def at_readout(
 def backward(
     recording: Recording, rule: LinearPaths, derivative: TargetGradient, *, layer: int, first: int
 ) -> Iterator[BlockGradients]:
-    """Carry a target's derivative back, block by block.
+    """Take a target's derivative back, block by block.
 
     Args:
         recording: the recorded pass.
         rule: the linear rule: how much each path counts.
         derivative: the target's derivative by the state that enters block `layer`.
-        layer: where the target is read; `recording.layers` is behind the last block.
+        layer: where the target is read; `recording.layers` is after the last block.
         first: the first block that is wanted.
 
     Yields:
@@ -120,19 +120,19 @@ def backward(
             neurons = derivative.states @ block.mlp.down.weight
             read = _through_mlp(block.mlp, rule, derivative, neurons)
             middle = derivative.plus(read)
-            beside = None
+            mlp_input = None
             if block.parallel:  # the MLP reads what enters the block
-                beside, middle = read.states, TargetGradient(derivative.states, middle.constants)
+                mlp_input, middle = read.states, TargetGradient(derivative.states, middle.constants)
             heads = (middle.states @ block.attention.output.weight).unflatten(2, (block.attention.heads, -1))
             entry = middle.plus(_through_attention(recording.decoder, block.attention, rule, middle, heads))
-            if beside is not None:
-                entry = TargetGradient(entry.states + beside, entry.constants)
-        yield BlockGradients(block, entry, middle, derivative, beside, heads, neurons)
+            if mlp_input is not None:
+                entry = TargetGradient(entry.states + mlp_input, entry.constants)
+        yield BlockGradients(block, entry, middle, derivative, mlp_input, heads, neurons)
         derivative = entry
 
 
 def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: TargetGradient, neurons: Tensor) -> TargetGradient:
-    """From behind the MLP to what it reads."""
+    """Take a derivative from the MLP's output to its input."""
     normed, constants = torch.zeros_like(after.states), torch.zeros_like(after.constants)
     for linear, slopes in linear_paths(mlp, rule):
         states, added = _through(linear, mlp.norm, neurons * slopes)
@@ -143,7 +143,7 @@ def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: TargetGradient, neuro
 def _through_attention(
     decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: TargetGradient, heads: Tensor
 ) -> TargetGradient:
-    """From behind attention to what it reads."""
+    """Take a derivative from attention's output to its input."""
     probabilities, scores = attention.probabilities, None
     if rule.control:
         output = rule.control * middle.states
@@ -173,7 +173,7 @@ def _of_constants(derivative: TargetGradient, added: Tensor | None) -> Tensor | 
 def _through(
     linear: AffineMap, norm: FrozenNorm, derivative: Float[Tensor, "batch position out"]
 ) -> tuple[Float[Tensor, "batch position hidden"], Float[Tensor, "batch"]]:
-    """From behind a linear map to the normed state, and what the map's and the norm's biases add."""
+    """Take a derivative from a map's output to the normed state; also what the biases of map and norm add."""
     added = norm.constant_through(linear)
     if added is None:
         return derivative @ linear.weight, derivative.new_zeros(len(derivative))

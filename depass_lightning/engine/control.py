@@ -1,6 +1,6 @@
 """Attention's control path: how a target depends on queries and keys (Jantsch et al., arXiv 2603.19742).
 
-Beside what attention carries (its values, by probabilities held fixed) stands how it chooses: with the values
+Attention moves values by probabilities held fixed, and its queries and keys choose these: with the values
 `v` held fixed and `g` a target's derivative by a head's output, the derivative by the score of query `n` for
 key `k` is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])`, and queries and keys share the scores.
 
@@ -136,7 +136,6 @@ def _hooks(
     call: AttentionCall, dtype: torch.dtype, biases: list[tuple[Tensor, Tensor]]
 ) -> list[tuple[nn.Module, Hook]]:
     """What holds values and inner norms fixed, and leaves a gradient at every other bias in `biases`."""
-
     parts = call.block.attention
     kept = _beside_values(parts.value)
 
@@ -196,8 +195,8 @@ def _frozen(norm: nn.Module, weight: Tensor, dtype: torch.dtype, name: str) -> H
 def _with_gradient(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The call's arguments with the normed state, which comes first or by its name, as a leaf."""
     arguments, keywords = _ordinary(call.arguments), _ordinary(call.keywords)
-    given = arguments[0] if arguments else keywords.get("hidden_states")
-    if not isinstance(given, Tensor):
+    states = arguments[0] if arguments else keywords.get("hidden_states")
+    if not isinstance(states, Tensor):
         raise DePassError(
             f"block {call.block.index}: {type(call.block.attention.module).__name__} is not called with the "
             "normed state first or as hidden_states; its control path cannot be taken"

@@ -29,7 +29,7 @@ class BlockNorms:
     latent: NormParameters | None
     behind_attention: NormParameters | None
     mlp: NormParameters | None
-    behind_mlp: NormParameters | None
+    after_mlp: NormParameters | None
 
     @classmethod
     def of(cls, block: Block, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "BlockNorms":
@@ -51,7 +51,7 @@ class BlockNorms:
             latent=None if attention.latent is None else probe(attention.latent[1], attention.value.shape[1]),
             behind_attention=probe(attention.post_norm),
             mlp=probe(mlp.norm),
-            behind_mlp=probe(mlp.post_norm),
+            after_mlp=probe(mlp.post_norm),
         )
 
 
@@ -116,7 +116,7 @@ class _Freezer:
         """Its MLP."""
         parts, dtype = self.block.mlp, self.state.dtype
         norm = self._norm("mlp", self.probes.mlp)
-        post = self._post("mlp post-norm", self.probes.behind_mlp)
+        post = self._post("mlp post-norm", self.probes.after_mlp)
         if parts.dense is not None:
             gates, neurons = self._recorded(parts.dense, "")
             gate, down = parts.dense.gate.linear(dtype), parts.dense.down.linear(dtype)
@@ -129,10 +129,10 @@ class _Freezer:
             routed = experts.routed()
             up_projection, normed = ExpertsUp(parts.experts), self.capture.seen["experts"][0]
             if parts.experts.shared is not None:
-                own = gates.shape[2]
+                width = gates.shape[2]
                 gates, neurons, gate, down = self._with_shared(parts.experts, gates, neurons, gate, down)
                 everywhere = torch.ones_like(gates[..., 0], dtype=torch.bool)
-                routed = (*routed, Expert(slice(own, gates.shape[2]), everywhere))
+                routed = (*routed, Expert(slice(width, gates.shape[2]), everywhere))
         down, constant = self._projected(down, post, added)
         if post is not None:
             neurons = neurons * post.scale[..., None]
@@ -161,7 +161,7 @@ class _Freezer:
     def _projected(
         self, linear: AffineMap, post: FrozenNorm | None, added: Tensor | None = None
     ) -> tuple[AffineMap, Tensor | None]:
-        """A sublayer's last map with the norm behind it and the block's scale, and what it adds besides."""
+        """Return a sublayer's last map with the norm after it and the block's scale, and what it adds."""
         weight, scale = linear.weight, self.block.scale
         if linear.bias is not None:
             added = linear.bias.expand(self.state.shape) + (0 if added is None else added)
@@ -184,7 +184,7 @@ class _Freezer:
     def _with_shared(
         self, parts: ExpertsParts, gates: Tensor, neurons: Tensor, gate: AffineMap, down: AffineMap
     ) -> tuple[Tensor, Tensor, AffineMap, AffineMap]:
-        """Put the shared expert's neurons behind those of the experts."""
+        """Put the shared expert's neurons after those of the experts."""
         assert parts.shared is not None
         dtype = self.state.dtype
         own_gates, own_neurons = self._recorded(parts.shared, "shared ")
@@ -213,8 +213,8 @@ class _Experts:
         """Which neurons are each expert's, and which positions were routed to it."""
         width, active = self.parts.width, self._weights() != 0
         return tuple(
-            Expert(slice(expert * width, (expert + 1) * width), own.view(self.shape))
-            for expert, own in enumerate(active.T)
+            Expert(slice(expert * width, (expert + 1) * width), mask.view(self.shape))
+            for expert, mask in enumerate(active.T)
         )
 
     def _weights(self) -> Float[Tensor, "at expert"]:
@@ -233,9 +233,9 @@ class _Experts:
         gate_rows = self.parts.gate_rows
         gates, neurons = states.new_zeros(2, len(states), count, width)
         for expert in indices.unique().tolist():
-            here = (indices.view(len(states), -1) == expert).any(1)
+            routed = (indices.view(len(states), -1) == expert).any(1)
             both = torch.nn.functional.linear(
-                states[here], gate_up[expert], None if bias is None else bias[expert]
+                states[routed], gate_up[expert], None if bias is None else bias[expert]
             )
             gates[here, expert] = both[:, gate_rows]
             neurons[here, expert] = self.parts.activated(both) * routed[here, expert, None]

@@ -1,4 +1,4 @@
-"""What one plain pass leaves behind of each sublayer: everything that is not linear, held at its true value.
+"""What one plain pass leaves of each sublayer: everything that is not linear, held at its true value.
 
 With these fixed, norms and attention act linearly on the residual stream's components, and an MLP is left
 with one question, how each neuron's value is shared (`engine/rules.py`).
@@ -137,7 +137,7 @@ class FrozenNorm:
         return rows.mul_(scale[:, None])
 
     def constant_through(self, linear: AffineMap) -> Tensor | None:
-        """What a linear map behind this norm adds: its own bias, and the norm's through it."""
+        """Return what a linear map after this norm adds: its bias, and the norm's bias through it."""
         if self.probe.bias is None:
             return linear.bias
         pushed = linear.weight @ self.probe.bias
@@ -153,7 +153,7 @@ class AttentionCall:
         arguments: what attention was called with.
         keywords: the same by name.
         norm: the norm of the state in these.
-        post_norm: what stands behind it, if a norm does.
+        post_norm: the norm after it, if any.
     """
 
     block: Block
@@ -179,7 +179,7 @@ class FrozenAttention:
     """Attention with its probabilities held fixed: a linear map over positions.
 
     Grouped queries follow from the shapes: `heads * head_dim` is the output map's width, `key-value heads *
-    head_dim` the value map's height. A norm behind attention, its scale held fixed, is part of it: its
+    head_dim` the value map's height. A norm after attention, its scale held fixed, is part of it: its
     weights are in the output map, its scale at each query in the probabilities.
 
     Args:
@@ -273,8 +273,8 @@ class Expert:
 class FrozenMLP:
     """An MLP with its neurons' values held fixed; components share each of them.
 
-    The neurons of a mixture of experts stand one expert behind the other, those of experts that a position
-    was not routed to at zero and all others times their expert's weight. A norm behind the MLP, its scale
+    The neurons of a mixture of experts are ordered by expert, those of experts that a position
+    was not routed to at zero and all others times their expert's weight. A norm after the MLP, its scale
     held fixed, is part of it: its weights are in the down map, its scale at each position in the neurons.
 
     Args:
@@ -328,7 +328,7 @@ class FrozenBlock:
         resid_post: the residual stream that leaves it.
         attention: its first sublayer.
         mlp: its second sublayer.
-        parallel: the MLP reads what enters the block, beside attention.
+        parallel: attention and MLP both read the block's input.
     """
 
     index: int

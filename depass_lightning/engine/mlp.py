@@ -133,7 +133,7 @@ class MLPStep:
         """How many rows may go through the MLP at once."""
         hidden, neurons = self.mlp.down.weight.shape
         if self.mlp.experts is not None:
-            neurons = max(own.neurons.stop - own.neurons.start for own in self.mlp.experts)
+            neurons = max(expert.neurons.stop - expert.neurons.start for expert in self.mlp.experts)
         return self.carry.budget.rows(2 * hidden + 2 * neurons, self.carry.rows.dtype)
 
     def gates(self, chunk: Chunk, part: slice) -> Tensor:
@@ -329,14 +329,14 @@ class MLPStep:
         return source[chunk.rows]
 
     def _add_constants(self, chunk: Chunk, part: slice, rows: Float[Tensor, "row hidden"]) -> None:
-        """Add what biases behind the neurons add to the bias component."""
+        """Add what biases after the neurons add to the bias component."""
         if self.added is not None:
             bias = _within(chunk.bias, part)
             rows[bias] += self.added[chunk.row_places[part][bias]]
 
-    def _at_origin(self, at: Tensor) -> Bool[Tensor, "segment"]:
+    def _at_origin(self, places: Tensor) -> Bool[Tensor, "segment"]:
         """Which segments are a prompt's first position."""
-        return self.carry.positions.flatten()[at] == 0
+        return self.carry.positions.flatten()[places] == 0
 
     def _assign_unclaimed(
         self,

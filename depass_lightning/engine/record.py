@@ -107,10 +107,12 @@ def brought(value: Any, device: torch.device) -> Any:
     if isinstance(value, Projection | ExpertsUp):
         return replace(value, device=device)
     if isinstance(value, tuple):
-        return tuple(brought(own, device) for own in value)
+        return tuple(brought(item, device) for item in value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    return replace(value, **{own.name: brought(getattr(value, own.name), device) for own in fields(value)})
+    return replace(
+        value, **{field.name: brought(getattr(value, field.name), device) for field in fields(value)}
+    )
 
 
 def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
@@ -170,8 +172,8 @@ def record(
         final_norm = FrozenNorm.nothing(final_state)
         if final_probe is not None:
             states, normed = final["norm"]
-            found = FrozenNorm.fit(final_probe, states.to(normed.device), normed, "the final norm")
-            final_norm = brought(found, home)
+            norm = FrozenNorm.fit(final_probe, states.to(normed.device), normed, "the final norm")
+            final_norm = brought(norm, home)
     return Recording(
         decoder=decoder,
         input_ids=input_ids,

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.errors import DePassError
 
@@ -36,7 +37,7 @@ class CompetingRule(ABC):
     # Whether a neuron for which nobody competes falls to one component, so that nothing is lost.
     complete: ClassVar[bool] = True
 
-    def prepare(self, gates: Gates, present: Present, at_origin: Tensor) -> tuple[Gates, Tensor]:
+    def prepare(self, gates: Gates, present: Present, at_origin: Tensor) -> tuple[Gates, Tensor]:  # noqa: ARG002
         """Change gates before they compete; only the published code's rules do.
 
         Args:
@@ -47,19 +48,19 @@ class CompetingRule(ABC):
         """
         return gates, present
 
-    def shares(self, gates: Gates, present: Present, *, all_present: bool = False) -> Gates:
-        """Each component's share of each neuron, from all components at once.
+    def shares(self, gates: Gates, present: Present, *, all_present: bool = False) -> Gates:  # noqa: ARG002
+        """Return each component's share of each neuron, from all components at once.
 
         Args:
             gates: the components' parts of the pre-activation; may be overwritten.
             present: which components take part.
-            everybody: all of them do.
+            all_present: all of them do.
         """
         return self.share(gates, present, self.summarise(gates, present))
 
     @abstractmethod
     def summarise(self, gates: Gates, present: Present, offset: int = 0) -> Summary:
-        """What normalises the shares, from some of the components, the first of which has number `offset`."""
+        """Summarise some components, the first of which has number `offset`: what normalises the shares."""
 
     @abstractmethod
     def merge(self, first: Summary, second: Summary) -> Summary:
@@ -67,7 +68,7 @@ class CompetingRule(ABC):
 
     @abstractmethod
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
-        """Each component's share of each neuron."""
+        """Return the shares of components, the first of which is number `offset`, by the summary of all."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class SoftmaxRule(CompetingRule):
     temperature: float = 0.1
     name: ClassVar[str] = "softmax"
 
+    @override
     def shares(self, gates: Gates, present: Present, *, all_present: bool = False) -> Gates:
         """All at once, in one pass; a segment without any component present gives zeros."""
         scaled = gates.div_(self.temperature)
@@ -88,6 +90,7 @@ class SoftmaxRule(CompetingRule):
             return scaled.softmax(1)
         return scaled.masked_fill_(~present, -math.inf).softmax(1).masked_fill_(~present, 0)
 
+    @override
     def summarise(self, gates: Gates, present: Present, offset: int = 0) -> tuple[PerNeuron, PerNeuron]:
         """The greatest scaled gate and the sum of exponentials relative to it."""
         scaled = (gates / self.temperature).masked_fill_(~present, -math.inf)
@@ -96,11 +99,13 @@ class SoftmaxRule(CompetingRule):
         sums = scaled.sub_(greatest.clamp_min(torch.finfo(gates.dtype).min)).exp_().sum(1, keepdim=True)
         return greatest, sums
 
+    @override
     def merge(self, first: Summary, second: Summary) -> Summary:
         greatest = torch.maximum(first[0], second[0])
         base = greatest.clamp_min(torch.finfo(greatest.dtype).min)
-        return greatest, sum(sums * (own - base).exp() for own, sums in (first, second))  # type: ignore[return-value]
+        return greatest, sum(sums * (top - base).exp() for top, sums in (first, second))  # type: ignore[return-value]
 
+    @override
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
         """`exp((g - max) / T) / sum`."""
         greatest, sums = summary
@@ -114,15 +119,18 @@ class MaxRule(CompetingRule):
 
     name: ClassVar[str] = "max"
 
+    @override
     def summarise(self, gates: Gates, present: Present, offset: int = 0) -> tuple[PerNeuron, Tensor]:
         """The greatest gate and which component has it."""
         greatest, winner = gates.masked_fill(~present, -math.inf).max(1, keepdim=True)
         return greatest, winner + offset
 
+    @override
     def merge(self, first: Summary, second: Summary) -> Summary:
         later = second[0] > first[0]
         return torch.where(later, second[0], first[0]), torch.where(later, second[1], first[1])
 
+    @override
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
         """1 for the winner, else 0."""
         return _one_hot(gates, summary[1] - offset).masked_fill_(~present, 0)
@@ -134,6 +142,7 @@ class ReluRule(CompetingRule):
 
     name: ClassVar[str] = "relu"
 
+    @override
     def summarise(
         self, gates: Gates, present: Present, offset: int = 0
     ) -> tuple[PerNeuron, PerNeuron, Tensor]:
@@ -141,9 +150,11 @@ class ReluRule(CompetingRule):
         positive = gates.clamp_min(0).masked_fill_(~present, 0).sum(1, keepdim=True)
         return (positive, *MaxRule().summarise(gates, present, offset))
 
+    @override
     def merge(self, first: Summary, second: Summary) -> Summary:
         return (first[0] + second[0], *MaxRule().merge(first[1:], second[1:]))
 
+    @override
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
         """`relu(g) / sum relu(g)`."""
         positive, _, winner = summary
@@ -158,6 +169,7 @@ class LinearRule(CompetingRule):
 
     name: ClassVar[str] = "linear"
 
+    @override
     def summarise(
         self, gates: Gates, present: Present, offset: int = 0
     ) -> tuple[PerNeuron, PerNeuron, Tensor]:
@@ -166,14 +178,16 @@ class LinearRule(CompetingRule):
         sums = (gates - smallest).masked_fill_(~present, 0).sum(1, keepdim=True)
         return smallest, sums, present.sum(1, keepdim=True).to(gates.dtype)
 
+    @override
     def merge(self, first: Summary, second: Summary) -> Summary:
         smallest = torch.minimum(first[0], second[0])
         # Moving the origin adds the same distance to each component; a set without any adds nothing.
         sums = sum(
-            torch.where(count > 0, sums + count * (own - smallest), 0) for own, sums, count in (first, second)
+            torch.where(count > 0, sums + count * (low - smallest), 0) for low, sums, count in (first, second)
         )
         return smallest, sums, first[2] + second[2]  # type: ignore[return-value]
 
+    @override
     def share(self, gates: Gates, present: Present, summary: Summary, offset: int = 0) -> Gates:
         """`(g - min) / sum (g - min)`."""
         smallest, sums, count = summary
@@ -294,7 +308,7 @@ class ShapRule(LinearPaths):
 class DualRule(LinearPaths):
     """Dual Path Attribution (Jantsch et al., arXiv 2603.19742): content and control paths, half each.
 
-    With `x` a component behind the frozen norm and the true `z = W_gate x̂`, `u = W_up x̂`:
+    With `x` a component after the frozen norm and the true `z = W_gate x̂`, `u = W_up x̂`:
 
     - A neuron `a = act(z) u` gives it `1/2 act(z) W_up x` (content) and `1/2 (act(z) / z) u W_gate x`
       (control). Over all components these sum to `a`.
@@ -310,7 +324,7 @@ class DualRule(LinearPaths):
     fixed at their scale. Decided here, for models that their code does not treat: biases go to the
     bias component, each with its path's weight and those of the output and down maps whole; other
     activations than SiLU take the same slope `act(z) / z`; a neuron with `z` or `u` zero is left out on that
-    path. Neurons are scored by the derivative behind their MLP.
+    path. Neurons are scored by the derivative after their MLP.
     """
 
     gate: float = 0.5

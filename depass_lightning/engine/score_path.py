@@ -42,7 +42,7 @@ class ScorePath(TorchFunctionMode):
         super().__init__()
         self.uniform: Float[Tensor, "batch head query key"] | None = None
         self.constants: list[tuple[Tensor, Tensor]] = []
-        self._parameters = {own.untyped_storage().data_ptr() for own in module.parameters()}
+        self._parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch, held fixed where that is asked for."""
@@ -86,9 +86,9 @@ class _MeanDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         scores, visible = ctx.saved_tensors
-        given = scores.dtype
-        work = torch.promote_types(given, torch.float32)
-        (gradient,) = (own.to(work) for own in gradients)
+        dtype = scores.dtype
+        work = torch.promote_types(dtype, torch.float32)
+        (gradient,) = (part.to(work) for part in gradients)
         scores = scores.to(work).masked_fill(~visible, -torch.inf)
         total = torch.zeros_like(scores)
         for node, weight in zip(*_quadrature(NODES), strict=True):

@@ -1,6 +1,6 @@
 """The linear maps of a model as plain tensors, however the model keeps them.
 
-A map may be stored transposed (GPT-2), with an adapter beside it (LoRA), quantised, or on another device
+A map may be stored transposed (GPT-2), with an adapter next to it (LoRA), quantised, or on another device
 until it is called. What cannot be read directly is asked: fed the identity, an affine map shows its matrix.
 """
 
@@ -56,8 +56,8 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> AffineMap:
     """
     module = chosen(module)
     with held(module):
-        found = _read(module, dtype)
-    return _asked(module, dtype) if found is None else found
+        affine = _read(module, dtype)
+    return _asked(module, dtype) if affine is None else affine
 
 
 def rows_of(
@@ -99,21 +99,25 @@ def held(module: nn.Module) -> Iterator[None]:
 
 
 def chosen(module: nn.Module) -> Any:
-    """What computes in a module's place: inside what compiles it, or where `peft` trains a copy of it
-    (`modules_to_save`) or some of its rows (`trainable_token_indices`).
+    """Return what computes in a module's place.
+
+    That is what it was compiled from, or the copy (`modules_to_save`) or rows (`trainable_token_indices`)
+    of it that `peft` trains.
 
     Args:
         module: a part of the model.
     """
-    own: Any = getattr(module, "_orig_mod", module)
-    if hasattr(own, "token_adapter"):
-        return own.token_adapter
-    if not hasattr(own, "modules_to_save") or not hasattr(own, "original_module"):
-        return own
+    inner: Any = getattr(module, "_orig_mod", module)
+    if hasattr(inner, "token_adapter"):
+        return inner.token_adapter
+    if not hasattr(inner, "modules_to_save") or not hasattr(inner, "original_module"):
+        return inner
     active = (
-        [] if own.disable_adapters else [name for name in own.active_adapters if name in own.modules_to_save]
+        []
+        if inner.disable_adapters
+        else [name for name in inner.active_adapters if name in inner.modules_to_save]
     )
-    return own.modules_to_save[active[0]] if active else own.original_module
+    return inner.modules_to_save[active[0]] if active else inner.original_module
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -160,10 +164,10 @@ def bias_of(module: nn.Module, dtype: torch.dtype) -> Float[Tensor, "out"]:
     module = chosen(module)
     with held(module):
         bias = getattr(getattr(module, "base_layer", module), "bias", None)
-        found = None if bias is None else bias.detach().to(dtype)
-        found = _with_biases(module, found, dtype)
-    assert found is not None
-    return found
+        bias = None if bias is None else bias.detach().to(dtype)
+        bias = _with_biases(module, bias, dtype)
+    assert bias is not None
+    return bias
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -192,14 +196,14 @@ def parameter_of(module: nn.Module, name: str, dtype: torch.dtype | None) -> Ten
         parameter = getattr(base_of(module), name, None)
         if parameter is None:
             return None
-        found = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+        value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
         around: Any = module
         while around is not base_of(module):
             if around.parameter_name == name:
                 for adapter in _added(around):
-                    found = found + around.get_delta_weight(adapter).detach().to(found)
+                    value = value + around.get_delta_weight(adapter).detach().to(value)
             around = around.base_layer
-        return found
+        return value
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -256,7 +260,7 @@ def _dequantises(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and type(weight).__module__.startswith("torchao.")
         and type(weight).dequantize is not Tensor.dequantize
-        and getattr(weight, "act_pre_scale", None) is None  # inputs are scaled beside it
+        and getattr(weight, "act_pre_scale", None) is None  # inputs are scaled, too
         and not weight.is_meta
     )
 
@@ -304,10 +308,10 @@ def _with_adapters(module: Any, dtype: torch.dtype) -> AffineMap:
 def _with_biases(module: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Add a LoRA layer's own biases, where it has any, to its base's."""
     for name in _added(module):
-        own = getattr(module.lora_B[name], "bias", None)  # AdaLoRA keeps plain matrices
-        if own is not None:
-            own = module.scaling[name] * own.detach().to(dtype)
-            bias = own if bias is None else bias.to(own) + own
+        added = getattr(module.lora_B[name], "bias", None)  # AdaLoRA keeps plain matrices
+        if added is not None:
+            added = module.scaling[name] * added.detach().to(dtype)
+            bias = added if bias is None else bias.to(added) + added
     return bias
 
 
@@ -387,11 +391,11 @@ class Projection:
         Args:
             dtype: the precision of the result.
         """
-        found = linear_of(self.module, dtype)
+        affine = linear_of(self.module, dtype)
         if self.rows is not None:
-            rows = self.rows if isinstance(self.rows, slice) else self.rows.to(found.weight.device)
-            found = AffineMap(found.weight[rows], None if found.bias is None else found.bias[rows])
-        return found if self.device is None else found.to(self.device)
+            rows = self.rows if isinstance(self.rows, slice) else self.rows.to(affine.weight.device)
+            affine = AffineMap(affine.weight[rows], None if affine.bias is None else affine.bias[rows])
+        return affine if self.device is None else affine.to(self.device)
 
     def of(self, output: Float[Tensor, "*rows all"]) -> Float[Tensor, "*rows out"]:
         """Pick this map's outputs from the module's."""

@@ -27,9 +27,9 @@ class AttentionParts:
     Args:
         module: returns the probabilities second.
         norm: what it reads the residual stream through, if there is one.
-        post_norm: what stands behind its output, if there is one.
-        value: the value map; behind `latent` where there is one.
-        latent: the map to the latent and the norm behind it.
+        post_norm: the norm after its output, if any.
+        value: the value map, which reads `latent` if there is one.
+        latent: the map to the latent and the norm after it.
         output: the output map.
         heads: the number of query heads.
         in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
@@ -96,8 +96,7 @@ class ExpertsParts:
         return weight
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Gate and up together `[expert, 2 neuron, hidden]`, their bias, down `[expert, hidden, neuron]`, its
-        bias.
+        """Return the weights of all experts with their biases: gate and up together, and down.
 
         Args:
             dtype: the precision of the result.
@@ -171,11 +170,11 @@ class ExpertsUp:
         weight = gate_up[:, rows].flatten(0, 1)
         if offset:
             biases = offset + (weight.new_zeros(len(weight)) if biases is None else biases)
-        found = AffineMap(weight, biases)
+        affine = AffineMap(weight, biases)
         if self.parts.shared is not None:
             assert self.parts.shared.up is not None
-            found = found.joined(self.parts.shared.up.linear(dtype).to(weight.device))
-        return found if self.device is None else found.to(self.device)
+            affine = affine.joined(self.parts.shared.up.linear(dtype).to(weight.device))
+        return affine if self.device is None else affine.to(self.device)
 
     def _offset(self, like: Tensor) -> float:
         """What the experts add to their second factor, learnt from their own code: gpt-oss adds one."""
@@ -192,7 +191,7 @@ class MLPParts:
     Args:
         module: the MLP, or the block where its maps stand there.
         norm: what it reads the residual stream through, if there is one.
-        post_norm: what stands behind its output, if there is one.
+        post_norm: the norm after its output, if any.
         dense: its maps.
         experts: or its experts.
     """
@@ -206,12 +205,12 @@ class MLPParts:
     @property
     def every_dense(self) -> list[DenseParts]:
         """Its own maps, or those of a shared expert, where there are any."""
-        found = (self.dense, None if self.experts is None else self.experts.shared)
-        return [parts for parts in found if parts is not None]
+        dense = (self.dense, None if self.experts is None else self.experts.shared)
+        return [parts for parts in dense if parts is not None]
 
     @property
     def width(self) -> int:
-        """The number of its neurons, those of all experts one behind the other and of a shared one last."""
+        """The number of its neurons, those of all experts in order and of a shared one last."""
         if self.dense is not None:
             return self.dense.down.shape[1]
         assert self.experts is not None
@@ -219,7 +218,7 @@ class MLPParts:
         return self.experts.count * self.experts.width + (0 if shared is None else shared.down.shape[1])
 
     def column(self, neuron: int, dtype: torch.dtype) -> Float[Tensor, "hidden"]:
-        """What one neuron writes, before any norm behind the MLP.
+        """What one neuron writes, before any norm after the MLP.
 
         Args:
             neuron: its number, as `width` counts them.

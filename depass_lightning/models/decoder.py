@@ -137,7 +137,7 @@ class Decoder:
 
     @property
     def gated(self) -> bool:
-        """Whether every MLP multiplies its activation with what a map beside the gate gives."""
+        """Whether every MLP multiplies its activation with the output of an up projection."""
         dense = [block.mlp.dense for block in self.blocks]
         return all(parts is not None and parts.up is not None for parts in dense)
 
@@ -153,7 +153,7 @@ class Decoder:
 
     @property
     def neurons(self) -> int:
-        """The number of neurons of the widest MLP; a mixture's experts count one behind the other."""
+        """The number of neurons of the widest MLP; a mixture's experts add up."""
         return max(block.mlp.width for block in self.blocks)
 
     def regime(self, length: int) -> Regime:
@@ -256,11 +256,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         DePassError: its adapters are no linear maps.
     """
-    found: Any = getattr(model, "_orig_mod", model)
-    if hasattr(found, "get_base_model"):  # peft: the layers with adapters are in the model's own places
-        _check_adapter(found)
-        found = found.get_base_model()
-    return getattr(found, "_orig_mod", found)
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):  # peft: the layers with adapters are in the model's own places
+        _check_adapter(inner)
+        inner = inner.get_base_model()
+    return getattr(inner, "_orig_mod", inner)
 
 
 def original(model: nn.Module) -> PreTrainedModel:
@@ -272,13 +272,13 @@ def original(model: nn.Module) -> PreTrainedModel:
     Raises:
         DePassError: it is none, or its adapters are no linear maps.
     """
-    found = unwrapped(model)
-    if not isinstance(found, PreTrainedModel):
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
         raise DePassError(
-            f"{type(found).__name__} is not a Hugging Face causal language model; "
+            f"{type(inner).__name__} is not a Hugging Face causal language model; "
             "pass the model itself, for instance AutoModelForCausalLM.from_pretrained(...)"
         )
-    return found
+    return inner
 
 
 def _check_weights(model: PreTrainedModel) -> None:

@@ -47,19 +47,22 @@ def rounding_scores(
 
     Returns:
         For each block the sum from there to the target, where components begin before its MLP and where they
-        begin behind it.
+        start after it.
     """
     way = _AttentionOnly() if isinstance(rule, CompetingRule) else rule
     total = torch.zeros_like(derivative.constants)
     sums = {}
-    for at in backward(recording, way, derivative, layer=layer, first=first):
-        behind, total = total, total + (at.resid_post.states * _rounded(at.block, rule)).sum((1, 2))
-        sums[at.block.index] = (total, behind)
+    for gradients in backward(recording, way, derivative, layer=layer, first=first):
+        later, total = (
+            total,
+            total + (gradients.resid_post.states * _rounded(gradients.block, rule)).sum((1, 2)),
+        )
+        sums[gradients.block.index] = (total, later)
     return sums
 
 
 def rounding_states(
-    recording: Recording, rule: Rule, starts: Sequence[int], *, behind_mlp: bool, stop: int
+    recording: Recording, rule: Rule, starts: Sequence[int], *, after_mlp: bool, stop: int
 ) -> Float[Tensor, "batch start position hidden"]:
     """What rounding from each of some blocks on has added to the state at a layer.
 
@@ -67,16 +70,16 @@ def rounding_states(
         recording: the recorded pass.
         rule: how neurons are shared.
         starts: the blocks.
-        behind_mlp: components begin behind their MLPs.
+        after_mlp: components start after their MLPs.
         stop: the layer.
     """
     states = [torch.zeros_like(recording.final_state) for _ in starts]
     for index in range(min(starts), stop):
         block = recording.block(index)
         added = _rounded(block, rule)
-        for own, start in enumerate(starts):
-            if start < index + (not behind_mlp):
-                states[own] = _through(block, rule, states[own]) + added
+        for row, start in enumerate(starts):
+            if start < index + (not after_mlp):
+                states[row] = _through(block, rule, states[row]) + added
     return torch.stack(states, 1)
 
 
@@ -93,11 +96,11 @@ def summed_gates(
     Returns:
         The sum, and what rounding has added to the state that leaves the block.
     """
-    behind = _through(block, rule, rounded)
-    read = block.resid_pre - rounded if block.parallel else block.resid_pre + block.attention_output - behind
+    resid_mid = _through(block, rule, rounded)
+    read = block.resid_pre - rounded if block.parallel else block.resid_pre + block.attention_output - resid_mid
     mlp = block.mlp
     gates = _read(mlp, mlp.gate, read, mlp.norm.constant_through(mlp.gate))
-    return gates, behind + _rounded(block, rule)
+    return gates, resid_mid + _rounded(block, rule)
 
 
 def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hidden"]:
@@ -114,10 +117,10 @@ def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hi
 def _through(block: FrozenBlock, rule: Rule, states: Tensor) -> Tensor:
     """A component through a block."""
     values, _ = block.attention.head_values(states)
-    behind = states + values.flatten(2) @ block.attention.output.weight.T
+    resid_mid = states + values.flatten(2) @ block.attention.output.weight.T
     if isinstance(rule, CompetingRule):
-        return behind
-    return behind + _through_slopes(block, rule, states if block.parallel else behind, constants=False)
+        return resid_mid
+    return resid_mid + _through_slopes(block, rule, states if block.parallel else resid_mid, constants=False)
 
 
 def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, *, constants: bool) -> Tensor:

@@ -29,6 +29,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from depass_lightning.engine.adjoint import TargetGradient, backward
 from depass_lightning.engine.attention import propagate_attention
@@ -183,6 +184,7 @@ class _FirstOrder(LinearPaths):
         super().__init__(gate=1.0, up=0.0, value=1.0, control=0.0)
         object.__setattr__(self, "_slopes", slopes)
 
+    @override
     def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:
         return next(self._slopes)  # type: ignore[attr-defined]
 
