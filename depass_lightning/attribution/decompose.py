@@ -120,7 +120,7 @@ def _decompositions(
     states = state.dense().unflatten(1, (state.layout.groups, -1))
     rounded = torch.empty(0)
     if settings.rounding:
-        starts, behind = source.layers(recording.layers), source.after_mlp
+        starts, after_mlp = source.layers(recording.layers), source.after_mlp
         # [batch, group, position, hidden]
         rounded = rounding_states(recording, settings.rule, starts, after_mlp=after_mlp, stop=layer)
     results = []

@@ -53,8 +53,8 @@ class CompetingRule(ABC):
 
         Args:
             gates: the components' parts of the pre-activation; may be overwritten.
-            present: which components take part.
-            all_present: all of them do.
+            present: which components take part; with `all_present` all of them do.
+            all_present: see `present`.
         """
         return self.share(gates, present, self.summarise(gates, present))
 

@@ -112,12 +112,9 @@ def chosen(module: nn.Module) -> Any:
         return inner.token_adapter
     if not hasattr(inner, "modules_to_save") or not hasattr(inner, "original_module"):
         return inner
-    active = (
-        []
-        if inner.disable_adapters
-        else [name for name in inner.active_adapters if name in inner.modules_to_save]
-    )
-    return inner.modules_to_save[active[0]] if active else inner.original_module
+    active = [] if inner.disable_adapters else inner.active_adapters
+    copies = [inner.modules_to_save[name] for name in active if name in inner.modules_to_save]
+    return copies[0] if copies else inner.original_module
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from typing import Any
 from depass_lightning.faithfulness import Case, Columns, area, evaluate
 from depass_lightning.faithfulness.evaluate import completeness, entropy, on_target, probability, rank, value
 from depass_lightning.monitoring.probe_sets import ProbePrompt
-from depass_lightning.results.attribution import Attribution, Comparison
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.comparison import Comparison
 
 PROBE_MEASURES = (value, completeness, entropy, probability, rank, on_target)
 SCALARS = (

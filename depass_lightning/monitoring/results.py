@@ -7,7 +7,8 @@ from depass_lightning.faithfulness import Case, Columns
 from depass_lightning.monitoring.history import SCALARS, History, measure, similarities, summarise
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.monitoring.runner import Finding, Outcome
-from depass_lightning.results.attribution import Attribution, Comparison
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.comparison import Comparison
 
 
 @dataclass(frozen=True)

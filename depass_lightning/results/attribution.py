@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
+from depass_lightning.results.comparison import Comparison, compare_scores
 from depass_lightning.results.component import Component, from_columns, to_columns
 from depass_lightning.utils.atomic_files import write_whole
 from depass_lightning.utils.words import word_tokens, word_tokens_by_space
@@ -23,23 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "depass-attribution-3"  # 1 counted ranks from 0; 2 had names instead of components
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How one attribution differs from another over the same components.
-
-    Attributes:
-        cosine: cosine similarity of the two score vectors (0 where one of them is zero throughout).
-        spearman: their rank correlation, ties averaged (0 where one of them is constant).
-        gained: name, score before and score after of every component whose score rose, the largest first.
-        lost: the same for every component whose score fell, the largest first.
-    """
-
-    cosine: float
-    spearman: float
-    gained: list[tuple[str, float, float]]
-    lost: list[tuple[str, float, float]]
 
 
 @dataclass(eq=False)
@@ -239,21 +223,7 @@ class Attribution:
         Raises:
             DePassError: the two are not over the same components.
         """
-        if self.names != other.names:
-            raise DePassError(
-                "only attributions over the same components can be compared, but "
-                + _first_difference(self.names, other.names)
-            )
-        before, after = self.scores.double(), other.scores.double()
-        changes = sorted(
-            zip(self.names, before.tolist(), after.tolist(), strict=True), key=lambda row: row[1] - row[2]
-        )
-        return Comparison(
-            cosine=_cosine(before, after),
-            spearman=_cosine(_centred_ranks(before), _centred_ranks(after)),
-            gained=[row for row in changes if row[2] > row[1]],
-            lost=[row for row in reversed(changes) if row[2] < row[1]],
-        )
+        return compare_scores(self.names, self.scores, other.names, other.scores)
 
     def positive_fraction(self, ranges: Sequence[tuple[int, int]]) -> float:
         """Return the fraction of all positive score on the components that overlap some character ranges.
@@ -406,28 +376,6 @@ def _listing(names: Sequence[str], most: int = 20) -> str:
     """Return the distinct names in quotes, a long list cut."""
     distinct = list(dict.fromkeys(names))
     return ", ".join(map(repr, distinct[:most])) + (", ..." if len(distinct) > most else "")
-
-
-def _first_difference(one: Sequence[str], other: Sequence[str]) -> str:
-    """Describe the first difference of two lists of names."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return f"component {i} is {a!r} in one and {b!r} in the other"
-    return f"one has {len(one)} and the other {len(other)}"
-
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    """Return the cosine of the angle between two vectors, 0 where one of them has no direction."""
-    norms = (one.norm() * other.norm()).item()
-    return (one @ other).item() / norms if norms else 0.0
-
-
-def _centred_ranks(scores: Float[Tensor, " component"]) -> Float[Tensor, " component"]:
-    """Return each score's rank less the mean rank, equal scores sharing the mean of theirs."""
-    _, group, counts = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts - 1) / 2)[group]
-    return ranks - ranks.mean()
 
 
 def _in_notebook() -> bool:

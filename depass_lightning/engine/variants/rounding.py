@@ -97,7 +97,8 @@ def summed_gates(
         The sum, and what rounding has added to the state that leaves the block.
     """
     resid_mid = _through(block, rule, rounded)
-    read = block.resid_pre - rounded if block.parallel else block.resid_pre + block.attention_output - resid_mid
+    attended = block.resid_pre + block.attention_output
+    read = block.resid_pre - rounded if block.parallel else attended - resid_mid
     mlp = block.mlp
     gates = _read(mlp, mlp.gate, read, mlp.norm.constant_through(mlp.gate))
     return gates, resid_mid + _rounded(block, rule)
