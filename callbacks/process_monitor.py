@@ -75,7 +75,7 @@ class ProcessMonitor(Callback):
         end_with_parent()
 
     @override
-    def on_predict_poll(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to monitor the processes that this one started, or the one that started it."""
         self._over = threading.Event()
         launcher = trainer.strategy.launcher
@@ -95,7 +95,7 @@ class ProcessMonitor(Callback):
             _end_with(self._parent, self._over)
 
     @override
-    def on_predict_batch_poll(
+    def on_predict_batch_start(
         self,
         trainer: Trainer,
         pl_module: LightningModule,

@@ -201,7 +201,7 @@ def _with_gradient(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]
             f"block {call.block.index}: {type(call.block.attention.module).__name__} is not called with the "
             "normed state first or as hidden_states; its control path cannot be taken"
         )
-    normed = given.detach().requires_grad_()
+    normed = states.detach().requires_grad_()
     if arguments:
         return (normed, *arguments[1:]), keywords, normed
     return arguments, keywords | {"hidden_states": normed}, normed

@@ -233,12 +233,12 @@ class _Experts:
         gate_rows = self.parts.gate_rows
         gates, neurons = states.new_zeros(2, len(states), count, width)
         for expert in indices.unique().tolist():
-            routed = (indices.view(len(states), -1) == expert).any(1)
+            rows = (indices.view(len(states), -1) == expert).any(1)
             both = torch.nn.functional.linear(
-                states[routed], gate_up[expert], None if bias is None else bias[expert]
+                states[rows], gate_up[expert], None if bias is None else bias[expert]
             )
-            gates[here, expert] = both[:, gate_rows]
-            neurons[here, expert] = self.parts.activated(both) * routed[here, expert, None]
+            gates[rows, expert] = both[:, gate_rows]
+            neurons[rows, expert] = self.parts.activated(both) * routed[rows, expert, None]
         return (
             gates.view(*self.shape, -1),
             neurons.view(*self.shape, -1),

@@ -2,7 +2,6 @@
 
 Each competing rule is three pure functions over gates `[segment, component, neuron]`, where a segment is
 one position of one prompt and `present` says which of its components take part:
-
 1. `summarise` reduces the components to what normalises them,
 2. `merge` joins the summaries of two sets of components, so that they may be cut into chunks,
 3. `share` gives each component its part; over all components the parts sum to one.

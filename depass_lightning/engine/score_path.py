@@ -95,7 +95,7 @@ class _MeanDerivative(torch.autograd.Function):
             weighted = (node * scores).softmax(-1)
             weighted = weighted * (gradient - (weighted * gradient).sum(-1, keepdim=True))
             total += weight * weighted
-        return total.to(given), None, None
+        return total.to(dtype), None, None
 
 
 def _quadrature(count: int) -> tuple[list[float], list[float]]:

@@ -79,7 +79,11 @@ class ScoreMeasure(Measure):
     """
 
     function: Callable[[Case], float | bool | None]
-    needs_model = False
+
+    @property
+    def needs_model(self) -> bool:
+        """It does not run the model."""
+        return False
 
     @property
     def name(self) -> str:

@@ -101,8 +101,7 @@ def held(module: nn.Module) -> Iterator[None]:
 def chosen(module: nn.Module) -> Any:
     """Return what computes in a module's place.
 
-    That is what it was compiled from, or the copy (`modules_to_save`) or rows (`trainable_token_indices`)
-    of it that `peft` trains.
+    That is what it was compiled from, or what `peft` trains of it: a copy or some rows.
 
     Args:
         module: a part of the model.

@@ -223,7 +223,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "nothing to explain"),
     ({"prompt": TEXT}, "there is no tokenizer"),
     ({"prompt": "a", "input_ids": IDS}, "not both"),
-    ({"input_ids": IDS.repeat(2, 1)}, "there are 2 prompts; generate behind one at a time"),
+    ({"input_ids": IDS.repeat(2, 1)}, "there are 2 prompts; generate from one at a time"),
     ({"input_ids": IDS, "max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"input_ids": IDS, "max_new_tokens": None}, "max_new_tokens is None"),
     ({"input_ids": IDS, "max_new_tokens": 62}, "3 tokens, and 62 new ones are more than .* context of 64"),

@@ -89,7 +89,7 @@ def test_results_do_not_depend_on_the_size_of_chunks(name: str, budget: int) -> 
     batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     small, large = DePass(model, memory_budget=budget), DePass(model, memory_budget=2**30)
     for rule in RULES:
-        for compat in (None, "paper_code"):
+        for compat in (None, "paper_code") if rule != "half" else (None,):  # the published code has no half
             options = batch | {"rule": rule, "compat": compat}
             for given, expected in zip(small.decompose(**options), large.decompose(**options), strict=True):
                 assert distance(given.states, expected.states) < 1e-12, (rule, compat)

@@ -42,8 +42,8 @@ def test_states_are_part_of_what_a_run_is(tmp_path, capsys):
     ("options", "message"),
     [
         (["states=99"], "to_layer: layer 99 is out of range"),
-        (["states=end", "method=random"], "states= keeps what DePass carries"),
-        (["states=end", "target=generation"], "states= keeps what DePass carries"),
+        (["states=end", "method=random"], "states= keeps what DePass propagates"),
+        (["states=end", "target=generation"], "states= keeps what DePass propagates"),
         (["states=0", "source.layer=1"], "to_layer=0 lies before layer 1"),
         (["states=end", "rule=dual"], "only goes back from a target"),
     ],
@@ -74,5 +74,5 @@ def test_a_file_without_states_is_named(tmp_path, content):
 def test_states_of_an_earlier_version_are_refused(tmp_path):
     header = {"decomposition": json.dumps({"layer": 1, "names": ["a"]})}
     save_file({"states": torch.zeros(1, 2, 3)}, tmp_path / "0.safetensors", header)
-    with pytest.raises(DePassError, match=r"0\.safetensors holds no .* an earlier version wrote this file"):
+    with pytest.raises(DePassError, match=r"0\.safetensors has no .* an earlier version wrote this file"):
         read_states(tmp_path / "0.safetensors")
