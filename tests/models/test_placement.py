@@ -18,6 +18,7 @@ from depass_lightning import Contrast, DePass, DePassError, Heads, Neurons, Toke
 from depass_lightning.engine import record
 from depass_lightning.engine.frozen import AttentionCall
 from depass_lightning.models import affine
+from depass_lightning.models.block import ExpertsUp
 from tests.reference.models import prompt
 from tests.reference.zoo import blocks_of, build
 
@@ -172,7 +173,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor of what is frozen, beside the model's own arguments."""
     if isinstance(value, AttentionCall):
         return tensors_of(value.post_norm)
-    if isinstance(value, affine.Projection):
+    if isinstance(value, affine.Projection | ExpertsUp):
         read = value.linear(torch.float32)
         return [own for own in (read.weight, read.bias) if own is not None]
     if isinstance(value, Tensor):
