@@ -12,6 +12,7 @@ CACHES = TemporaryDirectory(prefix="depass-tests-", ignore_cleanup_errors=True)
 
 # Before torch, transformers, wandb or matplotlib are imported; subprocesses of tests inherit it.
 os.environ.update(
+    CUDA_VISIBLE_DEVICES="",  # asking a CUDA build for devices forbids forked processes to fork again
     OMP_NUM_THREADS="1",
     OMP_WAIT_POLICY="PASSIVE",  # tiny models otherwise spin
     TOKENIZERS_PARALLELISM="false",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
@@ -312,10 +313,11 @@ def describe(config: DictConfig, depass: DePass, trainer: Trainer, fingerprint: 
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that compute the scores."""
-    packages = ("torch", "transformers", "lightning", "datasets")
+    packages = ("transformers", "lightning", "datasets")
     return {
         "depass_lightning": __version__,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with the build, which a wheel's metadata may leave out
         **{package: importlib.metadata.version(package) for package in packages},
     }
 
