@@ -1,12 +1,11 @@
 """DePassCallback: what a model in training relies on, at every validation and checkpoint.
 
-The hooks decide when the probes run (`monitoring/monitor.py`). Scalars are logged where ModelCheckpoint and
-EarlyStopping read them, and to the loggers; rank zero publishes the maps. Training is not affected: DePass
-leaves the model as it was, and `isolated` the rest of the process.
+The hooks decide when `monitoring/monitor.py` runs the probes. Scalars are logged where ModelCheckpoint and
+EarlyStopping read them, and to the loggers; rank zero publishes the maps.
 """
 
-import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -17,27 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from depass_lightning.attribution.settings import RuleOptions
-from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.checkpoints import ranks_after_batch, ranks_after_epoch
-from depass_lightning.monitoring.config import Sources, check_settings, name_sources
-from depass_lightning.monitoring.discovery import ModelFinder, find_model, find_tokenizer
+from depass_lightning.monitoring.config import Sources
+from depass_lightning.monitoring.discovery import ModelFinder
 from depass_lightning.monitoring.history import History
-from depass_lightning.monitoring.monitor import ProbeMonitor
-from depass_lightning.monitoring.probe_sets import (
-    ProbePrompt,
-    ProbeSource,
-    TargetKind,
-    check_target_kind,
-    load_set,
-    name_sets,
-)
-from depass_lightning.monitoring.publish import is_named, publish
-from depass_lightning.monitoring.results import Result
-from depass_lightning.monitoring.runner import ProbeRunner, isolated
-from depass_lightning.monitoring.throttle import Throttle
-
-log = logging.getLogger(__name__)
+from depass_lightning.monitoring.monitor import MonitorResult, ProbeMonitor
+from depass_lightning.monitoring.probe_sets import ProbeSource, TargetKind
+from depass_lightning.monitoring.sinks import is_named, sinks_of
 
 SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
@@ -96,42 +82,31 @@ class DePassCallback(Callback):
         folder: str | Path | None = None,
         **settings: Unpack[RuleOptions],
     ) -> None:
-        for name, number in (("size", size), ("every_n_steps", every_n_steps), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise DePassError(f"{name} must be at least 1, not {number}")
-        if max_overhead is not None and not 0 < max_overhead <= 1:
-            raise DePassError(
-                f"max_overhead is a fraction of the time, above 0 and at most 1; not {max_overhead}"
-            )
-        if faithfulness < 0:
-            raise DePassError(f"faithfulness must be a number of probes, 0 for none; not {faithfulness}")
-        if on_error not in ("log", "raise"):
-            raise DePassError(f"on_error must be 'log' or 'raise', not {on_error!r}")
-        if unknown := sorted(set(settings) - RuleOptions.__annotations__.keys()):
-            raise DePassError(
-                f"there is no setting {unknown[0]!r}; there are {', '.join(RuleOptions.__annotations__)}"
-            )
-        check_target_kind(target)
-        self.size = size
-        self.sources = name_sources(source)
-        self.target: TargetKind = target
-        self.settings = settings
+        if every_n_steps is not None and every_n_steps < 1:
+            raise DePassError(f"every_n_steps must be at least 1, not {every_n_steps}")
+        self.monitor = ProbeMonitor(
+            None,
+            None,
+            probes,
+            size=size,
+            source=source,
+            target=target,
+            max_overhead=max_overhead,
+            faithfulness=faithfulness,
+            batch_size=batch_size,
+            on_error=on_error,
+            **settings,
+        )
         self.tokenizer = tokenizer
         self.model = model
         self.every_n_steps = every_n_steps
-        self.faithfulness = faithfulness
-        self.batch_size = batch_size
-        self.on_error: Literal["log", "raise"] = on_error
         self.folder = folder
-        self.history: dict[str, History] = {}
-        self.throttle = Throttle(max_overhead)
-        self._probes = name_sets(probes)
-        self._sets: dict[str, list[ProbePrompt]] = {}
-        self._monitor: ProbeMonitor | None = None
-        self._step: int | None = None
-        self._skipped: int | None = None
-        self._scalars: dict[str, float] = {}
         self._interrupted = False
+
+    @property
+    def history(self) -> dict[str, History]:
+        """The runs so far, by probe set, or by set and source where there are several sources."""
+        return self.monitor.history
 
     @property
     @override
@@ -143,23 +118,22 @@ class DePassCallback(Callback):
             "source": ["tokens"],
             "target": "contrast",
         }
-        settings = {"source": list(self.sources), "target": self.target, **self.settings}
+        monitor = self.monitor
+        settings = {"source": list(monitor.sources), "target": monitor.target, **monitor.settings}
         unusual = {
             name: settings[name] for name in defaults if settings.get(name, defaults[name]) != defaults[name]
         }
-        return self._generate_state_key(probes=sorted(self._probes), **unusual)
+        return self._generate_state_key(probes=sorted(monitor.probes), **unusual)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the last run's step and scalars and the history, as plain containers and tensors."""
-        history = {name: past.state_dict() for name, past in self.history.items()}
-        return {"step": self._step, "scalars": dict(self._scalars), "history": history}
+        return self.monitor.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of a checkpoint: its curves and similarities."""
-        self._step, self._scalars = state_dict["step"], dict(state_dict["scalars"])
-        self.history = {name: History.from_state_dict(past) for name, past in state_dict["history"].items()}
+        self.monitor.load_state_dict(state_dict)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -172,19 +146,15 @@ class DePassCallback(Callback):
             )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         others = [other for other in callbacks if other is not self and isinstance(other, DePassCallback)]
-        if both := sorted({name for other in others for name in other._probes} & self._probes.keys()):
+        if both := sorted(
+            {name for other in others for name in other.monitor.probes} & self.monitor.probes.keys()
+        ):
             raise DePassError(
                 f"two DePassCallbacks have a probe set called {both[0]!r}, and write to the same files; "
                 f"give it another name in one of them: probes={{'{both[0]}_2': ...}}"
             )
-        if stage in ("fit", "validate") and not self._sets:
-            with isolated():
-                sets = {
-                    name: load_set(name, probes, self.size, self.target)
-                    for name, probes in self._probes.items()
-                }
-            # a loader may give every rank other rows
-            self._sets = trainer.strategy.broadcast(sets)
+        if stage in ("fit", "validate"):
+            self.monitor.load()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,10 +169,7 @@ class DePassCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run once before training: the first reference."""
-        self.throttle.start()
-        self._skipped = None
-        if self._step is not None and trainer.global_step < self._step:  # a new training begins
-            self._step, self.history = None, {}
+        self.monitor.start(trainer.global_step)
         self._run_and_log(trainer)
 
     @override
@@ -225,24 +192,25 @@ class DePassCallback(Callback):
         """Run with the validation, and log the scalars with the validation's."""
         if trainer.sanity_checking:
             return
-        scalars, new = self._run(trainer) if self._due(trainer) else (self._scalars, False)
-        if not new:
-            _expose(trainer, scalars)
+        result = self._run(trainer) if self._due(trainer) else None
+        if result is None or not result.new:
+            _expose(trainer, self.monitor.scalars)
             return
-        for name, value in scalars.items():
+        for name, value in result.scalars.items():
             # the ranks agree already, but Lightning warns unless it may synchronise
             pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        self._publish(trainer, replace(result, scalars={}))
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Run for the checkpoint that is being written, and include the run in it."""
-        if self._monitor is not None and not self._interrupted and trainer.state.fn == TrainerFn.FITTING:
+        if self.monitor.bound and not self._interrupted and trainer.state.fn == TrainerFn.FITTING:
             if self._due(trainer):
                 self._run_and_log(trainer)
             else:
-                _expose(trainer, self._scalars)
+                _expose(trainer, self.monitor.scalars)
             # Lightning collected the callbacks' states before it called this
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -259,70 +227,49 @@ class DePassCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the model."""
-        self._monitor = None
+        self.monitor.release()
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._monitor is None:
-            model = find_model(pl_module, self.model)
-            sources = list(self.sources.values())
-            with isolated(model.device):
-                text = any(probe.ids is None for probes in self._sets.values() for probe in probes)
-                tokenizer = find_tokenizer(trainer, pl_module, model, self.tokenizer, needed=text)
-                depass = DePass(model, tokenizer)
-                check_settings(depass, sources, self.settings)
-            runner = ProbeRunner(depass, model.device, sources, self.batch_size, self.settings)
-            names = list(self.sources)
-            self._monitor = ProbeMonitor(runner, self._sets, names, self.faithfulness, self.on_error)
+        if not self.monitor.bound:
+            datamodule = getattr(trainer, "datamodule", None)
+            holders = (pl_module, datamodule)
+            self.monitor.bind(
+                pl_module,
+                [self.tokenizer, *(getattr(holder, "tokenizer", None) for holder in holders)],
+                where=self.model,
+                trained=[
+                    parameter
+                    for optimizer in trainer.optimizers
+                    for group in optimizer.param_groups
+                    for parameter in group["params"]
+                ],
+            )
 
     def _due(self, trainer: Trainer) -> bool:
-        """Whether there is time for a run; all ranks get the same answer, which holds for one step."""
-        step = trainer.global_step
-        if self.throttle.limit is None or trainer.state.fn != TrainerFn.FITTING or step == self._step:
-            return True
-        if step == self._skipped:
-            return False
-        # ranks have different clocks, but a run needs all of them
-        due = trainer.strategy.broadcast(trainer.is_global_zero and self.throttle.has_room())
-        self._skipped = None if due else step
-        return due
+        """Whether there is time for a run; there always is outside of training."""
+        return trainer.state.fn != TrainerFn.FITTING or self.monitor.due(trainer.global_step)
 
     def _run_and_log(self, trainer: Trainer) -> None:
         """Run outside of a validation, where Lightning's own logging would wait for it or refuse."""
-        scalars, new = self._run(trainer)
-        _expose(trainer, scalars)
-        for logger in trainer.loggers if new else ():
-            logger.log_metrics(scalars, step=_logged_step(trainer))
+        result = self._run(trainer)
+        _expose(trainer, result.scalars)
+        self._publish(trainer, result)
+        for logger in trainer.loggers if result.new else ():
             logger.save()
 
-    def _run(self, trainer: Trainer) -> tuple[dict[str, float], bool]:
-        """Run every probe set, on all ranks together.
+    def _run(self, trainer: Trainer) -> MonitorResult:
+        """Run every probe set, on all ranks together; once at an optimiser step."""
+        if not self.monitor.bound:  # training ends before it has started
+            return MonitorResult(trainer.global_step, self.monitor.scalars, new=False)
+        return self.monitor.run(trainer.global_step, record=trainer.state.fn == TrainerFn.FITTING)
 
-        Returns:
-            The scalars, and True; or, where this optimiser step already had a run, its scalars and False.
-        """
-        step, fitting = trainer.global_step, trainer.state.fn == TrainerFn.FITTING
-        if self._monitor is None or (fitting and step == self._step):
-            return self._scalars, False
-        began = self.throttle.clock()
-        with isolated(self._monitor.runner.device):
-            ranks = trainer.global_rank, trainer.world_size
-            results = self._monitor.run(self.history, step, *ranks, record=fitting)
-            self._publish(trainer, results)
-        scalars = {name: value for result in results for name, value in result.scalars.items()}
-        if fitting:
-            self.throttle.spend(self.throttle.clock() - began)
-            scalars["depass/overhead"] = trainer.strategy.broadcast(self.throttle.share)
-            self._step, self._scalars = step, scalars
-        return scalars, True
-
-    def _publish(self, trainer: Trainer, results: list[Result]) -> None:
-        """Write the maps and pass them to the loggers, on rank zero."""
+    def _publish(self, trainer: Trainer, result: MonitorResult) -> None:
+        """Write the maps and pass everything to the loggers, on rank zero."""
         logs = trainer.log_dir  # on every rank: Lightning broadcasts it
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False) or not result.new:
             return
-        folder = Path(self.folder or logs or trainer.default_root_dir)
-        for result in results:
-            publish(result, trainer.loggers, folder, _logged_step(trainer), self.on_error == "raise")
+        folder = self.folder or logs or trainer.default_root_dir
+        self.monitor.publish(result, sinks_of(trainer.loggers), folder, _logged_step(trainer))
 
 
 def _expose(trainer: Trainer, scalars: Mapping[str, float]) -> None:

@@ -47,7 +47,7 @@ TESTS = {
     "depass_lightning/monitoring/history.py": "callbacks/callback",
     "depass_lightning/monitoring/throttle.py": "callbacks/callback_pace",
     "depass_lightning/monitoring/probe_sets.py": "callbacks/callback_probes",
-    "depass_lightning/monitoring/publish.py": "callbacks/loggers callbacks/loggers_served",
+    "depass_lightning/monitoring/sinks.py": "callbacks/loggers callbacks/loggers_served",
     "depass_lightning/monitoring/runner.py": "callbacks/callback callbacks/callback_failures",
     "callbacks/process_monitor.py": "callbacks/callback_watch commands/resume",
     "callbacks/prediction_writer.py": "commands/resume storage/damage",

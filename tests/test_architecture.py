@@ -100,6 +100,7 @@ PUBLIC_FACE = {
     ("DePass", "attribute_generation"),
     ("DePass", "decompose"),
     ("DePassCallback", "__init__"),
+    ("ProbeMonitor", "__init__"),
     ("", "fit_probes"),
     ("", "removal_curves"),
     ("", "train_probe"),

@@ -37,7 +37,7 @@ from depass_lightning.logit_lens import notes_on
 from depass_lightning.methods import DePassMethod, Method, make_method
 from depass_lightning.modules.attribution_module import AttributionModule, Explained
 from depass_lightning.modules.prompt_datamodule import PromptData
-from depass_lightning.monitoring.publish import is_named
+from depass_lightning.monitoring.sinks import is_named
 from depass_lightning.sources import Source
 from depass_lightning.storage import (
     Manifest,

@@ -40,7 +40,7 @@ from depass_lightning.callbacks.process_monitor import (
     stop_on_sigterm,
 )
 from depass_lightning.errors import DePassError, reason_of
-from depass_lightning.monitoring.publish import is_named
+from depass_lightning.monitoring.sinks import is_named
 from depass_lightning.utils.atomic_files import write_whole
 
 console = Console()

@@ -1,80 +1,116 @@
-"""Finds the language model and its tokenizer in the LightningModule that is trained."""
+"""Finds the language model and its tokenizer in the module that is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from depass_lightning.errors import DePassError
 
-ModelFinder = str | Callable[[LightningModule], nn.Module]
+ModelFinder = str | Callable[[Any], nn.Module]
 
 
-def find_model(pl_module: LightningModule, where: ModelFinder | None = None) -> PreTrainedModel:
-    """Return the causal language model inside a LightningModule, also a compiled or LoRA-wrapped one.
+def find_model(
+    module: nn.Module, where: ModelFinder | None = None, trained: Collection[nn.Parameter] = ()
+) -> PreTrainedModel:
+    """Return the causal language model inside a module, also a compiled or LoRA-wrapped one.
 
     Args:
-        pl_module: the module that is trained.
+        module: the module that is trained.
         where: the path of an attribute ("policy.model"), or a function that takes the module and returns the
             model; None to search.
+        trained: the parameters that are trained: of several models, the one that has them is taken, rather
+            than a reference or an average.
 
     Raises:
         DePassError: there is no model, or more than one.
     """
-    root: Any = pl_module
+    root: Any = module
     if isinstance(where, str):
         try:
-            root = attrgetter(where)(pl_module)
+            root = attrgetter(where)(module)
         except AttributeError as error:
-            holder = type(pl_module).__name__
+            holder = type(module).__name__
             raise DePassError(f"model={where!r} is no attribute of {holder}: {error}") from error
     elif where is not None:
-        root = where(pl_module)
+        root = where(module)
     if not isinstance(root, nn.Module):
         raise DePassError(f"model= leads to a {type(root).__name__}; it must lead to a torch module")
     models = _outermost_models(root)
+    if len(models) > 1:
+        ids = {id(parameter) for parameter in trained}
+        held = {
+            path: model
+            for path, model in models.items()
+            if any(id(parameter) in ids for parameter in model.parameters())
+        }
+        models = held if len(held) == 1 else models
     if len(models) == 1:
         return next(iter(models.values()))
     inside = f"inside {type(root).__name__}"
     if not models:
         raise DePassError(
             f"there is no causal language model of transformers {inside}; hold one as a submodule, or "
-            "name it with DePassCallback(model='path.to.it')"
+            "name it with model='path.to.it'"
         )
     paths = ", ".join(repr(path) for path in models)
-    raise DePassError(
-        f"there are {len(models)} language models {inside}: {paths}; choose with DePassCallback(model=...)"
-    )
+    raise DePassError(f"there are {len(models)} language models {inside}: {paths}; choose with model=...")
+
+
+class TrackedModel:
+    """The language model inside a module, which may be replaced, or have parts of it replaced.
+
+    Args:
+        module: the module that is trained.
+        where: see `find_model`.
+        trained: see `find_model`.
+
+    Raises:
+        DePassError: there is no model, or more than one.
+    """
+
+    def __init__(
+        self, module: nn.Module, where: ModelFinder | None = None, trained: Collection[nn.Parameter] = ()
+    ) -> None:
+        self._find = lambda: find_model(module, where, trained)
+        self.model = self._find()
+        self._modules = list(self.model.modules())
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self.model.device
+
+    def replaced(self) -> bool:
+        """Find the model again, and return whether a module of it is another one than last time.
+
+        Raises:
+            DePassError: there is no model any more, or more than one.
+        """
+        self.model, before = self._find(), self._modules
+        self._modules = list(self.model.modules())
+        return list(map(id, before)) != list(map(id, self._modules))
 
 
 def find_tokenizer(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    needed: bool = True,
+    model: PreTrainedModel, tokenizers: Sequence[Any] = (), needed: bool = True
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer: the callback's, the module's, the data module's, or the one of the model's name.
+    """Return the first tokenizer that there is, or the one of the model's name.
 
     Args:
-        trainer: may have a data module.
-        pl_module: the module that is trained.
-        model: the language model in it.
-        tokenizer: the callback's argument.
+        model: the language model.
+        tokenizers: where a tokenizer may be, by priority: None, a tokenizer, or a processor that has one.
         needed: whether probes are text; ids need no tokenizer, and are then displayed as numbers.
 
     Raises:
         DePassError: there is none, but one is needed, or it is not a tokenizer of transformers.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    for candidate in (
-        tokenizer,
-        getattr(pl_module, "tokenizer", None),
-        getattr(datamodule, "tokenizer", None),
-    ):
+    for candidate in tokenizers:
+        if isinstance(candidate, ProcessorMixin):
+            candidate = getattr(candidate, "tokenizer", None)
         if candidate is not None and (needed or isinstance(candidate, PreTrainedTokenizerBase)):
             return _checked(candidate)
     name = model.config._name_or_path
@@ -88,8 +124,7 @@ def find_tokenizer(
         return None
     raise DePassError(
         f"the probes need the tokenizer of {name or type(model).__name__}, which could not be loaded "
-        f"({reason}); give DePassCallback(tokenizer=...), or set `tokenizer` on the LightningModule or its "
-        "data module"
+        f"({reason}); give tokenizer=..., or set `tokenizer` on the module that is trained or its data module"
     )
 
 
@@ -102,8 +137,7 @@ def _checked(tokenizer: Any) -> PreTrainedTokenizerBase:
         "; PreTrainedTokenizerFast(tokenizer_object=...) wraps it" if kind == "tokenizers.Tokenizer" else ""
     )
     raise DePassError(
-        f"the probes need a tokenizer of transformers, but `tokenizer` is a {kind}: give "
-        f"DePassCallback(tokenizer=...){wrap}"
+        f"the probes need a tokenizer of transformers, but `tokenizer` is a {kind}: give tokenizer=...{wrap}"
     )
 
 

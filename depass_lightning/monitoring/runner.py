@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
 
 from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
+from depass_lightning.errors import reason_of
 from depass_lightning.faithfulness import Case, Columns, TokenRemoval, evaluate
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution
@@ -84,10 +84,10 @@ class ProbeRunner:
         try:
             return self._outcomes(probes, removal)
         except torch.OutOfMemoryError as error:
-            reason, out_of_memory = _reason(error), True
+            reason, out_of_memory = reason_of(error), True
         except Exception as error:
             log.debug("attributing %d probes failed", len(probes), exc_info=True)
-            reason, out_of_memory = _reason(error), False
+            reason, out_of_memory = reason_of(error), False
         # after the handlers: inside them, the error's traceback would keep the failed pass's memory
         if len(probes) == 1:
             return [Failure(reason)]
@@ -123,19 +123,6 @@ class ProbeRunner:
         curves = evaluate([Case(finding.attributions[i]) for finding, i in places], [removal], self.depass)
         for (finding, i), columns in zip(places, curves, strict=True):
             finding.curves[i] = columns
-
-
-def gather(share: Any) -> list[Any]:
-    """Return every rank's share, on every rank.
-
-    Args:
-        share: this rank's share; without other ranks, the only one.
-    """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [share]
-    shares: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(shares, share)
-    return shares
 
 
 @contextmanager
@@ -177,7 +164,3 @@ def _checked(attributions: list[Attribution]) -> Outcome:
         if not (math.isfinite(scored.value) and bool(scored.scores.isfinite().all())):
             return Failure("its value or its scores are not finite")
     return Finding(attributions, [{} for _ in attributions])
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Throttle:
-    """Measures the fraction of wall time that the callback takes, and decides whether to run.
+    """Measures the fraction of wall time that the probes take, and decides whether to run.
 
     Args:
         limit: the largest fraction; None for no limit.
@@ -42,6 +42,20 @@ class Throttle:
         self._spent += seconds
         self._last = seconds
         self._waited = 0
+
+    def extend(self, seconds: float) -> None:
+        """Add time to the last run.
+
+        Args:
+            seconds: the time that writing its results took.
+        """
+        self._spent += seconds
+        self._last += seconds
+
+    @property
+    def unused(self) -> bool:
+        """Whether there was no run since the start."""
+        return self._spent == 0
 
     @property
     def share(self) -> float:

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +16,7 @@ from depass_lightning.monitoring.discovery import find_model, find_tokenizer
 from depass_lightning.monitoring.history import History
 from depass_lightning.monitoring.probe_sets import load_set, name_sets
 from depass_lightning.tasks import Example, load
-from tests.reference.training import PROMPTS, OwnModule, language_model, tokenizer, trainer
+from tests.reference.training import PROMPTS, language_model, tokenizer
 
 
 class Nested(pl.LightningModule):
@@ -46,27 +45,27 @@ def test_it_says_which_model_it_cannot_choose() -> None:
     with pytest.raises(DePassError, match="model='policy' is no attribute of Nested"):
         find_model(both, "policy")
     assert find_model(both, "parts.reference") is both.parts["reference"]
+    # a reference model is not trained
+    assert find_model(both, trained=list(both.parts["policy"].parameters())) is both.parts["policy"]
+    with pytest.raises(DePassError, match="2 language models"):
+        find_model(both, trained=list(both.parameters()))
 
 
 def test_it_finds_the_tokenizer_or_says_what_to_do(tmp_path: Path) -> None:
-    run, module, model = trainer(tmp_path), OwnModule(), language_model()
-    own, given = module.tokenizer, tokenizer()
-    assert find_tokenizer(run, module, model, given) is given
-    assert find_tokenizer(run, module, model, None) is own
-    del module.tokenizer
-    with_data: Any = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=given))
-    assert find_tokenizer(with_data, module, model, None) is given
-    with pytest.raises(DePassError, match=r"tokenizer of LlamaForCausalLM.*give DePassCallback\(tokenizer"):
-        find_tokenizer(run, module, model, None)
+    model, own, given = language_model(), tokenizer(), tokenizer()
+    assert find_tokenizer(model, [given, own]) is given
+    assert find_tokenizer(model, [None, own]) is own
+    with pytest.raises(DePassError, match=r"tokenizer of LlamaForCausalLM.*give tokenizer="):
+        find_tokenizer(model, [None])
     own.save_pretrained(tmp_path / "model")
     model.config._name_or_path = str(tmp_path / "model")
-    loaded = find_tokenizer(run, module, model, None)
+    loaded = find_tokenizer(model)
     assert loaded is not None
     assert loaded.get_vocab() == own.get_vocab()
     model.config._name_or_path = str(tmp_path / "nowhere")
-    assert find_tokenizer(run, module, model, None, needed=False) is None
+    assert find_tokenizer(model, needed=False) is None
     with pytest.raises(DePassError, match="nowhere, which could not be loaded"):
-        find_tokenizer(run, module, model, None)
+        find_tokenizer(model)
 
 
 def test_probes_are_a_task_its_name_a_file_or_a_list(tmp_path: Path) -> None:

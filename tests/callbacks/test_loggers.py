@@ -360,7 +360,7 @@ def test_callback_configurations_make_callbacks(tmp_path: Path) -> None:
         "DePassCallback",
     ]
     assert callbacks["depass"].folder == str(tmp_path)
-    assert callbacks["depass"].sources["tokens"].kind == "tokens"
+    assert callbacks["depass"].monitor.sources["tokens"].kind == "tokens"
     assert "callbacks" not in made("+callbacks=none", tmp_path)
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.callbacks.depass import SHARDED
-from depass_lightning.monitoring.publish import is_named
+from depass_lightning.monitoring.sinks import is_named
 from depass_lightning.monitoring.wandb_logger import wandb_logger
 from tests.callbacks.test_loggers import STEPS, _finished, assert_files, history_rows, records, train  # noqa: F401
 from tests.reference.training import PROMPTS, OwnModule, fit, language_model, loader, tokenizer, trainer
@@ -58,8 +58,8 @@ def test_what_a_logger_did_not_take_is_named(tmp_path: Path, caplog: pytest.LogC
 
     train(tmp_path, Broken(), TensorBoardLogger(tmp_path, "board", ""), folder=tmp_path)
     assert_files(tmp_path)
-    assert "the maps of 'probes' at step 6 are in " in caplog.text
-    assert ", but Weights & Biases did not accept them: the server is away" in caplog.text
+    assert "the maps of step 5 are in " in caplog.text
+    assert ", but Weights & Biases failed: the server is away" in caplog.text
     assert "were not written" not in caplog.text
     events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload()
     assert len(events.Images("depass/probes/map/probes-0")) == len(STEPS)

@@ -11,7 +11,7 @@ import torch
 
 from depass_lightning.commands.compare import labelled
 from depass_lightning.errors import DePassError
-from depass_lightning.monitoring.publish import publish
+from depass_lightning.monitoring.maps import write_maps
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import block_components
 from depass_lightning.storage import (
@@ -283,7 +283,7 @@ def test_probe_sets_are_written_below_the_runs_folder(tmp_path):
     history = SimpleNamespace(as_json=dict)
     for name in ("../../../esc", "/esc"):
         found: Any = SimpleNamespace(name=name, step=0, history=history, attributions=[])
-        publish(found, [], tmp_path / "a" / "b", 0)
+        write_maps(found, tmp_path / "a" / "b")
     written = list(tmp_path.rglob("history.json"))
     assert len(written) == 2
     assert all(path.is_relative_to(tmp_path / "a" / "b" / "depass") for path in written)

@@ -20,7 +20,7 @@ from depass_lightning import Contrast, DePass, DePassError, Spans, Token
 from depass_lightning.faithfulness import removal_curves, text_components
 from depass_lightning.faithfulness.accuracy import answered_right
 from depass_lightning.monitoring.probe_sets import load_set
-from depass_lightning.monitoring.publish import _cell
+from depass_lightning.monitoring.sinks import _cell
 from depass_lightning.prompts import Prompt, continued, prompts_of_texts
 from depass_lightning.reports.figures import _layout
 from depass_lightning.reports.notebook import attribution_html

@@ -1,0 +1,163 @@
+"""ProbeMonitor in a training loop without a framework."""
+
+import ast
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from torch import nn
+
+from depass_lightning import DePassError
+from depass_lightning.monitoring.monitor import ProbeMonitor
+from depass_lightning.monitoring.sinks import FunctionSink, TensorBoardSink, WandbSink
+from depass_lightning.storage import read_attributions
+from tests.callbacks.test_callback import same
+from tests.callbacks.test_loggers import history_rows
+from tests.conftest import ROOT
+from tests.reference.training import PROMPTS, Inside, language_model, loader, tokenizer
+
+# Lightning's own: a logger, and when ModelCheckpoint ranks.
+LIGHTNING = {"wandb_logger", "checkpoints"}
+
+
+def loop(model: nn.Module, monitor: ProbeMonitor | None = None, first: int = 0, steps: int = 6) -> Any:
+    """Train with dropout, and return everything that a monitor could have changed."""
+    torch.manual_seed(2 + first)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step, batch in enumerate(list(loader())[first:steps], start=first):
+        if monitor is not None:
+            monitor.run(step)
+        model.train()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model.state_dict(), optimizer.state_dict(), torch.get_rng_state()
+
+
+def test_a_loop_is_bit_identical_with_and_without_it() -> None:
+    without = loop(language_model())
+    model = language_model()
+    monitor = ProbeMonitor(
+        Inside(model), tokenizer(), list(PROMPTS), source=["tokens", "heads"], rule="taylor"
+    )
+    assert same(without, loop(model, monitor))
+    assert monitor.history["probes/heads"].steps == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_run_has_scalars_results_and_pages_and_is_published(tmp_path: Path) -> None:
+    rows: list[Any] = []
+    monitor = ProbeMonitor(
+        language_model(), tokenizer(), {"a": PROMPTS[:3], "b": PROMPTS[3:]}, faithfulness=0
+    )
+    result = monitor.run(7)
+    assert [part.name for part in result.results] == ["a", "b"]
+    assert result.scalars["depass/a/value"] == pytest.approx(
+        sum(attribution.value for attribution in result.results[0].attributions) / 3
+    )
+    assert set(result.pages) == {"a", "b"}
+    monitor.publish(result, [FunctionSink(lambda *row: rows.append(row))], tmp_path)
+    assert rows == [(dict(result.scalars), 7)]
+    assert (tmp_path / "depass/a/step-000007.html").read_text() == result.pages["a"]
+    assert len(read_attributions(tmp_path / "depass/b/step-000007.parquet")) == 2
+    again = monitor.run(7)
+    assert (again.new, again.scalars) == (False, result.scalars)
+    monitor.publish(again, [FunctionSink(lambda *row: rows.append(row))], tmp_path)
+    assert len(rows) == 1
+
+
+def test_overhead_is_left_out_of_the_first_run() -> None:
+    monitor = ProbeMonitor(language_model(), tokenizer(), list(PROMPTS), faithfulness=0)
+    assert "depass/overhead" not in monitor.run(0).scalars
+    assert 0 < monitor.run(1).scalars["depass/overhead"] <= 1
+
+
+def test_a_state_dict_continues_the_history_and_is_loaded_safely(tmp_path: Path) -> None:
+    whole = ProbeMonitor(model := language_model(), tokenizer(), list(PROMPTS), faithfulness=0)
+    loop(model, whole, steps=3)
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    resumed = ProbeMonitor(model, tokenizer(), list(PROMPTS), faithfulness=0)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.run(2).new is False
+    for monitor in (whole, resumed):
+        monitor.start(3)
+        monitor.run(3)
+    assert resumed.history["probes"].as_json() == whole.history["probes"].as_json()
+    resumed.start(0)  # a training that starts over
+    assert resumed.history == {}
+
+
+def test_adapters_that_are_added_during_training_are_attributed(caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    model = language_model()
+    monitor = ProbeMonitor(model, tokenizer(), list(PROMPTS), faithfulness=0)
+    before = monitor.run(0)
+    torch.manual_seed(3)
+    lora = peft.LoraConfig(r=2, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, lora)  # changes the model in place
+    after = monitor.run(1)
+    assert after.scalars["depass/probes/completeness"] < 1e-5
+    assert after.scalars["depass/probes/value"] != pytest.approx(before.scalars["depass/probes/value"])
+    model.model.layers[0].mlp = nn.Linear(16, 16)  # no gate and no neurons: nothing that can be attributed
+    with caplog.at_level(logging.WARNING):
+        assert monitor.run(2).scalars["depass/probes/failed"] == 5
+    assert "of 'probes' failed at step 2" in caplog.text
+    assert monitor.run(3).scalars["depass/probes/failed"] == 5
+
+
+def test_a_monitor_without_a_model_says_how_to_bind_one() -> None:
+    with pytest.raises(DePassError, match=r"no model; call bind\(model, \[tokenizer\]\)"):
+        ProbeMonitor(None, None, list(PROMPTS)).run(0)
+
+
+def test_wandb_has_one_row_a_run_over_the_trainings_axis(tmp_path: Path) -> None:
+    run = wandb.init(project="tests", dir=tmp_path, mode="offline")
+    monitor = ProbeMonitor(
+        language_model(), tokenizer(), {"a": PROMPTS[:2], "b": PROMPTS[2:]}, faithfulness=0
+    )
+    sinks = [WandbSink(axis="train/global_step")]
+    for step in (0, 5):
+        monitor.publish(monitor.run(step), sinks, tmp_path)
+    run.finish()
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    rows = [row for row in history_rows(folder) if any(key.startswith("depass/") for key in row)]
+    assert [row["train/global_step"] for row in rows] == [0, 5]
+    for row in rows:
+        assert {f"depass/{name}/{key}" for name in "ab" for key in ("value", "map", "table")} <= set(row)
+    with pytest.raises(DePassError, match=r"call wandb.init\(\) first"):
+        WandbSink()
+
+
+def test_a_sink_that_fails_costs_no_other_its_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda tag, *_, global_step: self.seen.append((name, tag, global_step))
+
+    def fail(*_: Any) -> None:
+        raise ConnectionError("no server")
+
+    writer = Writer()
+    monitor = ProbeMonitor(language_model(), tokenizer(), list(PROMPTS), faithfulness=0)
+    with caplog.at_level(logging.WARNING):
+        monitor.publish(monitor.run(4), [FunctionSink(fail), TensorBoardSink(writer)], tmp_path, step=9)
+    assert f"the maps of step 9 are in {tmp_path}, but the function failed: no server" in caplog.text
+    assert ("add_scalar", "depass/probes/value", 9) in writer.seen
+    assert ("add_text", "depass/probes/table", 9) in writer.seen
+
+
+def test_only_lightnings_own_files_import_lightning() -> None:
+    knowing = {
+        path.stem
+        for path in (ROOT / "depass_lightning/monitoring").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lightning"
+    }
+    assert knowing == LIGHTNING
