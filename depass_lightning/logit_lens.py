@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from depass_lightning.depass import DePass
 from depass_lightning.engine.frozen import NormParameters
 from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import device_of
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.results.component import Component
 from depass_lightning.sources import Source, Subspace
@@ -44,10 +45,11 @@ def promoted_tokens(
         )
     with torch.no_grad():
         unembedding = decoder.unembedded().weight
-        norm = _norm(decoder, decoder.final_norm)
+        norm = _norm(decoder, decoder.final_norm, decoder.blocks[-1].attention.module)
         tokens = []
-        for chunk in directions.to(unembedding.device, decoder.dtype).split(CHUNK):
-            logits = norm.direction(chunk).to(unembedding.dtype) @ unembedding.T  # direction, vocabulary
+        # With a device map the norm and the unembedding may be on different devices.
+        for chunk in directions.to(norm.weight.device, decoder.dtype).split(CHUNK):
+            logits = norm.direction(chunk).to(unembedding) @ unembedding.T  # direction, vocabulary
             # Twice the count: a word with and without its space is shown once.
             ends = [logits.topk(min(2 * count, logits.shape[1]), largest=up).indices for up in (True, False)]
             tokens += zip(*(end.tolist() for end in ends), strict=True)
@@ -73,7 +75,8 @@ def notes_on(depass: DePass, source: Source, components: Sequence[Component]) ->
         if component.kind == "neuron" and layer is not None and index is not None:
             mlp = decoder.blocks[layer].mlp
             column = mlp.column(index, decoder.dtype)
-            directions[component.label] = _norm(decoder, mlp.post_norm).direction(column)
+            norm = _norm(decoder, mlp.post_norm, decoder.blocks[layer].attention.module)
+            directions[component.label] = norm.direction(column)
         elif component.kind == "subspace" and index is not None and len(bases[index]) == 1:
             directions[component.label] = bases[index][0]
     if not directions:
@@ -85,11 +88,11 @@ def notes_on(depass: DePass, source: Source, components: Sequence[Component]) ->
     }
 
 
-def _norm(decoder: Decoder, norm: nn.Module | None) -> NormParameters:
+def _norm(decoder: Decoder, norm: nn.Module | None, near: nn.Module) -> NormParameters:
     """Return what a norm does besides scaling, or the identity where there is no norm."""
     if norm is None:
-        return NormParameters.nothing(decoder.hidden_size, decoder.device, decoder.dtype)
-    return NormParameters.of(norm, decoder.hidden_size, decoder.model_dtype, decoder.dtype)
+        return NormParameters.nothing(decoder.hidden_size, device_of(near), decoder.dtype)
+    return NormParameters.of(norm, near, decoder.hidden_size, decoder.model_dtype, decoder.dtype)
 
 
 def _words(depass: DePass, tokens: Sequence[int], count: int) -> list[str]:

@@ -181,7 +181,7 @@ def _beside_values(value: Projection) -> Tensor | None:
 def _frozen(norm: nn.Module, weight: Tensor, dtype: torch.dtype, name: str) -> Hook:
     """Replace a norm's output by the same from its scale held fixed."""
     with torch.no_grad():
-        probe = NormParameters.of(norm, len(weight), weight.dtype, dtype)
+        probe = NormParameters.of(norm, norm, len(weight), weight.dtype, dtype)
 
     def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         states = arguments[0]

@@ -43,7 +43,7 @@ class BlockNorms:
         """
 
         def probe(norm: nn.Module | None, size: int = hidden) -> NormParameters | None:
-            return None if norm is None else NormParameters.of(norm, size, expects, dtype)
+            return None if norm is None else NormParameters.of(norm, attention.module, size, expects, dtype)
 
         attention, mlp = block.attention, block.mlp
         return cls(

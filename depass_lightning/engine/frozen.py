@@ -29,16 +29,19 @@ class NormParameters:
     centred: bool
 
     @classmethod
-    def of(cls, norm: nn.Module, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "NormParameters":
+    def of(
+        cls, norm: nn.Module, near: nn.Module, hidden: int, expects: torch.dtype, dtype: torch.dtype
+    ) -> "NormParameters":
         """Probe a norm.
 
         Args:
             norm: the model's norm module.
+            near: a module on the same device, for norms without weights.
             hidden: the size of what it norms.
             expects: the precision of its input.
             dtype: the precision of the result.
         """
-        probes = torch.ones(1, 3, hidden, device=device_of(norm), dtype=expects)
+        probes = torch.ones(1, 3, hidden, device=device_of(norm, near), dtype=expects)
         probes[0, 0] = 0
         probes[0, 2, 1::2] = -1
         at_zero, at_ones, at_signs = norm(probes)[0].to(dtype)

@@ -192,7 +192,9 @@ def record(
 def _probe_norms(decoder: Decoder) -> tuple[list[BlockNorms], NormParameters | None]:
     like = decoder.hidden_size, decoder.model_dtype, decoder.dtype
     blocks = [BlockNorms.of(block, *like) for block in decoder.blocks]
-    return blocks, None if decoder.final_norm is None else NormParameters.of(decoder.final_norm, *like)
+    if decoder.final_norm is None:
+        return blocks, None
+    return blocks, NormParameters.of(decoder.final_norm, decoder.blocks[-1].attention.module, *like)
 
 
 def _check_finite(decoder: Decoder, captures: list[Capture], real: Tensor) -> None:

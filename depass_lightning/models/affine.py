@@ -332,18 +332,22 @@ def _asked(module: nn.Module, dtype: torch.dtype) -> AffineMap:
     return AffineMap(torch.cat(columns).T.contiguous(), constant if bool(constant.any()) else None)
 
 
-def device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module, near: nn.Module | None = None) -> torch.device:
     """Where a module expects its input, offloaded by `accelerate` or not.
 
     Args:
         module: a part of the model.
+        near: a module on the same device, read where this one has no tensors, as a norm without weights.
     """
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     for device in (getattr(hook, "execution_device", None) for hook in hooks):
         if device is not None:
             return torch.device(device)
     tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors), None)
+    if device is not None:
+        return device
+    return torch.device("cpu") if near is None else device_of(near)
 
 
 def _precision_of(module: nn.Module) -> torch.dtype:

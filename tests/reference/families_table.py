@@ -75,7 +75,7 @@ def _norms(decoder: Decoder) -> str:
     attention = decoder.blocks[0].attention
     norm = attention.norm or attention.post_norm
     assert norm is not None
-    probe = NormParameters.of(norm, decoder.hidden_size, torch.float32, torch.float32)
+    probe = NormParameters.of(norm, norm, decoder.hidden_size, torch.float32, torch.float32)
     kind = "LayerNorm" if probe.centred else "RMSNorm"
     places = [word for word, own in (("before", attention.norm), ("after", attention.post_norm)) if own]
     return f"{kind} {' and '.join(places)}"
