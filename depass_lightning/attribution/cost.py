@@ -220,12 +220,12 @@ def _with_bytes(
     )
     copies = weights * size if decoder.rounds else 0
     vocabulary = features(decoder.unembedding)[1] * size
-    parallel = 2 if block.parallel else 1
+    copies_of_rows = 2 if block.parallel or block.mlp.residual != "none" else 1
     # What a step holds, once more for what it is made from.
     rows = max(most, max(components) // (hidden * size))
     step = min(settings.budget.working, rows * (2 * hidden + 2 * block.mlp.width) * size)
     working = 2 * step + copies + 2 * vocabulary
-    return Estimate(seconds, max(recordings), parallel * max(components), working)
+    return Estimate(seconds, max(recordings), copies_of_rows * max(components), working)
 
 
 def _recorded(decoder: Decoder, batch: int, length: int, budget: Budget) -> int:

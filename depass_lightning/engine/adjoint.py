@@ -119,12 +119,14 @@ def backward(
             block = recording.block(index)
             neurons = derivative.states @ block.mlp.down.weight
             read = _through_mlp(block.mlp, rule, derivative, neurons)
-            middle = derivative.plus(read)
+            skipped = _before_skip(block.mlp.skip, derivative)
+            middle = skipped.plus(read)
             mlp_input = None
             if block.parallel:  # the MLP reads what enters the block
-                mlp_input, middle = read.states, TargetGradient(derivative.states, middle.constants)
+                mlp_input, middle = read.states, TargetGradient(skipped.states, middle.constants)
             heads = (middle.states @ block.attention.output.weight).unflatten(2, (block.attention.heads, -1))
-            entry = middle.plus(_through_attention(recording.decoder, block.attention, rule, middle, heads))
+            attended = _through_attention(recording.decoder, block.attention, rule, middle, heads)
+            entry = _before_skip(block.attention.skip, middle).plus(attended)
             if mlp_input is not None:
                 entry = TargetGradient(entry.states + mlp_input, entry.constants)
         yield BlockGradients(block, entry, middle, derivative, mlp_input, heads, neurons)
@@ -178,6 +180,14 @@ def _through(
     if added is None:
         return derivative @ linear.weight, derivative.new_zeros(len(derivative))
     return derivative @ linear.weight, derivative.sum(1) @ added
+
+
+def _before_skip(skip: FrozenNorm | None, after: TargetGradient) -> TargetGradient:
+    """Take a derivative back past a sublayer, through a norm on the residual stream where there is one.
+
+    The norm's bias is counted with the sublayer's other constants.
+    """
+    return after if skip is None else TargetGradient(_before_norm(skip, after.states), after.constants)
 
 
 def _before_norm(norm: FrozenNorm, states: Float[Tensor, "batch position hidden"]) -> Tensor:

@@ -5,7 +5,7 @@ With its probabilities and its norm's scale held fixed, attention is linear:
 1. norm each component,
 2. take values,
 3. mix them with the probabilities,
-4. project them out and add the result to the component.
+4. project them out and add the result to the component, which a norm on the residual stream scales first.
 
 Values are mixed before they are projected out, so that nothing of size heads x hidden is built.
 """
@@ -39,7 +39,11 @@ def propagate_attention(
     limit = state.budget.rows(2 * (hidden + value_width + output_width), state.rows.dtype)
     scale = state.at_positions(attention.norm.scale)
     for block in state.layout.component_blocks(limit):
-        state.rows.index_add_(0, block.rows, _outputs(state, attention, block, scale))
+        outputs = _outputs(state, attention, block, scale)
+        if attention.skip is not None:
+            past = state.at_positions(attention.skip.scale)[block.places]
+            state.rows[block.rows] = attention.skip(state.rows[block.rows], past)
+        state.rows.index_add_(0, block.rows, outputs)
         state.release_pages()
     return state
 
@@ -83,6 +87,8 @@ def _at_targets(
     batch = torch.arange(len(positions), device=positions.device)[:, None]
     queries = attention.probabilities[batch, :, positions]  # [batch, target, head, key]
     kept = state.select_positions(positions)
+    if attention.skip is not None:
+        kept.norm_rows(attention.skip)
     hidden = state.rows.shape[1]
     width = len(positions) * hidden * (2 * state.layout.positions + positions.shape[1] * attention.heads)
     step = state.budget.rows(width, state.rows.dtype)

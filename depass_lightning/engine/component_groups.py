@@ -206,7 +206,12 @@ class NeuronGroupAfterAttention(ComponentGroup):
         # [batch, target, neuron, value head, group, size]
         head_outputs = torch.einsum("btsgi,bisv->btisgv", mixed, head_columns)
         attended = head_outputs.flatten(3) @ attention.output.weight.T
-        written = _select_rows(values, positions)[..., None] * columns[:, None]
+        written = (
+            _select_rows(values, positions)[..., None] * columns[:, None]
+        )  # [batch, target, neuron, hidden]
+        if attention.skip is not None:
+            past = _select_rows(attention.skip.scale, positions)[..., None, None]
+            written = attention.skip.probe.direction(written) * past
         return torch.cat([self.base[:, first], (written + attended).transpose(1, 2)], 1)
 
     @override

@@ -85,7 +85,7 @@ def through_scores(
         added = [] if path is None else _added_to_scores(keywords, len(output))
         with path or nullcontext():
             result = call.block.attention.module(*arguments, **keywords)
-        result = result[0] if isinstance(result, tuple) else result
+        result = result[0] if isinstance(result, tuple | list) else result
         if path is not None:
             _check_mean(path, attention)
             # A score is counted half by its query and half by its key, its constants once.

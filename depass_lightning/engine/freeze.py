@@ -19,6 +19,7 @@ from depass_lightning.engine.hooks import Capture
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap
 from depass_lightning.models.block import Block, DenseParts, ExpertsParts, ExpertsUp
+from depass_lightning.models.spec import ResidualNorm
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class _Freezer:
             value, norm = AffineMap(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
         post = self._post("attention post-norm", self.probes.behind_attention)
         output, added = self._projected(parts.output.linear(dtype), post)
+        skip = {"none": None, "norm": call_norm, "post_norm": post}[parts.residual]
+        added = self._with_skipped_bias(added, skip, parts.residual)
         probabilities = capture.probabilities.to(dtype)
         if post is not None:
             probabilities = probabilities * post.scale[:, None, :, None]
@@ -110,6 +113,7 @@ class _Freezer:
             output=output,
             bias_terms=added,
             call=AttentionCall(self.block, *capture.attention_call, call_norm, post),
+            skip=skip,
         )
 
     def mlp(self) -> FrozenMLP:
@@ -136,16 +140,18 @@ class _Freezer:
         down, constant = self._projected(down, post, added)
         if post is not None:
             neurons = neurons * post.scale[..., None]
+        skip = {"none": None, "norm": norm, "post_norm": post}[parts.residual]
         return FrozenMLP(
             norm=norm,
             gate=gate,
             up_projection=up_projection,
             down=down,
-            bias_terms=constant,
+            bias_terms=self._with_skipped_bias(constant, skip, parts.residual),
             pre_activations=gates,
             activations=neurons,
             normed=normed.view(self.state.shape),
             experts=routed,
+            skip=skip,
         )
 
     def _norm(self, name: str, probe: NormParameters | None) -> FrozenNorm:
@@ -174,6 +180,14 @@ class _Freezer:
         if scale != 1:
             weight, added = weight * scale, None if added is None else added * scale
         return AffineMap(weight, None), added
+
+    def _with_skipped_bias(
+        self, added: Tensor | None, skip: FrozenNorm | None, residual: ResidualNorm
+    ) -> Tensor | None:
+        """Add the bias of a norm on the residual stream; after the sublayer, `_projected` has added it."""
+        if residual != "norm" or skip is None or skip.probe.bias is None:
+            return added
+        return skip.probe.bias.expand(self.state.shape) + (0 if added is None else added)
 
     def _recorded(self, parts: DenseParts, name: str) -> tuple[Tensor, Tensor]:
         """A dense MLP's pre-activations and neurons."""

@@ -147,6 +147,18 @@ class FrozenNorm:
         return pushed if linear.bias is None else pushed + linear.bias
 
 
+def past(skip: FrozenNorm | None, states: Float[Tensor, "batch position hidden"]) -> Tensor:
+    """Return what the residual stream keeps of states past a sublayer.
+
+    Args:
+        skip: the frozen norm that the stream itself goes through there; None where there is none.
+        states: states before the sublayer.
+    """
+    if skip is None:
+        return states
+    return skip(states.flatten(0, 1), skip.scale.flatten()).view(states.shape)
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """How the model called a block's attention, so that `engine/control.py` can call it again.
@@ -192,6 +204,8 @@ class FrozenAttention:
         output: the output map, without its bias.
         bias_terms: what biases add at each position.
         call: how the model called it.
+        skip: the norm that the residual stream itself goes through past it, whose bias is among `bias_terms`;
+            None where the stream passes unchanged.
     """
 
     norm: FrozenNorm
@@ -200,6 +214,7 @@ class FrozenAttention:
     output: AffineMap
     bias_terms: Float[Tensor, "batch position hidden"] | None
     call: AttentionCall
+    skip: FrozenNorm | None = None
 
     @property
     def heads(self) -> int:
@@ -290,6 +305,7 @@ class FrozenMLP:
         activations: the neurons' true values, which the down map reads.
         normed: what gate and up map read, in the model's precision.
         experts: where it is a mixture, its experts, a shared one among them.
+        skip: the norm that the residual stream itself goes through past it, as for attention.
     """
 
     norm: FrozenNorm
@@ -301,6 +317,7 @@ class FrozenMLP:
     activations: Float[Tensor, "batch position neuron"]
     normed: Float[Tensor, "batch position hidden"]
     experts: tuple[Expert, ...] | None = None
+    skip: FrozenNorm | None = None
 
     @cached_property
     def up(self) -> AffineMap | None:
@@ -347,6 +364,11 @@ class FrozenBlock:
         values, constants = self.attention.head_values(self.resid_pre)
         total = values if constants is None else values + constants
         return _plus(total.flatten(2) @ self.attention.output.weight.T, self.attention.bias_terms)
+
+    @cached_property
+    def resid_mid(self) -> Float[Tensor, "batch position hidden"]:
+        """The residual stream after attention."""
+        return past(self.attention.skip, self.resid_pre) + self.attention_output
 
     @cached_property
     def mlp_output(self) -> Float[Tensor, "batch position hidden"]:

@@ -1,5 +1,6 @@
 """Forward hooks on one block that keep what a plain pass computes there (`engine/freeze.py` freezes it)."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,9 @@ class Capture:
             handles.append(block.attention.module.register_forward_pre_hook(hook, with_kwargs=True))
         if not self.everything:
             return handles
+        if "output_attentions" in inspect.signature(block.attention.module.forward).parameters:
+            hook = _with_probabilities
+            handles.append(block.attention.module.register_forward_pre_hook(hook, with_kwargs=True))
         attention, mlp = block.attention, block.mlp
         norms = {
             "attention": attention.norm,
@@ -91,7 +95,7 @@ class Capture:
         self.arguments, self.keywords = arguments, keywords
 
     def _leave(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        self.seen["left"] = output[0] if isinstance(output, tuple) else output
+        self.seen["left"] = output[0] if isinstance(output, tuple | list) else output
 
     def _norm(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -119,6 +123,11 @@ class Capture:
 
     def _experts(self, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.seen["experts"] = arguments
+
+
+def _with_probabilities(_module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
+    """Ask for the probabilities, where attention returns them only on request."""
+    return arguments, keywords | {"output_attentions": True}
 
 
 def _zeroed_argument(name: str) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelR
         mlp: the MLP.
         rule: how neurons are shared.
     """
+    carry.skip_mlp(mlp)
     sharing = MLPStep.of(carry, mlp)
     if isinstance(rule, ParallelRule):
         groups = [group for chunk in carry.layout.chunks(sharing.limit) for group in sharing.pieces(chunk)]

@@ -70,6 +70,9 @@ class ScorePath(TorchFunctionMode):
     def _softmax(self, scores: Tensor, probabilities: Tensor) -> Tensor:
         # Masks are the lowest number of their precision; a probability of zero may also be an underflow.
         visible = scores.detach() > torch.finfo(scores.dtype).min / 2
+        # Some masks are only large (-1e4); no query sees what follows it. Columns after the keys are sinks.
+        queries = scores.shape[-2]
+        visible[..., :queries] &= torch.ones(queries, queries, device=scores.device, dtype=torch.bool).tril()
         even = visible.to(probabilities.dtype) / visible.sum(-1, keepdim=True).clamp_min(1)
         self.uniform = even[..., : scores.shape[-2]]  # less the column of a sink
         return _MeanDerivative.apply(scores, probabilities.detach(), visible)  # type: ignore[return-value]

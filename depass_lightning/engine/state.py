@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.component_groups import ComponentGroup
-from depass_lightning.engine.frozen import FrozenNorm
+from depass_lightning.engine.frozen import FrozenMLP, FrozenNorm
 from depass_lightning.engine.memory import Budget, Storage
 from depass_lightning.engine.packing import Layout
 
@@ -26,7 +26,8 @@ class DecomposedState:
         positions: `[batch, position]` the layout's positions, as indices into the prompts.
         budget: the working memory of one step.
         storage: owner of the rows, which may be a file.
-        mlp_input: the rows as they entered a parallel block, whose MLP reads these; None in other blocks.
+        mlp_input: the rows that the MLP reads, where it adds its output to others: those that entered a
+            parallel block, or those before a norm on the residual stream; None in other blocks.
     """
 
     layout: Layout
@@ -121,6 +122,31 @@ class DecomposedState:
         base = index[:, :, old + self.layout.fallback]
         self.mlp_input[base] = self.rows[base]
         self.mlp_input[-1] = 0
+
+    def skip_mlp(self, mlp: FrozenMLP) -> None:
+        """Take the residual stream past an MLP, which still reads it as it was.
+
+        Args:
+            mlp: the MLP; without a norm on the residual stream itself, nothing changes.
+        """
+        if mlp.skip is not None:
+            if self.mlp_input is None:
+                self.mlp_input = self.rows.clone()
+            self.norm_rows(mlp.skip)
+
+    def norm_rows(self, norm: FrozenNorm) -> None:
+        """Norm all rows in place.
+
+        Args:
+            norm: a norm on the residual stream itself.
+        """
+        scale, count = self.at_positions(norm.scale), self.layout.components
+        for first in range(0, count, self._fill_step):
+            index = self.layout.index[:, :, first : first + self._fill_step].to(self.rows.device)
+            index = index.flatten(0, 1)  # [batch * position, component]
+            rows = norm(self.rows[index.flatten()], scale.repeat_interleave(index.shape[1]))
+            self.rows[index.flatten()] = rows
+            self.release_pages()
 
     def dense(self) -> Float[Tensor, "batch component position hidden"]:
         """All components at all positions, zeros included."""

@@ -5,7 +5,8 @@ distinguish the gate map from the up map. So each part is checked separately:
 
 1. eager attention, which returns its probabilities, gives the same logits as the model's implementation;
 2. every norm is an RMSNorm or a LayerNorm (`FrozenNorm.fit`);
-3. a block's input plus the outputs of its frozen attention and MLP is the block's output;
+3. a block's input plus the outputs of its frozen attention and MLP is the block's output (through the norms
+   on the residual stream itself, where there are any);
 4. the gate map gives the recorded pre-activations, an activation function reads these, and its output times
    the up map's output is the recorded activations.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.frozen import FrozenBlock, past
 from depass_lightning.engine.isolation import alone, undisturbed
 from depass_lightning.engine.record import Recording, record
 from depass_lightning.errors import DePassError
@@ -133,16 +134,17 @@ def _check_block(
     """Check one block's sum and its gate map, and return the error of the sum."""
     frozen = recording.block(block.index)
     name = f"block {block.index} of {type(decoder.model).__name__}"
-    added = frozen.attention_output + frozen.mlp_output
-    left = recording.state(block.index + 1) - frozen.resid_pre
+    leaving = recording.state(block.index + 1)
+    difference = leaving - past(frozen.mlp.skip, frozen.resid_mid) - frozen.mlp_output
     _check_gate(frozen, block, activations, limit, name)
     # The model rounds the residual stream, which may be far larger than what a block adds.
     grain = torch.finfo(decoder.model_dtype).eps
     stream = frozen.resid_pre.norm(dim=-1) + frozen.resid_post.norm(dim=-1)
-    error = float(((added - left).norm(dim=-1) / (left.norm(dim=-1) + stream * grain / limit)).max())
+    added = (leaving - frozen.resid_pre).norm(dim=-1)
+    error = float((difference.norm(dim=-1) / (added + stream * grain / limit)).max())
     if not error <= limit:
         # Report attention's error separately, so that the message shows which sublayer is wrong.
-        alone = _distance(frozen.attention_output, left - frozen.mlp_output)
+        alone = _distance(frozen.attention_output, frozen.attention_output + difference)
         raise DePassError(
             f"{name} does not add up as its family's declaration says: attention and MLP "
             f"{_order(block.parallel)} give its output up to {error:.1e} (attention's part alone is off by "
@@ -156,7 +158,7 @@ def _check_gate(
 ) -> None:
     """Check that the gate map gives what the activation function reads, and the up map the other factor."""
     mlp = frozen.mlp
-    read = frozen.resid_pre if frozen.parallel else frozen.resid_pre + frozen.attention_output
+    read = frozen.resid_pre if frozen.parallel else frozen.resid_mid
     normed = mlp.norm(read.flatten(0, 1), mlp.norm.scale.flatten())
     constant = mlp.norm.constant_through(mlp.gate)
     gates = (normed @ mlp.gate.weight.T).view(*read.shape[:2], -1) + (0 if constant is None else constant)
@@ -194,6 +196,11 @@ def _check_readout(decoder: Decoder, recording: Recording, limit: float) -> None
     if recording.final_norm.probe.bias is not None:
         normed = normed + recording.final_norm.probe.bias
     rows, biases = decoder.readout(torch.arange(min(decoder.vocabulary_size, 256), device=normed.device))
+    if rows.shape[1] != normed.shape[1]:
+        raise DePassError(
+            f"the unembedding of {type(decoder.model).__name__} reads {rows.shape[1]} numbers and its last "
+            f"block gives {normed.shape[1]}; declare the map between them as final_projection"
+        )
     logits = normed @ rows.T + biases
     expected = recording.uncapped.flatten(0, 1)[:, : len(rows)].to(logits)
     _expect(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.frozen import FrozenBlock, past
 from depass_lightning.engine.record import record
 from depass_lightning.methods.attention_weights import rolled_out
 from depass_lightning.methods.model_runs import Batch
@@ -47,9 +47,9 @@ class InformationFlow(TokenBaseline):
 
 def _routes(block: FrozenBlock) -> Float[Tensor, "batch query key"]:
     """Return what part of each position's state after attention comes from each position."""
-    attention, state = block.attention, block.resid_pre
+    attention, state = block.attention, past(block.attention.skip, block.resid_pre)
     batch, positions, _ = state.shape
-    normed = attention.norm(state.flatten(0, 1), attention.norm.scale.flatten())
+    normed = attention.norm(block.resid_pre.flatten(0, 1), attention.norm.scale.flatten())
     values = normed @ attention.value.weight.T
     constant = attention.norm.constant_through(attention.value)
     if constant is not None:
@@ -57,7 +57,7 @@ def _routes(block: FrozenBlock) -> Float[Tensor, "batch query key"]:
     values = values.view(batch, positions, attention.key_value_heads, -1)
     values = values.repeat_interleave(attention.heads // attention.key_value_heads, 2)
     written = attention.head_outputs(values)  # [batch, head, key, hidden]
-    whole = state + block.attention_output
+    whole = block.resid_mid
     routes = state.new_zeros(batch, positions, positions)
     for query in range(positions):  # a table of all queries would hold heads x tokens^2 x hidden numbers
         probabilities = attention.probabilities[:, :, query, : query + 1, None]

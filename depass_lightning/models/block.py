@@ -17,7 +17,14 @@ from depass_lightning.models.affine import (
     is_quantised,
     parameter_of,
 )
-from depass_lightning.models.spec import AttentionSpec, FamilySpec, MLPSpec, configured, submodule
+from depass_lightning.models.spec import (
+    AttentionSpec,
+    FamilySpec,
+    MLPSpec,
+    ResidualNorm,
+    configured,
+    submodule,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class AttentionParts:
         output: the output map.
         heads: the number of query heads.
         in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
+        residual: which norm is on the residual stream itself; see `AttentionSpec`.
     """
 
     module: nn.Module
@@ -43,6 +51,7 @@ class AttentionParts:
     output: Projection
     heads: int
     in_mask: str | None
+    residual: ResidualNorm
 
 
 @dataclass(frozen=True)
@@ -194,6 +203,7 @@ class MLPParts:
         post_norm: the norm after its output, if any.
         dense: its maps.
         experts: or its experts.
+        residual: which norm is on the residual stream itself; see `AttentionSpec`.
     """
 
     module: nn.Module
@@ -201,6 +211,7 @@ class MLPParts:
     post_norm: nn.Module | None
     dense: DenseParts | None
     experts: ExpertsParts | None
+    residual: ResidualNorm
 
     @property
     def every_dense(self) -> list[DenseParts]:
@@ -332,6 +343,7 @@ def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -
         output=output,
         heads=heads,
         in_mask=spec.in_mask,
+        residual=spec.residual,
     )
 
 
@@ -366,6 +378,7 @@ def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
         post_norm=_optional(module, spec.post_norm, owner),
         dense=_dense(spec, inside, owner) if experts is None else None,
         experts=experts,
+        residual=spec.residual,
     )
 
 

@@ -53,6 +53,8 @@ class Decoder:
         self.unembedding: nn.Module = unembedding
         inner = self.model.get_decoder()
         self.final_norm = None if spec.final_norm is None else submodule(inner, spec.final_norm, owner)
+        projection = None if spec.final_projection is None else getattr(inner, spec.final_projection, None)
+        self.final_projection: nn.Module | None = projection
         modules = submodule(inner, spec.blocks, owner)
         self.blocks = [
             bind(spec, index, module, self.config, f"block {index} of {owner}")
@@ -183,10 +185,21 @@ class Decoder:
     def unembedded(self) -> AffineMap:
         """The map from the final norm's output to the logits before any soft cap."""
         linear = linear_of(self.unembedding, self.dtype).to(self.device)
-        if self.logit_scale == 1:
+        if self.logit_scale == 1 and self.final_projection is None:
             return linear
-        bias = None if linear.bias is None else linear.bias * self.logit_scale
-        return AffineMap(linear.weight * self.logit_scale, bias)
+        weight, bias = self._projected(linear.weight, linear.bias)
+        return AffineMap(weight * self.logit_scale, None if bias is None else bias * self.logit_scale)
+
+    def _projected(
+        self, rows: Float[Tensor, "target out"], biases: Float[Tensor, "target"] | None
+    ) -> tuple[Float[Tensor, "target hidden"], Float[Tensor, "target"] | None]:
+        """Read rows of the unembedding through the projection before it, where there is one."""
+        if self.final_projection is None:
+            return rows, biases
+        projection = linear_of(self.final_projection, self.dtype).to(rows.device)
+        if projection.bias is not None:
+            biases = rows @ projection.bias + (0 if biases is None else biases)
+        return rows @ projection.weight, biases
 
     def readout(
         self, tokens: Int[Tensor, "target"]
@@ -196,7 +209,8 @@ class Decoder:
         Args:
             tokens: `[target]` token ids.
         """
-        rows, biases = rows_of(self.unembedding, tokens, self.dtype)
+        rows, biases = self._projected(*rows_of(self.unembedding, tokens, self.dtype))
+        assert biases is not None
         return rows.to(self.device) * self.logit_scale, biases.to(self.device) * self.logit_scale
 
     def summed_readout(

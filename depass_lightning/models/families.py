@@ -19,6 +19,21 @@ _SANDWICH = FamilySpec(
     attention=AttentionSpec(post_norm="post_attention_layernorm"),
     mlp=MLPSpec(norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
 )
+_OPT = FamilySpec(
+    ("opt",),
+    final_norm="final_layer_norm",
+    attention=AttentionSpec(norm="self_attn_layer_norm", output="out_proj"),
+    mlp=MLPSpec(module="", norm="final_layer_norm", gate="fc1", up=None, down="fc2"),
+    when=lambda config: config.do_layer_norm_before,
+)
+_BLOOM = FamilySpec(
+    ("bloom",),
+    blocks="h",
+    final_norm="ln_f",
+    attention=_FUSED_ATTENTION,
+    mlp=_FOUR,
+    when=lambda config: not config.apply_residual_connection_post_layernorm,
+)
 _LATENT = AttentionSpec(
     value="kv_b_proj", layout="interleaved", latent=("kv_a_proj_with_mqa", "kv_a_layernorm")
 )
@@ -135,20 +150,45 @@ FAMILIES: list[FamilySpec] = [
         attention=replace(_BEFORE, module="attn.attention", output="out_proj"),
         mlp=_CONV,
     ),
+    _OPT,
+    _BLOOM,
     FamilySpec(
-        ("opt",),
-        final_norm="final_layer_norm",
-        attention=AttentionSpec(norm="self_attn_layer_norm", output="out_proj"),
-        mlp=MLPSpec(module="", norm="final_layer_norm", gate="fc1", up=None, down="fc2"),
-        when=lambda config: config.do_layer_norm_before,
+        ("biogpt",),
+        final_norm="layer_norm",
+        attention=_OPT.attention,
+        mlp=_OPT.mlp,
+    ),
+    # Norms on the residual stream itself: of each sum (post-norm), or of what each sublayer adds to.
+    replace(
+        _OPT,
+        final_norm=None,
+        final_projection="project_out",
+        attention=AttentionSpec(
+            norm=None, post_norm="self_attn_layer_norm", output="out_proj", residual="post_norm"
+        ),
+        mlp=replace(_OPT.mlp, norm=None, post_norm="final_layer_norm", residual="post_norm"),
+        when=lambda config: not config.do_layer_norm_before,
     ),
     FamilySpec(
-        ("bloom",),
+        ("openai-gpt",),
         blocks="h",
-        final_norm="ln_f",
-        attention=_FUSED_ATTENTION,
-        mlp=_FOUR,
-        when=lambda config: not config.apply_residual_connection_post_layernorm,
+        final_norm=None,
+        attention=AttentionSpec(
+            module="attn",
+            norm=None,
+            post_norm="ln_1",
+            value="c_attn",
+            layout="concatenated",
+            output="c_proj",
+            residual="post_norm",
+        ),
+        mlp=replace(_CONV, norm=None, post_norm="ln_2", residual="post_norm"),
+    ),
+    replace(
+        _BLOOM,
+        attention=replace(_FUSED_ATTENTION, residual="norm"),
+        mlp=replace(_FOUR, residual="norm"),
+        when=lambda config: config.apply_residual_connection_post_layernorm,
     ),
     # Mixtures of experts, with the routing held fixed.
     FamilySpec(
@@ -213,7 +253,7 @@ def declared_families(config: Any) -> list[FamilySpec]:
     covering = [family for family in of_type if family.when(config)]
     if of_type and not covering:
         raise DePassError(
-            f"this configuration of model type '{kind}' is not supported: its norms stand on the residual "
-            f"stream itself; supported: {', '.join(supported_model_types())}"
+            f"this configuration of model type '{kind}' is covered by none of its declarations; supported: "
+            f"{', '.join(supported_model_types())}"
         )
     return covering

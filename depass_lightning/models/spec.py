@@ -15,6 +15,7 @@ from torch import nn
 from depass_lightning.errors import DePassError
 
 ProjectionLayout = Literal["own", "concatenated", "interleaved"]
+ResidualNorm = Literal["none", "norm", "post_norm"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class AttentionSpec:
         latent: the projection and the norm before `value`, inside `module`, where values come from a latent.
         output: the output projection, inside `module`.
         in_mask: the name of an argument that the mask holds already, but that eager attention adds once more.
+        residual: which of its norms is on the residual stream itself: none; `norm`, so that its output is
+            added to the normed stream; or `post_norm`, of the sum of the stream and its output.
     """
 
     module: str = "self_attn"
@@ -41,6 +44,7 @@ class AttentionSpec:
     latent: tuple[str, str] | None = None
     output: str = "o_proj"
     in_mask: str | None = None
+    residual: ResidualNorm = "none"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class MLPSpec:
             name as `gate` where one map gives both, the gate first.
         down: the map that the neurons' values go through, back into the residual stream.
         experts: the family's blocks may have a mixture of experts in place of these.
+        residual: which of its norms is on the residual stream itself; see `AttentionSpec`.
     """
 
     module: str = "mlp"
@@ -80,6 +85,7 @@ class MLPSpec:
     up: str | None = "up_proj"
     down: str = "down_proj"
     experts: ExpertsSpec | None = None
+    residual: ResidualNorm = "none"
 
 
 def _always(_config: Any) -> bool:
@@ -94,6 +100,7 @@ class FamilySpec:
         model_types: the `config.model_type` values that it covers.
         blocks: the list of blocks, inside the decoder that `model.get_decoder()` returns.
         final_norm: the norm before the unembedding, inside the same decoder; None where there is none.
+        final_projection: a linear map before the unembedding, inside the same decoder, where a model has one.
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block.
         parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
@@ -106,6 +113,7 @@ class FamilySpec:
     model_types: tuple[str, ...]
     blocks: str = "layers"
     final_norm: str | None = "norm"
+    final_projection: str | None = None
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     mlp: MLPSpec = field(default_factory=MLPSpec)
     parallel: bool = False

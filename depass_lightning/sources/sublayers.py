@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from depass_lightning.engine.adjoint import BlockGradients
 from depass_lightning.engine.component_groups import DenseGroup, NeuronGroup
-from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.frozen import FrozenBlock, past
 from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
@@ -61,7 +61,8 @@ class Heads(_Blockwise):
         if constants is not None:
             mixed = constants.flatten(2) @ attention.output.weight.T
             total = mixed if total is None else mixed + total
-        return DenseGroup(torch.cat([block.resid_pre[:, None], heads], 1)), total
+        state = past(attention.skip, block.resid_pre)
+        return DenseGroup(torch.cat([state[:, None], heads], 1)), total
 
     @override
     def inside_scores(self, derivatives: BlockGradients, settings: SplitContext) -> Tensor:
@@ -69,8 +70,9 @@ class Heads(_Blockwise):
         block, middle = derivatives.block, derivatives.resid_mid
         values, constants = block.attention.head_values(block.resid_pre)
         scores = (values * derivatives.heads).sum((1, 3))
-        through = middle.states if derivatives.mlp_input is None else middle.states + derivatives.mlp_input
-        state = (block.resid_pre * through).sum((1, 2))
+        state = (past(block.attention.skip, block.resid_pre) * middle.states).sum((1, 2))
+        if derivatives.mlp_input is not None:
+            state = state + (block.resid_pre * derivatives.mlp_input).sum((1, 2))
         total = middle.constants
         if constants is not None:
             total = total + (constants * derivatives.heads).sum((1, 2, 3))
@@ -112,7 +114,8 @@ class Module(_Blockwise):
         if place != ("resid_post" if self.after_mlp else "resid_mid"):
             return None
         if self.module == "attention":
-            return DenseGroup(torch.stack([block.resid_pre, block.attention_output], 1)), None
+            rest = block.resid_mid - block.attention_output
+            return DenseGroup(torch.stack([rest, block.attention_output], 1)), None
         return DenseGroup(torch.stack([block.resid_post - block.mlp_output, block.mlp_output], 1)), None
 
     @override

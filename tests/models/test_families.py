@@ -35,7 +35,7 @@ from depass_lightning.models import families
 from depass_lightning.models.decoder import Decoder
 from tests.reference.models import distance, padded, prompt
 from tests.reference.twin import LINEAR, Rule
-from tests.reference.zoo import ALL, build, derivatives
+from tests.reference.zoo import ALL, ZOO, build, derivatives
 
 TARGET = Contrast(5, 7)
 EXPERTS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
@@ -50,6 +50,8 @@ KINDS = (
     "falcon-40b",
     "gpt_oss",
     "deepseek_v3",
+    "opt-350m",
+    "bloom-normed",
 )
 SOURCES: dict[str, Any] = {
     "tokens in the middle": Tokens(1),
@@ -100,7 +102,7 @@ def test_models_in_float64_compute_in_float64(name: str) -> None:
     model = build(name, dtype=torch.float64)
     with torch.no_grad(), Rounded() as rounded:
         model(prompt(9)[None], use_cache=False)
-    assert rounded.operations <= (ALIBI if name in ("bloom", "falcon-rw") else set())
+    assert rounded.operations <= (ALIBI if ZOO[name][0] in ("bloom", "falcon") else set())
 
 
 @pytest.mark.parametrize("rule", LINEAR)
@@ -254,6 +256,10 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "no such part": ("llama", {"gate": "fc1"}, "no submodule 'mlp.*fc1'|fc1"),
     "residual scale": ("granite", "scale", "block 0"),
     "logit scale": ("granite", "logits", "unembedding"),
+    "no norm on the stream": ("opt-350m", {"residual": "none"}, "block 0 of .*add up"),
+    "norm on the stream": ("gemma2", {"residual": "post_norm"}, "block 0 of .*add up"),
+    "normed before, not after": ("bloom-normed", {"residual": "none"}, "block 0 of .*add up"),
+    "no projection before the unembedding": ("opt-350m", "projection", "unembedding"),
 }
 
 
@@ -269,6 +275,7 @@ def test_wrong_declarations_are_caught(case: str) -> None:
         "values": {"attention": replace(spec.attention, layout="concatenated")},
         "scale": {"residual_scale": None},
         "logits": {"logit_divisor": None},
+        "projection": {"final_projection": None},
     }
     wrong = replace(spec, **(changes[change] if isinstance(change, str) else {}))
     if isinstance(change, dict):
@@ -321,11 +328,6 @@ def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) ->
     rename(model, kind)
     with pytest.raises(DePassError, match=f"'{kind}' is not supported: .*{reason}"):
         DePass(model)
-
-
-def test_a_norm_on_the_residual_stream_is_refused() -> None:
-    with pytest.raises(DePassError, match=r"opt.*norms stand on the residual"):
-        DePass(build("opt", do_layer_norm_before=False))
 
 
 def test_experts_that_are_not_routed_to_take_no_part() -> None:

@@ -78,7 +78,10 @@ def _norms(decoder: Decoder) -> str:
     probe = NormParameters.of(norm, norm, decoder.hidden_size, torch.float32, torch.float32)
     kind = "LayerNorm" if probe.centred else "RMSNorm"
     places = [word for word, own in (("before", attention.norm), ("after", attention.post_norm)) if own]
-    return f"{kind} {' and '.join(places)}"
+    stream = " the sum" if attention.residual == "post_norm" else ""
+    return f"{kind} {' and '.join(places)}{stream}" + (
+        ", stream normed" if attention.residual == "norm" else ""
+    )
 
 
 def _attention(decoder: Decoder) -> str:

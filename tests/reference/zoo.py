@@ -81,7 +81,14 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"use_parallel_residual": True}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "opt": ("opt", {"ffn_dim": 44, "word_embed_proj_dim": 36}),
+    "opt-350m": ("opt", {"ffn_dim": 44, "word_embed_proj_dim": 20, "do_layer_norm_before": False}),
+    "openai-gpt": ("openai-gpt", GPT),
+    "biogpt": ("biogpt", {}),
     "bloom": ("bloom", {"n_layer": 3, "n_head": 6}),
+    "bloom-normed": (
+        "bloom",
+        {"n_layer": 3, "n_head": 6, "apply_residual_connection_post_layernorm": True},
+    ),
     "falcon-7b": ("falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
     "falcon-40b": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-11b": (

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import TargetGradient, backward
-from depass_lightning.engine.frozen import FrozenBlock, FrozenMLP
+from depass_lightning.engine.frozen import FrozenBlock, FrozenMLP, past
 from depass_lightning.engine.mlp import linear_paths
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule
@@ -96,32 +96,37 @@ def summed_gates(
     Returns:
         The sum, and what rounding has added to the state that leaves the block.
     """
-    resid_mid = _through(block, rule, rounded)
-    attended = block.resid_pre + block.attention_output
-    read = block.resid_pre - rounded if block.parallel else attended - resid_mid
+    resid_mid = _after_attention(block, rounded)
+    read = block.resid_pre - rounded if block.parallel else block.resid_mid - resid_mid
     mlp = block.mlp
     gates = _read(mlp, mlp.gate, read, mlp.norm.constant_through(mlp.gate))
-    return gates, resid_mid + _rounded(block, rule)
+    return gates, past(mlp.skip, resid_mid) + _rounded(block, rule)
 
 
 def _rounded(block: FrozenBlock, rule: Rule) -> Float[Tensor, "batch position hidden"]:
     """The recorded output of a block less what the frozen block gives for its input."""
-    left = block.resid_post - block.resid_pre - block.attention_output
+    left = block.resid_post - past(block.mlp.skip, block.resid_mid)
     if isinstance(rule, CompetingRule):
         return left - block.mlp_output
     # The neurons as the rule's slopes give them, which rounding has moved too.
-    read = block.resid_pre if block.parallel else block.resid_pre + block.attention_output
+    read = block.resid_pre if block.parallel else block.resid_mid
     mlp = _through_slopes(block, rule, read, constants=True)
     return left - (mlp if block.mlp.bias_terms is None else mlp + block.mlp.bias_terms)
 
 
 def _through(block: FrozenBlock, rule: Rule, states: Tensor) -> Tensor:
     """A component through a block."""
-    values, _ = block.attention.head_values(states)
-    resid_mid = states + values.flatten(2) @ block.attention.output.weight.T
+    resid_mid = _after_attention(block, states)
+    skipped = past(block.mlp.skip, resid_mid)
     if isinstance(rule, CompetingRule):
-        return resid_mid
-    return resid_mid + _through_slopes(block, rule, states if block.parallel else resid_mid, constants=False)
+        return skipped
+    return skipped + _through_slopes(block, rule, states if block.parallel else resid_mid, constants=False)
+
+
+def _after_attention(block: FrozenBlock, states: Tensor) -> Float[Tensor, "batch position hidden"]:
+    """A component through a block's attention."""
+    values, _ = block.attention.head_values(states)
+    return past(block.attention.skip, states) + values.flatten(2) @ block.attention.output.weight.T
 
 
 def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, *, constants: bool) -> Tensor:

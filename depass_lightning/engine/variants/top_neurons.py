@@ -208,6 +208,7 @@ def share_with_bulk(
     Returns:
         The slopes and constants of the bulk's shares, times the neurons' values, at the carry's positions.
     """
+    state.skip_mlp(mlp)
     sharing = MLPStep.of(state, mlp)
     z, many = state.at_positions(gates_sum), state.at_positions(count)[:, None, None]
     slopes, constants = torch.zeros_like(z), torch.zeros_like(z)
@@ -225,6 +226,7 @@ def share_with_bulk(
             slopes[places] = slope[:, 0] / rule.temperature * values
             constants[places] = constant[:, 0] * values
         sharing.add_down(chunk, whole, gates)
+    state.mlp_input = None
     return slopes, constants
 
 
