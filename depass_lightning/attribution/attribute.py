@@ -14,7 +14,7 @@ from depass_lightning.attribution.question import Question, Readout
 from depass_lightning.attribution.scoring import Scores, score
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import alone
-from depass_lightning.engine.rules import ShapRule
+from depass_lightning.engine.linear_rules import ShapRule
 from depass_lightning.errors import DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt

@@ -20,10 +20,10 @@ from depass_lightning.engine.adjoint import at_readout, backward
 from depass_lightning.engine.attention import propagate_attention
 from depass_lightning.engine.component_groups import DenseGroup
 from depass_lightning.engine.isolation import alone
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.mlp import propagate_mlp
 from depass_lightning.engine.record import Recording, record, recorded_bytes
-from depass_lightning.engine.rules import LinearPaths
 from depass_lightning.engine.state import DecomposedState
 from depass_lightning.models.affine import features
 from depass_lightning.models.decoder import Decoder

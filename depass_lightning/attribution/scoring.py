@@ -18,8 +18,9 @@ from depass_lightning.attribution.question import Readout
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.adjoint import TargetGradient, backward
 from depass_lightning.engine.component_groups import NeuronGroup
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.rules import LinearPaths, SoftmaxRule
+from depass_lightning.engine.rules import SoftmaxRule
 from depass_lightning.engine.variants.rounding import rounding_scores
 from depass_lightning.engine.variants.top_neurons import ApproximationError, TopNeuronApproximation
 from depass_lightning.errors import DePassError

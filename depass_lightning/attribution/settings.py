@@ -10,18 +10,10 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 import torch
 from torch.distributed import ProcessGroup
 
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
-from depass_lightning.engine.rules import (
-    AttentionPath,
-    CompetingRule,
-    DualRule,
-    LinearPaths,
-    Rule,
-    RuleName,
-    goes_back,
-    rule_named,
-)
+from depass_lightning.engine.rules import AttentionPath, CompetingRule, Rule, RuleName, goes_back, rule_named
 from depass_lightning.engine.variants.paper_code import paper_code_rule
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
@@ -201,10 +193,6 @@ def settings_of(
     rule = rule_named(name, chosen["temperature"], chosen["score_weight"])
     check_choices(bias=bias, compat=compat, engine=chosen["engine"], attention_path=path)
     adjoint = goes_back(rule, engine=chosen["engine"], compat=compat, attention_path=path)
-    if isinstance(rule, DualRule) and not decoder.gated:
-        raise DePassError(
-            f"rule='{name}' is for gated MLPs, which not all of this model's are; take rule='half'"
-        )
     _check_sources(sources)
     for source in sources:
         source.layers(len(decoder.blocks))

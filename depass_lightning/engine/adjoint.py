@@ -21,9 +21,9 @@ from torch import Tensor
 from depass_lightning.engine.control import through_scores
 from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm
 from depass_lightning.engine.isolation import exact
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.mlp import linear_paths
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.rules import LinearPaths
 from depass_lightning.models.decoder import AffineMap, Decoder
 
 

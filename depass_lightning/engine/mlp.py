@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.frozen import Expert, FrozenMLP
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.packing import Chunk, Run
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
-from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule, Summary
+from depass_lightning.engine.rules import CompetingRule, Rule, Summary
 from depass_lightning.engine.state import DecomposedState
 from depass_lightning.models.affine import AffineMap
 

@@ -11,6 +11,7 @@ from depass_lightning.faithfulness.component_masking import (
 )
 from depass_lightning.faithfulness.datamodeling import LinearDatamodeling
 from depass_lightning.faithfulness.evaluate import (
+    KEPT_MEASURES,
     ROW_MEASURES,
     Case,
     Columns,
@@ -40,6 +41,7 @@ from depass_lightning.faithfulness.true_ablation import ablation_effects
 from depass_lightning.utils.bootstrap import Interval, bootstrap
 
 __all__ = [
+    "KEPT_MEASURES",
     "MASKED",
     "PERCENTS",
     "RATIONALES",

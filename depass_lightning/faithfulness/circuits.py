@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
@@ -109,13 +110,13 @@ def circuit_values(
     scores = torch.stack([attribution.scores[indices] for attribution in attributions]).mean(0)
     order = (scores.abs() if absolute else scores).sort(descending=True, stable=True).indices.tolist()
     counts = [*(int(fraction * len(targets)) for fraction in fractions), len(targets), 0]
-    circuits = [set(order[:count]) for count in counts]
+    circuits = [order[:count] for count in counts]
+    masks = _masks(circuits, places, targets, decoder.device)
     lengths = [attribution.position + 1 for attribution in attributions]
 
     def work(numbers: list[int]) -> list[CircuitValues]:
         (index,) = numbers
         ids = torch.tensor([attributions[index].token_ids[: lengths[index]]], device=decoder.device)
-        masks = _masks(circuits, places, targets, lengths[index])
         with as_depass_runs(decoder):
             values = substitutes(index)
             with replaced(places, masks, values):
@@ -126,17 +127,24 @@ def circuit_values(
 
 
 def _masks(
-    circuits: Sequence[set[int]], places: dict[str, Place], targets: Sequence[Target], positions: int
-) -> dict[str, Tensor]:
-    """Return by place what is ablated, a circuit a row: all nodes that are not in it."""
+    circuits: Sequence[Sequence[int]],
+    places: dict[str, Place],
+    targets: Sequence[Target],
+    device: torch.device,
+) -> dict[str, Bool[Tensor, "circuit 1 component"]]:
+    """Return by place what is ablated at every position, a circuit a row: all nodes that are not in it."""
     masks = {
-        key: torch.zeros(len(circuits), positions, place.count, dtype=torch.bool)
-        for key, place in places.items()
+        key: torch.zeros(len(circuits), 1, place.count, dtype=torch.bool) for key, place in places.items()
     }
+    ablated = torch.ones(len(circuits), len(targets), dtype=torch.bool)
     for row, circuit in enumerate(circuits):
-        for number, target in enumerate(targets):
-            masks[target.place][row, :, target.component] = number not in circuit
-    return masks
+        ablated[row, list(circuit)] = False
+    numbers: dict[str, list[int]] = {}
+    for number, target in enumerate(targets):
+        numbers.setdefault(target.place, []).append(number)
+    for key, members in numbers.items():
+        masks[key][:, 0, [targets[number].component for number in members]] = ablated[:, members]
+    return {key: mask.to(device) for key, mask in masks.items()}
 
 
 def circuit_scores(values: Sequence[CircuitValues], *, draws: int = 1000, seed: int = 0) -> CircuitScores:

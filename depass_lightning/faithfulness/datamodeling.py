@@ -9,7 +9,7 @@ Source: Cohen-Wang et al., "ContextCite: Attributing Model Generation to Context
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
 from depass_lightning.faithfulness.ablation_agreement import rank_correlation
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import text_components
+from depass_lightning.faithfulness.evidence import text_components, without_last
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.results.attribution import Attribution
 
@@ -27,6 +27,8 @@ from depass_lightning.results.attribution import Attribution
 @dataclass(frozen=True)
 class LinearDatamodeling:
     """The measure `lds`; a case with fewer than two candidates, or constant answers, has none.
+
+    What the model gives the ablated prompts is kept in `cache`: all methods on the same prompts share it.
 
     Args:
         samples: the number of ablated prompts per prompt.
@@ -42,6 +44,7 @@ class LinearDatamodeling:
     seed: int = 0
     batch_size: int = 64
     progress: bool = False
+    cache: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name = "linear datamodeling"
     needs_model = True
@@ -58,21 +61,33 @@ class LinearDatamodeling:
             depass: the model that was attributed.
         """
         columns: list[Columns] = [{} for _ in cases]
-        plans: dict[int, Tensor] = {}
-        prompts: list[AblatedPrompt] = []
+        predictions: dict[int, Tensor] = {}
+        keys: dict[int, object] = {}
+        missing: dict[object, list[AblatedPrompt]] = {}
         for index, case in enumerate(cases):
             candidates = removable(case.attribution)
             if not case.target_ids or len(candidates) < 2:
                 continue
-            generator = torch.Generator().manual_seed(seed_of(case.attribution.token_ids, self.seed))
+            attribution = case.attribution
+            generator = torch.Generator().manual_seed(seed_of(attribution.token_ids, self.seed))
             kept = torch.rand(self.samples, len(candidates), generator=generator) < 0.5
-            plans[index] = kept.double() @ case.attribution.scores[candidates].double()
-            prompts += [_ablated(case, candidates, row.tolist()) for row in kept]
-        readings = answers_of(depass.model, prompts, self.batch_size, self.progress)
-        for number, (index, predicted) in enumerate(plans.items()):
-            rows = readings[number * self.samples : (number + 1) * self.samples]
-            observed = torch.tensor([reading.log_odds for reading in rows], dtype=torch.float64)
-            correlation = rank_correlation(predicted, observed)
+            predictions[index] = kept.double() @ attribution.scores[candidates].double()
+            spans = tuple(attribution.positions[i] for i in candidates)
+            keys[index] = key = (
+                tuple(attribution.token_ids),
+                attribution.position,
+                spans,
+                case.target_ids[0],
+            )
+            if key not in self.cache:
+                missing[key] = [_ablated(case, candidates, row.tolist()) for row in kept]
+        if missing:
+            prompts = [prompt for rows in missing.values() for prompt in rows]
+            readings = answers_of(depass.model, prompts, self.batch_size, self.progress)
+            log_odds = torch.tensor([reading.log_odds for reading in readings], dtype=torch.float64)
+            self.cache.update(zip(missing, log_odds.split(self.samples), strict=True))
+        for index, predicted in predictions.items():
+            correlation = rank_correlation(predicted, self.cache[keys[index]])
             if correlation is not None:
                 columns[index] = {"lds": correlation}
         return columns
@@ -84,8 +99,7 @@ def removable(attribution: Attribution) -> list[int]:
     Args:
         attribution: the scores.
     """
-    ends = [span[1] if span else 0 for span in attribution.positions]
-    return [i for i in text_components(attribution) if ends[i] <= attribution.position]
+    return without_last(attribution, text_components(attribution))
 
 
 def _ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> AblatedPrompt:

@@ -46,6 +46,11 @@ class Case:
         """How the scores rank the evidence; None where it is not known."""
         return evidence_found(self.attribution, self.evidence_ranges)
 
+    @cached_property
+    def kept_evidence(self) -> Evidence | None:
+        """The same with the last token no candidate."""
+        return evidence_found(self.attribution, self.evidence_ranges, keep_last=True)
+
 
 class Measure(Protocol):
     """A measure of attributions."""
@@ -197,5 +202,19 @@ def evidence_auroc(case: Case) -> float | None:
     return None if case.evidence is None else case.evidence.auroc
 
 
+@ScoreMeasure
+def kept_evidence_first(case: Case) -> float | None:
+    """Evidence ranked first among all tokens but the last."""
+    return None if case.kept_evidence is None else float(case.kept_evidence.first)
+
+
+@ScoreMeasure
+def kept_evidence_auroc(case: Case) -> float | None:
+    """As `evidence_auroc`, among all tokens but the last."""
+    return None if case.kept_evidence is None else case.kept_evidence.auroc
+
+
 ROW_MEASURES: tuple[Measure, ...] = (correct, completeness, evidence_first, evidence_chance, evidence_auroc)
 """What the rows of an analysis and of a comparison hold, besides measures that run the model."""
+KEPT_MEASURES: tuple[Measure, ...] = (kept_evidence_first, kept_evidence_auroc)
+"""What the rows of a comparison hold where the last token is kept."""

@@ -44,12 +44,26 @@ def text_components(attribution: Attribution) -> list[int]:
     return indices
 
 
-def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) -> Evidence | None:
+def without_last(attribution: Attribution, components: Sequence[int]) -> list[int]:
+    """Return those of the components that do not hold the last token, after which the target is read.
+
+    Args:
+        attribution: the scores.
+        components: indices of components that represent tokens.
+    """
+    ends = [span[1] if span else 0 for span in attribution.positions]
+    return [i for i in components if ends[i] <= attribution.position]
+
+
+def evidence_found(
+    attribution: Attribution, ranges: Sequence[tuple[int, int]], *, keep_last: bool = False
+) -> Evidence | None:
     """Compare scores with known evidence, among the components that represent text.
 
     Args:
         attribution: the scores; a bias and special tokens are not candidates.
         ranges: the character ranges `[start, end)` of the evidence in the text.
+        keep_last: the component that holds the last token is no candidate either.
 
     Returns:
         None if there is nothing to compare: there is no range, the tokens' offsets are not known, or no
@@ -58,6 +72,8 @@ def evidence_found(attribution: Attribution, ranges: Sequence[tuple[int, int]]) 
     if attribution.offsets is None:
         return None
     candidates = text_components(attribution)
+    if keep_last:
+        candidates = without_last(attribution, candidates)
     evidence = set(attribution.overlapping(ranges)) & set(candidates)
     if not evidence:
         return None

@@ -31,7 +31,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, AnswerReading, answers_of
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import text_components
+from depass_lightning.faithfulness.evidence import text_components, without_last
 from depass_lightning.results.attribution import Attribution
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -277,10 +277,9 @@ class _Plan:
         self.attribution = attribution
         self.percents = [float(percent) for percent in percents]
         self.zeroed = zeroed
-        ends = [span[1] if span else 0 for span in attribution.positions]
-        self.candidates = [
-            i for i in text_components(attribution) if not (keep_last and ends[i] > attribution.position)
-        ]
+        self.candidates = text_components(attribution)
+        if keep_last:
+            self.candidates = without_last(attribution, self.candidates)
         self.kept: dict[tuple[int, ...], int] = {}
         ranked = sorted(self.candidates, key=lambda i: -attribution.scores[i].item())
         generator = random.Random(f"{seed} {attribution.token_ids}")

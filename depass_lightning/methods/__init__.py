@@ -16,6 +16,7 @@ from depass_lightning.methods.lime import Lime
 from depass_lightning.methods.occlusion import Occlusion
 from depass_lightning.methods.patching import AttributionPatching
 from depass_lightning.methods.random_scores import Random, RandomLastFirst
+from depass_lightning.methods.reagent import ReAGent
 from depass_lightning.methods.shap import GradientShap
 from depass_lightning.methods.shapley import Shapley
 from depass_lightning.methods.sizes import Activation, Norm
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
         Shapley,
         Lime,
         ContextCite,
+        ReAGent,
         AttributionPatching,
         Norm,
         Activation,
@@ -106,6 +108,7 @@ __all__ = [
     "Occlusion",
     "Random",
     "RandomLastFirst",
+    "ReAGent",
     "Shap",
     "Shapley",
     "Taylor",

@@ -115,7 +115,7 @@ class Shap(DePassMethod):
 
 
 class Dual(DePassMethod):
-    """DePass under the dual rule, for models with gated MLPs.
+    """DePass under the dual rule, whose weights are those of AttnLRP.
 
     Args:
         depass: the model, with its tokenizer.

@@ -87,5 +87,6 @@ class AblationBaseline(TokenBaseline):
         kept = batch.real[rows] & ~removed
         empty = ~kept.any(1)
         kept[empty, batch.positions[rows][empty]] = True  # a model needs one token to read
-        ids = pad([row[left].tolist() for row, left in zip(batch.ids[rows], kept, strict=True)])
+        both = zip(batch.ids[rows].cpu(), kept.cpu(), strict=True)
+        ids = pad([row[left].tolist() for row, left in both])
         return run(batch.decoder, ids.to(batch.ids.device), kept.sum(1) - 1)[1]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,8 +18,8 @@ from depass_lightning.sources import Source
 
 ITERATIONS = 100_000  # of a LASSO; fewer draws than candidates converge slowly
 
-Values = Callable[[Bool[Tensor, "subset candidate"]], Float[Tensor, "subset"]]
-"""The target's value with only the candidates kept that are true."""
+Values = Callable[[Bool[Tensor, "subset candidate"]], Float[Tensor, "subset *reading"]]
+"""The target's value, or what a method reads in its place, with only the candidates kept that are true."""
 
 
 class SubsetBaseline(AblationBaseline):
@@ -88,12 +88,26 @@ class SubsetBaseline(AblationBaseline):
 
     def _values(self, batch: Batch, row: int, owners: Tensor, candidates: Tensor) -> Values:
         def values(kept: Tensor) -> Tensor:
-            # position -> candidate, [position, candidate]; each position belongs to at most one
-            members = owners[:, None] == candidates
-            removed = (~kept.to(members.device)).double() @ members.T.double() > 0
+            removed = removed_positions(kept, owners, candidates)
             return self.values(batch, torch.full((len(kept),), row, device=owners.device), removed)
 
         return values
+
+
+def removed_positions(
+    kept: Bool[Tensor, "subset candidate"],
+    owners: Int[Tensor, "position"],
+    candidates: Int[Tensor, "candidate"],
+) -> Bool[Tensor, "subset position"]:
+    """Return the positions of the candidates that are not kept.
+
+    Args:
+        kept: which candidates are kept.
+        owners: the component that each position belongs to.
+        candidates: the numbers of the candidates' components.
+    """
+    members = owners[:, None] == candidates  # [position, candidate]
+    return (~kept.to(members.device)).double() @ members.T.double() > 0
 
 
 class SurrogateBaseline(SubsetBaseline):

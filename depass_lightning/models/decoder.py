@@ -138,12 +138,6 @@ class Decoder:
         return has_bias(self.unembedding) or any(block.has_biases for block in self.blocks)
 
     @property
-    def gated(self) -> bool:
-        """Whether every MLP multiplies its activation with the output of an up projection."""
-        dense = [block.mlp.dense for block in self.blocks]
-        return all(parts is not None and parts.up is not None for parts in dense)
-
-    @property
     def hidden_size(self) -> int:
         """The size of the residual stream."""
         return self.blocks[0].attention.output.shape[0]

@@ -229,6 +229,14 @@ def test_evidence_is_compared_among_text_alone():
     assert missed is not None
     assert (missed.first, missed.chance) == (False, pytest.approx(2 / 5))
     assert evidence_found(scored, []) is None
+    scored = attribution([0.1, 0.2, 0.5, 0.4, 0.9])  # the last token is the highest
+    for ranges in ([(4, 5)], [(4, 5), (8, 9)]):
+        all_tokens, others = (evidence_found(scored, ranges, keep_last=keep) for keep in (False, True))
+        assert all_tokens is not None
+        assert others is not None
+        assert (others.first, others.chance, others.auroc) == (True, pytest.approx(1 / 4), 1)
+        assert all_tokens.first == (len(ranges) == 2)
+    assert evidence_found(scored, [(8, 9)], keep_last=True) is None
 
 
 def test_auroc_is_the_share_of_pairs_in_the_right_order():

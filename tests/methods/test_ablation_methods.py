@@ -16,9 +16,11 @@ from depass_lightning.methods import (
     InformationFlow,
     Lime,
     Occlusion,
+    ReAGent,
     Shapley,
     ValueZeroing,
     make_method,
+    reagent,
 )
 from depass_lightning.methods.random_scores import seed_of
 from tests.methods.test_methods import FOIL, TARGET, TOKEN, close, embedded, scores, value
@@ -133,10 +135,64 @@ def test_lime_is_the_weighted_lasso_of_its_draws(
     close(found, expected, error=2e-3)
 
 
+def probability(model: Any, ids: Tensor) -> float:
+    """The answer's, after a prompt."""
+    return float(model(ids[None], use_cache=False).logits[0, -1].detach().softmax(-1)[TOKEN])
+
+
+@pytest.mark.parametrize("top", [1, 12])
+def test_reagent_follows_the_probability_that_replacements_take(
+    model: PreTrainedModel, depass: DePass, monkeypatch: pytest.MonkeyPatch, top: int
+) -> None:
+    """Every pass is seen: which tokens it replaces, and with what. Importance is computed again in Python."""
+    passes: list[Tensor] = []
+    run = reagent.run
+
+    def watched(decoder: Any, ids: Tensor, positions: Tensor) -> Any:
+        passes.append(ids.clone())
+        return run(decoder, ids, positions)
+
+    monkeypatch.setattr(reagent, "run", watched)
+    count, samples, ratio = len(IDS), 3, 0.3
+    method = ReAGent(depass, samples=samples, steps=4, ratio=ratio, top=top, seed=5)
+    found = scores(method)
+    assert passes.pop(0).tolist() == [IDS.tolist()]
+    size = round(ratio * count)
+    generator = torch.Generator().manual_seed(seed_of(IDS.tolist(), 5))
+    importance = torch.rand(samples, count, generator=generator, dtype=torch.float64).tolist()
+    running = list(range(samples))
+    likely = model(IDS[None], use_cache=False).logits[0]
+    for changed, tested in zip(passes[::2], passes[1::2], strict=True):
+        assert len(changed) == len(tested) == len(running)
+        for number, ids in zip(running, changed, strict=True):
+            replaced = ids != IDS
+            assert int(replaced.sum()) == size, "a replacement is another token"
+            lost = probability(model, IDS) - probability(model, ids)
+            for token in range(count):
+                sign = 1 if replaced[token] else -1
+                importance[number][token] += math.log((1 + sign * lost) / (1 - sign * lost))
+        left = []
+        for number, ids in zip(running, tested, strict=True):
+            best = sorted(range(count), key=lambda token, row=importance[number]: -row[token])[:size]
+            assert (ids == IDS).nonzero()[:, 0].tolist() == sorted(best)
+            logits = model(ids[None], use_cache=False).logits[0, -1]
+            if int((logits > logits[TOKEN]).sum()) >= top:
+                left.append(number)
+            for place in set(range(1, count)) - set(best):
+                order = likely[place - 1].argsort(descending=True).tolist()
+                assert order.index(int(ids[place])) <= reagent.CHOICES
+        running = left
+    assert not running or len(passes) == 8
+    chosen = range(samples) if len(running) == samples else set(range(samples)) - set(running)
+    expected = torch.tensor([importance[number] for number in chosen]).softmax(-1).mean(0)
+    close(found, expected.double())
+    assert torch.equal(scores(method), found), "the draws depend on the seed and the prompt"
+
+
 def test_special_tokens_are_never_removed_and_score_zero() -> None:
     tiny = DePass.from_pretrained("tiny")
     example = tasks.load("ioi", size=1)[0]
-    for name in ("context_cite", "shapley", "lime"):
+    for name in ("context_cite", "shapley", "lime", "reagent"):
         found = make_method(name, tiny, samples=8).attribute(example.prompt, example.answer)
         assert found.offsets is not None
         special = [i for i, (start, end) in enumerate(found.offsets) if start == end]
@@ -148,7 +204,7 @@ def test_special_tokens_are_never_removed_and_score_zero() -> None:
 
 
 def test_ablations_are_refused_without_draws(depass: DePass) -> None:
-    for method in (ContextCite, Shapley, Lime):
+    for method in (ContextCite, Shapley, Lime, ReAGent):
         with pytest.raises(DePassError, match="samples must be at least 1"):
             method(depass, samples=0)
     for method in (ContextCite, Lime):
@@ -156,6 +212,10 @@ def test_ablations_are_refused_without_draws(depass: DePass) -> None:
             method(depass, alpha=0.0)
     with pytest.raises(DePassError, match="rows must be at least 1"):
         ValueZeroing(depass, rows=0)
+    with pytest.raises(DePassError, match="steps and top must be at least 1; got 0 and 3"):
+        ReAGent(depass, steps=0)
+    with pytest.raises(DePassError, match="ratio must be between 0 and 1; got 1"):
+        ReAGent(depass, ratio=1.0)
 
 
 def llama_layers(model: Any, ids: Tensor) -> list[dict[str, Tensor]]:

@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shapley": {"samples": 1},
     "lime": {"samples": 6},
     "context_cite": {"samples": 6},
+    "reagent": {"samples": 2, "steps": 3},
 }
 # Ids have no words. What these leave out of the longer prompt does not stand together.
 RANGES = Spans([(4, 5), (1, 3)], "token")

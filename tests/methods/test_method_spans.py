@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shapley": {"samples": 1},
     "lime": {"samples": 6},
     "context_cite": {"samples": 6},
+    "reagent": {"samples": 2, "steps": 3},
 }
 TEXTS = [
     "When Mary-Anna and John went out, John didn't give it to",

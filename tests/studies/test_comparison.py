@@ -1,14 +1,17 @@
 """The paper's comparison: differences by hand, and all of it on a handful of the embedded model's prompts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 
 from depass_lightning import DePass, DePassError, LogOdds, tasks
 from depass_lightning.faithfulness import Interval, area
-from depass_lightning.methods import DePassMethod
+from depass_lightning.methods import METHODS, DePassMethod
 from depass_lightning.storage import read_rows
 from depass_lightning.studies import read_experiment
 from depass_lightning.studies.comparison import study as module
@@ -23,7 +26,7 @@ from depass_lightning.studies.comparison.method_runs import (
     notes_on,
 )
 from depass_lightning.studies.comparison.prompt_splits import SHARES, sampled, split_of
-from depass_lightning.studies.comparison.study import Components, MethodComparison
+from depass_lightning.studies.comparison.study import LISTED, Components, MethodComparison
 from depass_lightning.utils.bootstrap import bootstrap
 
 
@@ -287,6 +290,7 @@ def test_methods_are_compared_with_true_ablation(depass: DePass, tmp_path: Path)
         extra=["lds", "soft"],
     ).run(depass, tmp_path / "tokens")
     assert {"lds", "soft_sufficiency", "soft_comprehensiveness", "kept_patch_top_area"} <= {*more.columns()}
+    assert {"kept_evidence_first", "kept_evidence_auroc"} <= {*more.columns()}
     assert not lower_is_better("soft_sufficiency")
     with pytest.raises(DePassError, match="extra measures are lds, soft"):
         MethodComparison(extra=["cpr"])  # type: ignore[list-item]
@@ -294,6 +298,24 @@ def test_methods_are_compared_with_true_ablation(depass: DePass, tmp_path: Path)
         MethodComparison(circuits=True)
     with pytest.raises(DePassError, match="held against occlusion"):
         MethodComparison(methods=["random"], against="occlusion").run(depass, tmp_path / "other")
+
+
+@pytest.mark.parametrize("components", LISTED)
+def test_the_experiments_run_as_configured(depass: DePass, tmp_path: Path, components: Components) -> None:
+    """`experiment=compare_...` on the bundled model, with two of its methods."""
+    with initialize_config_module("depass_lightning.conf", version_base="1.3"):
+        config = compose("analyze", [f"experiment=compare_{components}", "study.size=2", "study.pool=12"])
+    study = instantiate(config.study, _convert_="all")
+    assert (study.components, study.split, study.against) == (components, "development", "half")
+    assert set(study.methods or LISTED[components]) <= set(METHODS)
+    few = replace(study, methods=["half", "random"], percents=[0, 50])
+    found = few.run(depass, tmp_path)
+    assert [row["method"] for row in found.table] == ["half", "random"]
+    measured = {*found.columns()}
+    if components == "neurons":
+        assert {"mask_top_area", "cpr"} <= measured
+    else:
+        assert {f"ablation_{name}_spearman_p" for name in ("zero", "mean")} <= measured
 
 
 def test_methods_are_compared_on_mlps(depass: DePass, tmp_path: Path) -> None:

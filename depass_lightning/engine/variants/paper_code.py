@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from depass_lightning.engine.linear_rules import TaylorRule
 from depass_lightning.engine.rules import (
     CompetingRule,
     Gates,
@@ -31,7 +32,6 @@ from depass_lightning.engine.rules import (
     Rule,
     SoftmaxRule,
     Summary,
-    TaylorRule,
 )
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from depass_lightning.engine.adjoint import TargetGradient, backward
 from depass_lightning.engine.frozen import FrozenBlock, FrozenMLP, past
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.mlp import linear_paths
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.rules import CompetingRule, LinearPaths, Rule
+from depass_lightning.engine.rules import CompetingRule, Rule
 from depass_lightning.models.affine import AffineMap
 
 

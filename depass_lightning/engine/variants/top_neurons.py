@@ -35,10 +35,11 @@ from depass_lightning.engine.adjoint import TargetGradient, backward
 from depass_lightning.engine.attention import propagate_attention
 from depass_lightning.engine.component_groups import NeuronGroup
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.mlp import MLPStep, nonzero
 from depass_lightning.engine.propagate import Injection
 from depass_lightning.engine.record import Recording
-from depass_lightning.engine.rules import LinearPaths, SoftmaxRule
+from depass_lightning.engine.rules import SoftmaxRule
 from depass_lightning.engine.state import DecomposedState
 from depass_lightning.engine.variants.rounding import summed_gates
 

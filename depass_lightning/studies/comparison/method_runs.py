@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness import (
+    KEPT_MEASURES,
     MASKED,
     PERCENTS,
     ROW_MEASURES,
@@ -76,7 +77,7 @@ NUMBERS = (
     *("comprehensiveness", "sufficiency", "kept_comprehensiveness", "kept_sufficiency"),
     *(f"kept_{name}_log_odds" for name in ("comprehensiveness", "sufficiency")),
     *("lds", "soft_comprehensiveness", "soft_sufficiency"),
-    *("evidence_first", "evidence_auroc"),
+    *("evidence_first", "evidence_auroc", "kept_evidence_first", "kept_evidence_auroc"),
     *(
         f"ablation_{replacement}_{number}"
         for replacement in get_args(Replacement)
@@ -109,13 +110,14 @@ def removal_measures(
     Args:
         percents: the percentages to measure at; by default those of `removal_curves` or `masking_curves`.
         zeroed: of tokens, measure with embeddings set to zero too.
-        keep_last: of tokens, measure with the last token kept too.
+        keep_last: of tokens, measure with the last token kept too, and rank evidence among the others.
         batch_size: how many prompts go through the model at once.
         progress: show progress bars.
     """
     # No random orders, because "random" is a method.
     options: dict[str, Any] = {"draws": 0, "batch_size": batch_size, "progress": progress}
     return [
+        *(KEPT_MEASURES if keep_last else ()),
         TokenRemoval(percents or PERCENTS, zeroed=zeroed, keep_last=keep_last, **options),
         ComponentMasking(percents or MASKED, **options),
     ]

@@ -95,7 +95,7 @@ class MethodComparison:
             and a hash of their text; None takes all prompts in the task's order.
         size: how many prompts at most, the first that the model answers right.
         pool: how many prompts of the split are asked to find them; None asks all.
-        methods: the methods; None for all that score such components and suit the model.
+        methods: the methods; None for those of `LISTED`.
         options: further options of some methods, by name: `{"integrated_gradients": {"steps": 64}}`.
         target: what is explained of the answer: `contrast`, its logit less the foil's if there is one;
             `token`, its logit; `centred`, its logit less the mean logit; `log_odds`, its log-odds.
@@ -223,9 +223,7 @@ class MethodComparison:
 
     def _methods(self, depass: DePass) -> dict[str, Method]:
         """Make the methods, so that a wrong one is told before any of them is run."""
-        # The dual rule is for gated MLPs.
-        suited = [name for name in LISTED[self.components] if name != "dual" or depass.decoder.gated]
-        names = suited if self.methods is None else list(self.methods)
+        names = list(LISTED[self.components] if self.methods is None else self.methods)
         if self.against not in names:
             raise DePassError(
                 f"the methods are held against {self.against}; name it among {', '.join(names)}"
