@@ -27,6 +27,7 @@ from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
 from depass_lightning.targets import Contrast, Direction, LogOdds, ProbeLogit, Token
+from depass_lightning.utils.sections import Conversation, Documents
 
 __all__ = [
     "AttentionSpec",
@@ -34,11 +35,13 @@ __all__ = [
     "Attributions",
     "Components",
     "Contrast",
+    "Conversation",
     "DePass",
     "DePassError",
     "DePassWarning",
     "Decomposition",
     "Direction",
+    "Documents",
     "Estimate",
     "ExpertsSpec",
     "FamilySpec",

@@ -148,7 +148,8 @@ class DePass:
         """Compute how much each component of a prompt contributes to a target.
 
         Args:
-            prompt: one prompt, or several.
+            prompt: one prompt, or several; `messages=` takes a conversation `[{"role", "content"}, ...]` or
+                several in its place, here and in the other calls.
             target: what is explained; None for the model's own next token. For one prompt a list explains
                 several targets from one recorded pass. For several prompts it is one for all, a list with one
                 per prompt, or a list with a list for each prompt.
@@ -166,7 +167,7 @@ class DePass:
                 once through a query or a key. These scores do not sum to the value.
             batch_size: how many prompts go through the model at once, by default 16; a prompt with several
                 targets goes alone.
-            progress: show a progress bar; by default False.
+            progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side; or lists of ids.
             attention_mask: 1 at the real positions of `input_ids`.
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.utils.chat_templates import formatted
+from depass_lightning.utils.sections import Section, sections_of
 from depass_lightning.utils.tokenization import (
     check_beginning,
     check_vocabulary,
@@ -37,6 +39,7 @@ class Prompt:
         name: what it is called in an error.
         index: its place in the call.
         unknown: the words that the tokenizer does not know, each once; the model reads `<unk>` instead.
+        sections: the turns of a conversation and the documents in the text, and their characters.
     """
 
     text: str
@@ -46,6 +49,7 @@ class Prompt:
     name: str
     index: int = 0
     unknown: tuple[str, ...] = ()
+    sections: tuple[Section, ...] = ()
 
     def resolve_position(self, position: int) -> int:
         """Turn a position that may count from the end into an index.
@@ -96,7 +100,9 @@ def prompts_of(
     limit, vocabulary = decoder.max_positions, decoder.vocabulary_size
     if prompt is None:
         if input_ids is None:
-            raise DePassError("there is nothing to explain: pass a prompt, a list of prompts, or input_ids")
+            raise DePassError(
+                "there is nothing to explain: pass a prompt, a list of prompts, messages, or input_ids"
+            )
         ids, mask = _tables(input_ids, attention_mask)
         return prompts_of_ids(ids, mask, tokenizer, limit, vocabulary)
     if input_ids is not None:
@@ -152,14 +158,15 @@ def prompts_of_texts(
             raise DePassError(f"{name} is a {type(text).__name__}, not a text")
         if not text.strip():
             raise DePassError(f"{name} is empty; give it at least one token")
+        text = formatted(text, tokenizer, name)
         check_beginning(name, text, tokenizer, limit)
         ids, offsets, start, twice = encode(text, tokenizer, name)
         doubled += [str(tokenizer.decode(ids[:1]))] if twice else []
-        _check_length(name, len(ids), limit)
+        _check_length(name, len(ids), limit, _beyond(sections_of(text), offsets, limit))
         check_vocabulary(name, ids, tokenizer, vocabulary)
         tokens = token_pieces(ids, text, offsets, tokenizer, start)
         unknown = unknown_words(ids, text, offsets, tokenizer)
-        prompts.append(Prompt(text, ids, tokens, offsets, name, index, unknown))
+        prompts.append(Prompt(str(text), ids, tokens, offsets, name, index, unknown, sections_of(text)))
     _warn(prompts, doubled, tokenizer)
     return prompts
 
@@ -260,9 +267,11 @@ def continued(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase
         start, text = len(text), text + written if covers else text
         tokens += [written, *(token_text(token, tokenizer) for token in run[1:])]
         offsets += [(start, len(text)) if covers else (0, 0)] * len(run)
+    answer = Section("answer", "answer", len(prompt.text), len(text))
     return replace(
         prompt,
         text=text if prompt.text else "",
+        sections=(*prompt.sections, answer) if prompt.sections and ids else prompt.sections,
         ids=[*prompt.ids, *ids],
         tokens=tokens,
         offsets=None if prompt.offsets is None else offsets,
@@ -287,11 +296,20 @@ def _runs(
             run = []
 
 
-def _check_length(name: str, count: int, limit: int | None) -> None:
+def _check_length(name: str, count: int, limit: int | None, hint: str = "shorten it") -> None:
     if count == 0:
         raise DePassError(f"{name} is empty; give it at least one token")
     if limit is not None and count > limit:
-        raise DePassError(f"{name} has {count} tokens, more than the model's context of {limit}; shorten it")
+        raise DePassError(f"{name} has {count} tokens, more than the model's context of {limit}; {hint}")
+
+
+def _beyond(sections: Sequence[Section], offsets: Sequence[tuple[int, int]] | None, limit: int | None) -> str:
+    """Return what to leave out of a prompt that is too long."""
+    if limit is None or offsets is None or len(offsets) <= limit:
+        return "shorten it"
+    reached = offsets[limit][0]
+    beyond = [part.name for part in sections if part.kind == "document" and part.end > reached]
+    return f"shorten or leave out documents; {beyond[0]!r} reaches beyond it" if beyond else "shorten it"
 
 
 def _warn(prompts: list[Prompt], doubled: list[str], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -156,6 +156,7 @@ def assemble(
                         tokens=prompt.tokens,
                         token_ids=prompt.ids,
                         offsets=prompt.offsets,
+                        sections=list(prompt.sections),
                         source=source.kind,
                         rule=settings.rule_name,
                         layer=source.layers(len(decoder.blocks))[0],

@@ -20,6 +20,8 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import IdsLike, Prompt
 from depass_lightning.sources import Source, SplitContext
 from depass_lightning.sources.base import is_whole
+from depass_lightning.utils.chat_templates import conversations_of
+from depass_lightning.utils.sections import Message
 
 BiasMode = Literal["component", "drop"]
 Engine = Literal["auto", "propagate", "adjoint"]
@@ -40,6 +42,7 @@ class RuleOptions(TypedDict, total=False):
 class AttributeOptions(RuleOptions, total=False):
     """The keyword arguments of a call that returns scores."""
 
+    messages: Sequence[Message] | Sequence[Sequence[Message]] | None
     source: Source | None
     compat: Literal["paper_code"] | None
     batch_size: int
@@ -51,6 +54,7 @@ class AttributeOptions(RuleOptions, total=False):
 class DecomposeOptions(TypedDict, total=False):
     """The keyword arguments of a call that returns states: those of `attribute` that are not about scores."""
 
+    messages: Sequence[Message] | Sequence[Sequence[Message]] | None
     source: Source | None
     rule: RuleName
     temperature: float
@@ -318,6 +322,8 @@ KINDS: dict[str, Kind] = {
 def checked(call: Call) -> Call:
     """Refuse arguments of a call that are not of the type that `KINDS` declares for their name.
 
+    A call that takes a prompt takes `messages=` in its place: a conversation, or several.
+
     Args:
         call: a function or method; what it takes as `**options` is checked, as `**arguments` it is not.
 
@@ -328,7 +334,9 @@ def checked(call: Call) -> Call:
     known = KINDS if "options" in names else {name: KINDS[name] for name in names if name in KINDS}
 
     @functools.wraps(call)
-    def checking(*args: Any, **kwargs: Any) -> Any:
+    def checking(*args: Any, messages: Any = None, **kwargs: Any) -> Any:
+        if messages is not None:
+            args, kwargs = _with_conversations(names, args, kwargs, messages)
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
             if name in known and not known[name][1](value):
                 raise DePassError(
@@ -337,3 +345,19 @@ def checked(call: Call) -> Call:
         return call(*args, **kwargs)
 
     return checking  # type: ignore[return-value]
+
+
+def _with_conversations(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], messages: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments with conversations as its prompts."""
+    if "prompt" not in names:
+        raise DePassError("this call takes no messages; leave them out")
+    passed = dict(zip(names, args, strict=False)) | kwargs
+    if any(passed.get(name) is not None for name in ("prompt", "input_ids")):
+        raise DePassError("pass one of messages, prompts and input_ids")
+    place = names.index("prompt")
+    prompts = conversations_of(messages)
+    if place < len(args):
+        return (*args[:place], prompts, *args[place + 1 :]), kwargs
+    return args, kwargs | {"prompt": prompts}

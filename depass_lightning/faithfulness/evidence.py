@@ -7,6 +7,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.utils.sections import ablatable
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,19 @@ def text_components(attribution: Attribution) -> list[int]:
     """Return the indices of the components that represent text up to the target's position.
 
     A bias is not among them, and neither are special tokens, which the tokenizer adds and which have no
-    characters of the text. Without offsets, every component that represents tokens counts.
+    characters of the text, and the tokens of a template. Of a prompt with documents only these count. Without
+    offsets, every component that represents tokens counts.
 
     Args:
         attribution: the scores.
     """
-    offsets = attribution.offsets
-    indices = []
-    for i, span in enumerate(attribution.positions):
-        if span is None or span[1] > attribution.position + 1:
-            continue
-        if offsets is None or any(end > start for start, end in offsets[slice(*span)]):
-            indices.append(i)
-    return indices
+    offsets, count = attribution.offsets, len(attribution.tokens)
+    text = set(ablatable(attribution.text, attribution.sections, offsets, count))
+    return [
+        i
+        for i, span in enumerate(attribution.positions)
+        if span is not None and span[1] <= attribution.position + 1 and not text.isdisjoint(range(*span))
+    ]
 
 
 def without_last(attribution: Attribution, components: Sequence[int]) -> list[int]:

@@ -189,6 +189,7 @@ class Baseline(Method):
             tokens=prompt.tokens,
             token_ids=prompt.ids,
             offsets=prompt.offsets,
+            sections=list(prompt.sections),
             source=self.source.kind,
             rule=self.name,
             layer=self.source.layers(len(self.depass.decoder.blocks))[0],

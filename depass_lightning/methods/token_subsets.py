@@ -15,6 +15,7 @@ from depass_lightning.methods.model_runs import Batch
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.methods.token_ablation import AblationBaseline
 from depass_lightning.sources import Source
+from depass_lightning.utils.sections import ablatable
 
 ITERATIONS = 100_000  # of a LASSO; fewer draws than candidates converge slowly
 
@@ -25,7 +26,8 @@ Values = Callable[[Bool[Tensor, "subset candidate"]], Float[Tensor, "subset *rea
 class SubsetBaseline(AblationBaseline):
     """A method that is fitted to the target's value on subsets of a prompt's tokens or spans.
 
-    Special tokens, which stand for no text, are never removed and score zero. What is drawn depends on the
+    Special tokens and a template, which stand for no text, are never removed and score zero; with documents,
+    only these are removed. What is drawn depends on the
     seed and the prompt alone.
 
     Args:
@@ -81,10 +83,9 @@ class SubsetBaseline(AblationBaseline):
 
     def _candidates(self, batch: Batch, row: int, owners: Tensor) -> Tensor:
         """Return the numbers of the components of one prompt that stand for text."""
-        offsets = batch.prompts[row].offsets
-        positions = range(len(batch.rows[row]))
-        text = [i for i in positions if offsets is None or offsets[i][1] > offsets[i][0]]
-        return owners[text].unique()
+        prompt, count = batch.prompts[row], len(batch.rows[row])
+        text = ablatable(prompt.text, prompt.sections, prompt.offsets, count)
+        return owners[[i for i in text if i < count]].unique()
 
     def _values(self, batch: Batch, row: int, owners: Tensor, candidates: Tensor) -> Values:
         def values(kept: Tensor) -> Tensor:

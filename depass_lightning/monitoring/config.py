@@ -15,6 +15,8 @@ Sources = SourceLike | Sequence[SourceLike] | Mapping[str, SourceLike] | None
 NAMED: dict[str, Source] = {
     "tokens": Tokens(),
     "spans": Spans("word"),
+    "turns": Spans("turn"),
+    "documents": Spans("sentence"),
     "heads": Heads(),
     "modules": Module("attention"),
     "neurons": Neurons(-2),

@@ -17,13 +17,14 @@ from torch import Tensor
 from depass_lightning.errors import DePassError
 from depass_lightning.results.comparison import Comparison, compare_scores
 from depass_lightning.results.component import Component, from_columns, to_columns
+from depass_lightning.results.grouping import Citation, citations, sections_summed, words_summed
 from depass_lightning.utils.atomic_files import write_whole
-from depass_lightning.utils.words import word_tokens, word_tokens_by_space
+from depass_lightning.utils.sections import Section, SectionUnit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "depass-attribution-3"  # 1 counted ranks from 0; 2 had names instead of components
+FORMAT = "depass-attribution-4"  # 1 counted ranks from 0; 2 had names for components; 3 no sections
 
 
 @dataclass(eq=False)
@@ -52,6 +53,7 @@ class Attribution:
         method: `depass`, or the name of the method that made the scores; those of other methods need not sum
             to the value.
         attention_path: `content`, or `control` for scores of the query and key path alone.
+        sections: the turns of a conversation and the documents in `text`.
         metadata: anything else worth keeping; JSON must be able to hold it.
     """
 
@@ -74,6 +76,7 @@ class Attribution:
     target_ids: list[int] = field(default_factory=list)
     method: str = "depass"
     attention_path: str = "content"
+    sections: list[Section] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,27 +160,32 @@ class Attribution:
         Punctuation marks, special tokens and components without a position, such as the bias, stay as they
         are. Where the offsets or the text are not known, a word begins at a token that begins with a space.
         """
-        if self.offsets is not None and self.text:
-            word_of = word_tokens(self.text, self.offsets)
-        else:
-            word_of = word_tokens_by_space(self.tokens)
-        groups: list[list[int]] = []
-        reached = -1  # the last word that the group before reaches
-        for i, span in enumerate(self.positions):
-            joins = span is not None and bool(groups) and word_of[span[0]] <= reached
-            groups[-1].append(i) if joins else groups.append([i])
-            reached = -1 if span is None else word_of[span[1] - 1]
-        scores = [self.scores[group].double().sum().item() for group in groups]
-        components = [self._merged(group) for group in groups]
-        return replace(self, scores=torch.tensor(scores), components=components)
+        return words_summed(self)
 
-    def _merged(self, group: Sequence[int]) -> Component:
-        """Return neighbouring components as one."""
-        first, last = self.components[group[0]], self.components[group[-1]]
-        if len(group) == 1 or first.span is None or last.span is None:
-            return first
-        span = (first.span[0], last.span[1])
-        return Component("span", self.text_of(span), span=span)
+    def grouped(self, by: SectionUnit) -> "Attribution":
+        """Return the same attribution with the components of each unit of the text summed into one.
+
+        What belongs to a template is one component, "template"; a bias stays as it is.
+
+        Args:
+            by: `sentence`, `paragraph`, `turn` (named by its role) or `document` (by its name).
+
+        Raises:
+            DePassError: the text is not known, there is no such unit, or a component has several.
+        """
+        return sections_summed(self, by)
+
+    def cite(self, k: int = 3, by: SectionUnit = "sentence") -> list[Citation]:
+        """Return the parts of the prompt's documents with the largest scores, the largest first.
+
+        Args:
+            k: the largest number of citations.
+            by: what is cited: `sentence`, `paragraph` or `document`.
+
+        Raises:
+            DePassError: the prompt has no documents, or a component is more than one such part.
+        """
+        return citations(self, k, by)
 
     def text_of(self, positions: tuple[int, int] | None) -> str:
         """Return the text of a token range, from the prompt where its offsets are known.
@@ -324,6 +332,7 @@ class Attribution:
         record["components"] = from_columns(record["components"])
         if record["offsets"] is not None:
             record["offsets"] = [tuple(span) for span in record["offsets"]]
+        record["sections"] = [Section(*section) for section in record["sections"]]
         return cls(**record | {"scores": scores})
 
     # The pictures are imported where they are drawn: reports build on this module, and matplotlib, rich and

@@ -1,23 +1,20 @@
-"""A prompt's tokens grouped into words, sentences, paragraphs, chat turns or given ranges."""
+"""A prompt's tokens grouped into words, sentences, paragraphs, turns, documents or given ranges."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import Prompt
+from depass_lightning.utils.sections import ENDS, SectionUnit, first_visible, parts, tokens_of
 from depass_lightning.utils.words import word_tokens
 
-Unit = Literal["word", "sentence", "paragraph", "turn"]
+Unit = Literal["word"] | SectionUnit
+UNITS = ("word", *get_args(SectionUnit))
 
-_ENDS = {
-    # A sentence ends after its closing marks; Chinese, Japanese and Hindi have other marks.
-    "sentence": re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？।]+|\n+"),
-    "paragraph": re.compile(r"\n\s*\n"),
-}
-
-# Where a chat template begins a turn.
+# Where a chat template begins a turn, in a text whose messages are not known.
 _OPENS = re.compile(
     r"<[|｜](?:im_start|im_user|im_system|im_assistant"  # ChatML, and Kimi's
     r"|start_header_id|header_start"  # Llama 3, Llama 4
@@ -56,8 +53,8 @@ def segment(
 
 
 def _by_text(prompt: Prompt, by: str) -> list[list[int]]:
-    if by not in get_args(Unit):
-        raise DePassError(f"Spans({by!r}): choose one of {', '.join(get_args(Unit))}, or give ranges")
+    if by not in UNITS:
+        raise DePassError(f"Spans({by!r}): choose one of {', '.join(UNITS)}, or give ranges")
     if prompt.offsets is None or not prompt.text:
         raise DePassError(
             f"Spans({by!r}): {prompt.name} has no text to find its tokens in; give ranges of tokens"
@@ -65,13 +62,17 @@ def _by_text(prompt: Prompt, by: str) -> list[list[int]]:
     if by == "word":
         numbers = word_tokens(prompt.text, prompt.offsets)
         return [[i for i, word in enumerate(numbers) if word == number] for number in sorted(set(numbers))]
-    borders = _turns(prompt) if by == "turn" else [match.end() for match in _ENDS[by].finditer(prompt.text)]
+    if prompt.sections:
+        inside = parts(prompt.text, prompt.sections, cast(SectionUnit, by))
+        return [tokens for tokens in tokens_of(inside, prompt.text, prompt.offsets) if tokens]
+    if by == "document":
+        raise DePassError(
+            f"Spans('document'): {prompt.name} has no documents; pass Documents([...], question)"
+        )
+    borders = _turns(prompt) if by == "turn" else [match.end() for match in ENDS[by].finditer(prompt.text)]
     groups: list[list[int]] = [[] for _ in range(len(borders) + 1)]
-    for position, (start, end) in enumerate(prompt.offsets):
-        # A token belongs to the group of its first visible character.
-        text = prompt.text[start:end]
-        first = start + len(text) - len(text.lstrip()) if text.strip() else start
-        groups[sum(first >= border for border in borders)].append(position)
+    for position, span in enumerate(prompt.offsets):
+        groups[bisect_right(borders, first_visible(prompt.text, span))].append(position)
     return [group for group in groups if group]
 
 

@@ -21,6 +21,7 @@ from depass_lightning.prompts import Prompt
 from depass_lightning.results.component import Component
 from depass_lightning.sources.base import Source, SplitContext, resolve_layer
 from depass_lightning.sources.segments import Unit, segment
+from depass_lightning.utils.sections import parts, tokens_of
 
 
 def summed(
@@ -120,11 +121,13 @@ class Spans(Positional):
     """The tokens of a word, a sentence or a range together are one component.
 
     Few components are propagated, whatever the prompt's length. The first position is a separate
-    component, and tokens that no range covers form one more, "rest". A span's score is not the sum of its
-    tokens' scores: neurons are shared by what the components sum to.
+    component, and tokens that no range covers form one more, "rest". In a conversation and in documents these
+    are the tokens of the template, and the component is called "template". A span's score is not the sum of
+    its tokens' scores: neurons are shared by what the components sum to.
 
     Args:
-        by: `word`, `sentence`, `paragraph` or `turn` (of a chat), or ranges `[(start, end), ...]`.
+        by: `word`, `sentence`, `paragraph`, `turn` (of a conversation, named by its role), `document` (by its
+            name), or ranges `[(start, end), ...]`.
         unit: what the ranges count: `character` of the prompt's text, or `token`.
         layer: the block whose input is split; negative counts from the end.
         exclude_first: whether, under the competing rules, the first token gets no share of any MLP at later
@@ -148,14 +151,27 @@ class Spans(Positional):
     @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         components = []
-        for index, tokens in enumerate(segment(prompt, self.by, self.unit)):
+        groups = segment(prompt, self.by, self.unit)
+        names = self._names(prompt)
+        for index, tokens in enumerate(groups):
             span = (tokens[0], tokens[-1] + 1)
-            if span[1] - span[0] == len(tokens):
+            template = bool(names) and index > 0 and tokens[0] not in names
+            if span[1] - span[0] == len(tokens) and not template:
                 text = "".join(prompt.tokens[slice(*span)])
-                components.append(Component("span", text, index=index, span=span))
+                label = (names.get(tokens[0]) if index else "") or text
+                components.append(Component("span", label, index=index, span=span))
             else:
-                components.append(Component("rest", "rest"))
+                components.append(Component("rest", "template" if template else "rest"))
         return [components]
+
+    def _names(self, prompt: Prompt) -> dict[int, str]:
+        """Return the name of each token's turn or document, "" for other units; none without sections."""
+        if not prompt.sections or prompt.offsets is None or self.by == "word" or not isinstance(self.by, str):
+            return {}
+        inside = parts(prompt.text, prompt.sections, self.by)
+        named = zip(inside, tokens_of(inside, prompt.text, prompt.offsets), strict=True)
+        known = self.by in ("turn", "document")
+        return {position: part.name if known else "" for part, tokens in named for position in tokens}
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,13 @@ import torch
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import from_columns, to_columns
 from depass_lightning.storage.shards import read_rows
+from depass_lightning.utils.sections import Section
 
 RANGES = pa.list_(pa.list_(pa.int32()))
 ROLES = pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))
+SECTIONS = pa.list_(
+    pa.struct([("kind", pa.string()), ("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
+)
 CURVE = pa.list_(pa.float64())
 REMOVAL = ("patch_top", "recover_top", "patch_random", "recover_random")
 READINGS = ("_logit", "_log_odds", "_rank")
@@ -51,6 +55,7 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("target_ids", pa.list_(pa.int64())),
         ("method", pa.string()),
         ("attention_path", pa.string()),
+        ("sections", SECTIONS),
         ("metadata", pa.string()),
         # what is known about the prompt, and measured on it
         ("answer", pa.string()),
@@ -97,6 +102,7 @@ def attribution_to_row(attribution: Attribution) -> dict[str, Any]:
     """Return the attribution's fields and completeness error as columns of `ATTRIBUTION_SCHEMA`."""
     row = {name: getattr(attribution, name) for name in PLAIN} | to_columns(attribution.components)
     row["scores"] = attribution.scores.tolist()
+    row["sections"] = [section._asdict() for section in attribution.sections]
     row["completeness"] = attribution.completeness
     row["metadata"] = json.dumps(attribution.metadata, ensure_ascii=False)
     return row
@@ -110,6 +116,7 @@ def attribution_from_row(row: Mapping[str, Any]) -> Attribution:
     """
     components = from_columns(row)  # first: an earlier version's rows lack other fields too
     fields = {name: row[name] for name in PLAIN}
+    fields["sections"] = [Section(**section) for section in row["sections"]]
     fields["scores"] = torch.tensor(row["scores"], dtype=torch.float32)
     fields["metadata"] = json.loads(row["metadata"])
     if row["offsets"] is not None:

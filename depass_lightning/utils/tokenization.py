@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.errors import DePassError
+from depass_lightning.utils.sections import SectionedText
 
 CHARACTERS_PER_POSITION = 32  # tokenised to check a text's length, per position of the context
 MAX_CHARACTERS = 10_000_000  # of a text; tokenising more takes gigabytes of memory
@@ -32,8 +33,8 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the promp
     """Tokenise a text that the model continues.
 
     Special tokens that the tokenizer puts before a text are added, but not a second time to a text that
-    already begins with them, such as a formatted chat. Special tokens after a text (EOS, [SEP]) are omitted:
-    the model would continue from them.
+    already begins with them. None are added to a formatted conversation, which has those of its template.
+    Special tokens after a text (EOS, [SEP]) are omitted: the model would continue from them.
 
     Args:
         text: the text.
@@ -52,8 +53,8 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the promp
         ) from error
     # DePass itself refuses prompts longer than the context.
     options: dict[str, Any] = {"return_offsets_mapping": bool(tokenizer.is_fast), "verbose": False}
-    whole = tokenizer(text, **options)
-    plain = tokenizer(text, add_special_tokens=False, **options)
+    plain = tokenizer(str(text), add_special_tokens=False, **options)
+    whole = plain if isinstance(text, SectionedText) and text.formatted else tokenizer(str(text), **options)
     ids, bare = list(whole["input_ids"]), list(plain["input_ids"])
     offsets = [tuple(pair) for pair in whole["offset_mapping"]] if tokenizer.is_fast else None
     last = len(ids) - len(bare)

@@ -134,6 +134,8 @@ def test_sources_rules_and_targets_are_the_librarys(tmp_path):
     meant = {
         "tokens": Tokens(),
         "spans": Spans("word"),
+        "turns": Spans("turn"),
+        "documents": Spans("sentence"),
         "heads": Heads(),
         "modules": Module("attention"),
         "neurons": Neurons(-2),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from depass_lightning import Contrast, DePass, Heads, Tokens, tasks
+from depass_lightning import Contrast, DePass, Heads, Spans, Tokens, tasks
 from tests.reference import twin, twin_sources
 from tests.reference.models import distance
 from tests.reference.twin import Rule, Trace
@@ -124,3 +124,22 @@ def test_half_precision_adds_up_with_its_rounding(depass: DePass) -> None:
     own = half.attribute(PROMPT, TARGET, rule="taylor")
     assert distance(own.scores[:-1], plain.scores) < 0.2
     assert own.words().names == [*plain.words().names, "rounding"]
+
+
+def test_a_conversation_is_what_its_chat_template_writes(depass: DePass) -> None:
+    messages = [
+        {"role": "system", "content": "Answer with one word."},
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "And of Italy?"},
+    ]
+    tokenizer: Any = depass.tokenizer
+    expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+    found = depass.attribute(messages=messages, target="Rome", source=Spans("turn"), rule="half")
+    assert found.token_ids == list(expected["input_ids"])
+    assert found.names == ["<|im_start|>", "system", "user", "assistant", "user", "template"]
+    assert found.prediction == "Rome"
+    assert found.completeness < 1e-5
+    assert [found.text[start:end] for _, _, start, end in found.sections] == [
+        message["content"] for message in messages
+    ]
