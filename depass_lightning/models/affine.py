@@ -36,12 +36,11 @@ class AffineMap:
         """Return one map with this map's outputs and then those of another map of the same inputs."""
         bias = None
         if self.bias is not None or other.bias is not None:
-            biases = (
-                one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias
-                for one in (self, other)
-            )
-            bias = torch.cat([*biases])
+            bias = torch.cat([self._constant(), other._constant()])
         return AffineMap(torch.cat([self.weight, other.weight]), bias)
+
+    def _constant(self) -> Tensor:
+        return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
 
 
 def linear_of(module: nn.Module, dtype: torch.dtype) -> AffineMap:
@@ -343,10 +342,9 @@ def device_of(module: nn.Module, near: nn.Module | None = None) -> torch.device:
     for device in (getattr(hook, "execution_device", None) for hook in hooks):
         if device is not None:
             return torch.device(device)
-    tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
-    device = next((tensor.device for tensor in tensors), None)
-    if device is not None:
-        return device
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
     return torch.device("cpu") if near is None else device_of(near)
 
 
@@ -354,11 +352,8 @@ def _precision_of(module: nn.Module) -> torch.dtype:
     """The precision that a module expects its input in."""
     base: Any = getattr(module, "base_layer", module)
     precision = getattr(base, "compute_dtype", None)  # bitsandbytes
-    if precision is None:
-        tensors = (*base.parameters(), *base.buffers())
-        kinds = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-        precision = kinds[0] if kinds else torch.float32
-    return precision
+    kinds = (tensor.dtype for tensor in (*base.parameters(), *base.buffers()) if tensor.is_floating_point())
+    return next(kinds, torch.float32) if precision is None else precision
 
 
 @dataclass(frozen=True)
