@@ -220,7 +220,8 @@ def _with_bytes(
     )
     copies = weights * size if decoder.rounds else 0
     vocabulary = features(decoder.unembedding)[1] * size
-    copies_of_rows = 2 if block.parallel or block.mlp.residual != "none" else 1
+    past_mlp = block.mlp.residual != "none" or block.mlp.residual_weight is not None
+    copies_of_rows = 2 if block.parallel or past_mlp else 1
     # What a step holds, once more for what it is made from.
     rows = max(most, max(components) // (hidden * size))
     step = min(settings.budget.working, rows * (2 * hidden + 2 * block.mlp.width) * size)

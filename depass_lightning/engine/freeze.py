@@ -18,7 +18,8 @@ from depass_lightning.engine.frozen import (
 from depass_lightning.engine.hooks import Capture
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap
-from depass_lightning.models.block import Block, DenseParts, ExpertsParts, ExpertsUp
+from depass_lightning.models.block import AttentionParts, Block, MLPParts
+from depass_lightning.models.experts import DenseParts, ExpertsParts, ExpertsUp
 from depass_lightning.models.spec import ResidualNorm
 
 
@@ -101,7 +102,7 @@ class _Freezer:
             value, norm = AffineMap(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
         post = self._post("attention post-norm", self.probes.behind_attention)
         output, added = self._projected(parts.output.linear(dtype), post)
-        skip = {"none": None, "norm": call_norm, "post_norm": post}[parts.residual]
+        skip = self._skip(parts, call_norm, post)
         added = self._with_skipped_bias(added, skip, parts.residual)
         probabilities = capture.probabilities.to(dtype)
         if post is not None:
@@ -140,7 +141,7 @@ class _Freezer:
         down, constant = self._projected(down, post, added)
         if post is not None:
             neurons = neurons * post.scale[..., None]
-        skip = {"none": None, "norm": norm, "post_norm": post}[parts.residual]
+        skip = self._skip(parts, norm, post)
         return FrozenMLP(
             norm=norm,
             gate=gate,
@@ -180,6 +181,15 @@ class _Freezer:
         if scale != 1:
             weight, added = weight * scale, None if added is None else added * scale
         return AffineMap(weight, None), added
+
+    def _skip(
+        self, parts: AttentionParts | MLPParts, norm: FrozenNorm, post: FrozenNorm | None
+    ) -> FrozenNorm | None:
+        """What the residual stream itself goes through past a sublayer, if anything."""
+        if parts.residual_weight is not None:
+            weight = parts.residual_weight.detach().to(self.state)
+            return FrozenNorm(NormParameters(weight, None, False), torch.ones_like(self.state[..., 0]))
+        return {"none": None, "norm": norm, "post_norm": post}[parts.residual]
 
     def _with_skipped_bias(
         self, added: Tensor | None, skip: FrozenNorm | None, residual: ResidualNorm

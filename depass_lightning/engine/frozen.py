@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, Projection, device_of
-from depass_lightning.models.block import Block, ExpertsUp
+from depass_lightning.models.block import Block
+from depass_lightning.models.experts import ExpertsUp
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from depass_lightning.models.block import Block, DenseParts
+from depass_lightning.models.block import Block
+from depass_lightning.models.experts import DenseParts
 
 
 @dataclass

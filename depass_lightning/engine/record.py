@@ -22,8 +22,9 @@ from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection
-from depass_lightning.models.block import Block, ExpertsUp
+from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.experts import ExpertsUp
 
 
 @dataclass

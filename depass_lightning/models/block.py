@@ -8,15 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import (
-    AffineMap,
-    Projection,
-    base_of,
-    features,
-    has_bias,
-    is_quantised,
-    parameter_of,
-)
+from depass_lightning.models.affine import Projection, features, has_bias, is_quantised
+from depass_lightning.models.experts import DenseParts, ExpertsParts
 from depass_lightning.models.spec import (
     AttentionSpec,
     FamilySpec,
@@ -41,6 +34,7 @@ class AttentionParts:
         heads: the number of query heads.
         in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
+        residual_weight: what the residual stream is multiplied with past it, if anything.
     """
 
     module: nn.Module
@@ -52,145 +46,7 @@ class AttentionParts:
     heads: int
     in_mask: str | None
     residual: ResidualNorm
-
-
-@dataclass(frozen=True)
-class DenseParts:
-    """The maps of an MLP; see `MLPSpec`."""
-
-    gate: Projection
-    up: Projection | None
-    down: Projection
-
-
-@dataclass(frozen=True)
-class ExpertsParts:
-    """The modules of a mixture of experts.
-
-    Args:
-        module: the experts, called with states, indices and weights.
-        shared: the MLP that every position goes through, if there is one.
-        shared_gate: the map whose sigmoid scales the shared MLP's output.
-    """
-
-    module: nn.Module
-    shared: DenseParts | None
-    shared_gate: nn.Module | None
-
-    @property
-    def count(self) -> int:
-        """The number of experts."""
-        return self._stored("down_proj").shape[0]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weights are stored `[expert, in, out]`."""
-        return hasattr(base_of(self.module), "gate_up_proj_bias")
-
-    @property
-    def has_biases(self) -> bool:
-        """Whether the experts add constants."""
-        return hasattr(base_of(self.module), "down_proj_bias")
-
-    @property
-    def width(self) -> int:
-        """The number of one expert's neurons."""
-        return self._stored("down_proj").shape[1 if self.transposed else 2]
-
-    def _stored(self, name: str) -> Tensor:
-        weight = getattr(base_of(self.module), name, None)
-        if not isinstance(weight, Tensor) or weight.ndim != 3:
-            kind = type(base_of(self.module)).__name__
-            raise DePassError(f"{kind} keeps no weights of all experts in '{name}'")
-        return weight
-
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Return the weights of all experts with their biases: gate and up together, and down.
-
-        Args:
-            dtype: the precision of the result.
-        """
-        names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-        self._stored(names[0])
-        gate_up, first, down, second = (parameter_of(self.module, name, dtype) for name in names)
-        assert gate_up is not None
-        assert down is not None
-        if self.transposed:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        return gate_up, first, down, second
-
-    def column(self, expert: int, neuron: int, dtype: torch.dtype) -> Float[Tensor, "hidden"]:
-        """What one neuron of one expert writes.
-
-        Args:
-            expert: the expert's number.
-            neuron: the neuron's number inside it.
-            dtype: the precision of the result.
-        """
-        down = parameter_of(self.module, "down_proj", None)
-        assert down is not None
-        return (down[expert, neuron] if self.transposed else down[expert, :, neuron]).to(dtype)
-
-    @property
-    def gate_rows(self) -> slice:
-        """Where gates stand among the outputs of gates and ups together."""
-        return slice(0, None, 2) if self.transposed else slice(0, self.width)
-
-    @property
-    def up_rows(self) -> slice:
-        """Where ups stand among the outputs of gates and ups together."""
-        return slice(1, None, 2) if self.transposed else slice(self.width, 2 * self.width)
-
-    def activated(self, gate_up: Tensor) -> Tensor:
-        """One expert's neurons from its gates and ups, by the module's own code.
-
-        Args:
-            gate_up: `[*rows, 2 neuron]`.
-        """
-        module: Any = base_of(self.module)
-        if hasattr(module, "_apply_gate"):
-            return module._apply_gate(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return module.act_fn(gate) * up
-
-
-@dataclass(frozen=True)
-class ExpertsUp:
-    """The map to the second factor of all experts' neurons, and a shared expert's last, read when needed.
-
-    Args:
-        parts: the experts.
-        device: where it is read to; None for where it is.
-    """
-
-    parts: ExpertsParts
-    device: torch.device | None = None
-
-    def linear(self, dtype: torch.dtype) -> AffineMap:
-        """Read the map.
-
-        Args:
-            dtype: the precision of the result.
-        """
-        rows = self.parts.up_rows
-        gate_up, bias, _, _ = self.parts.weights(dtype)
-        offset = self._offset(gate_up)
-        biases = None if bias is None else bias[:, rows].flatten()
-        weight = gate_up[:, rows].flatten(0, 1)
-        if offset:
-            biases = offset + (weight.new_zeros(len(weight)) if biases is None else biases)
-        affine = AffineMap(weight, biases)
-        if self.parts.shared is not None:
-            assert self.parts.shared.up is not None
-            affine = affine.joined(self.parts.shared.up.linear(dtype).to(weight.device))
-        return affine if self.device is None else affine.to(self.device)
-
-    def _offset(self, like: Tensor) -> float:
-        """What the experts add to their second factor, learnt from their own code: gpt-oss adds one."""
-        gate_up = torch.ones(2, 2 * self.parts.width, device=like.device, dtype=like.dtype)
-        gate_up[0, self.parts.up_rows] = 0
-        at_zero, at_one = self.parts.activated(gate_up)[:, 0].tolist()
-        return at_zero / (at_one - at_zero)
+    residual_weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -204,6 +60,7 @@ class MLPParts:
         dense: its maps.
         experts: or its experts.
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
+        residual_weight: what the residual stream is multiplied with past it, if anything.
     """
 
     module: nn.Module
@@ -212,6 +69,7 @@ class MLPParts:
     dense: DenseParts | None
     experts: ExpertsParts | None
     residual: ResidualNorm
+    residual_weight: Tensor | None
 
     @property
     def every_dense(self) -> list[DenseParts]:
@@ -324,6 +182,16 @@ def _optional(module: nn.Module, path: str | None, owner: str) -> nn.Module | No
     return None if path is None else submodule(module, path, owner)
 
 
+def _parameter(module: nn.Module, name: str | None, owner: str) -> Tensor | None:
+    """A block's declared parameter, read where it is used."""
+    if name is None:
+        return None
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, Tensor):
+        raise DePassError(f"{owner} has no parameter '{name}', which its family's declaration names")
+    return parameter
+
+
 def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -> AttentionParts:
     inside = submodule(module, spec.module, owner)
     output = Projection(submodule(inside, spec.output, owner))
@@ -344,6 +212,7 @@ def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -
         heads=heads,
         in_mask=spec.in_mask,
         residual=spec.residual,
+        residual_weight=_parameter(module, spec.residual_weight, owner),
     )
 
 
@@ -351,6 +220,8 @@ def _value_rows(spec: AttentionSpec, outputs: int, heads: int, size: int, owner:
     """Which outputs of a fused projection are values."""
     if spec.layout == "own":
         return None
+    if spec.layout == "quarters":
+        return torch.arange(outputs).view(4, 3, -1)[:, 1].flatten()
     # Queries have `heads` parts; keys and values, or groups of queries, keys and values, share the rest.
     groups = heads if spec.latent is not None else (outputs // size - heads) // 2
     if groups < 1 or outputs % groups:
@@ -364,8 +235,8 @@ def _value_rows(spec: AttentionSpec, outputs: int, heads: int, size: int, owner:
 def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
     inside = submodule(module, spec.module, owner)
     experts = None
-    if spec.experts is not None and hasattr(inside, spec.experts.module):
-        names = spec.experts
+    names = spec.experts
+    if names is not None and any(path == names.module for path, _ in inside.named_modules()):
         shared = getattr(inside, names.shared, None) if names.shared else None
         experts = ExpertsParts(
             module=submodule(inside, names.module, owner),
@@ -379,6 +250,7 @@ def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
         dense=_dense(spec, inside, owner) if experts is None else None,
         experts=experts,
         residual=spec.residual,
+        residual_weight=_parameter(module, spec.residual_weight, owner),
     )
 
 

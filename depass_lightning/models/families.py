@@ -71,7 +71,22 @@ FAMILIES: list[FamilySpec] = [
     # Pre-norm decoders with a gated MLP; biases, head norms, windows and layers without rotary positions need
     # no mention: the former are read from the modules, the rest acts only through the probabilities.
     FamilySpec(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "ernie4_5", "helium")),
-    FamilySpec(("hunyuan_v1_dense", "seed_oss")),
+    FamilySpec(("hunyuan_v1_dense", "seed_oss", "ministral", "ministral3", "cwm")),
+    FamilySpec(("vaultgemma",), mlp=MLPSpec(norm="pre_feedforward_layernorm")),
+    FamilySpec(("glm",), mlp=_FUSED),
+    FamilySpec(("nanochat",), mlp=replace(_PLAIN, gate="fc1", down="fc2")),
+    FamilySpec(
+        ("minicpm3",),
+        attention=_LATENT,
+        residual_scale=lambda config: config.scale_depth / config.num_hidden_layers**0.5,
+        logit_divisor="logits_scaling",
+    ),
+    FamilySpec(
+        ("doge",),
+        attention=AttentionSpec(residual_weight="input_residual"),
+        mlp=MLPSpec(residual_weight="post_attention_residual"),
+        when=lambda config: not config.is_moe,
+    ),
     FamilySpec(("granite",), residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
     FamilySpec(("arcee", "nemotron"), mlp=_PLAIN),
     FamilySpec(
@@ -117,6 +132,14 @@ FAMILIES: list[FamilySpec] = [
         mlp=MLPSpec(norm="ln_1", gate="fc_in", up=None, down="fc_out"),
         parallel=True,
     ),
+    FamilySpec(
+        ("codegen",),
+        blocks="h",
+        final_norm="ln_f",
+        attention=replace(_BEFORE, value="qkv_proj", layout="quarters", output="out_proj"),
+        mlp=MLPSpec(norm="ln_1", gate="fc_in", up=None, down="fc_out"),
+        parallel=True,
+    ),
     FamilySpec(("stablelm",), mlp=MLPSpec(norm="input_layernorm"), parallel=True, when=_is_parallel),
     FamilySpec(("stablelm",), when=lambda config: not _is_parallel(config)),
     _NEOX,
@@ -137,7 +160,7 @@ FAMILIES: list[FamilySpec] = [
     ),
     # Older decoders, attention and MLP in sequence.
     FamilySpec(
-        ("gpt2",),
+        ("gpt2", "gpt_bigcode"),
         blocks="h",
         final_norm="ln_f",
         attention=replace(_BEFORE, value="c_attn", layout="concatenated", output="c_proj"),
@@ -153,7 +176,22 @@ FAMILIES: list[FamilySpec] = [
     _OPT,
     _BLOOM,
     FamilySpec(
-        ("biogpt",),
+        ("mpt",),
+        blocks="blocks",
+        final_norm="norm_f",
+        attention=AttentionSpec(
+            module="attn", norm="norm_1", value="Wqkv", layout="concatenated", output="out_proj"
+        ),
+        mlp=replace(_PLAIN, module="ffn", norm="norm_2"),
+    ),
+    FamilySpec(
+        ("persimmon",),
+        final_norm="final_layernorm",
+        attention=replace(_FUSED_ATTENTION, module="self_attn"),
+        mlp=_FOUR,
+    ),
+    FamilySpec(
+        ("biogpt", "xglm"),
         final_norm="layer_norm",
         attention=_OPT.attention,
         mlp=_OPT.mlp,
@@ -192,8 +230,25 @@ FAMILIES: list[FamilySpec] = [
     ),
     # Mixtures of experts, with the routing held fixed.
     FamilySpec(
-        ("mixtral", "qwen3_moe", "olmoe", "gpt_oss"),
+        ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "phimoe"),
         mlp=MLPSpec(experts=ExpertsSpec()),
+    ),
+    FamilySpec(
+        ("glm4_moe", "dots1", "exaone_moe", "solar_open", "ernie4_5_moe"),
+        mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
+    ),
+    FamilySpec(("hunyuan_v1_moe",), mlp=MLPSpec(experts=ExpertsSpec(shared="shared_mlp"))),
+    FamilySpec(
+        ("granitemoe", "granitemoeshared"),
+        mlp=MLPSpec(
+            module="",
+            gate="input_linear",
+            up="input_linear",
+            down="output_linear",
+            experts=ExpertsSpec("block_sparse_moe.experts", shared="shared_mlp"),
+        ),
+        residual_scale="residual_multiplier",
+        logit_divisor="logits_scaling",
     ),
     FamilySpec(
         ("qwen2_moe",),

@@ -14,7 +14,7 @@ from torch import nn
 
 from depass_lightning.errors import DePassError
 
-ProjectionLayout = Literal["own", "concatenated", "interleaved"]
+ProjectionLayout = Literal["own", "concatenated", "interleaved", "quarters"]
 ResidualNorm = Literal["none", "norm", "post_norm"]
 
 
@@ -28,12 +28,14 @@ class AttentionSpec:
         post_norm: the norm of its output, before that is added to the residual stream.
         value: the value projection, inside `module`.
         layout: which of that projection's outputs are values: all of them (`own`), those after all queries
-            and keys (`concatenated`), or those after each group's queries and keys (`interleaved`).
+            and keys (`concatenated`), those after each group's queries and keys (`interleaved`), or those
+            between the queries and keys of each quarter of the heads (`quarters`).
         latent: the projection and the norm before `value`, inside `module`, where values come from a latent.
         output: the output projection, inside `module`.
         in_mask: the name of an argument that the mask holds already, but that eager attention adds once more.
         residual: which of its norms is on the residual stream itself: none; `norm`, so that its output is
             added to the normed stream; or `post_norm`, of the sum of the stream and its output.
+        residual_weight: the block's parameter that the residual stream is multiplied with past it.
     """
 
     module: str = "self_attn"
@@ -45,6 +47,7 @@ class AttentionSpec:
     output: str = "o_proj"
     in_mask: str | None = None
     residual: ResidualNorm = "none"
+    residual_weight: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class MLPSpec:
         down: the map that the neurons' values go through, back into the residual stream.
         experts: the family's blocks may have a mixture of experts in place of these.
         residual: which of its norms is on the residual stream itself; see `AttentionSpec`.
+        residual_weight: the block's parameter that the residual stream is multiplied with past it.
     """
 
     module: str = "mlp"
@@ -86,6 +90,7 @@ class MLPSpec:
     down: str = "down_proj"
     experts: ExpertsSpec | None = None
     residual: ResidualNorm = "none"
+    residual_weight: str | None = None
 
 
 def _always(_config: Any) -> bool:
@@ -104,7 +109,8 @@ class FamilySpec:
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block.
         parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
-        residual_scale: the configuration's name for the factor of both sublayers' outputs.
+        residual_scale: the configuration's name for the factor of both sublayers' outputs, or a function
+            of the configuration.
         logit_scale: the configuration's name for the factor of the logits.
         logit_divisor: the configuration's name for the divisor of the logits.
         when: whether it covers a configuration of these model types.
@@ -117,7 +123,7 @@ class FamilySpec:
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     mlp: MLPSpec = field(default_factory=MLPSpec)
     parallel: bool = False
-    residual_scale: str | None = None
+    residual_scale: str | Callable[[Any], float] | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
     when: Callable[[Any], bool] = _always
@@ -143,18 +149,20 @@ def submodule(parent: nn.Module, path: str, owner: str) -> nn.Module:
         ) from error
 
 
-def configured(config: Any, name: str | None) -> float:
+def configured(config: Any, name: str | Callable[[Any], float] | None) -> float:
     """Read a declared number of a configuration; 1 where none is declared.
 
     Args:
         config: the model's configuration.
-        name: the number's name in the configuration; None where none is declared.
+        name: the number's name in the configuration, or what computes it; None where none is declared.
 
     Raises:
         DePassError: the configuration has no such number.
     """
     if name is None:
         return 1.0
+    if callable(name):
+        return name(config)
     value = getattr(config, name, None)
     if not isinstance(value, int | float):
         raise DePassError(f"the configuration of '{config.model_type}' has no number '{name}'")

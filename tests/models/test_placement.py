@@ -18,7 +18,7 @@ from depass_lightning import Contrast, DePass, DePassError, Heads, Neurons, Toke
 from depass_lightning.engine import record
 from depass_lightning.engine.frozen import AttentionCall
 from depass_lightning.models import affine
-from depass_lightning.models.block import ExpertsUp
+from depass_lightning.models.experts import ExpertsUp
 from tests.reference.models import prompt
 from tests.reference.zoo import blocks_of, build
 

@@ -119,6 +119,8 @@ class Double(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if function is torch.full and isinstance(args[1], float):
+            kwargs.setdefault("dtype", torch.float64)
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if function is Tensor.float:
                 return args[0]

@@ -104,6 +104,52 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", LATENT | {"topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", LATENT),
 }
+FIRST = tuple(ZOO)  # every test of families runs on these, a lean choice of them on the families below
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+GRANITE = {"residual_multiplier": 0.3, "logits_scaling": 3.0, "embedding_multiplier": 2.0}
+SHARED = {
+    **LATENT,
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "moe_num_experts": 6,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "num_shared_experts": 1,
+}
+ZOO |= {
+    "ministral": ("ministral", HEAD | WINDOW),
+    "ministral3": (
+        "ministral3",
+        HEAD
+        | {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4}},
+    ),
+    "cwm": ("cwm", WINDOW | {"rope_parameters": ROPE}),
+    "vaultgemma": ("vaultgemma", GEMMA | WINDOW),
+    "glm": ("glm", HEAD | {"attention_bias": True, "pad_token_id": 0}),
+    "nanochat": ("nanochat", {"final_logit_softcapping": 5.0}),
+    "minicpm3": ("minicpm3", LATENT | {"dim_model_base": 12, "scale_depth": 0.7}),
+    "doge": ("doge", {}),
+    "gpt_bigcode": ("gpt_bigcode", GPT | {"n_inner": 44}),
+    "mpt": ("mpt", {"d_model": 36, "n_heads": 6, "n_layers": 3, "max_seq_len": 64}),
+    "persimmon": ("persimmon", {"hidden_size": 48, "num_key_value_heads": 6}),
+    "xglm": (
+        "xglm",
+        {"d_model": 36, "attention_heads": 6, "num_layers": 3, "ffn_dim": 44, "pad_token_id": 0},
+    ),
+    "codegen": ("codegen", GPT | {"num_attention_heads": 4, "n_head": 4, "n_inner": 44, "rotary_dim": 4}),
+    "minimax_m2": ("minimax_m2", EXPERTS | {"head_dim": 6, "rotary_dim": 4}),
+    "phimoe": ("phimoe", EXPERTS | {"attention_bias": True, "lm_head_bias": True}),
+    "glm4_moe": ("glm4_moe", SHARED),
+    "dots1": ("dots1", SHARED),
+    "exaone_moe": ("exaone_moe", SHARED),
+    "solar_open": ("solar_open", SHARED),
+    "ernie4_5_moe": ("ernie4_5_moe", SHARED),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", SHARED | HEAD | {"moe_topk": 2}),
+    "granitemoe": ("granitemoe", EXPERTS | GRANITE),
+    "granitemoeshared": ("granitemoeshared", EXPERTS | GRANITE | {"shared_intermediate_size": 24}),
+}
 ALL = tuple(ZOO)
 
 
@@ -261,7 +307,7 @@ def derivatives(
     finally:
         for handle in handles:
             handle.remove()
-    biases = [own for name, own in model.named_parameters() if name.endswith("bias")]
+    biases = [own for name, own in model.named_parameters() if name.endswith("bias") and own.requires_grad]
     states, *others = torch.autograd.grad(value, [entered[0], *biases], allow_unused=True)
     constants = [
         float((own * by).sum().detach()) for own, by in zip(biases, others, strict=True) if by is not None
