@@ -112,6 +112,7 @@ def _attribute(
     source = instantiate(config.source, _convert_="all")
     task = tasks.load(**config.task)
     depass = load()
+    task = task.formatted(depass.tokenizer)
     fingerprint = weights_fingerprint(depass.model)
     manifest = manifest_of(config, fingerprint, task)
     resumed = first_process() and keep_manifest(manifest, folder / "attributions")

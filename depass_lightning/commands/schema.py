@@ -130,6 +130,8 @@ class TaskSettings(StrictSettings):
     split: Name = "test"
     path: Name | None = None
     language: Name | None = None
+    kind: Name | None = None
+    sentences: Many | None = None
 
 
 class RuleSettings(StrictSettings):

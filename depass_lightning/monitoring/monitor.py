@@ -194,7 +194,12 @@ class ProbeMonitor:
         text = any(probe.ids is None for probes in self.sets.values() for probe in probes)
         model = TrackedModel(module, where, trained)
         with isolated(model.device):
-            self._tokenizer = find_tokenizer(model.model, tokenizers, needed=text)
+            self._tokenizer = tokenizer = find_tokenizer(model.model, tokenizers, needed=text)
+            if tokenizer is not None and text:
+                for name, probes in self.sets.items():
+                    self.sets[name] = [
+                        probe if probe.ids else probe.formatted(tokenizer, self.target) for probe in probes
+                    ]
             self._model, self._runner = model, self._make_runner(model)
 
     def release(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from depass_lightning import tasks
 from depass_lightning.errors import DePassError
@@ -20,8 +21,11 @@ from depass_lightning.targets import (
     as_target,
 )
 from depass_lightning.tasks import Example, Task
+from depass_lightning.utils.chat_templates import formatted
+from depass_lightning.utils.sections import Conversation
 
-ProbeSource = str | Path | Task | DataLoader | Sequence[Example | tuple[str, TargetLike]]
+Messages = Sequence[Mapping[str, Any]]
+ProbeSource = str | Path | Task | DataLoader | Sequence[Example | tuple[str | Messages, TargetLike]]
 TargetKind = AnswerTarget | Literal["own"]
 TARGET_KINDS = (*get_args(AnswerTarget), "own")
 
@@ -37,6 +41,7 @@ class ProbePrompt:
         evidence: the character ranges `[start, end)` of the evidence in the prompt; empty if unknown.
         ids: the prompt's token ids, instead of its text; None if the prompt is text.
         judged: whether the target is known to be the right answer, as in a task.
+        example: the task's example that it is; None for other probes.
     """
 
     id: str
@@ -45,6 +50,22 @@ class ProbePrompt:
     evidence: tuple[tuple[int, int], ...] = ()
     ids: tuple[int, ...] | None = None
     judged: bool = False
+    example: Example | None = None
+
+    def formatted(self, tokenizer: PreTrainedTokenizerBase, target: "TargetKind") -> "ProbePrompt":
+        """Return the probe with its prompt as the model reads it: a conversation by its chat template.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            target: what is explained, see `load_set`.
+
+        Raises:
+            DePassError: there is no chat template, or it refuses the conversation.
+        """
+        if self.example is None:
+            return replace(self, prompt=formatted(self.prompt, tokenizer, f"the probe {self.id!r}"))
+        probe = _probe("", 0, self.example.formatted(tokenizer))
+        return replace(probe, target=_aimed(probe.target, target), judged=self.judged, example=None)
 
 
 def check_target_kind(kind: str) -> None:
@@ -129,10 +150,18 @@ def _read(name: str, probes: ProbeSource, size: int) -> list[ProbePrompt]:
 def _probe(set_name: str, index: int, item: Any) -> ProbePrompt:
     """Return one entry of a set as a probe."""
     if isinstance(item, Example):
-        return ProbePrompt(item.id, item.prompt, item.target(), tuple(item.evidence_ranges()), judged=True)
-    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str):
-        return ProbePrompt(f"{set_name}-{index}", item[0], item[1])
-    raise DePassError(f"probe {index} of {set_name!r} is {item!r}; give (prompt, target), or an Example")
+        evidence = tuple(item.evidence_ranges())
+        return ProbePrompt(item.id, item.prompt, item.target(), evidence, judged=True, example=item)
+    if isinstance(item, tuple | list) and len(item) == 2:
+        prompt, target = item
+        if isinstance(prompt, list):
+            prompt = Conversation(prompt, name=f"probe {index} of {set_name!r}")
+        if isinstance(prompt, str):
+            return ProbePrompt(f"{set_name}-{index}", prompt, target)
+    raise DePassError(
+        f"probe {index} of {set_name!r} is {item!r}; give (prompt, target), or an Example; a prompt is text "
+        "or messages"
+    )
 
 
 def _aimed(target: TargetLike, kind: TargetKind) -> TargetLike:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks import (
+    chat,
     counterfact,
     ioi,
     jsonl,
@@ -11,6 +12,7 @@ from depass_lightning.tasks import (
     language,
     longra,
     multilingual,
+    rag,
     truthfulqa,
 )
 from depass_lightning.tasks.example import Example, Task
@@ -25,6 +27,8 @@ _LOADERS = {
     "multilingual": multilingual.load,
     "language": language.load,
     "jsonl": jsonl.load,
+    "chat": chat.load,
+    "rag": rag.load,
 }
 NAMES = tuple(_LOADERS)
 
@@ -39,6 +43,8 @@ def load(
     split: str = "test",
     path: str | Path | None = None,
     language: str | None = None,
+    kind: str | None = None,
+    sentences: int | None = None,
 ) -> Task:
     """Load a task by name.
 
@@ -50,6 +56,8 @@ def load(
         path: read the prompts instead of generating them: a JSON or JSON Lines file, a folder that `datasets`
             saved, or `hub:owner/name` for a public data set.
         language: one language of a multilingual task; None means all.
+        kind: one of `rag.KINDS`, for generated questions about documents.
+        sentences: the number of their other sentences.
 
     Raises:
         DePassError: there is no such task, split, file or language, or there are fewer examples than
@@ -63,4 +71,8 @@ def load(
         return multilingual.load(size, seed, split, path, language)
     if language is not None:
         raise DePassError(f"the task {name!r} is in one language; language= is for the task 'multilingual'")
+    if name == "rag":
+        return rag.load(size, seed, split, path, kind or "people", 4 if sentences is None else sentences)
+    if kind is not None or sentences is not None:
+        raise DePassError(f"the task {name!r} hides no needles; kind= and sentences= are for the task 'rag'")
     return _LOADERS[name](size, seed, split, path)

@@ -1,19 +1,25 @@
 """A prompt of a task, and a task: a sequence of prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, Features, Value
+from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.errors import DePassError
 from depass_lightning.targets import AnswerTarget, Contrast, LogitTarget, answer_target
+from depass_lightning.utils.chat_templates import formatted
+from depass_lightning.utils.sections import Section, SectionedText, from_json, sections_of, to_json
 
 Span = tuple[int, int]
+ROLE = "role"  # marks an example's roles while its prompt is written
 
 _FEATURES = Features(
     {
         "id": Value("string"),
         "prompt": Value("string"),
+        "structure": Value("string"),
         "answer": Value("string"),
         "foil": Value("string"),
         "roles": [{"name": Value("string"), "start": Value("int32"), "end": Value("int32")}],
@@ -30,7 +36,7 @@ class Example:
 
     Args:
         id: a unique name within the task.
-        prompt: the text to continue, without trailing space.
+        prompt: the text to continue, without trailing space; a `Conversation` or `Documents` too.
         answer: the correct continuation, with its leading space: `" Mary"`.
         foil: a wrong continuation to compare with, if the task has one: `" John"`.
         roles: named character ranges `[start, end)` in the prompt, for example
@@ -52,6 +58,35 @@ class Example:
     def evidence_ranges(self) -> list[Span]:
         """Return the character ranges of all evidence, in the order of the text."""
         return sorted(span for role in self.evidence for span in self.roles[role])
+
+    def formatted(self, tokenizer: PreTrainedTokenizerBase) -> "Example":
+        """Return the example with its prompt as the model reads it, and its roles where they are there.
+
+        Args:
+            tokenizer: the model's tokenizer, with its chat template.
+
+        Raises:
+            DePassError: there is no chat template, or it refuses the conversation.
+        """
+        if not isinstance(self.prompt, SectionedText) or self.prompt.formatted:
+            return self
+        marks = [Section(ROLE, name, *span) for name, spans in self.roles.items() for span in spans]
+        text = formatted(self.prompt.marked(marks), tokenizer, f"the prompt of {self.id!r}")
+        roles: dict[str, tuple[Span, ...]] = {}
+        for kind, name, start, end in sections_of(text):
+            if kind == ROLE:
+                roles[name] = (*roles.get(name, ()), (start, end))
+        sections = [section for section in sections_of(text) if section.kind != ROLE]
+        written = isinstance(text, SectionedText) and text.formatted
+        answer, foil = (
+            # After a text a word begins with a space, after the head of a turn it does not.
+            reply if written or reply is None or reply[:1].isspace() else f" {reply}"
+            for reply in (self.answer, self.foil)
+        )
+        assert answer is not None
+        prompt = SectionedText(text, sections, written)
+        evidence = tuple(name for name in self.evidence if name in roles)
+        return replace(self, prompt=prompt, answer=answer, foil=foil, roles=roles, evidence=evidence)
 
     def target(self, kind: AnswerTarget = "contrast") -> LogitTarget:
         """Return what to explain of the answer.
@@ -92,6 +127,29 @@ class Task:
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
+    def formatted(self, tokenizer: PreTrainedTokenizerBase | None) -> "Task":
+        """Return the task with its prompts as the model reads them; one that the template refuses is skipped.
+
+        Args:
+            tokenizer: the model's tokenizer, with its chat template.
+
+        Raises:
+            DePassError: no prompt can be written.
+        """
+        structures = self.dataset["structure"]
+        if tokenizer is None or all(structure is None for structure in structures):
+            return self
+        examples, skipped = [], list(self.skipped)
+        for number, example in enumerate(self, start=1):
+            try:
+                examples.append(example.formatted(tokenizer))
+            except DePassError as error:
+                skipped.append({"row": number, "reason": str(error)})
+        if not examples:
+            first = skipped[len(self.skipped)]["reason"]
+            raise DePassError(f"the task {self.name!r} has no prompt that the model can read; {first}")
+        return Task(self.name, examples, skipped)
+
     def __repr__(self) -> str:
         return f"Task({self.name!r}, {len(self)} examples, {len(self.skipped)} rows skipped)"
 
@@ -104,7 +162,8 @@ def _to_row(example: Example) -> dict[str, Any]:
     ]
     return {
         "id": example.id,
-        "prompt": example.prompt,
+        "prompt": str(example.prompt),
+        "structure": to_json(example.prompt),
         "answer": example.answer,
         "foil": example.foil,
         "roles": roles,
@@ -125,6 +184,7 @@ def _from_row(row: Mapping[str, Any]) -> Example:
     variants, labels = (
         {entry["name"]: entry["text"] for entry in row[key]} for key in ("variants", "labels")
     )
+    prompt = from_json(row["prompt"], row["structure"])
     return Example(
-        row["id"], row["prompt"], row["answer"], row["foil"], roles, tuple(row["evidence"]), variants, labels
+        row["id"], prompt, row["answer"], row["foil"], roles, tuple(row["evidence"]), variants, labels
     )

@@ -1,7 +1,8 @@
 """Custom prompts: one JSON object per line.
 
 `{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` and
-`target` are required. The target is used unchanged: for most models, a word includes its leading space.
+`target` are required. The target is used unchanged: for most models, a word includes its leading space. Rows
+of conversations, completions, preferences and documents are read too (`loading/chat_rows.py`).
 """
 
 import re
@@ -10,7 +11,9 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.loading.chat_rows import chat_fields, is_chat_row
 from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
+from depass_lightning.utils.sections import Conversation
 
 
 def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:  # noqa: ARG001
@@ -25,12 +28,26 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
     """
     if path is None:
         raise DePassError("the jsonl task reads a file; give its path (path=prompts.jsonl)")
-    return load_rows("jsonl", path, _example, size)
+    return load_rows("jsonl", path, example_of, size)
 
 
-def _example(row: dict[str, Any], number: int) -> Example:
-    prompt, answer = text_field(row, "prompt"), text_field(row, "target")
-    foil = text_field(row, "foil") if row.get("foil") is not None else None
+def example_of(row: dict[str, Any], number: int, *, user: bool = False) -> Example:
+    """Return a row as an example.
+
+    Args:
+        row: the row.
+        number: its number, which names it unless it has an `id`.
+        user: whether a prompt that is text is a turn of the user.
+
+    Raises:
+        DePassError: a field is missing or cannot be used.
+    """
+    if is_chat_row(row):
+        prompt, answer, foil = chat_fields(row, user=user)
+    else:
+        prompt, answer = text_field(row, "prompt"), text_field(row, "target")
+        prompt = Conversation([{"role": "user", "content": prompt}]) if user else prompt
+        foil = text_field(row, "foil") if row.get("foil") is not None else None
     if foil == answer:
         raise DePassError(f"the foil is the same as the target: {foil!r}")
     evidence = row.get("evidence") or []

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
+from typing_extensions import override
+
 from depass_lightning.errors import DePassError
 
 SectionUnit = Literal["sentence", "paragraph", "turn", "document"]
@@ -68,6 +70,15 @@ class SectionedText(str):
     def __reduce__(self) -> tuple[Any, ...]:
         kind = Documents if isinstance(self, Documents) else SectionedText
         return _restored, (kind, str(self), self.sections, self.formatted)
+
+    def marked(self, marks: Iterable[Section]) -> "SectionedText":
+        """Return the text with further sections.
+
+        Args:
+            marks: the sections; those of a conversation are in its transcript.
+        """
+        kind = Documents if isinstance(self, Documents) else SectionedText
+        return _restored(kind, str(self), (*self.sections, *marks), self.formatted)
 
 
 class Documents(SectionedText):
@@ -165,12 +176,8 @@ class Conversation(SectionedText):
     def __reduce__(self) -> tuple[Any, ...]:
         return Conversation, (self.messages, self.tools)
 
+    @override
     def marked(self, marks: Iterable[Section]) -> "Conversation":
-        """Return the conversation with further sections in its messages.
-
-        Args:
-            marks: sections of the transcript; those in no message's text are left out.
-        """
         marks, messages = list(marks), []
         turns = [section for section in self.sections if section.kind == "turn"]
         for message, turn in zip(self.messages, turns, strict=True):

@@ -30,6 +30,7 @@ REQUIRED = {
     ("model", "gguf"): ["model.path=file.gguf"],
     ("source", "subspace"): ["source.path=file.npy"],
     ("task", "jsonl"): ["task.path=file.jsonl"],
+    ("task", "chat"): ["task.path=file.jsonl"],
 }
 
 

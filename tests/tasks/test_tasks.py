@@ -105,7 +105,7 @@ def test_a_corpus_passage_marks_its_answers():
 
 def test_a_task_is_a_dataset():
     task = load("ioi", size=4)
-    columns = ["id", "prompt", "answer", "foil", "roles", "evidence", "variants", "labels"]
+    columns = ["id", "prompt", "structure", "answer", "foil", "roles", "evidence", "variants", "labels"]
     assert task.dataset.column_names == columns
     assert task.dataset["prompt"][:] == [example.prompt for example in task]
     assert task[-1] == task[3]

@@ -172,7 +172,7 @@ class MethodComparison:
         methods = self._methods(depass)
         # A split is drawn from the whole task; without one the first prompts of it are enough.
         size = self.pool if self.split is None else None
-        task = tasks.load(self.task, size=size, seed=self.seed, path=self.path)
+        task = tasks.load(self.task, size=size, seed=self.seed, path=self.path).formatted(depass.tokenizer)
         asked = sampled(list(task), self.split, self.seed)[: self.pool]
         examples, right = self._right(depass, asked, progress)
         measures = self._measures(examples, progress)
