@@ -44,7 +44,7 @@ class DePassCallback(Callback):
             `Tokens()`.
         target: what is explained: "contrast", each probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
-            others; "own", the model's most likely next token.
+            others; "logprob", its log-probability; "own", the model's most likely next token.
         tokenizer: the model's tokenizer; None for the `tokenizer` of the LightningModule or the data module,
             or the one that the model's name loads.
         model: where the language model is: the path of an attribute of the LightningModule, or a function of

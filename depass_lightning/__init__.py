@@ -26,7 +26,16 @@ from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
-from depass_lightning.targets import Contrast, Direction, LogOdds, ProbeLogit, Token
+from depass_lightning.targets import (
+    Continuation,
+    Contrast,
+    Direction,
+    LogOdds,
+    LogProb,
+    Preference,
+    ProbeLogit,
+    Token,
+)
 from depass_lightning.utils.sections import Conversation, Documents
 
 __all__ = [
@@ -34,6 +43,7 @@ __all__ = [
     "Attribution",
     "Attributions",
     "Components",
+    "Continuation",
     "Contrast",
     "Conversation",
     "DePass",
@@ -48,9 +58,11 @@ __all__ = [
     "Generation",
     "Heads",
     "LogOdds",
+    "LogProb",
     "MLPSpec",
     "Module",
     "Neurons",
+    "Preference",
     "ProbeLogit",
     "Spans",
     "Subspace",

@@ -16,12 +16,12 @@ from depass_lightning.attribution.attribute import attribute
 from depass_lightning.attribution.cost import Estimate, estimate
 from depass_lightning.attribution.decompose import decompose, decompose_layers
 from depass_lightning.attribution.generate import generate
+from depass_lightning.attribution.preference import results_of, with_both_answers
 from depass_lightning.attribution.question import questions_of
 from depass_lightning.attribution.settings import (
     AttributeOptions,
     BiasMode,
     DecomposeOptions,
-    GeneratedTarget,
     RuleOptions,
     Settings,
     check_choices,
@@ -38,7 +38,7 @@ from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Source, Tokens
-from depass_lightning.targets import TargetLike, as_targets
+from depass_lightning.targets import LogitReading, TargetLike, as_targets
 
 
 class DePass:
@@ -230,14 +230,12 @@ class DePass:
         )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
-        questions = questions_of(self.decoder, self.tokenizer, prompts, targets, sources)
-        by_prompt = attribute(
+        asked = with_both_answers(self.decoder, self.tokenizer, prompts, targets)
+        questions = questions_of(self.decoder, self.tokenizer, *asked, sources)
+        scored = attribute(
             self.decoder, self.tokenizer, questions, settings, batch_size=batch_size, progress=progress
         )
-        results = [
-            [Attributions(scored) if isinstance(asked, list) else scored[0] for scored in by_source]
-            for by_source, asked in zip(by_prompt, targets, strict=True)
-        ]
+        results = results_of(targets, prompts, scored)
         return results[0] if isinstance(prompt, str) else results
 
     @overload
@@ -324,7 +322,8 @@ class DePass:
         prompt: str | None = None,
         *,
         max_new_tokens: int = 20,
-        target: GeneratedTarget = "token",
+        continuation: str | Sequence[int] | None = None,
+        target: LogitReading = "logit",
         source: Tokens | None = None,
         rule: RuleName = "softmax",
         rule_temperature: float = 0.1,
@@ -334,13 +333,13 @@ class DePass:
         input_ids: IdsLike | None = None,
         **arguments: Any,
     ) -> Generation:
-        """Generate a continuation, and attribute each of its tokens to all tokens before it.
+        """Generate a continuation, or take a given one, and attribute each token to all tokens before it.
 
         Args:
             prompt: one prompt.
             max_new_tokens: the most tokens to generate.
-            target: what is explained of each token: `token`, its logit; `centred`, its logit less the mean
-                logit; `log_odds`, its log-odds against all others.
+            continuation: a text or token ids to explain in place of what the model would generate.
+            target: what is explained of each token, as in `Continuation`.
             source: the tokens of which layer; by default `Tokens()`.
             rule: how neurons are shared, as in `attribute`.
             rule_temperature: of the softmax rule.
@@ -365,7 +364,9 @@ class DePass:
         check_choices(target=target)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
         arguments["max_new_tokens"] = max_new_tokens
-        return generate(self.decoder, self.tokenizer, prompts, settings, arguments, target)
+        return generate(
+            self.decoder, self.tokenizer, prompts, settings, arguments, target, answer=continuation
+        )
 
     @checked
     def estimate(

@@ -40,6 +40,8 @@ class Prompt:
         index: its place in the call.
         unknown: the words that the tokenizer does not know, each once; the model reads `<unk>` instead.
         sections: the turns of a conversation and the documents in the text, and their characters.
+        answer_start: the position of the first token after the prompt, in a text that was generated or that
+            ends in a given answer; None for a prompt alone.
     """
 
     text: str
@@ -50,6 +52,7 @@ class Prompt:
     index: int = 0
     unknown: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()
+    answer_start: int | None = None
 
     def resolve_position(self, position: int) -> int:
         """Turn a position that may count from the end into an index.
@@ -252,11 +255,11 @@ def pad(rows: list[list[int]]) -> Int[Tensor, "batch position"]:
 
 
 def continued(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    """Append generated tokens to a prompt by their ids, which tokenising the text again may not give.
+    """Append an answer's tokens to a prompt by their ids, which tokenising the text again may not give.
 
     Args:
         prompt: the prompt.
-        ids: what was generated.
+        ids: what was generated, or is given.
         tokenizer: to show the tokens by; None shows ids.
     """
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
@@ -275,6 +278,7 @@ def continued(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase
         ids=[*prompt.ids, *ids],
         tokens=tokens,
         offsets=None if prompt.offsets is None else offsets,
+        answer_start=len(prompt.ids),
     )
 
 

@@ -1,19 +1,16 @@
-"""Targets: a token's logit or log-odds, a difference of logits, a direction or a probe's logit."""
+"""Targets: a token's logit or probability, a whole answer, two answers, a direction or a probe's logit."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
-from depass_lightning.utils.tokenization import token_id, token_text
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+LogitReading = Literal["logit", "centred", "log_odds", "logprob"]  # what is explained of one token
+Reduction = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,108 @@ class LogOdds:
     first: bool = False
 
 
+@dataclass(frozen=True)
+class LogProb:
+    """One token's log-probability, by its linear part at the model's own distribution.
+
+    The read-out is the gradient of `log p_y`: `u = W_U[y] - sum_v p_v W_U[v]`, with the distribution `p`
+    frozen. The value, which scores sum to, is the token's logit less the expected logit. A log-probability is
+    not linear in the logits: it is the value less the entropy of `p`, and `Attribution.remainder` holds the
+    difference.
+
+    Args:
+        token: the token as text or id, or None for the model's most likely next token.
+        position: the position whose next token is predicted; negative counts from the prompt's end.
+        first: use the first token of a text of several tokens.
+    """
+
+    token: str | int | None = None
+    position: int = -1
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A whole answer: the sum of its tokens' targets, each read at the position before the token.
+
+    The answer is given, not generated. Its tokens are appended to the prompt's, which stay as they are: a
+    text is tokenised as the prompt's continuation, or alone where a token would then span both; ids are used
+    unchanged. Components are all tokens of prompt and answer, and each contributes to the answer's tokens
+    after it; `Attribution.part_sums` sums what the prompt and the answer's earlier tokens contribute.
+
+    Args:
+        answer: the answer as text (with its leading space) or as token ids.
+        of: what is explained of each token: `logit`; `centred`, its logit less the mean logit; `log_odds`,
+            see `LogOdds`; `logprob`, see `LogProb`.
+        reduce: `sum`, or `mean` over the explained tokens.
+        tokens: the explained tokens of the answer; None for all.
+
+    Raises:
+        DePassError: an argument is none of these.
+    """
+
+    answer: str | Sequence[int]
+    of: LogitReading = "logit"
+    reduce: Reduction = "sum"
+    tokens: slice | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.answer, Tensor):
+            object.__setattr__(self, "answer", self.answer.flatten().tolist())
+        if not isinstance(self.answer, str | list | tuple):
+            raise DePassError(
+                f"Continuation: the answer is a {type(self.answer).__name__}; give its text or its token ids"
+            )
+        _check_choices("Continuation", self.of, self.reduce)
+        if self.tokens is not None and not isinstance(self.tokens, slice):
+            raise DePassError(
+                f"Continuation: tokens is {self.tokens!r}; give a slice of the answer's tokens, such as "
+                "slice(0, 3), or None for all"
+            )
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Why one answer rather than another: the difference of two continuations of one prompt.
+
+    With log-probabilities it is what preference training such as DPO raises (arXiv 2305.18290). Both answers
+    are recorded. Each of the prompt's components has one score, its contribution to the chosen answer less
+    that to the rejected one; the answers' tokens are components of kinds `chosen` and `rejected`.
+
+    Args:
+        chosen: the first answer as text or token ids, see `Continuation`.
+        rejected: the second one.
+        of: what is explained of each token, see `Continuation`.
+        reduce: `sum`, or `mean` over each answer's tokens.
+
+    Raises:
+        DePassError: an argument is none of these.
+    """
+
+    chosen: str | Sequence[int]
+    rejected: str | Sequence[int]
+    of: LogitReading = "logprob"
+    reduce: Reduction = "sum"
+
+    def __post_init__(self) -> None:
+        _ = self.answers  # refuses what is no answer
+
+    @property
+    def answers(self) -> tuple[Continuation, Continuation]:
+        """The chosen and the rejected answer as targets of their own."""
+        chosen, rejected = (
+            Continuation(answer, self.of, self.reduce) for answer in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
+
+def _check_choices(name: str, of: str, reduce: str) -> None:
+    for argument, value, known in (("of", of, LogitReading), ("reduce", reduce, Reduction)):
+        if value not in get_args(known):
+            choices = " or ".join(map(repr, get_args(known)))
+            raise DePassError(f"{name}: {argument}={value!r} is unknown; choose {choices}")
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     """The dot product of the residual stream with a direction, at one layer and position.
@@ -106,26 +205,44 @@ class ProbeLogit:
     position: int = -1
 
 
-LogitTarget = Token | Contrast | LogOdds  # a weighted sum of logits
-Target = LogitTarget | Direction | ProbeLogit
+LogitTarget = Token | Contrast | LogOdds | LogProb  # a weighted sum of logits at one position
+Target = LogitTarget | Continuation | Preference | Direction | ProbeLogit
 TargetLike = Target | str | int | None
-AnswerTarget = Literal["contrast", "token", "centred", "log_odds"]  # how a known answer is explained
+# How a known answer's first token is explained.
+AnswerTarget = Literal["contrast", "token", "centred", "log_odds", "logprob"]
+
+
+def token_target(
+    token: str | int | None, reading: LogitReading, position: int = -1, *, first: bool = False
+) -> Token | LogOdds | LogProb:
+    """Return the target that one token is.
+
+    Args:
+        token: the token.
+        reading: what is explained of it.
+        position: the position whose next token is predicted.
+        first: use the first token of a text of several tokens.
+    """
+    if reading == "log_odds":
+        return LogOdds(token, position=position, first=first)
+    if reading == "logprob":
+        return LogProb(token, position, first)
+    return Token(token, position, first, centred=reading == "centred")
 
 
 def answer_target(
     token: str | int | None, kind: AnswerTarget, position: int = -1, *, first: bool = False
-) -> Token | LogOdds:
-    """One token by itself, as a kind of target.
+) -> Token | LogOdds | LogProb:
+    """Return the target that an answer's token is, where there is no foil.
 
     Args:
         token: the token.
-        kind: "token" (or "contrast", where there is no foil), "centred" or "log_odds".
+        kind: "token" or "contrast", its logit; "centred", "log_odds" or "logprob".
         position: the position whose next token is predicted.
         first: use the first token of a text of several tokens.
     """
-    if kind == "log_odds":
-        return LogOdds(token, position=position, first=first)
-    return Token(token, position, first, centred=kind == "centred")
+    reading: LogitReading = "logit" if kind in ("contrast", "token") else kind
+    return token_target(token, reading, position, first=first)
 
 
 def as_target(target: TargetLike) -> Target:
@@ -139,11 +256,12 @@ def as_target(target: TargetLike) -> Target:
     """
     if target is None or (isinstance(target, (str, int)) and not isinstance(target, bool)):
         return Token(target)
-    if isinstance(target, LogitTarget | Direction | ProbeLogit):
+    if isinstance(target, Target):
         return target
     raise DePassError(
         f"target {target!r} is a {type(target).__name__}; pass a token's text or id, Token(...), "
-        "Contrast(...), LogOdds(...), Direction(...), ProbeLogit(...), or None for the model's own next token"
+        "Contrast(...), LogOdds(...), LogProb(...), Continuation(...), Preference(...), Direction(...), "
+        "ProbeLogit(...), or None for the model's own next token"
     )
 
 
@@ -182,178 +300,3 @@ def _listed(targets: Sequence[Any], name: str) -> list[Target]:
     if not targets:
         raise DePassError(f"{name} is empty; give at least one, or None for the model's own next token")
     return [as_target(entry) for entry in targets]
-
-
-def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:
-    """Return the vector and the constant that read a target inside the model from a state.
-
-    Args:
-        target: the target.
-        hidden: the size of the residual stream.
-
-    Returns:
-        The vector, `[hidden]`, and the constant added to its dot product with the state.
-
-    Raises:
-        DePassError: the vector has another size or is not finite, or the probe is not a binary linear one.
-    """
-    constant = 0.0
-    if isinstance(target, Direction):
-        what = "Direction"
-        try:
-            vector = torch.as_tensor(target.vector)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DePassError(f"{what}: vector is a {type(target.vector).__name__}, not numbers") from error
-    else:
-        what = f"ProbeLogit({type(target.probe).__name__})"
-        if not hasattr(target.probe, "coef_"):
-            raise DePassError(f"{what}: it has no coef_; fit a linear probe first")
-        vector = torch.as_tensor(target.probe.coef_)
-        if vector.ndim == 2 and len(vector) == 1:
-            vector = vector[0]
-        constant = float(torch.as_tensor(getattr(target.probe, "intercept_", 0.0)).flatten()[0])
-    if vector.shape != (hidden,):
-        raise DePassError(
-            f"{what}: its shape is {tuple(vector.shape)}, but the model's states have {hidden} numbers; "
-            "give one direction"
-        )
-    if not bool(torch.isfinite(vector).all()):
-        raise DePassError(f"{what}: the direction is not finite")
-    return vector.detach(), constant
-
-
-def finite(value: float, name: str) -> float:
-    """Return a target's value if it is finite.
-
-    Args:
-        value: the model's value of the target.
-        name: the name of the target, for the error.
-
-    Raises:
-        DePassError: the value is infinite or NaN, so no scores can sum to it.
-    """
-    if not math.isfinite(value):
-        raise DePassError(
-            f"the model's value of the target {name} is {value}: it rules the token out; choose another "
-            "target"
-        )
-    return value
-
-
-def target_ids(
-    target: LogitTarget,
-    prompt: str | None,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    vocabulary: int,
-    predicted: int | None = None,
-) -> list[int] | None:
-    """Return the id of a target's token, and after it those of the tokens that it is compared with.
-
-    Args:
-        target: the target.
-        prompt: the prompt up to the target's position; None if it was passed as ids.
-        tokenizer: the model's tokenizer; required for text.
-        vocabulary: the number of tokens.
-        predicted: the model's most likely next token, if it is known.
-
-    Returns:
-        The ids; None for the model's most likely next token if that is not known.
-
-    Raises:
-        DePassError: a token is compared with itself, alternatives are missing or repeated, or `token_id`
-            refuses a token.
-    """
-
-    def resolve(token: str | int) -> int:
-        return token_id(token, prompt, tokenizer, vocabulary, first=target.first)
-
-    token = predicted if target.token is None else resolve(target.token)
-    others: list[int] = []
-    if isinstance(target, Contrast):
-        others = [resolve(target.foil)]
-        shown = f"Contrast({target.token!r}, {target.foil!r})"
-    elif isinstance(target, LogOdds) and target.against is not None:
-        if isinstance(target.against, str) or not isinstance(target.against, Sequence) or not target.against:
-            raise DePassError(
-                f"LogOdds: against is {target.against!r}; give a list of at least one token, or None for all "
-                "others"
-            )
-        others = [resolve(other) for other in target.against]
-        shown = f"LogOdds({target.token!r}, against={list(target.against)!r})"
-    else:
-        return None if token is None else [token]
-    if token in others:
-        raise DePassError(f"{shown} compares a token with itself; explain Token alone")
-    if len(set(others)) < len(others):
-        raise DePassError(f"{shown} names a token twice; give each alternative once")
-    return None if token is None else [token, *others]
-
-
-@dataclass(frozen=True)
-class LogitSum:
-    """A target as a weighted sum of logits, with constant weights.
-
-    Args:
-        tokens: `[token]` ids.
-        weights: `[token]` each logit's weight.
-    """
-
-    tokens: Int[Tensor, "token"]
-    weights: Float[Tensor, "token"]
-
-    @classmethod
-    def of(cls, target: LogitTarget, ids: list[int], logits: Float[Tensor, "vocabulary"]) -> "LogitSum":
-        """Return the weights of a target.
-
-        Args:
-            target: the target.
-            ids: its tokens, as `target_ids` finds them.
-            logits: the model's own logits at its position; minus infinity rules a token out.
-        """
-        tokens = torch.tensor(ids, device=logits.device)
-        if isinstance(target, Contrast):
-            return cls(tokens, logits.new_tensor([1.0, -1.0]))
-        possible = torch.isfinite(logits)
-        if isinstance(target, Token):
-            if not target.centred:
-                return cls(tokens, logits.new_ones(1))
-            others = possible.nonzero()[:, 0]
-            weights = logits.new_full((len(others),), 1 / len(others))
-        else:
-            if len(ids) == 1:
-                possible[ids[0]] = False
-                others = possible.nonzero()[:, 0]
-            else:
-                others = tokens[1:][possible[tokens[1:]]]
-            # A softmax over the others alone is p_v / (1 - p_y), however close p_y is to one.
-            weights = logits[others].double().softmax(0).to(logits)
-            others, weights = others[weights > 0], weights[weights > 0]
-        return cls(torch.cat([tokens[:1], others]), torch.cat([logits.new_ones(1), -weights]))
-
-    def value(self, logits: Float[Tensor, "vocabulary"]) -> float:
-        """Return the sum.
-
-        Args:
-            logits: the logits that scores sum to.
-        """
-        return float(self.weights.to(logits) @ logits[self.tokens.to(logits.device)])
-
-
-def target_name(
-    target: LogitTarget, ids: list[int], tokenizer: "PreTrainedTokenizerBase | None", shown: int = 3
-) -> str:
-    """Return the name of a target in results.
-
-    Args:
-        target: the target.
-        ids: its tokens, as `target_ids` finds them.
-        tokenizer: to name tokens by; None shows ids.
-        shown: how many alternatives are listed.
-    """
-    token, *others = (repr(token_text(token, tokenizer)) for token in ids)
-    if isinstance(target, Contrast):
-        return f"{token} − {others[0]}"
-    if isinstance(target, Token):
-        return f"{token} − mean logit" if target.centred else token
-    rest = f" and {len(others) - shown} more" if len(others) > shown else ""
-    return f"log-odds of {token}" + (f" against {', '.join(others[:shown])}{rest}" if others else "")

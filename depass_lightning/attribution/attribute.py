@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.forward import describe_components, record_batch
-from depass_lightning.attribution.question import Question, Readout
+from depass_lightning.attribution.question import Question
+from depass_lightning.attribution.readout import ModelAnswer, Readout
 from depass_lightning.attribution.scoring import Scores, score
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import alone
@@ -19,6 +20,7 @@ from depass_lightning.errors import DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.targets import Continuation
 from depass_lightning.utils.batching import in_batches
 
 GAP = 1e-2  # a completeness error that is not rounding
@@ -63,10 +65,32 @@ def attribute(
         # What the prompts of a batch share: where their one target is read.
         shared = (0, *asked[0].place) if len(asked) == 1 else (1, index)
         kinds.append(((shared, decoder.regime(length)), length))
-    results = in_batches(kinds, batch_size, batch, progress)
+    results = in_batches(kinds, _fitting(decoder, questions, settings, batch_size), batch, progress)
     if settings.complete:
         warn_of_gaps(result for sources in results for targets in sources for result in targets)
     return results
+
+
+def _fitting(
+    decoder: Decoder, questions: Sequence[Sequence[Question]], settings: Settings, batch_size: int
+) -> int:
+    """Return how many prompts may go through the model at once, so that the logits of answers fit in memory.
+
+    A batch's logits are kept at all positions at which any of its prompts is read, at most those of the
+    longest answer and as many more as the prompts' lengths differ by.
+    """
+    places = [
+        read.position
+        for asked in questions
+        for question in asked
+        if len(question.reads) > 1
+        for read in question.reads
+    ]
+    if not places:
+        return batch_size
+    kept = max(places) - min(places) + 1
+    row = 2 * kept * decoder.vocabulary_size * decoder.model_dtype.itemsize
+    return max(1, min(batch_size, settings.budget.recording // row))
 
 
 def attribute_batch(
@@ -96,7 +120,7 @@ def attribute_batch(
         DePassError: the model's values are not finite.
     """
     prompts = [asked[0].prompt for asked in questions]
-    positions = [[question.position for question in asked] for asked in questions]
+    positions = [[read.position for question in asked for read in question.reads] for asked in questions]
     places = [question.place for question in questions[0]]
     results: dict[tuple[int, int, int], Attribution] = {}
     with alone(decoder.model):
@@ -165,9 +189,13 @@ def assemble(
                         probability=answer.probability,
                         rank=answer.rank,
                         groups=len(grouped),
+                        remainder=answer.remainder,
+                        answer_start=prompt.answer_start,
                         target_ids=answer.ids,
                         attention_path=settings.attention_path,
-                        metadata=_metadata(decoder, prompt, settings) | of_source.notes(row, target),
+                        metadata=_metadata(decoder, prompt, settings)
+                        | of_source.notes(row, target)
+                        | _of_answer(question, answer),
                     ),
                 )
 
@@ -195,6 +223,13 @@ def _metadata(decoder: Decoder, prompt: Prompt, settings: Settings) -> dict[str,
     if settings.compat:
         metadata["compat"] = settings.compat
     return metadata | prompt.notes()
+
+
+def _of_answer(question: Question, answer: ModelAnswer) -> dict[str, float]:
+    """The log-probability of a whole answer, whose probability may be too small for a number."""
+    if answer.log_probability is None or not isinstance(question.target, Continuation):
+        return {}
+    return {"log_probability": answer.log_probability}
 
 
 def warn_of_gaps(results: Iterable[Attribution]) -> None:

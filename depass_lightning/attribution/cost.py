@@ -145,10 +145,10 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
     if settings.adjoint:
         assert isinstance(settings.rule, LinearPaths)
         rule, zeros = settings.rule, torch.zeros(1, device=decoder.device, dtype=decoder.dtype)
-        vector = torch.ones(1, decoder.hidden_size, device=decoder.device, dtype=decoder.dtype)
+        vector = torch.ones(1, 1, decoder.hidden_size, device=decoder.device, dtype=decoder.dtype)
 
         def back() -> None:
-            gradient = at_readout(recording, lengths - 1, vector, zeros, normed=True)
+            gradient = at_readout(recording, lengths[:, None] - 1, vector, zeros, normed=True)
             for _ in backward(recording, rule, gradient, layer=recording.layers, first=0):
                 pass
 

@@ -25,7 +25,7 @@ def record_batch(
     Args:
         decoder: the model.
         prompts: the prompts, padded here.
-        positions: `[batch][target]` where each prompt's logits are wanted, as many places a prompt.
+        positions: `[batch][read]` where each prompt's logits are wanted.
         settings: how the pass is made.
 
     Raises:
@@ -39,7 +39,7 @@ def record_batch(
         decoder,
         ids.to(decoder.device),
         torch.tensor(lengths, device=decoder.device),
-        torch.tensor(positions, device=decoder.device),
+        torch.tensor(sorted(set().union(*positions)), device=decoder.device),
         keep_everything=recorded_bytes(decoder, *ids.shape) <= settings.budget.recording,
     )
 

@@ -1,6 +1,6 @@
-"""Attribute every token that a model generates, from one recorded pass over the finished text.
+"""Attribute every token that a model generates, or of a given text, from one recorded pass over all of it.
 
-1. The model generates by its own `generate`.
+1. The model generates by its own `generate`, unless the continuation is given.
 2. One plain pass over the finished text is recorded. Later tokens cannot reach earlier ones, so every
    generated token depends on the same states as when it was generated.
 3. Components are propagated through that pass once, and read at every position from which a token was
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from depass_lightning.attribution.attribute import attribute_batch, warn_of_gaps
-from depass_lightning.attribution.question import Question
+from depass_lightning.attribution.question import Question, answer_ids
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError, DePassWarning
@@ -24,7 +24,7 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, continued
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Tokens
-from depass_lightning.targets import AnswerTarget, answer_target
+from depass_lightning.targets import LogitReading, token_target
 from depass_lightning.utils.tokenization import continuation
 
 
@@ -34,9 +34,10 @@ def generate(
     prompts: list[Prompt],
     settings: Settings,
     arguments: Mapping[str, Any],
-    kind: AnswerTarget = "token",
+    reading: LogitReading = "logit",
+    answer: str | Sequence[int] | None = None,
 ) -> Generation:
-    """Generate a continuation of a prompt, and attribute every token of it.
+    """Generate a continuation of a prompt, or take a given one, and attribute every token of it.
 
     Args:
         decoder: the model.
@@ -44,32 +45,31 @@ def generate(
         prompts: one prompt.
         settings: how the pass is made, for one source.
         arguments: of the model's own `generate`, `max_new_tokens` among them.
-        kind: what is explained of each token: its logit, that less the mean logit, or its log-odds.
+        reading: what is explained of each token.
+        answer: the continuation as text or ids; None generates one.
 
     Raises:
         DePassError: there are several prompts, the source is not `Tokens`, the text would be longer than the
-            model's context, `generate` refuses an argument, or the model's values are not finite.
+            model's context, `generate` refuses an argument, the given continuation is invalid, or the model's
+            values are not finite.
     """
     if len(prompts) != 1:
         raise DePassError(f"there are {len(prompts)} prompts; generate from one at a time")
     (source,), (prompt,) = settings.sources, prompts
     if not isinstance(source, Tokens):
         raise DePassError(f"source is {type(source).__name__}; what is generated is attributed to Tokens()")
-    new = arguments["max_new_tokens"]
-    if not isinstance(new, int) or new < 1:
-        raise DePassError(f"max_new_tokens is {new!r}; it must be a whole number of at least 1")
-    count, limit = len(prompt.ids), decoder.max_positions
-    if limit is not None and count + new > limit:
-        raise DePassError(
-            f"{prompt.name} has {count} tokens, and {new} new ones are more than the model's context of "
-            f"{limit} takes; shorten it, or take fewer by max_new_tokens"
-        )
-    ids = _generated(decoder, tokenizer, prompt, arguments)
-    _warn_of_borders(decoder, count, len(ids))
+    count = len(prompt.ids)
+    if answer is None:
+        ids = _generated(decoder, tokenizer, prompt, arguments)
+        _warn_of_borders(decoder, count, len(ids))
+    elif unused := sorted(arguments.keys() - {"max_new_tokens"}):
+        raise DePassError(f"the continuation is given, so that nothing is generated; leave out {unused[0]}")
+    else:
+        ids = answer_ids(decoder, tokenizer, prompt, answer)
     text = continued(prompt, ids, tokenizer)
     # The token after a position is that position's target.
     questions = [
-        Question.of(decoder, tokenizer, text, answer_target(token, kind, count - 1 + index))
+        Question.of(decoder, tokenizer, text, token_target(token, reading, count - 1 + index))
         for index, token in enumerate(ids)
     ]
     ((results,),) = attribute_batch(decoder, tokenizer, [questions], settings)
@@ -122,6 +122,14 @@ def _generated(
     arguments: Mapping[str, Any],
 ) -> list[int]:
     """The ids that the model itself adds, greedily unless it is asked for something else."""
+    new, count, limit = arguments["max_new_tokens"], len(prompt.ids), decoder.max_positions
+    if not isinstance(new, int) or new < 1:
+        raise DePassError(f"max_new_tokens is {new!r}; it must be a whole number of at least 1")
+    if limit is not None and count + new > limit:
+        raise DePassError(
+            f"{prompt.name} has {count} tokens, and {new} new ones are more than the model's context of "
+            f"{limit} takes; shorten it, or take fewer by max_new_tokens"
+        )
     chosen = dict(arguments)
     configured = chosen.get("generation_config") or getattr(decoder.model, "generation_config", None)
     stops = chosen.pop("stop_strings", None) or getattr(configured, "stop_strings", None)

@@ -1,30 +1,47 @@
-"""What is asked of the model, resolved and checked once, and how the answer is read from a recorded pass."""
+"""What is asked of the model, resolved and checked once, before it runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.engine.adjoint import TargetGradient, at_readout
-from depass_lightning.engine.record import Recording
+from depass_lightning.attribution.logit_sum import target_ids
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import Prompt
+from depass_lightning.prompts import Prompt, continued
 from depass_lightning.sources import Source, resolve_layer
+from depass_lightning.sources.base import is_whole
 from depass_lightning.targets import (
+    Continuation,
     Direction,
-    LogitSum,
     LogitTarget,
+    Preference,
+    ProbeLogit,
     Target,
-    finite,
-    inner_reading,
-    target_ids,
-    target_name,
+    token_target,
 )
-from depass_lightning.utils.tokenization import token_text
+from depass_lightning.utils.tokenization import check_vocabulary, continuation, continuation_ids
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One position at which a target is read.
+
+    Args:
+        position: the index of the token.
+        target: what is read there.
+        ids: the token whose logit is explained, and those that it is compared with; None for the model's own
+            next token, which only the pass shows, and for a vector.
+        weight: how much it counts in the target.
+    """
+
+    position: int
+    target: LogitTarget | Direction | ProbeLogit
+    ids: list[int] | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,21 +49,18 @@ class Question:
     """One target of one prompt.
 
     Args:
-        prompt: the prompt.
+        prompt: the prompt, with the answer where one is explained.
         target: the target as it was passed.
-        position: the index of the token at which the target is read.
+        reads: where it is read: at one position, or before each token of an answer.
         layer: the block whose input is read; the number of blocks for the last block's output.
-        ids: the token whose logit is explained, and those that it is compared with; None for the model's own
-            next token, which only the pass shows, and for a vector.
         vector: `[hidden]` what the state is multiplied with, for a target inside the model.
         constant: what is added to that product.
     """
 
     prompt: Prompt
     target: Target
-    position: int
+    reads: tuple[Read, ...]
     layer: int
-    ids: list[int] | None = None
     vector: Float[Tensor, "hidden"] | None = None
     constant: float = 0.0
 
@@ -64,7 +78,7 @@ class Question:
         Args:
             decoder: the model.
             tokenizer: its tokenizer, if there is one.
-            prompt: the prompt.
+            prompt: the prompt; for a `Continuation` with its answer, see `with_answer`.
             target: its target.
             last_source_layer: the last block at or in which components begin; the target is read after it.
 
@@ -72,11 +86,16 @@ class Question:
             DePassError: the prompt has no such position, the target is not one token, or it is read at a
                 layer that does not exist or that components do not reach.
         """
-        position, layers = prompt.resolve_position(target.position), len(decoder.blocks)
+        layers = len(decoder.blocks)
+        if isinstance(target, Continuation):
+            return cls(prompt, target, _reads_of_answer(prompt, target), layers)
+        if isinstance(target, Preference):
+            raise DePassError("a Preference takes two passes of its own; explain it alone, not in a list")
+        position = prompt.resolve_position(target.position)
         if isinstance(target, LogitTarget):
             text = prompt.text_until(position)
             ids = target_ids(target, text, tokenizer, decoder.vocabulary_size)
-            return cls(prompt, target, position, layers, ids=ids)
+            return cls(prompt, target, (Read(position, target, ids),), layers)
         name = type(target).__name__
         vector, constant = inner_reading(target, decoder.hidden_size)
         layer = layers
@@ -87,12 +106,157 @@ class Question:
                 f"{name} is read at layer {layer}, but the source begins at layer {last_source_layer}; read "
                 "it at a later layer"
             )
-        return cls(prompt, target, position, layer, vector=vector, constant=constant)
+        return cls(prompt, target, (Read(position, target),), layer, vector, constant)
+
+    @property
+    def position(self) -> int:
+        """The last position that the target is read at: what follows it cannot contribute."""
+        return self.reads[-1].position
 
     @property
     def place(self) -> tuple[int, bool]:
         """The layer, and whether the state is read after the final norm: what targets read together share."""
         return self.layer, self.vector is None
+
+
+def _reads_of_answer(prompt: Prompt, target: Continuation) -> tuple[Read, ...]:
+    """Return where each explained token of a prompt's answer is read: at the position before it."""
+    assert prompt.answer_start is not None
+    ids = prompt.ids[prompt.answer_start :]
+    explained = range(len(ids))[slice(None) if target.tokens is None else target.tokens]
+    if not explained:
+        raise DePassError(
+            f"Continuation: tokens={target.tokens} selects none of the answer's {len(ids)} tokens; select at "
+            "least one"
+        )
+    weight = 1 / len(explained) if target.reduce == "mean" else 1.0
+    first = prompt.answer_start - 1
+    return tuple(
+        Read(first + index, token_target(ids[index], target.of, first + index), [ids[index]], weight)
+        for index in sorted(explained)
+    )
+
+
+def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:
+    """Return the vector and the constant that read a target inside the model from a state.
+
+    Args:
+        target: the target.
+        hidden: the size of the residual stream.
+
+    Returns:
+        The vector, `[hidden]`, and the constant added to its dot product with the state.
+
+    Raises:
+        DePassError: the vector has another size or is not finite, or the probe is not a binary linear one.
+    """
+    constant = 0.0
+    if isinstance(target, Direction):
+        what = "Direction"
+        try:
+            vector = torch.as_tensor(target.vector)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DePassError(f"{what}: vector is a {type(target.vector).__name__}, not numbers") from error
+    else:
+        what = f"ProbeLogit({type(target.probe).__name__})"
+        if not hasattr(target.probe, "coef_"):
+            raise DePassError(f"{what}: it has no coef_; fit a linear probe first")
+        vector = torch.as_tensor(target.probe.coef_)
+        if vector.ndim == 2 and len(vector) == 1:
+            vector = vector[0]
+        constant = float(torch.as_tensor(getattr(target.probe, "intercept_", 0.0)).flatten()[0])
+    if vector.shape != (hidden,):
+        raise DePassError(
+            f"{what}: its shape is {tuple(vector.shape)}, but the model's states have {hidden} numbers; "
+            "give one direction"
+        )
+    if not bool(torch.isfinite(vector).all()):
+        raise DePassError(f"{what}: the direction is not finite")
+    return vector.detach(), constant
+
+
+def answer_ids(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    answer: str | Sequence[int],
+) -> list[int]:
+    """Return the token ids of a given answer, which are appended to a prompt's.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer, if there is one.
+        prompt: the prompt; its ids stay as they are.
+        answer: the answer as text or ids.
+
+    Raises:
+        DePassError: the answer has no tokens, text that the model does not know or ids that do not exist, or
+            is too long for the model's context.
+    """
+    name = f"the answer {answer!r:.80}"
+    if not isinstance(answer, str):
+        ids = list(answer)
+        if wrong := [id for id in ids if not is_whole(id) or not 0 <= id < decoder.vocabulary_size]:
+            raise DePassError(
+                f"{name} has {wrong[0]!r}, which is no id of the vocabulary of {decoder.vocabulary_size} "
+                "tokens"
+            )
+    elif tokenizer is None:
+        raise DePassError(f"{name} is text, but there is no tokenizer; pass token ids, or a tokenizer")
+    else:
+        ids = continuation_ids(answer, prompt.text or None, tokenizer)
+        check_vocabulary(name, ids, tokenizer, decoder.vocabulary_size)
+        if tokenizer.unk_token_id in ids and str(tokenizer.unk_token) not in answer:
+            first = ids.index(tokenizer.unk_token_id)
+            known = continuation([*prompt.ids, *ids[:first]], len(prompt.ids), tokenizer)
+            raise DePassError(f"{name}: what follows {known!r} is not in the model's vocabulary; reword it")
+    if not ids:
+        raise DePassError(f"{name} has no tokens; give at least one")
+    count, limit = len(prompt.ids), decoder.max_positions
+    if limit is not None and count + len(ids) > limit:
+        raise DePassError(
+            f"{prompt.name} has {count} tokens and its answer {len(ids)}, more than the model's context of "
+            f"{limit} takes; shorten one of them"
+        )
+    return ids
+
+
+def with_answer(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, targets: list[Target]
+) -> tuple[Prompt, list[Target]]:
+    """Append the answer that some of a prompt's targets explain.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer, if there is one.
+        prompt: the prompt.
+        targets: its targets.
+
+    Returns:
+        The prompt with its answer, and the targets with positions that still refer to the prompt alone.
+
+    Raises:
+        DePassError: two targets have different answers, or `answer_ids` refuses one.
+    """
+    answers = {
+        tuple(answer_ids(decoder, tokenizer, prompt, target.answer))
+        for target in targets
+        if isinstance(target, Continuation)
+    }
+    if not answers:
+        return prompt, targets
+    if len(answers) > 1:
+        raise DePassError(
+            f"the targets of {prompt.name} have {len(answers)} different answers, which need a pass each; "
+            "pass the prompt once for each answer: attribute([prompt, prompt], [answer, other])"
+        )
+    placed = [
+        replace(target, position=prompt.resolve_position(target.position))
+        if isinstance(target, LogitTarget | Direction | ProbeLogit)
+        else target
+        for target in targets
+    ]
+    return continued(prompt, list(*answers), tokenizer), placed
 
 
 def questions_of(
@@ -121,174 +285,10 @@ def questions_of(
     questions = []
     for prompt, asked in zip(prompts, targets, strict=True):
         several = asked if isinstance(asked, list) else [asked]
+        whole, placed = with_answer(decoder, tokenizer, prompt, several)
         questions.append(
-            [Question.of(decoder, tokenizer, prompt, target, last_source_layer) for target in several]
+            [Question.of(decoder, tokenizer, whole, target, last_source_layer) for target in placed]
         )
         for source in sources:
-            source.describe(prompt, decoder)
+            source.describe(whole, decoder)
     return questions
-
-
-@dataclass(frozen=True)
-class ModelAnswer:
-    """The model's own answer to a question.
-
-    Args:
-        name: the target in words.
-        value: the model's value of the target.
-        prediction: the text of the model's most likely next token.
-        ids: the tokens that the target names, the explained one first; empty for a target inside the model.
-        logits: the sum of logits that the target is; None for a target inside the model.
-        probability: the model's probability of the first token.
-        rank: its rank among all tokens, from 1 for the most likely.
-    """
-
-    name: str
-    value: float
-    prediction: str
-    ids: list[int]
-    logits: LogitSum | None = None
-    probability: float | None = None
-    rank: int | None = None
-
-    @classmethod
-    def of_token(
-        cls,
-        question: Question,
-        logits: Float[Tensor, "vocabulary"],
-        uncapped: Float[Tensor, "vocabulary"],
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> "ModelAnswer":
-        """Read the answer to a question about tokens.
-
-        Args:
-            question: the question.
-            logits: the model's logits at its position.
-            uncapped: the same before a soft cap, which is what scores sum to.
-            tokenizer: to name tokens by; None shows ids.
-
-        Raises:
-            DePassError: the value is not finite.
-        """
-        best, target, ids = int(logits.argmax()), question.target, question.ids
-        assert isinstance(target, LogitTarget)
-        if ids is None:
-            text = question.prompt.text_until(question.position)
-            ids = target_ids(target, text, tokenizer, len(logits), best)
-            assert ids is not None
-        name, summed = target_name(target, ids, tokenizer), LogitSum.of(target, ids, logits)
-        return cls(
-            name=name,
-            value=finite(summed.value(uncapped), name),
-            prediction=token_text(best, tokenizer),
-            ids=ids,
-            logits=summed,
-            probability=float(logits.softmax(-1)[ids[0]]),
-            rank=1 + int((logits > logits[ids[0]]).sum()),
-        )
-
-    @classmethod
-    def of_vector(
-        cls,
-        question: Question,
-        value: float,
-        logits: Float[Tensor, "vocabulary"],
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> "ModelAnswer":
-        """Name the answer to a question about a direction inside the model.
-
-        Args:
-            question: the question.
-            value: the model's value of the target.
-            logits: the model's logits at its position.
-            tokenizer: to name tokens by; None shows ids.
-        """
-        kind = "direction" if isinstance(question.target, Direction) else "probe logit"
-        prediction = token_text(int(logits.argmax()), tokenizer)
-        return cls(f"{kind} at layer {question.layer}", value, prediction, ids=[])
-
-
-@dataclass(frozen=True)
-class Readout:
-    """How a batch's targets are read from the state: as many a prompt, all at one place.
-
-    Args:
-        layer: the block whose input is read; the number of blocks for the last block's output.
-        normed: the state is read after the final norm.
-        positions: each target's position.
-        vectors: what the state is multiplied with.
-        constants: what is added to that product.
-        values: the model's own values of the targets.
-        answers: `[batch][target]` the model's own answers.
-    """
-
-    layer: int
-    normed: bool
-    positions: Int[Tensor, "batch target"]
-    vectors: Float[Tensor, "batch target hidden"]
-    constants: Float[Tensor, "batch target"]
-    values: Float[Tensor, "batch target"]
-    answers: list[list[ModelAnswer]]
-
-    @classmethod
-    def of(
-        cls,
-        recording: Recording,
-        tokenizer: PreTrainedTokenizerBase | None,
-        questions: Sequence[Sequence[Question]],
-    ) -> "Readout":
-        """Read each question's answer from the recorded pass.
-
-        Args:
-            recording: the recorded pass.
-            tokenizer: to name tokens by; None shows ids.
-            questions: `[batch][target]`, all at one place.
-
-        Raises:
-            DePassError: a target's value is not finite.
-        """
-        layer, normed = questions[0][0].place
-        state, decoder, dtype = recording.state(layer), recording.decoder, recording.dtype
-        vectors, constants, answers = [], [], []
-        for row, several in enumerate(questions):
-            for question in several:
-                place = row, recording.kept.index(question.position)
-                logits, uncapped = recording.logits[place].to(dtype), recording.uncapped[place].to(dtype)
-                if question.vector is None:
-                    answer = ModelAnswer.of_token(question, logits, uncapped, tokenizer)
-                    assert answer.logits is not None
-                    vector, constant = decoder.summed_readout(answer.logits.tokens, answer.logits.weights)
-                else:
-                    vector = question.vector.to(state)
-                    value = float(state[row, question.position] @ vector) + question.constant
-                    answer = ModelAnswer.of_vector(question, value, logits, tokenizer)
-                    constant = vector.new_tensor(question.constant)
-                vectors.append(vector)
-                constants.append(constant)
-                answers.append(answer)
-        device, shape = state.device, (len(questions), len(questions[0]))
-        positions = [[question.position for question in several] for several in questions]
-        return cls(
-            layer=layer,
-            normed=normed,
-            positions=torch.tensor(positions, device=device),
-            vectors=torch.stack(vectors).unflatten(0, shape),
-            constants=torch.stack(constants).unflatten(0, shape),
-            values=torch.tensor([answer.value for answer in answers], device=device, dtype=dtype).view(shape),
-            answers=[answers[first : first + shape[1]] for first in range(0, len(answers), shape[1])],
-        )
-
-    def gradient(self, recording: Recording, target: int) -> TargetGradient:
-        """Compute the gradient of each prompt's target by the state where it is read.
-
-        Args:
-            recording: the recorded pass.
-            target: which of each prompt's targets.
-        """
-        return at_readout(
-            recording,
-            self.positions[:, target],
-            self.vectors[:, target],
-            self.constants[:, target],
-            normed=self.normed,
-        )

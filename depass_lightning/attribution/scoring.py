@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.attribution.forward import propagate_to
-from depass_lightning.attribution.question import Readout
+from depass_lightning.attribution.readout import Readout
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.adjoint import TargetGradient, backward
 from depass_lightning.engine.component_groups import NeuronGroup
@@ -100,25 +100,28 @@ def _scores_of_propagated(
     recording: Recording, source: Source, readout: Readout, settings: Settings, context: SplitContext
 ) -> Scores:
     """Propagate components once, and read each target from them where it is."""
-    # Targets often share a position: [batch, place], and each target's place.
-    places, place_of_target = readout.positions.unique(dim=1, return_inverse=True)
+    # [batch, target * read]; reads often share a position: [batch, place], and each read's place
+    positions, vectors = readout.positions.flatten(1), readout.vectors.flatten(1, 2)
+    batch, targets, reads = readout.positions.shape
+    places, place_of_read = positions.unique(dim=1, return_inverse=True)
     count = places.shape[1]
     # At more places than a head has values, the last attention is cheaper at all positions.
     few = count <= recording.decoder.hidden_size // recording.decoder.heads
     state = propagate_to(
         recording, source, settings, context, readout.layer, positions=places if few else None
     )
-    batch, targets, _ = readout.vectors.shape
-    scores = readout.vectors.new_zeros(batch, targets, state.layout.components)
-    targets_at: dict[int, list[int]] = {}
-    for target, place in enumerate(place_of_target.tolist()):
-        targets_at.setdefault(place, []).append(target)
-    for place, selected in targets_at.items():  # one place after another, to bound memory
+    scores = vectors.new_zeros(batch, targets, state.layout.components)
+    reads_at: dict[int, list[int]] = {}
+    for read, place in enumerate(place_of_read.tolist()):
+        reads_at.setdefault(place, []).append(read)
+    for place, selected in reads_at.items():  # one place after another, to bound memory
         index = torch.full_like(places[:, :1], place) if few else places[:, place : place + 1]
         state_there = state if few and count == 1 else state.select_positions(index)
         states = state_there.read(recording.final_norm) if readout.normed else state_there.dense()
-        # [batch, target, hidden] @ [batch, hidden, component]
-        scores[:, selected] = readout.vectors[:, selected] @ states[:, :, 0].mT
+        # [batch, read, hidden] @ [batch, hidden, component]
+        read_there = vectors[:, selected] @ states[:, :, 0].mT
+        of_target = torch.tensor(selected, device=scores.device) // reads
+        scores.index_add_(1, of_target, read_there)
     if settings.parallel is not None:
         scores = settings.parallel.summed(scores)
     grouped = scores.unflatten(2, (state.layout.groups, -1))  # [batch, target, group, component]
@@ -146,17 +149,23 @@ def _scores_of_neurons(
     group = None if layer >= readout.layer else split.inside(recording.block(layer), "resid_post")
     if not isinstance(group, NeuronGroup):
         raise DePassError(f"neurons of block {layer} begin after layer {readout.layer}; take a later layer")
-    batch = torch.arange(len(readout.positions), device=readout.positions.device)
     scores, errors = [], []
     for target, positions in enumerate(readout.positions.unbind(1)):
-        gradient = readout.gradient(recording, target)
+        gradient, directions = readout.gradient(recording, target), readout.directions(recording, target)
         if readout.layer == layer + 1:
-            values = group.read(positions, gradient.states[batch, positions])  # [batch, component]
+            values = group.read(positions, directions)  # [batch, component]
         else:
             assert isinstance(settings.rule, SoftmaxRule)
             assert source.top is not None
             approximation = TopNeuronApproximation(
-                recording, split, group, settings.rule, gradient, positions, layer + 1, readout.layer
+                recording,
+                split,
+                group,
+                settings.rule,
+                gradient,
+                (positions, directions),
+                layer + 1,
+                readout.layer,
             )
             values, error = approximation.estimate(source.top)
             errors.append(error)
@@ -234,12 +243,10 @@ def _rounding(
 ) -> list[Float[Tensor, "batch target group 1"]]:
     """Score what the model rounds off, from where each source's groups begin; the logits' own included."""
     first = min(source.layers(recording.layers)[0] for source in settings.sources)
-    batch = torch.arange(len(readout.positions), device=readout.positions.device)
     by_target = []
-    for target, positions in enumerate(readout.positions.unbind(1)):
+    for target in range(readout.positions.shape[1]):
         gradient = readout.gradient(recording, target)
-        state = recording.state(readout.layer)[batch, positions]
-        read = (gradient.states[batch, positions] * state).sum(1) + gradient.constants
+        read = (gradient.states * recording.state(readout.layer)).sum((1, 2)) + gradient.constants
         last = readout.values[:, target].to(read) - read  # [batch]
         sums = rounding_scores(recording, settings.rule, gradient, layer=readout.layer, first=first)
         by_target.append(

@@ -20,12 +20,12 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import IdsLike, Prompt
 from depass_lightning.sources import Source, SplitContext
 from depass_lightning.sources.base import is_whole
+from depass_lightning.targets import LogitReading
 from depass_lightning.utils.chat_templates import conversations_of
 from depass_lightning.utils.sections import Message
 
 BiasMode = Literal["component", "drop"]
 Engine = Literal["auto", "propagate", "adjoint"]
-GeneratedTarget = Literal["token", "centred", "log_odds"]
 
 
 class RuleOptions(TypedDict, total=False):
@@ -74,7 +74,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "bias": get_args(BiasMode),
     "compat": (None, "paper_code"),
     "engine": get_args(Engine),
-    "target": get_args(GeneratedTarget),
+    "target": get_args(LogitReading),
     "attention_path": get_args(AttentionPath),
 }
 

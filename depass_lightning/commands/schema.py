@@ -27,12 +27,13 @@ from pydantic import (
 )
 
 from depass_lightning import tasks
-from depass_lightning.attribution.settings import BiasMode, GeneratedTarget
+from depass_lightning.attribution.settings import BiasMode
 from depass_lightning.engine.rules import AttentionPath, RuleName, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.methods import METHODS, Baseline
 from depass_lightning.models.load import dtype_of
 from depass_lightning.modules.attribution_module import TARGETS
+from depass_lightning.targets import LogitReading
 
 MAX_COUNT = 10_000_000  # prompts, rows, steps; a larger number is a typing error
 HYDRA_KEYS = ("_target_", "_convert_", "_partial_", "_recursive_", "_args_")
@@ -151,7 +152,7 @@ class TargetSettings(StrictSettings):
 
     kind: Annotated[str, _one_of(TARGETS)]
     max_new_tokens: Annotated[int, Field(le=MAX_COUNT)] = 1
-    readout: GeneratedTarget = "token"
+    readout: LogitReading = "logit"
 
 
 class ReportSettings(StrictSettings):

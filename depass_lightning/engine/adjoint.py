@@ -71,31 +71,52 @@ class BlockGradients:
     activations: Float[Tensor, "batch position neuron"]
 
 
+def read_directions(
+    recording: Recording,
+    positions: Int[Tensor, "batch read"],
+    vectors: Float[Tensor, "batch read hidden"],
+    *,
+    normed: bool,
+) -> Float[Tensor, "batch read hidden"]:
+    """Return the derivative of what is read at some positions by the state there.
+
+    Args:
+        recording: the recorded pass.
+        positions: where each prompt's state is read.
+        vectors: what it is multiplied with.
+        normed: the state is read after the final norm.
+    """
+    if not normed:
+        return vectors
+    norm, batch = recording.final_norm, torch.arange(len(positions), device=vectors.device)
+    scale = norm.scale[batch[:, None], positions].flatten()
+    return norm.transposed(vectors.flatten(0, 1), scale).view(vectors.shape)
+
+
 def at_readout(
     recording: Recording,
-    positions: Int[Tensor, "batch"],
-    vectors: Float[Tensor, "batch hidden"],
+    positions: Int[Tensor, "batch read"],
+    vectors: Float[Tensor, "batch read hidden"],
     constants: Float[Tensor, "batch"],
     *,
     normed: bool,
 ) -> TargetGradient:
-    """Return the derivative where a target is read, at one position per prompt.
+    """Return the derivative of a target, the sum of what is read at some positions.
 
     Args:
         recording: the recorded pass.
-        positions: where each prompt's target stands.
-        vectors: what the state is multiplied with.
+        positions: where each prompt's state is read; may repeat.
+        vectors: what it is multiplied with.
         constants: what is added.
         normed: the state is read after the final norm.
     """
     batch = torch.arange(len(positions), device=vectors.device)
     states = torch.zeros_like(recording.final_state)
-    if normed:
-        norm = recording.final_norm
-        if norm.probe.bias is not None:
-            constants = constants + vectors @ norm.probe.bias
-        vectors = norm.transposed(vectors, norm.scale[batch, positions])
-    states[batch, positions] = vectors
+    bias = recording.final_norm.probe.bias if normed else None
+    if bias is not None:
+        constants = constants + vectors.sum(1) @ bias
+    directions = read_directions(recording, positions, vectors, normed=normed)
+    states.index_put_((batch[:, None], positions), directions, accumulate=True)
     return TargetGradient(states, constants)
 
 

@@ -131,17 +131,17 @@ class NeuronGroup(ComponentGroup):
         )
 
     def read(
-        self, positions: Int[Tensor, "batch"], direction: Float[Tensor, "batch hidden"]
+        self, positions: Int[Tensor, "batch read"], directions: Float[Tensor, "batch read hidden"]
     ) -> Float[Tensor, "batch component"]:
-        """Return the product of each component's state with a direction.
+        """Return the products of each component's states with directions, summed over positions.
 
         Args:
-            positions: the position of each prompt.
-            direction: the direction of each prompt.
+            positions: the positions of each prompt; may repeat.
+            directions: the direction at each of them.
         """
-        base = _select_states(self.base, positions[:, None])[:, :, 0] @ direction[:, :, None]
-        values = _select_rows(self.values, positions[:, None])[:, 0]
-        return torch.cat([base[..., 0], values * self.gradient_of_values(direction[:, None])[:, 0]], 1)
+        base = torch.einsum("bmrd,brd->bm", _select_states(self.base, positions), directions)
+        values = _select_rows(self.values, positions)  # [batch, read, neuron]
+        return torch.cat([base, (values * self.gradient_of_values(directions)).sum(1)], 1)
 
     def gradient_of_values(
         self, gradient: Float[Tensor, "batch position hidden"]

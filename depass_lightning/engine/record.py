@@ -133,7 +133,7 @@ def record(
     decoder: Decoder,
     input_ids: Int[Tensor, "batch position"],
     lengths: Int[Tensor, "batch"],
-    positions: Int[Tensor, "batch target"],
+    positions: Int[Tensor, "*any"],
     *,
     keep_everything: bool = True,
 ) -> Recording:
@@ -143,7 +143,7 @@ def record(
         decoder: the model.
         input_ids: `[batch, position]`, padded on the right.
         lengths: `[batch]` real positions of each prompt.
-        positions: `[batch, target]` where logits are wanted.
+        positions: every position at which logits are wanted, in any shape.
         keep_everything: keep all blocks' frozen quantities; else only their inputs, at the cost of a
             second pass.
 

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, overload
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from depass_lightning.attribution.question import ModelAnswer, Question
+from depass_lightning.attribution.question import Question
+from depass_lightning.attribution.readout import ModelAnswer
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.model_runs import Batch, as_depass_runs
@@ -152,7 +153,7 @@ class Baseline(Method):
                 raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
             if not isinstance(aim, LogitTarget):
                 raise DePassError(
-                    f"{self.name} explains logits, contrasts and log-odds, not {type(aim).__name__}"
+                    f"{self.name} explains one token's logits and probabilities, not {type(aim).__name__}"
                 )
             questions.append(Question.of(decoder, tokenizer, entry, aim))
             self.source.describe(entry, decoder)
@@ -198,6 +199,7 @@ class Baseline(Method):
             probability=answer.probability,
             rank=answer.rank,
             groups=len(scores),
+            remainder=answer.remainder,
             target_ids=answer.ids,
             method=self.name,
             metadata={"model": self.depass.decoder.name} | prompt.notes(),

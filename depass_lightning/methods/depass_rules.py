@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from depass_lightning.attribution.settings import GeneratedTarget
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
@@ -12,6 +11,7 @@ from depass_lightning.methods.base import Method
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Source
+from depass_lightning.targets import LogitReading
 
 STATE_OPTIONS = ("source", "rule", "temperature", "bias", "compat")  # that components' states depend on
 
@@ -49,14 +49,14 @@ class DePassMethod(Method):
         return self.depass.decompose(prompts, to_layer=layer, batch_size=len(prompts), **options)
 
     def attribute_generation(
-        self, prompt: str, max_new_tokens: int, target: GeneratedTarget = "token"
+        self, prompt: str, max_new_tokens: int, target: LogitReading = "logit"
     ) -> Generation:
         """Let the model continue a prompt, and attribute every generated token.
 
         Args:
             prompt: the prompt.
             max_new_tokens: the maximum number of generated tokens.
-            target: what is explained of each: `token`, `centred` or `log_odds`.
+            target: what is explained of each: `logit`, `centred`, `log_odds` or `logprob`.
 
         Raises:
             DePassError: the method is the paper's code, which explains no generated tokens.

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.attribution.question import ModelAnswer, Question
+from depass_lightning.attribution.question import Question
+from depass_lightning.attribution.readout import ModelAnswer
 from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.models.decoder import Decoder
@@ -124,7 +125,7 @@ class Batch:
 
     def wanted(self) -> tuple[Int[Tensor, "batch token"], Float[Tensor, "batch token"]]:
         """The tokens whose logits make up each target, at least two, and the weight of each."""
-        sums = [answer.logits for answer in self.answers if answer.logits is not None]
+        sums = [logits for answer in self.answers for logits in answer.logits]
         width = max(2, *(len(logits.tokens) for logits in sums))
         tokens, weights = [], []
         for logits in sums:
@@ -151,6 +152,8 @@ class Batch:
     def _read(self, logits: Tensor, uncapped: Tensor) -> list[ModelAnswer]:
         logits, uncapped = logits.to(self.decoder.dtype), uncapped.to(self.decoder.dtype)
         return [
-            ModelAnswer.of_token(question, logits[row], uncapped[row], self.tokenizer)
+            ModelAnswer.of_token(
+                question.prompt, question.reads[0], logits[row], uncapped[row], self.tokenizer
+            )
             for row, question in enumerate(self.questions)
         ]

@@ -208,16 +208,16 @@ class Decoder:
         return rows.to(self.device) * self.logit_scale, biases.to(self.device) * self.logit_scale
 
     def summed_readout(
-        self, tokens: Int[Tensor, "token"], weights: Float[Tensor, "token"]
-    ) -> tuple[Float[Tensor, "hidden"], Float[Tensor, ""]]:
-        """The unembedding's rows and biases of some tokens, weighted and summed, some thousand at a time.
+        self, tokens: Int[Tensor, "token"], weights: Float[Tensor, "sum token"]
+    ) -> tuple[Float[Tensor, "sum hidden"], Float[Tensor, "sum"]]:
+        """Weighted sums of the unembedding's rows and biases of some tokens, some thousand rows at a time.
 
         Args:
             tokens: `[token]` token ids.
-            weights: `[token]` the weight of each.
+            weights: `[sum, token]` the weight of each in each sum.
         """
         sums = []
-        for some, weight in zip(tokens.split(READOUT_ROWS), weights.split(READOUT_ROWS), strict=True):
+        for some, weight in zip(tokens.split(READOUT_ROWS), weights.split(READOUT_ROWS, 1), strict=True):
             rows, biases = self.readout(some)
             sums.append((weight.to(rows) @ rows, weight.to(rows) @ biases))
         vectors, constants = zip(*sums, strict=True)

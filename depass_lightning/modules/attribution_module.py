@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import LightningModule
 from typing_extensions import override
 
-from depass_lightning.attribution.settings import GeneratedTarget
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import ROW_MEASURES, Case, Measure, evaluate
 from depass_lightning.methods import DePassMethod, Method
@@ -17,7 +16,7 @@ from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
-from depass_lightning.targets import AnswerTarget, LogitTarget, Token
+from depass_lightning.targets import AnswerTarget, LogitReading, LogitTarget, Token
 from depass_lightning.tasks import Example
 from depass_lightning.utils.tokenization import token_id
 
@@ -37,8 +36,8 @@ class Explained:
     Args:
         kind: "contrast", the answer against the task's foil (the answer alone where there is none); "token",
             the answer; "centred", its logit less the mean logit; "log_odds", the answer against all other
-            tokens; "own", the model's most likely next token; "generation", every token that the model
-            generates.
+            tokens; "logprob", its log-probability; "own", the model's most likely next token; "generation",
+            every token that the model generates.
         max_new_tokens: the maximum number of generated tokens. Each is a row: a prompt's first has the index
             of the prompt times `max_new_tokens`, and the id "<id>/0".
         readout: what is explained of a generated token, as in `DePass.attribute_generation`.
@@ -49,7 +48,7 @@ class Explained:
 
     kind: ExplainedKind = "contrast"
     max_new_tokens: int = 20
-    readout: GeneratedTarget = "token"
+    readout: LogitReading = "logit"
 
     def __post_init__(self) -> None:
         if self.kind not in TARGETS:

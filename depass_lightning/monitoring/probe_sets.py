@@ -15,6 +15,7 @@ from depass_lightning.targets import (
     AnswerTarget,
     LogitTarget,
     LogOdds,
+    LogProb,
     TargetLike,
     Token,
     answer_target,
@@ -112,7 +113,7 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
         size: the maximum number of probes.
         target: what is explained: "contrast", the probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
-            others; "own", the model's most likely next token.
+            others; "logprob", its log-probability; "own", the model's most likely next token.
 
     Raises:
         DePassError: the source is none of these, the set is empty, or two probes have one id.
@@ -171,8 +172,8 @@ def _aimed(target: TargetLike, kind: TargetKind) -> TargetLike:
     if kind == "contrast":
         return target
     target = as_target(target)
-    same = isinstance(target, LogOdds if kind == "log_odds" else Token) and kind != "centred"
-    if same or not isinstance(target, LogitTarget):
+    kinds = {"token": Token, "log_odds": LogOdds, "logprob": LogProb}
+    if isinstance(target, kinds.get(kind, ())) or not isinstance(target, LogitTarget):
         return target
     return answer_target(target.token, kind, target.position, first=target.first)
 

@@ -1,7 +1,6 @@
 """The result of one prompt: a score for every component, and what the components are."""
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,21 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
 from depass_lightning.results.comparison import Comparison, compare_scores
 from depass_lightning.results.component import Component, from_columns, to_columns
-from depass_lightning.results.grouping import Citation, citations, sections_summed, words_summed
-from depass_lightning.utils.atomic_files import write_whole
+from depass_lightning.results.grouping import Citation, citations, part_sums, sections_summed, words_summed
+from depass_lightning.results.score_file import read_scores, write_scores
 from depass_lightning.utils.sections import Section, SectionUnit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMAT = "depass-attribution-4"  # 1 counted ranks from 0; 2 had names for components; 3 no sections
 
 
 @dataclass(eq=False)
@@ -34,7 +29,7 @@ class Attribution:
     Attributes:
         scores: each component's contribution to the value, in logits; float32, on the CPU.
         components: what each score belongs to; the last may be the bias.
-        value: the model's value of the target: a logit, or a difference of two.
+        value: the model's value of the target: a logit, a difference of two, the sum of an answer's.
         target: the target in words: "' Mary'" or "' Mary' − ' John'".
         text: the prompt, or "" where only token ids were given.
         tokens: the text of the token at each position; together they read like the prompt.
@@ -45,11 +40,17 @@ class Attribution:
         layer: the layer at which the state was split.
         position: the position at which the target was read, an index into `tokens`.
         prediction: the text of the model's most likely next token there.
-        probability: the model's probability of the target's token, if the target is one.
-        rank: the rank of that token among all, from 1 for the most likely.
+        probability: the model's probability of the target's token or whole answer, if the target is one.
+        rank: the rank of that token among all, from 1 for the most likely; of an answer its lowest-ranked
+            token's.
+        remainder: the true log-probability or log-odds less the value, which is its linear part; None where
+            the target is linear in the logits.
+        answer_start: the position of the first token after the prompt, in a text that was generated or that
+            ends in a given answer; None for a prompt alone.
         groups: the number of groups of equal size, one after another, that the components fall into: each
             layer's heads split the state separately, and each group's scores sum to the value.
-        target_ids: the ids of the explained tokens, the answer first; empty for a direction.
+        target_ids: the ids of the explained tokens, the answer first; empty for a direction, and for a whole
+            answer, whose tokens begin at `answer_start`.
         method: `depass`, or the name of the method that made the scores; those of other methods need not sum
             to the value.
         attention_path: `content`, or `control` for scores of the query and key path alone.
@@ -72,6 +73,8 @@ class Attribution:
     prediction: str
     probability: float | None = None
     rank: int | None = None
+    remainder: float | None = None
+    answer_start: int | None = None
     groups: int = 1
     target_ids: list[int] = field(default_factory=list)
     method: str = "depass"
@@ -130,6 +133,27 @@ class Attribution:
     def correct(self) -> bool | None:
         """Whether the target's token is the model's most likely one; None where its rank is not known."""
         return None if self.rank is None else self.rank == 1
+
+    def in_answer(self, component: Component) -> bool:
+        """Return whether a component is part of the answer, not of the prompt.
+
+        Args:
+            component: one of the components.
+        """
+        return (
+            self.answer_start is not None
+            and component.span is not None
+            and component.span[0] >= self.answer_start
+        )
+
+    def part_sums(self) -> dict[str, float]:
+        """Return the sums of the scores of the prompt, of the answer's earlier tokens and of everything else.
+
+        Returns:
+            Sums by `prompt`; `answer`, or `chosen` and `rejected` of a preference; and `other`, such as
+            constants and components without a position. A part without components is left out.
+        """
+        return part_sums(self)
 
     def grid(self) -> Float[Tensor, "group component"]:
         """Return the scores with one row per group, such as a layer's heads; each row sums to the value."""
@@ -295,13 +319,8 @@ class Attribution:
             DePassError: `metadata` holds something that JSON cannot.
         """
         record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        record |= {"scores": None, "components": to_columns(self.components)}
-        try:
-            header = json.dumps(record, separators=(",", ":"))
-        except (TypeError, ValueError) as error:
-            raise DePassError(f"metadata cannot be JSON: {error}; keep plain values in it") from error
-        content = save({"scores": self.scores.contiguous()}, {"format": FORMAT, "attribution": header})
-        write_whole(path, content)
+        del record["scores"]
+        write_scores(path, self.scores, record | {"components": to_columns(self.components)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Attribution":
@@ -313,27 +332,12 @@ class Attribution:
         Raises:
             DePassError: the file is no saved attribution, or one of another version's format.
         """
-        name = os.fspath(path)
-        try:
-            with safe_open(name, framework="pt") as opened:
-                header = opened.metadata() or {}
-                kind = header.get("format", "")
-                scores = opened.get_tensor("scores") if kind == FORMAT else None
-        except SafetensorError as error:
-            raise DePassError(f"{name} is no safetensors file: {error}") from error
-        if scores is None and kind.startswith(FORMAT.rstrip("0123456789")):
-            raise DePassError(
-                f"{name} is in the format {kind} of another version, and this one reads {FORMAT}; attribute "
-                "the prompt again"
-            )
-        if scores is None:
-            raise DePassError(f"{name} holds no attribution that Attribution.save wrote")
-        record = json.loads(header["attribution"])
+        scores, record = read_scores(path)
         record["components"] = from_columns(record["components"])
         if record["offsets"] is not None:
             record["offsets"] = [tuple(span) for span in record["offsets"]]
         record["sections"] = [Section(*section) for section in record["sections"]]
-        return cls(**record | {"scores": scores})
+        return cls(scores=scores, **record)
 
     # The pictures are imported where they are drawn: reports build on this module, and matplotlib, rich and
     # jinja2 take longer to import than an attribution takes to compute.

@@ -45,6 +45,8 @@ def words_summed(attribution: "Attribution") -> "Attribution":
     reached = -1  # the last word that the group before reaches
     for i, span in enumerate(attribution.positions):
         joins = span is not None and bool(groups) and word_of[span[0]] <= reached
+        if span is not None and span[0] == attribution.answer_start:
+            joins = False
         groups[-1].append(i) if joins else groups.append([i])
         reached = -1 if span is None else word_of[span[1] - 1]
     return _summed(attribution, groups, [_merged(attribution, group) for group in groups])
@@ -96,6 +98,23 @@ def sections_summed(attribution: "Attribution", by: SectionUnit) -> "Attribution
     groups += [[i] for i in others]
     components += [attribution.components[i] for i in others]
     return _summed(attribution, groups, components)
+
+
+def part_sums(attribution: "Attribution") -> dict[str, float]:
+    """Return the sums of the scores of the prompt, of the answer and of everything else.
+
+    Args:
+        attribution: see `Attribution.part_sums`.
+    """
+    sums: dict[str, float] = {}
+    for component, score in zip(attribution.components, attribution.scores.double().tolist(), strict=True):
+        part = "other" if component.span is None else "prompt"
+        if component.kind in ("chosen", "rejected"):
+            part = component.kind
+        elif attribution.in_answer(component):
+            part = "answer"
+        sums[part] = sums.get(part, 0.0) + score
+    return sums
 
 
 def citations(attribution: "Attribution", k: int, by: SectionUnit) -> list[Citation]:

@@ -36,6 +36,9 @@ def segment(
 ) -> list[list[int]]:
     """Group positions: the first one alone, then the groups, then all that ranges leave out.
 
+    No group spans a prompt and its answer: a unit of text ends where the answer begins, and what ranges leave
+    out of the answer is a group of its own.
+
     Args:
         prompt: the prompt.
         by: a unit of text, or ranges.
@@ -49,7 +52,13 @@ def segment(
     alone = [[position for position in group if position > 0] for group in groups]
     covered = {position for group in alone for position in group}
     rest = [position for position in range(1, len(prompt.ids)) if position not in covered]
-    return [[0], *(group for group in [*alone, rest] if group)]
+    start = len(prompt.ids) if prompt.answer_start is None else prompt.answer_start
+    split = [
+        [position for position in group if (position >= start) == in_answer]
+        for group in [*alone, rest]
+        for in_answer in (False, True)
+    ]
+    return [[0], *(group for group in split if group)]
 
 
 def _by_text(prompt: Prompt, by: str) -> list[list[int]]:

@@ -51,6 +51,8 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("prediction", pa.string()),
         ("probability", pa.float64()),
         ("rank", pa.int32()),
+        ("remainder", pa.float64()),
+        ("answer_start", pa.int32()),
         ("completeness", pa.float64()),
         ("target_ids", pa.list_(pa.int64())),
         ("method", pa.string()),

@@ -95,7 +95,8 @@ class Example:
 
         Args:
             kind: "contrast", its logit less the foil's, or its logit where there is no foil; "token", its
-                logit; "centred", its logit less the mean logit; "log_odds", its log-odds against all others.
+                logit; "centred", its logit less the mean logit; "log_odds", its log-odds against all others;
+                "logprob", its log-probability.
         """
         if kind == "contrast" and self.foil is not None:
             return Contrast(self.answer, self.foil, first=True)

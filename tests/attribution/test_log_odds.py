@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from depass_lightning import Contrast, DePass, DePassError, Heads, LogOdds, Neurons, Token, Tokens
+from depass_lightning import Contrast, DePass, DePassError, Heads, LogOdds, LogProb, Neurons, Token, Tokens
+from depass_lightning.attribution.logit_sum import LogitSum
 from depass_lightning.methods import METHODS, DePassMethod
 from depass_lightning.modules.attribution_module import AttributionModule, Explained
 from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.monitoring.probe_sets import load_set
-from depass_lightning.targets import LogitSum
 from depass_lightning.tasks import Example
 from tests.reference import twin, zoo
 from tests.reference.models import build, distance, prompt
@@ -169,21 +169,22 @@ def test_other_methods_explain_them_too(tiny: DePass, name: str) -> None:
     assert distance(log_odds.scores, contrast.scores) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["token", "centred", "log_odds"])
+@pytest.mark.parametrize("kind", ["logit", "centred", "log_odds", "logprob"])
 def test_generated_tokens(tiny: DePass, kind: Any) -> None:
     found = tiny.attribute_generation(TEXT, max_new_tokens=3, target=kind)
     count = len(found.tokens) - 3
     for index, own in enumerate(found):
         token, position = own.token_ids[count + index], count + index - 1
         target = {
-            "token": Token(token, position),
+            "logit": Token(token, position),
             "centred": Token(token, position, centred=True),
             "log_odds": LogOdds(token, position=position),
+            "logprob": LogProb(token, position),
         }[kind]
         alone = tiny.attribute(input_ids=torch.tensor([own.token_ids]), target=target)[0]
         torch.testing.assert_close(own.scores, alone.scores, rtol=1e-4, atol=1e-5)
         assert own.target == alone.target
-    with pytest.raises(DePassError, match="target='contrast' is unknown; choose 'token' or 'centred'"):
+    with pytest.raises(DePassError, match="target='contrast' is unknown; choose 'logit' or 'centred'"):
         tiny.attribute_generation(TEXT, target="contrast")  # type: ignore[arg-type]
 
 
@@ -193,6 +194,7 @@ def test_an_examples_targets() -> None:
     assert example.target("token") == Token(" B", first=True)
     assert example.target("centred") == Token(" B", first=True, centred=True)
     assert example.target("log_odds") == LogOdds(" B", first=True)
+    assert example.target("logprob") == LogProb(" B", first=True)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +204,8 @@ def test_an_examples_targets() -> None:
         (Contrast(" B", " C"), "centred", Token(" B", centred=True)),
         (Contrast(" B", " C"), "token", Token(" B")),
         (" B", "log_odds", LogOdds(" B")),
+        (Contrast(" B", " C", -2), "logprob", LogProb(" B", -2)),
+        (LogProb(7), "logprob", LogProb(7)),
         (7, "centred", Token(7, centred=True)),
         (None, "log_odds", LogOdds()),
         (Token(" B", centred=True), "token", Token(" B", centred=True)),
@@ -215,7 +219,7 @@ def test_probes_of_every_kind(given: Any, kind: Any, expected: Any) -> None:
     assert probe.target == expected
 
 
-@pytest.mark.parametrize("kind", ["log_odds", "centred"])
+@pytest.mark.parametrize("kind", ["log_odds", "centred", "logprob"])
 def test_an_analysis_explains_them(tiny: DePass, kind: Any) -> None:
     example = Example("1", TEXT, " Mary", " John")
     module = AttributionModule(DePassMethod(tiny, rule="half"), explained=Explained(kind))

@@ -69,7 +69,7 @@ class TopNeuronApproximation:
         group: the neurons, the bias component in front where there is one, and the rest of the state.
         rule: the softmax rule.
         derivative: the target's derivative where it is read.
-        positions: `[batch]` where each prompt's target stands.
+        reads: the positions at which each prompt's target is read, and the derivative by the state at each.
         layer: the block that the group enters.
         stop: the layer where the target is read, at least two layers further on.
     """
@@ -79,7 +79,7 @@ class TopNeuronApproximation:
     group: NeuronGroup
     rule: SoftmaxRule
     derivative: TargetGradient
-    positions: Int[Tensor, "batch"]
+    reads: tuple[Int[Tensor, "batch read"], Float[Tensor, "batch read hidden"]]
     layer: int
     stop: int
 
@@ -114,7 +114,8 @@ class TopNeuronApproximation:
     def _largest(self, top: int) -> Int[Tensor, "batch chosen"]:
         """The neurons that write most up to the target, relative to the residual stream's size."""
         state = self.recording.state(self.layer)
-        real = torch.arange(state.shape[1], device=state.device) <= self.positions[:, None]
+        last = self.reads[0].amax(1, keepdim=True)
+        real = torch.arange(state.shape[1], device=state.device) <= last
         size = state.square().mean(-1).sqrt()
         written = self.group.values.abs() / torch.where(real, size, math.inf)[..., None]
         return (written.amax(1) * self.group.columns.norm(dim=2)).topk(top, dim=1).indices
@@ -129,7 +130,8 @@ class TopNeuronApproximation:
         batch, positions, _ = values.shape
         everywhere = torch.arange(positions, device=values.device).expand(batch, -1)
         state = self.split.begin(self.recording, group, everywhere)
-        coefficients, rounded = [], torch.zeros_like(self.recording.state(self.layer))
+        (read_at, directions), coefficients = self.reads, []
+        rounded = torch.zeros_like(self.recording.state(self.layer))
         for index in range(self.layer, self.stop):
             block = self.recording.block(index)
             z = block.mlp.pre_activations
@@ -138,15 +140,14 @@ class TopNeuronApproximation:
             if block.parallel:
                 state.mlp_input = state.rows.clone()
             if index == self.stop - 1:
-                state = propagate_attention(state, block.attention, self.positions[:, None])
+                state = propagate_attention(state, block.attention, read_at)
             else:
                 propagate_attention(state, block.attention)
             present = _reached(block.attention, present, bulk)
             slopes, constants = share_with_bulk(state, block.mlp, self.rule, present.sum(2), z)
             slopes, constants = (_scatter(state, values, positions) for values in (slopes, constants))
             coefficients.append(_Coefficients(present, slopes, constants))
-        direction = self.derivative.states[torch.arange(batch, device=values.device), self.positions]
-        return (state.dense()[:, :, 0] @ direction[:, :, None])[..., 0], coefficients
+        return torch.einsum("bmrd,brd->bm", state.dense(), directions), coefficients
 
     def _backward(self, forward: "list[_Coefficients]") -> Float[Tensor, "batch neuron"]:
         """Step 3: every neuron's score as one of the bulk."""

@@ -98,7 +98,8 @@ class MethodComparison:
         methods: the methods; None for those of `LISTED`.
         options: further options of some methods, by name: `{"integrated_gradients": {"steps": 64}}`.
         target: what is explained of the answer: `contrast`, its logit less the foil's if there is one;
-            `token`, its logit; `centred`, its logit less the mean logit; `log_odds`, its log-odds.
+            `token`, its logit; `centred`, its logit less the mean logit; `log_odds`, its log-odds;
+            `logprob`, its log-probability.
         percents: the percentages to measure at; None for 0 to 100 of tokens, 0 to 50 of heads and neurons.
         zeroed: of tokens, measure with embeddings set to zero too, which takes as many passes again.
         keep_last: of tokens, measure with the last token kept too, which takes as many passes again.

@@ -1,0 +1,313 @@
+"""How targets are read from a recorded pass: the model's answers, and the vectors that read states."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from depass_lightning.attribution.logit_sum import LogitSum, finite, target_ids, target_name, true_value
+from depass_lightning.attribution.question import Question, Read
+from depass_lightning.engine.adjoint import TargetGradient, at_readout, read_directions
+from depass_lightning.engine.record import Recording
+from depass_lightning.models.decoder import Decoder
+from depass_lightning.prompts import Prompt
+from depass_lightning.targets import Continuation, Direction, LogitTarget
+from depass_lightning.utils.tokenization import continuation, token_text
+
+READS = 64  # sums of logits that share one pass over the unembedding's rows
+SHOWN = 60  # characters of an answer in a target's name
+
+
+@dataclass(frozen=True)
+class ModelAnswer:
+    """The model's own answer to a question.
+
+    Args:
+        name: the target in words.
+        value: the model's value of the target.
+        prediction: the text of the model's most likely next token; of each one of an answer, joined.
+        ids: the tokens that the target names, the explained one first; empty for a target inside the model,
+            and for a whole answer, whose tokens are part of the text.
+        logits: the sums of logits that the target is, one for each position at which it is read; empty for a
+            target inside the model.
+        probability: the model's probability of the first token, or of the whole answer.
+        rank: its rank among all tokens, from 1 for the most likely; of an answer its lowest-ranked token's.
+        remainder: what the value leaves of a log-probability or log-odds; None for other targets.
+        log_probability: the logarithm of the probability, which may be too small for a number.
+    """
+
+    name: str
+    value: float
+    prediction: str
+    ids: list[int]
+    logits: tuple[LogitSum, ...] = ()
+    probability: float | None = None
+    rank: int | None = None
+    remainder: float | None = None
+    log_probability: float | None = None
+
+    @classmethod
+    def of_token(
+        cls,
+        prompt: Prompt,
+        read: Read,
+        logits: Float[Tensor, "vocabulary"],
+        uncapped: Float[Tensor, "vocabulary"],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> "ModelAnswer":
+        """Read the answer to a question about tokens.
+
+        Args:
+            prompt: the prompt.
+            read: what is read of it.
+            logits: the model's logits at its position.
+            uncapped: the same before a soft cap, which is what scores sum to.
+            tokenizer: to name tokens by; None shows ids.
+
+        Raises:
+            DePassError: the value is not finite.
+        """
+        best, target, ids = int(logits.argmax()), read.target, read.ids
+        assert isinstance(target, LogitTarget)
+        if ids is None:
+            ids = target_ids(target, prompt.text_until(read.position), tokenizer, len(logits), best)
+            assert ids is not None
+        name, summed = target_name(target, ids, tokenizer), LogitSum.of(target, ids, logits)
+        value, true = finite(summed.value(uncapped), name), true_value(target, ids, logits)
+        return cls(
+            name=name,
+            value=value,
+            prediction=token_text(best, tokenizer),
+            ids=ids,
+            logits=(summed,),
+            probability=float(logits.softmax(-1)[ids[0]]),
+            rank=1 + int((logits > logits[ids[0]]).sum()),
+            remainder=None if true is None else true - value,
+            log_probability=float(logits.double().log_softmax(-1)[ids[0]]),
+        )
+
+    @classmethod
+    def of_answer(
+        cls,
+        prompt: Prompt,
+        target: Continuation,
+        reads: Sequence[Read],
+        tokens: Sequence["ModelAnswer"],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> "ModelAnswer":
+        """Join the answers for the tokens of a given answer.
+
+        Args:
+            prompt: the prompt with the answer.
+            target: the target.
+            reads: where its tokens are read.
+            tokens: the model's answer for each of them.
+            tokenizer: to name tokens by; None shows ids.
+        """
+        weighted = list(zip(reads, tokens, strict=True))
+        remainders = [
+            read.weight * token.remainder for read, token in weighted if token.remainder is not None
+        ]
+        log_probability = math.fsum(token.log_probability or 0.0 for token in tokens)
+        return cls(
+            name=_name_of(prompt, target, reads, tokenizer),
+            value=math.fsum(read.weight * token.value for read, token in weighted),
+            prediction="".join(token.prediction for token in tokens),
+            ids=[],
+            logits=tuple(
+                replace(logits, weights=read.weight * logits.weights)
+                for read, token in weighted
+                for logits in token.logits
+            ),
+            probability=math.exp(log_probability),
+            rank=max(token.rank for token in tokens if token.rank is not None),
+            remainder=math.fsum(remainders) if remainders else None,
+            log_probability=log_probability,
+        )
+
+    @classmethod
+    def of_vector(
+        cls,
+        question: Question,
+        value: float,
+        logits: Float[Tensor, "vocabulary"],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> "ModelAnswer":
+        """Name the answer to a question about a direction inside the model.
+
+        Args:
+            question: the question.
+            value: the model's value of the target.
+            logits: the model's logits at its position.
+            tokenizer: to name tokens by; None shows ids.
+        """
+        kind = "direction" if isinstance(question.target, Direction) else "probe logit"
+        prediction = token_text(int(logits.argmax()), tokenizer)
+        return cls(f"{kind} at layer {question.layer}", value, prediction, ids=[])
+
+
+def _name_of(
+    prompt: Prompt, target: Continuation, reads: Sequence[Read], tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    """Return an answer's name in results: the text of its explained tokens, and what is explained of them."""
+    first, last = reads[0].position + 1, reads[-1].position + 2
+    if tokenizer is None:
+        text = " ".join(prompt.tokens[first:last])
+    else:
+        text = continuation(prompt.ids[:last], first, tokenizer)
+    shown = repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
+    words = {"logit": "", "centred": "centred logit", "log_odds": "log-odds", "logprob": "log-probability"}
+    kind = " ".join(word for word in ("mean" * (target.reduce == "mean"), words[target.of]) if word)
+    return f"{kind} of {shown}" if kind else shown
+
+
+def readouts_of(
+    decoder: Decoder, sums: Sequence[LogitSum]
+) -> tuple[Float[Tensor, "read hidden"], Float[Tensor, "read"]]:
+    """Return what a state is multiplied with for sums of logits, and what is added to the product.
+
+    Args:
+        decoder: the model.
+        sums: the sums of logits.
+    """
+    vectors, constants = [], []
+    for first in range(0, len(sums), READS):  # sums over the whole vocabulary read its rows once
+        some = sums[first : first + READS]
+        tokens, columns = torch.cat([logits.tokens for logits in some]).unique(return_inverse=True)
+        rows = torch.repeat_interleave(
+            torch.tensor([len(logits.tokens) for logits in some], device=tokens.device)
+        )
+        weights = torch.cat([logits.weights for logits in some])
+        table = weights.new_zeros(len(some), len(tokens))  # [read, token]
+        table.index_put_((rows, columns), weights, accumulate=True)
+        vector, constant = decoder.summed_readout(tokens, table)
+        vectors.append(vector)
+        constants.append(constant)
+    return torch.cat(vectors), torch.cat(constants)
+
+
+def _answer(
+    recording: Recording, tokenizer: PreTrainedTokenizerBase | None, row: int, question: Question
+) -> ModelAnswer:
+    """Read the answer to one prompt's question."""
+    places = [recording.kept.index(read.position) for read in question.reads]
+    dtype, prompt, reads = recording.dtype, question.prompt, question.reads
+    if question.vector is not None:
+        state = recording.state(question.layer)[row, question.position]
+        value = float(state @ question.vector.to(state)) + question.constant
+        return ModelAnswer.of_vector(question, value, recording.logits[row, places[0]].to(dtype), tokenizer)
+    tokens = [
+        ModelAnswer.of_token(
+            prompt,
+            read,
+            recording.logits[row, place].to(dtype),
+            recording.uncapped[row, place].to(dtype),
+            tokenizer,
+        )
+        for read, place in zip(reads, places, strict=True)
+    ]
+    if isinstance(question.target, Continuation):
+        return ModelAnswer.of_answer(prompt, question.target, reads, tokens, tokenizer)
+    return tokens[0]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a batch's targets are read from the state: as many a prompt, all at one place.
+
+    A target that is read at fewer positions than others is padded with its last one and a vector of zeros.
+
+    Args:
+        layer: the block whose input is read; the number of blocks for the last block's output.
+        normed: the state is read after the final norm.
+        positions: the positions at which each target is read.
+        vectors: what the state at each of them is multiplied with.
+        constants: what is added to each target's products.
+        values: the model's own values of the targets.
+        answers: `[batch][target]` the model's own answers.
+    """
+
+    layer: int
+    normed: bool
+    positions: Int[Tensor, "batch target read"]
+    vectors: Float[Tensor, "batch target read hidden"]
+    constants: Float[Tensor, "batch target"]
+    values: Float[Tensor, "batch target"]
+    answers: list[list[ModelAnswer]]
+
+    @classmethod
+    def of(
+        cls,
+        recording: Recording,
+        tokenizer: PreTrainedTokenizerBase | None,
+        questions: Sequence[Sequence[Question]],
+    ) -> "Readout":
+        """Read each question's answer from the recorded pass.
+
+        Args:
+            recording: the recorded pass.
+            tokenizer: to name tokens by; None shows ids.
+            questions: `[batch][target]`, all at one place.
+
+        Raises:
+            DePassError: a target's value is not finite.
+        """
+        layer, normed = questions[0][0].place
+        state = recording.state(layer)
+        shape = (len(questions), len(questions[0]))
+        rows = [(row, question) for row, several in enumerate(questions) for question in several]
+        answers = [_answer(recording, tokenizer, row, question) for row, question in rows]
+        counts = [len(question.reads) for _, question in rows]
+        if normed:
+            vectors, constants = readouts_of(
+                recording.decoder, [logits for answer in answers for logits in answer.logits]
+            )
+        else:
+            inside = [question.vector for _, question in rows if question.vector is not None]
+            vectors = torch.stack([vector.to(state) for vector in inside])
+            constants = vectors.new_tensor([question.constant for _, question in rows])
+        # [batch * target, read, hidden]
+        padded = nn.utils.rnn.pad_sequence(list(vectors.to(state).split(counts)), batch_first=True)
+        places = [
+            [read.position for read in question.reads] + [question.position] * (max(counts) - count)
+            for (_, question), count in zip(rows, counts, strict=True)
+        ]
+        return cls(
+            layer=layer,
+            normed=normed,
+            positions=torch.tensor(places, device=state.device).unflatten(0, shape),
+            vectors=padded.unflatten(0, shape),
+            constants=torch.stack([part.sum() for part in constants.to(state).split(counts)]).view(shape),
+            values=state.new_tensor([answer.value for answer in answers]).view(shape),
+            answers=[answers[first : first + shape[1]] for first in range(0, len(answers), shape[1])],
+        )
+
+    def directions(self, recording: Recording, target: int) -> Float[Tensor, "batch read hidden"]:
+        """Return the derivative of each prompt's target by the state at each position that it is read at.
+
+        Args:
+            recording: the recorded pass.
+            target: which of each prompt's targets.
+        """
+        return read_directions(
+            recording, self.positions[:, target], self.vectors[:, target], normed=self.normed
+        )
+
+    def gradient(self, recording: Recording, target: int) -> TargetGradient:
+        """Compute the gradient of each prompt's target by the state where it is read.
+
+        Args:
+            recording: the recorded pass.
+            target: which of each prompt's targets.
+        """
+        return at_readout(
+            recording,
+            self.positions[:, target],
+            self.vectors[:, target],
+            self.constants[:, target],
+            normed=self.normed,
+        )
