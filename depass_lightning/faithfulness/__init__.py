@@ -3,6 +3,7 @@
 from depass_lightning.faithfulness.ablation_agreement import AblationAgreement, Agreement, agreement
 from depass_lightning.faithfulness.accuracy import answered_right
 from depass_lightning.faithfulness.circuits import circuit_scores, circuit_values
+from depass_lightning.faithfulness.citation_removal import CitationRemoval
 from depass_lightning.faithfulness.component_masking import (
     MASKED,
     ComponentMasking,
@@ -49,6 +50,7 @@ __all__ = [
     "AblationAgreement",
     "Agreement",
     "Case",
+    "CitationRemoval",
     "Columns",
     "ComponentMasking",
     "CurveMean",

@@ -80,7 +80,7 @@ class LinearDatamodeling:
                 case.target_ids[0],
             )
             if key not in self.cache:
-                missing[key] = [_ablated(case, candidates, row.tolist()) for row in kept]
+                missing[key] = [ablated(case, candidates, row.tolist()) for row in kept]
         if missing:
             prompts = [prompt for rows in missing.values() for prompt in rows]
             readings = answers_of(depass.model, prompts, self.batch_size, self.progress)
@@ -102,7 +102,14 @@ def removable(attribution: Attribution) -> list[int]:
     return without_last(attribution, text_components(attribution))
 
 
-def _ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> AblatedPrompt:
+def ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> AblatedPrompt:
+    """Return a case's prompt without some of its components.
+
+    Args:
+        case: the attribution, whose target is a token.
+        candidates: the components that may be removed.
+        kept: which of these stay.
+    """
     attribution = case.attribution
     removed: set[int] = set()
     for component, keep in zip(candidates, kept, strict=True):

@@ -6,12 +6,14 @@ from typing import Any
 
 from torchmetrics import MetricCollection
 
+from depass_lightning.faithfulness.citation_removal import CitationRemoval
 from depass_lightning.faithfulness.metrics import CurveMean, CurvesMean, PromptMean, PromptsMean, Rows
 
 CHUNK = 256  # rows in memory at a time
 
 NUMBERS = (
-    *("correct", "completeness", "evidence_first", "evidence_chance", "evidence_auroc"),
+    *("correct", "completeness", "evidence_first", "evidence_chance", "evidence_auroc", "lds"),
+    *(f"drop_{count}{suffix}" for count in CitationRemoval.counts for suffix in ("", "_random")),
     *(
         f"{prefix}{name}"
         for prefix in ("", "kept_")
@@ -109,7 +111,8 @@ def summarise(rows: Rows) -> dict[str, Any]:
     Returns:
         What the rows know of these: `prompts`; `correct`, the share of prompts that the model answers right;
         `completeness_max` and `completeness_mean`; `evidence_first` and `evidence_auroc`, how well scores
-        find the known evidence; `comprehensiveness` and `sufficiency`; the areas under the curves of patch
+        find the known evidence; `lds` and `drop_1`, `drop_3`, `drop_5` of citations; `comprehensiveness` and
+        `sufficiency`; the areas under the curves of patch
         top and recover top, with tokens removed, the last one always kept (`kept_`) or embeddings zeroed
         (`zero_`), and of masked heads or neurons; and the mean curves themselves: `curves`, the answer's
         probability at each fraction, `logit_curves`, `log_odds_curves` and `rank_curves`, with the last token
@@ -162,6 +165,8 @@ def _numbers(means: Mapping[str, PromptsMean | None], prompts: int) -> dict[str,
     for name, other, note in (
         ("evidence_first", "evidence_chance", ""),
         ("evidence_auroc", 0.5, ""),
+        ("lds", 0.0, HIGH),
+        *((f"drop_{count}", f"drop_{count}_random", HIGH) for count in CitationRemoval.counts),
         ("comprehensiveness", "comprehensiveness_random", HIGH),
         ("sufficiency", "sufficiency_random", LOW),
         ("kept_comprehensiveness", "kept_comprehensiveness_random", HIGH),

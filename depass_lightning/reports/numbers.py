@@ -19,6 +19,8 @@ MEASURES = {
     "completeness_mean": "completeness error, mean",
     "evidence_auroc": "evidence AUROC",
     "evidence_first": "evidence ranked first",
+    "lds": "linear datamodeling score",
+    **{f"drop_{count}": f"log-probability lost without the top {count}" for count in (1, 3, 5)},
     "on_target": "score on the evidence",
     "seconds_per_prompt": "seconds per prompt",
 }

@@ -68,6 +68,9 @@ ATTRIBUTION_SCHEMA = pa.schema(
         ("evidence_first", pa.bool_()),
         ("evidence_chance", pa.float64()),
         ("evidence_auroc", pa.float64()),
+        # citations removed
+        ("lds", pa.float64()),
+        *((f"drop_{count}{suffix}", pa.float64()) for count in (1, 3, 5) for suffix in ("", "_random")),
         # tokens removed, the last one too or never ("kept_"), or their embeddings zeroed
         ("percents", CURVE),
         *((name, CURVE) for name in REMOVAL),
