@@ -38,6 +38,7 @@ SCRIPTS = (
     "page_base.js",
     "page_panels.js",
     "page_prompt.js",
+    "page_sections.js",
     "page_matrix.js",
     "page_heat.js",
     "page_components.js",
@@ -238,7 +239,11 @@ def rendered(template: str, scripts: Iterable[str], data: Mapping[str, Any], **v
 
 def _settings(attribution: Attribution, without: Iterable[str] = ()) -> dict[str, str]:
     """Return an attribution's settings as text, except those named."""
-    plain_values = {k: str(v) for k, v in attribution.metadata.items() if isinstance(v, str | int | float)}
+    plain_values = {
+        k: f"{v:.5g}" if isinstance(v, float) else str(v)
+        for k, v in attribution.metadata.items()
+        if isinstance(v, str | int | float)
+    }
     how = {"source": made(attribution), "rule": attribution.rule}
     if attribution.method != "depass":
         how["method"] = attribution.method

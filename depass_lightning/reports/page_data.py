@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from depass_lightning.errors import DePassError
 from depass_lightning.reports.components import (
     Grid,
     complete,
@@ -20,6 +21,7 @@ from depass_lightning.reports.numbers import bare, visible
 from depass_lightning.reports.prompt_segments import unread_words
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import Component
+from depass_lightning.utils.sections import tokens_of
 
 
 def prompt_data(
@@ -52,6 +54,8 @@ def prompt_data(
         "target_position": _target_position(attribution),
         "row": visible(bare(str(example.get("row", name)))),
         "views": views,
+        "sections": _sections(attribution),
+        "citations": _citations(attribution),
         "marks": _marks(attribution, example) if known else [],
         "share": _rounded(attribution.positive_fraction(evidence))
         if known and evidence and placed(attribution)
@@ -67,6 +71,38 @@ def prompt_data(
         "unread": unread_words(attribution),
         "completeness": _rounded(attribution.completeness) if complete(attribution) else None,
     }
+
+
+def _sections(attribution: Attribution) -> list[dict[str, Any]]:
+    """Return the turns of a conversation, or the documents of a prompt, as token ranges.
+
+    A turn is `kind` turn or answer; of a prompt without turns the sections are documents and the question.
+    """
+    kinds = {section.kind for section in attribution.sections}
+    outer = ("turn", "answer") if "turn" in kinds else ("document", "question", "answer")
+    chosen = sorted(
+        (part for part in attribution.sections if part.kind in outer), key=lambda part: part.start
+    )
+    tokens = tokens_of(chosen, attribution.text, attribution.offsets or [])
+    return [
+        {"kind": part.kind, "name": visible(part.name), "tokens": [positions[0], positions[-1] + 1]}
+        for part, positions in zip(chosen, tokens, strict=True)
+        if positions
+    ]
+
+
+def _citations(attribution: Attribution, most: int = 3) -> list[dict[str, Any]]:
+    """Return the best citations of documents; none where components are more than sentences, or not text."""
+    if not any(section.kind == "document" for section in attribution.sections) or not placed(attribution):
+        return []
+    try:
+        cited = attribution.cite(most)
+    except DePassError:  # a component has several sentences
+        return []
+    return [
+        {"document": visible(name), "text": visible(text), "score": _rounded(score), "tokens": span}
+        for name, text, score, span in cited
+    ]
 
 
 def _target_position(attribution: Attribution) -> int | None:

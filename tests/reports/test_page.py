@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.figures import curves_figure, save_figure
 from depass_lightning.reports.page import SharedComponents, page_html, write_matrix_page, write_page
+from depass_lightning.results.component import Component
 from depass_lightning.results.generation import Generation
+from depass_lightning.utils.sections import Section
 from tests.reference.attributions import CURVES, NASTY, Elements, attribution_of, heads, ioi, nasty, neurons
 
 EXAMPLE = {
@@ -323,3 +326,54 @@ def test_a_browser_draws_the_page(tmp_path: Path) -> None:
     assert 'aria-selected="true"' in body
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
     assert body.count("<polyline") == 4
+
+
+def sectioned() -> list[Any]:
+    """Return an attribution of a conversation and one of documents."""
+    text = "<s>Hi. You?</s>Me.</s>"
+    tokens, starts = ["<s>", "Hi.", " You?", "</s>", "Me.", "</s>"], [0, 3, 6, 11, 15, 18, 22]
+    components = [Component("token", token, index=i, span=(i, i + 1)) for i, token in enumerate(tokens)]
+    common: dict[str, Any] = {
+        "text": text,
+        "tokens": tokens,
+        "token_ids": list(range(6)),
+        "offsets": [(0, 0), *pairwise(starts[1:])],
+        "position": 5,
+        "components": components,
+        "scores": torch.tensor([0.0, 3.0, 1.0, 0.5, 2.0, 0.0]),
+    }
+    chat = [Section("turn", "user", 3, 11), Section("turn", "assistant", 15, 18)]
+    documents = [Section("document", "A", 3, 11), Section("question", "question", 15, 18)]
+    return [ioi(**common, sections=chat), ioi(**common, sections=documents)]
+
+
+def test_turns_and_documents_are_data_of_the_page() -> None:
+    chat, documents = data_of(page_html(sectioned(), title="T"))["prompts"]
+    assert chat["sections"] == [
+        {"kind": "turn", "name": "user", "tokens": [1, 3]},
+        {"kind": "turn", "name": "assistant", "tokens": [4, 5]},
+    ]
+    assert chat["citations"] == []
+    assert [section["name"] for section in documents["sections"]] == ["A", "question"]
+    assert documents["citations"] == [
+        {"document": "A", "text": "Hi.", "score": 3.0, "tokens": [1, 2]},
+        {"document": "A", "text": "You?", "score": 1.0, "tokens": [2, 3]},
+    ]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_browser_draws_a_conversation_and_documents(tmp_path: Path) -> None:
+    chat, documents = sectioned()
+    write_page(tmp_path / "chat.html", [chat], title="T")
+    write_page(tmp_path / "documents.html", [documents], title="T")
+    body = drawn(tmp_path, "chat.html")
+    assert re.findall(r'class="section bubble( user)?"><b class="section-name">(\w+)<', body) == [
+        (" user", "user"),
+        ("", "assistant"),
+        ("", "assistant"),
+    ]
+    assert body.count('<div class="template">') == 3
+    body = drawn(tmp_path, "documents.html")
+    assert re.findall(r'class="section document"><b class="section-name">(\w+)<', body) == ["A", "question"]
+    (cited,) = re.findall(r'<ol class="citations".*?</ol>', body)
+    assert cited.index("Hi.") < cited.index("You?")

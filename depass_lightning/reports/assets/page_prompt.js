@@ -9,6 +9,7 @@ function promptPanel(prompt) {
     "div",
     { class: "panel prompt-panel" },
     element("p", { class: "equation" }, element("span", {}, prompt.target), " = ", element("b", {}, signed(prompt.value))),
+    citations(prompt),
     promptText(prompt, view, scale),
     elsewhere(prompt, view, scale),
     prompt.unread ? element("p", { class: "elsewhere" }, prompt.unread) : null,
@@ -21,13 +22,15 @@ function promptText(prompt, view, scale) {
   const text = element("div", { class: `prompt${long}`, dir: "auto", tabindex: "0", role: "group", "aria-label": "The prompt; arrow keys choose a component" });
   const componentAt = new Array(prompt.tokens.length).fill(-1);
   view.spans.forEach((span, i) => span && componentAt.fill(i, span[0], span[1]));
+  let place = text;
   for (let start = 0, end; start < prompt.tokens.length; start = end) {
     const i = componentAt[start];
     end = start + 1;
     while (i >= 0 && componentAt[end] === i) end++;
+    place = placeOf(text, prompt, start) ?? place;
     const written = i < 0 ? prompt.tokens[start] : textOf(prompt, view, i);
-    appendPiece(text, prompt, { i, start, end, written, strength: i < 0 ? 0 : view.scores[i] / scale });
-    if (prompt.target_position == null && start <= prompt.position && prompt.position < end) appendAnswer(text, prompt);
+    appendPiece(place, prompt, { i, start, end, written, strength: i < 0 ? 0 : view.scores[i] / scale });
+    if (prompt.target_position == null && start <= prompt.position && prompt.position < end) appendAnswer(answerPlace(text, place, prompt), prompt);
   }
   text.addEventListener("pointerover", (event) => {
     const piece = event.target.closest("[data-component]");
