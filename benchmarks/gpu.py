@@ -1,9 +1,9 @@
 """Time and memory of a decomposed pass on one GPU, at a large model's shapes.
 
 A random Llama (by default 7B shapes in bfloat16), one prompt, medians; each row is printed when it is
-measured. The unit is the model's plain forward pass at the same length, as it is loaded (sdpa), so
-ratios can be compared between cards. `peak` is what the call allocates beyond the weights; the completeness error
-is the result's. A case that runs out of memory, or whose first run takes longer than `--limit`, is reported so.
+measured. The unit is the model's plain forward pass at the same length, as it is loaded (sdpa), so ratios can
+be compared between cards. `peak` is what the call allocates beyond the weights; the completeness error is the
+result's. A case that runs out of memory, or whose first run takes longer than `--limit`, is reported so.
 
     python benchmarks/gpu.py                                       # under eight minutes on a data-centre card
     python benchmarks/gpu.py --hidden 2048 --layers 16 --tokens 128 1024
