@@ -153,6 +153,7 @@ class TargetSettings(StrictSettings):
     kind: Annotated[str, _one_of(TARGETS)]
     max_new_tokens: Annotated[int, Field(le=MAX_COUNT)] = 1
     readout: LogitReading = "logit"
+    answer: Literal["whole", "first"] = "whole"
 
 
 class ReportSettings(StrictSettings):

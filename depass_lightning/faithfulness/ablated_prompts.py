@@ -23,22 +23,22 @@ class AblatedPrompt:
     Args:
         ids: the tokens that are left.
         seen: which of them keep their embedding; that of the others is set to zero.
-        answer: the id of the answer's token.
+        answer: the ids of the answer's tokens.
     """
 
     ids: Sequence[int]
     seen: Sequence[bool]
-    answer: int
+    answer: Sequence[int]
 
 
 class AnswerReading(NamedTuple):
     """What the model gives an answer.
 
     Attributes:
-        probability: the answer's probability p.
-        logit: its logit.
+        probability: the answer's probability p, of all of its tokens.
+        logit: its logit, summed over its tokens.
         log_odds: log p - log(1 - p).
-        rank: its rank among all tokens, from 1 for the most likely.
+        rank: its rank among all tokens, from 1 for the most likely; the largest of its tokens'.
     """
 
     probability: float
@@ -64,31 +64,47 @@ def answers_of(
     inner = unwrapped(model)
 
     def work(batch: list[int]) -> list[AnswerReading]:
-        logits = _next_token(inner, [prompts[i] for i in batch])
-        wanted = torch.tensor([prompts[i].answer for i in batch], device=logits.device)[:, None]
-        answers = logits.gather(1, wanted)
+        logits = _answer_logits(inner, [prompts[i] for i in batch])
+        wanted = torch.tensor([prompts[i].answer for i in batch], device=logits.device)[:, :, None]
+        answers = logits.gather(2, wanted)  # [batch, token, 1]
+        others = logits.scatter(2, wanted, -torch.inf).logsumexp(-1)
+        odds = (answers[:, :, 0] - others).double()  # [batch, token]
+        logs = -torch.nn.functional.softplus(-odds).sum(1)
+        whole = odds[:, 0] if odds.shape[1] == 1 else logs - torch.log(-torch.expm1(logs))
         columns = (
-            logits.softmax(-1).gather(1, wanted)[:, 0],
-            answers[:, 0],
-            answers[:, 0] - logits.scatter(1, wanted, -torch.inf).logsumexp(-1),
-            1 + (logits > answers).sum(-1),
+            logs.exp() if odds.shape[1] > 1 else logits[:, 0].softmax(-1).gather(1, wanted[:, :, 0])[:, 0],
+            answers.sum((1, 2)),
+            whole,
+            1 + (logits > answers).sum(-1).amax(1),
         )
         readings = zip(*(column.tolist() for column in columns), strict=True)
         return [AnswerReading(*map(float, reading)) for reading in readings]
 
     # Prompts without zeroed embeddings need no hook: they form batches of their kind.
     config = inner.config.get_text_config() if isinstance(inner, PreTrainedModel) else None
-    kinds = [((all(prompt.seen), regime(config, len(prompt.ids))), len(prompt.ids)) for prompt in prompts]
+    kinds = []
+    for prompt in prompts:
+        length = len(prompt.ids) + len(prompt.answer) - 1
+        kinds.append(((all(prompt.seen), len(prompt.answer), regime(config, length)), length))
     with undisturbed(model, eager=False):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 
-def _next_token(model: nn.Module, prompts: Sequence[AblatedPrompt]) -> Float[Tensor, "batch vocabulary"]:
-    """Return the logits of the token after each prompt.
+def _answer_logits(
+    model: nn.Module, prompts: Sequence[AblatedPrompt]
+) -> Float[Tensor, "batch token vocabulary"]:
+    """Return the logits of each of the answer's tokens after each prompt, all answers of one length.
 
-    Padded on the left, so that only the last position's logits are computed. Causality and the mask keep the
-    padding from changing them.
+    Padded on the left, so that only the answer's positions' logits are computed. Causality and the mask keep
+    the padding from changing them.
     """
+    count = len(prompts[0].answer)
+    prompts = [
+        AblatedPrompt(
+            [*prompt.ids, *prompt.answer[:-1]], [*prompt.seen, *[True] * (count - 1)], prompt.answer
+        )
+        for prompt in prompts
+    ]
     device = next(model.parameters()).device
     longest = max(len(prompt.ids) for prompt in prompts)
     padding = [longest - len(prompt.ids) for prompt in prompts]
@@ -103,9 +119,9 @@ def _next_token(model: nn.Module, prompts: Sequence[AblatedPrompt]) -> Float[Ten
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
             stack.callback(embedding.register_forward_hook(_zeroing(seen)).remove)
         logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=count
         ).logits
-    return logits[:, -1].float()
+    return logits[:, -count:].float()
 
 
 def _zeroing(seen: Tensor) -> Any:

@@ -49,10 +49,10 @@ class CitationRemoval:
             raise DePassError(f"samples must be 0 or at least 2; got {self.samples}")
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return the measures of every case whose components stand for text and whose target is a token.
+        """Return the measures of every case whose components stand for text and whose target is an answer.
 
         Args:
-            cases: what is measured; the explained token is the answer.
+            cases: what is measured; the explained token or whole answer is the answer.
             depass: the model that was attributed.
         """
         columns: list[Columns] = [{} for _ in cases]
@@ -62,7 +62,7 @@ class CitationRemoval:
         names: list[tuple[int, str]] = []
         for index, case in enumerate(cases):
             candidates = removable(case.attribution)
-            if not case.target_ids or not candidates:
+            if not case.answer_ids or not candidates:
                 continue
             scores = case.attribution.scores[candidates]
             generator = torch.Generator().manual_seed(seed_of(case.attribution.token_ids, self.seed))

@@ -19,7 +19,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
 from depass_lightning.faithfulness.ablation_agreement import rank_correlation
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import text_components, without_last
+from depass_lightning.faithfulness.evidence import prompt_end, text_components, without_last
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.results.attribution import Attribution
 
@@ -66,7 +66,7 @@ class LinearDatamodeling:
         missing: dict[object, list[AblatedPrompt]] = {}
         for index, case in enumerate(cases):
             candidates = removable(case.attribution)
-            if not case.target_ids or len(candidates) < 2:
+            if not case.answer_ids or len(candidates) < 2:
                 continue
             attribution = case.attribution
             generator = torch.Generator().manual_seed(seed_of(attribution.token_ids, self.seed))
@@ -77,7 +77,7 @@ class LinearDatamodeling:
                 tuple(attribution.token_ids),
                 attribution.position,
                 spans,
-                case.target_ids[0],
+                tuple(case.answer_ids),
             )
             if key not in self.cache:
                 missing[key] = [ablated(case, candidates, row.tolist()) for row in kept]
@@ -115,5 +115,5 @@ def ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> Abla
     for component, keep in zip(candidates, kept, strict=True):
         if not keep:
             removed.update(range(*(attribution.positions[component] or (0, 0))))
-    ids = [attribution.token_ids[i] for i in range(attribution.position + 1) if i not in removed]
-    return AblatedPrompt(ids, [True] * len(ids), case.target_ids[0])
+    ids = [attribution.token_ids[i] for i in range(prompt_end(attribution) + 1) if i not in removed]
+    return AblatedPrompt(ids, [True] * len(ids), case.answer_ids)

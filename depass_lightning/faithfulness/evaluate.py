@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.faithfulness.evidence import Evidence, evidence_found, text_components
+from depass_lightning.faithfulness.evidence import Evidence, answer_tokens, evidence_found, text_components
 from depass_lightning.results.attribution import Attribution
 
 Columns = dict[str, Any]
@@ -40,6 +40,11 @@ class Case:
     def target_ids(self) -> list[int]:
         """The ids of the explained tokens, the answer first; empty for a direction or a probe's logit."""
         return self.attribution.target_ids
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The ids of the explained answer's tokens; empty for a direction or a probe's logit."""
+        return answer_tokens(self.attribution)
 
     @cached_property
     def evidence(self) -> Evidence | None:

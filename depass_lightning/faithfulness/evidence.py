@@ -26,6 +26,28 @@ class Evidence:
     auroc: float | None = None
 
 
+def prompt_end(attribution: Attribution) -> int:
+    """Return the last position of the prompt: where the target is read, or before a whole answer.
+
+    Args:
+        attribution: the scores.
+    """
+    whole = attribution.answer_start is not None and not attribution.target_ids
+    return attribution.answer_start - 1 if whole and attribution.answer_start else attribution.position
+
+
+def answer_tokens(attribution: Attribution) -> list[int]:
+    """Return the ids of the explained answer: a token, or a whole answer; none for a direction.
+
+    Args:
+        attribution: the scores.
+    """
+    if attribution.target_ids:
+        return attribution.target_ids[:1]
+    start = attribution.answer_start
+    return [] if start is None else attribution.token_ids[start : attribution.position + 2]
+
+
 def text_components(attribution: Attribution) -> list[int]:
     """Return the indices of the components that represent text up to the target's position.
 
@@ -36,12 +58,12 @@ def text_components(attribution: Attribution) -> list[int]:
     Args:
         attribution: the scores.
     """
-    offsets, count = attribution.offsets, len(attribution.tokens)
+    offsets, count, last = attribution.offsets, len(attribution.tokens), prompt_end(attribution)
     text = set(ablatable(attribution.text, attribution.sections, offsets, count))
     return [
         i
         for i, span in enumerate(attribution.positions)
-        if span is not None and span[1] <= attribution.position + 1 and not text.isdisjoint(range(*span))
+        if span is not None and span[1] <= last + 1 and not text.isdisjoint(range(*span))
     ]
 
 
@@ -53,7 +75,7 @@ def without_last(attribution: Attribution, components: Sequence[int]) -> list[in
         components: indices of components that represent tokens.
     """
     ends = [span[1] if span else 0 for span in attribution.positions]
-    return [i for i in components if ends[i] <= attribution.position]
+    return [i for i in components if ends[i] <= prompt_end(attribution)]
 
 
 def evidence_found(

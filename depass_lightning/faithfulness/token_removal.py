@@ -31,7 +31,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, AnswerReading, answers_of
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import text_components, without_last
+from depass_lightning.faithfulness.evidence import prompt_end, text_components, without_last
 from depass_lightning.results.attribution import Attribution
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -144,7 +144,7 @@ def check_percents(percents: Sequence[float]) -> None:
 def removal_curves(
     model: nn.Module,
     attributions: Sequence[Attribution],
-    answers: Sequence[int],
+    answers: Sequence[int | Sequence[int]],
     *,
     percents: Sequence[float] = PERCENTS,
     draws: int = 1,
@@ -160,7 +160,7 @@ def removal_curves(
     Args:
         model: the causal LM that was attributed.
         attributions: the scores, with their prompts' token ids.
-        answers: the token id whose probability is read, one per prompt.
+        answers: the answer whose probability is read, one per prompt: a token's id, or several.
         percents: the percentages to measure at.
         draws: the number of random orders per prompt; with 0 their curves are empty.
         seed: seed of the random orders, which depend on it and on the prompt alone, not on the batch or the
@@ -234,11 +234,11 @@ class TokenRemoval:
             depass: the model that was attributed.
         """
         columns: list[Columns] = [{} for _ in cases]
-        indices = [i for i, case in enumerate(cases) if case.target_ids and text_components(case.attribution)]
+        indices = [i for i, case in enumerate(cases) if case.answer_ids and text_components(case.attribution)]
         if not indices:
             return columns
         attributions = [cases[i].attribution for i in indices]
-        answers = [cases[i].target_ids[0] for i in indices]
+        answers = [cases[i].answer_ids for i in indices]
         for kept in (False, True)[: 1 + self.keep_last]:
             options: dict[str, Any] = asdict(self) | {"keep_last": kept, "zeroed": self.zeroed and not kept}
             curves = removal_curves(depass.model, attributions, answers, **options)
@@ -296,20 +296,21 @@ class _Plan:
         few = [min(max(round(size * percent / 100), 1), size) for percent in rationales]
         self.curves = {name: self._numbers(counts, *order) for name, order in self.orders.items()}
         self.few = {name: self._numbers(few, *order) for name, order in self.orders.items()}
-        self.whole = self._number(tuple(range(attribution.position + 1))) if rationales else 0
+        self.whole = self._number(tuple(range(prompt_end(attribution) + 1))) if rationales else 0
 
     @property
     def count(self) -> int:
         """The number of ablated prompts."""
         return len(self.kept) * (1 + self.zeroed)
 
-    def prompts(self, answer: int) -> list[AblatedPrompt]:
+    def prompts(self, answer: int | Sequence[int]) -> list[AblatedPrompt]:
         """Return the ablated prompts, then, where `zeroed`, those with embeddings set to zero.
 
         Args:
-            answer: the id of the answer's token.
+            answer: the answer's token or tokens.
         """
-        ids = self.attribution.token_ids[: self.attribution.position + 1]
+        answer = [answer] if isinstance(answer, int) else answer
+        ids = self.attribution.token_ids[: prompt_end(self.attribution) + 1]
         prompts = [AblatedPrompt([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
         if self.zeroed:
             sets = [set(kept) for kept in self.kept]
@@ -362,7 +363,7 @@ class _Plan:
         removed: set[int] = set()
         for i in set(self.candidates) - set(left):
             removed.update(range(*(self.attribution.positions[i] or (0, 0))))
-        last = self.attribution.position
+        last = prompt_end(self.attribution)
         return tuple(i for i in range(last + 1) if i not in removed) or (last,)
 
 

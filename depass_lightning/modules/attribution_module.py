@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from depass_lightning.errors import DePassError, reason_of
@@ -16,9 +17,9 @@ from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
-from depass_lightning.targets import AnswerTarget, LogitReading, LogitTarget, Token
+from depass_lightning.targets import AnswerTarget, Continuation, LogitReading, Preference, Target, Token
 from depass_lightning.tasks import Example
-from depass_lightning.utils.tokenization import token_id
+from depass_lightning.utils.tokenization import continuation_ids, token_id
 
 log = logging.getLogger(__name__)
 
@@ -41,27 +42,42 @@ class Explained:
         max_new_tokens: the maximum number of generated tokens. Each is a row: a prompt's first has the index
             of the prompt times `max_new_tokens`, and the id "<id>/0".
         readout: what is explained of a generated token, as in `DePass.attribute_generation`.
+        answer: of an answer of several tokens, "whole" explains all of them, as a `Continuation` or, against
+            a foil, a `Preference`; "first" explains the first one, as published numbers do.
 
     Raises:
-        DePassError: the kind is unknown.
+        DePassError: the kind or the part of the answer is unknown.
     """
 
     kind: ExplainedKind = "contrast"
     max_new_tokens: int = 20
     readout: LogitReading = "logit"
+    answer: Literal["whole", "first"] = "whole"
 
     def __post_init__(self) -> None:
+        if self.answer not in ("whole", "first"):
+            raise DePassError(f"target.answer must be 'whole' or 'first'; got {self.answer!r}")
         if self.kind not in TARGETS:
             raise DePassError(f"target must be one of {', '.join(TARGETS)}; got {self.kind!r}")
 
-    def target(self, example: Example) -> LogitTarget:
+    def target(self, example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> Target:
         """Return the target of an example, for all kinds but "generation".
 
         Args:
             example: the prompt and its answer.
+            tokenizer: to count the answer's tokens; None explains the first one.
         """
         assert self.kind != "generation"
-        return Token(None) if self.kind == "own" else example.target(self.kind)
+        if self.kind == "own":
+            return Token(None)
+        if self.answer == "first" or tokenizer is None:
+            return example.target(self.kind)
+        replies = [example.answer, *([example.foil] if self.kind == "contrast" and example.foil else [])]
+        if all(len(continuation_ids(reply, example.prompt, tokenizer)) == 1 for reply in replies):
+            return example.target(self.kind)
+        if len(replies) == 2:
+            return Preference(*replies, of="logit")
+        return Continuation(example.answer, of="logit" if self.kind in ("contrast", "token") else self.kind)
 
 
 @dataclass
@@ -123,6 +139,8 @@ class AttributionModule(LightningModule):
         self.model = None if self.depass.decoder.placed else self.depass.model  # Lightning moves it
         self.method = method
         self.explained = explained
+        # Other methods explain single tokens.
+        self.tokenizer = self.depass.tokenizer if self.decomposing is not None else None
         self.measures = (*ROW_MEASURES, *measures)
         self.states = states
         self.run = dict(run or {})
@@ -200,7 +218,7 @@ class AttributionModule(LightningModule):
             return [row for index, example in pairs for row in self._generated_rows(index, example)]
         attributions = self.method.attribute(
             [example.prompt for example in examples],
-            [self.explained.target(example) for example in examples],
+            [self.explained.target(example, self.tokenizer) for example in examples],
             batch_size=len(examples),
         )
         own_token = self.explained.kind == "own"
