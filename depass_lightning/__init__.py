@@ -4,7 +4,7 @@ Imports run one way, from the first of these to the last:
 
     errors, utils -> models -> engine -> prompts, targets, sources -> results -> attribution -> depass
     -> logit_lens, tasks, methods, faithfulness, linear_probes, storage, reports
-    -> studies, modules, monitoring -> callbacks, commands
+    -> studies, modules, monitoring -> callbacks, integrations, commands
 
 One import runs the other way: `results` import `reports` when something is drawn.
 """

@@ -30,7 +30,7 @@ ORDER = (
     {"depass"},
     {"logit_lens", "tasks", "methods", "faithfulness", "linear_probes", "storage", "reports"},
     {"studies", "modules", "monitoring"},
-    {"callbacks", "commands"},
+    {"callbacks", "integrations", "commands"},
 )
 # What runs the other way on purpose: results draw themselves when they are asked to.
 UPWARDS = {("results", "reports")}

@@ -46,6 +46,18 @@ SHOWN = 3  # failed probes that are named
 OVERHEAD = "depass/overhead"
 
 
+class MonitorOptions(RuleOptions, total=False):
+    """The options that `ProbeMonitor` documents."""
+
+    size: int
+    source: Sources
+    target: TargetKind
+    max_overhead: float | None
+    faithfulness: int
+    batch_size: int
+    on_error: Literal["log", "raise"]
+
+
 @dataclass(frozen=True)
 class MonitorResult:
     """The result of one run of all probe sets, the same on every rank.

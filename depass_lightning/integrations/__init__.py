@@ -1,0 +1,1 @@
+"""Faces of `ProbeMonitor` for other training frameworks than Lightning."""
