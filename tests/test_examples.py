@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import open_dict
 
@@ -35,6 +36,19 @@ def test_own_script_learns_and_leaves_its_maps(
     folder = tmp_path / "logs/own_script/version_0/depass/known"
     assert len(list(folder.glob("step-*.html"))) == 4
     assert str(folder.relative_to(tmp_path)) in said
+
+
+def test_a_loop_without_a_framework_learns_and_leaves_its_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "training_loop.py"))["main"](steps=40)
+    rows = table(capsys.readouterr().out)
+    assert [int(step) for step, *_ in rows] == [0, 20, 40]
+    assert rows[-1][1] > rows[0][1] + 0.2
+    folder = tmp_path / "logs/training_loop"
+    assert len(list((folder / "depass/known").glob("step-*.html"))) == 3
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["monitor"]["step"] == 40
 
 
 def test_lora_moves_the_score_onto_the_subject_and_leaves_an_adapter(

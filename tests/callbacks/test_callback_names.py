@@ -17,7 +17,7 @@ from tests.callbacks.test_loggers import history_rows
 from tests.conftest import ROOT
 from tests.reference.training import PROMPTS, OwnModule, fit, trainer
 
-PAGE = ROOT / "docs/callback.md"
+PAGE = ROOT / "docs/training-loops.md"
 
 
 def documented() -> dict[str, tuple[str, str]]:

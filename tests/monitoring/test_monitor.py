@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from accelerate import Accelerator
+from lightning.fabric import Fabric
 from torch import nn
 
 from depass_lightning import DePassError
@@ -48,6 +50,41 @@ def test_a_loop_is_bit_identical_with_and_without_it() -> None:
     )
     assert same(without, loop(model, monitor))
     assert monitor.history["probes/heads"].steps == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("framework", ["fabric", "accelerate"])
+def test_fabric_and_accelerate_are_bit_identical_in_mixed_precision(framework: str, tmp_path: Path) -> None:
+    """Both put autocast around or into the forward pass."""
+    logged: list[Any] = []
+
+    def train(monitored: bool) -> Any:
+        model: Any = language_model()
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if framework == "fabric":
+            fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+            prepared, optimizer = fabric.setup(model, optimizer)
+            backward = fabric.backward
+        else:
+            accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+            prepared, optimizer = accelerator.prepare(model, optimizer)
+            backward = accelerator.backward
+        monitor = ProbeMonitor(prepared, tokenizer(), list(PROMPTS), faithfulness=0) if monitored else None
+        torch.manual_seed(2)
+        losses = []
+        for step, batch in enumerate(list(loader())[:4]):
+            if monitor is not None:
+                monitor.publish(monitor.run(step), [FunctionSink(lambda *row: logged.append(row))], tmp_path)
+            prepared.train()
+            loss = prepared(input_ids=batch, labels=batch).loss
+            backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, model.state_dict(), torch.get_rng_state()
+
+    assert same(train(False), train(True))
+    assert [step for _, step in logged] == [0, 1, 2, 3]
+    assert max(scalars["depass/probes/completeness"] for scalars, _ in logged) < 1e-5
 
 
 def test_a_run_has_scalars_results_and_pages_and_is_published(tmp_path: Path) -> None:
