@@ -1,8 +1,8 @@
 """Attribute a model's answers in a training loop without a framework.
 
 With Fabric or Accelerate it is the same: the monitor takes the model that `setup` or `prepare` returns, and
-`FunctionSink(fabric.log_dict)` or `FunctionSink(accelerator.log)` logs. `python examples/training_loop.py` takes
-about ten seconds on a CPU.
+`FunctionSink(fabric.log_dict)` or `FunctionSink(accelerator.log)` logs.
+`python examples/training_loop.py` takes about ten seconds on a CPU.
 """
 
 import torch
