@@ -13,9 +13,10 @@ from torch import Tensor
 
 from depass_lightning.errors import DePassError
 
-# Pieces that stay in a CPU's cache are also the fastest there; a GPU wants large products.
+# Pieces that stay in a CPU's cache are also the fastest there; accelerators want large products.
 _CPU_BYTES = 24 * 2**20
-_GPU_BYTES = 1 * 2**30
+_MOST_BYTES = 2**30  # on a GPU
+_SHARED_BYTES = 2**28  # on an accelerator that shares the system's memory, or does not report its own
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ class Budget:
         if working is not None and working <= 0:
             raise DePassError(f"memory_budget is {working} bytes; it must be greater than zero")
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            return cls(working or min(_GPU_BYTES, free // 8), free // 4, free)
-        return cls(working or _CPU_BYTES, 4 * 2**30, available() // 2)
+            free, total = torch.cuda.mem_get_info(device)
+            # Inside a training the allocator keeps most of the memory: what it holds unused is free too.
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            # Steps are sized by the whole memory: what is free varies, and with it the last digits would.
+            return cls(working or min(_MOST_BYTES, total // 16), free // 4, free)
+        if device.type == "cpu":
+            return cls(working or _CPU_BYTES, 4 * 2**30, available() // 2)
+        return cls(working or _SHARED_BYTES, available() // 4, available() // 2)
 
     def rows(self, width: int, dtype: torch.dtype) -> int:
         """The number of rows that may be processed at once.
@@ -107,12 +113,17 @@ class Storage:
             budget: the bytes that may be kept in memory.
 
         Raises:
-            DePassError: the disk has no room for them.
+            DePassError: the disk, or an accelerator's memory, has no room for them.
         """
         shape = (rows, like.shape[-1])
         size = math.prod(shape) * like.dtype.itemsize
-        if like.device.type != "cpu" or size <= budget.components:
+        if size <= budget.components:
             return cls(like.new_zeros(shape))
+        if like.device.type != "cpu":
+            raise DePassError(
+                f"the components need {size / 2**30:.1f} GiB, more than is free on {like.device}; take fewer "
+                "neurons (indices=, top=), a shorter prompt, or a linear rule (rule='half')"
+            )
         with tempfile.TemporaryFile() as file:
             try:
                 # Allocate the blocks now: a disk that fills up later would kill the process.

@@ -129,9 +129,9 @@ class Neurons(_Blockwise):
 
     Because the components are many, a competing rule propagates the groups of several blocks one after
     another. Memory is then neurons x tokens x hidden x 4 bytes in float32 (for 11008 neurons, 100
-    tokens and 4096 hidden 18 GB), in a temporary file where that is more than half of the free memory; see
-    `engine/memory.py`. Neurons of the last block before the target, and of the one before it, need nothing
-    of that size.
+    tokens and 4096 hidden 18 GB); on a CPU it is a temporary file where that is more than half of the free
+    memory, see `engine/memory.py`, and on a GPU it must fit. Neurons of the last block before the target,
+    and of the one before it, need nothing of that size.
 
     Args:
         layer: the block; None takes every block, each with a separate group.

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from depass_lightning import DePass, Heads, Module, Neurons, Spans, Tokens
+from depass_lightning.engine.memory import Budget, Storage
+from depass_lightning.errors import DePassError
 from depass_lightning.sources import Source
 from tests.reference import zoo
-from tests.reference.fake_device import MixedDevicesError, fake_devices
+from tests.reference.fake_device import GIB, MixedDevicesError, fake_devices
 from tests.reference.models import padded, prompt
 
 
@@ -84,3 +86,27 @@ def test_a_rule_and_a_source(rule: str, source: Source) -> None:
         depass = DePass(on_device("llama"))
         for one, other in zip(scores(depass, "cuda", rule=rule, source=source), expected, strict=True):
             assert (one - other).abs().max() < 1e-4 * other.abs().max()
+
+
+def test_the_allocators_unused_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a training the allocator keeps the memory: steps keep their size, and the recording its room."""
+    cuda = torch.device("cuda", 0)
+
+    def budget(free: int, reserved: int, allocated: int) -> Budget:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated * GIB)
+        return Budget.default(cuda)
+
+    assert budget(free=64, reserved=0, allocated=0) == Budget(GIB, 16 * GIB, 64 * GIB)
+    assert budget(free=0, reserved=78, allocated=14) == Budget(GIB, 16 * GIB, 64 * GIB)
+    assert budget(free=1, reserved=70, allocated=70).working == GIB, "not by what happens to be free"
+
+
+def test_other_accelerators_get_larger_steps_than_a_processor() -> None:
+    assert Budget.default(torch.device("mps")).working > 4 * Budget.default(torch.device("cpu")).working
+
+
+def test_more_components_than_an_accelerator_holds_are_refused() -> None:
+    with pytest.raises(DePassError, match=r"need 4.0 GiB, more than is free on meta; take fewer neurons"):
+        Storage.of(2**20, torch.zeros(1024, device="meta"), Budget(1, 1, 2**32 - 1))
