@@ -15,7 +15,7 @@ from depass_lightning.attribution.readout import ModelAnswer, Readout
 from depass_lightning.attribution.scoring import Scores, score
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import alone
-from depass_lightning.engine.linear_rules import ShapRule
+from depass_lightning.engine.linear_rules import CalibratedRule, ShapRule
 from depass_lightning.errors import DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
@@ -220,6 +220,8 @@ def _metadata(decoder: Decoder, prompt: Prompt, settings: Settings) -> dict[str,
         metadata["temperature"] = getattr(settings.rule, "temperature", None)
     if isinstance(settings.rule, ShapRule):
         metadata["score_weight"] = settings.rule.uniform
+    if isinstance(settings.rule, CalibratedRule):
+        metadata["rule_file"] = settings.rule.path
     if settings.compat:
         metadata["compat"] = settings.compat
     return metadata | prompt.notes()

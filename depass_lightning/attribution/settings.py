@@ -10,9 +10,10 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 import torch
 from torch.distributed import ProcessGroup
 
-from depass_lightning.engine.linear_rules import LinearPaths
+from depass_lightning.engine.linear_rules import CalibratedRule, LinearPaths
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
+from depass_lightning.engine.rule_files import check_rule
 from depass_lightning.engine.rules import AttentionPath, CompetingRule, Rule, RuleName, goes_back, rule_named
 from depass_lightning.engine.variants.paper_code import paper_code_rule
 from depass_lightning.errors import DePassError
@@ -31,7 +32,7 @@ Engine = Literal["auto", "propagate", "adjoint"]
 class RuleOptions(TypedDict, total=False):
     """How neurons are shared, what becomes of constants, and how scores are computed."""
 
-    rule: RuleName
+    rule: RuleName | str
     temperature: float
     score_weight: float
     bias: BiasMode
@@ -56,7 +57,7 @@ class DecomposeOptions(TypedDict, total=False):
 
     messages: Sequence[Message] | Sequence[Sequence[Message]] | None
     source: Source | None
-    rule: RuleName
+    rule: RuleName | str
     temperature: float
     bias: BiasMode
     compat: Literal["paper_code"] | None
@@ -195,6 +196,9 @@ def settings_of(
     chosen: dict[str, Any] = {**DEFAULTS, **options}
     name, bias, path = chosen["rule"], chosen["bias"], chosen["attention_path"]
     rule = rule_named(name, chosen["temperature"], chosen["score_weight"])
+    if isinstance(rule, CalibratedRule):
+        check_rule(rule, decoder)
+        name = rule.name
     check_choices(bias=bias, compat=compat, engine=chosen["engine"], attention_path=path)
     adjoint = goes_back(rule, engine=chosen["engine"], compat=compat, attention_path=path)
     _check_sources(sources)

@@ -139,14 +139,15 @@ def backward(
         with exact(derivative.states.device):
             block = recording.block(index)
             neurons = derivative.states @ block.mlp.down.weight
-            read = _through_mlp(block.mlp, rule, derivative, neurons)
+            paths = rule.for_block(index)
+            read = _through_mlp(block.mlp, paths, derivative, neurons)
             skipped = _before_skip(block.mlp.skip, derivative)
             middle = skipped.plus(read)
             mlp_input = None
             if block.parallel:  # the MLP reads what enters the block
                 mlp_input, middle = read.states, TargetGradient(skipped.states, middle.constants)
             heads = (middle.states @ block.attention.output.weight).unflatten(2, (block.attention.heads, -1))
-            attended = _through_attention(recording.decoder, block.attention, rule, middle, heads)
+            attended = _through_attention(recording.decoder, block.attention, paths, middle, heads)
             entry = _before_skip(block.attention.skip, middle).plus(attended)
             if mlp_input is not None:
                 entry = TargetGradient(entry.states + mlp_input, entry.constants)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class LinearPaths:
     def complete(self) -> bool:
         """Whether the parts of every sublayer's output sum to it exactly, not only up to quadrature."""
         return math.isclose(self.gate + self.up, 1) and self.value == 1 and self.forward
+
+    def for_block(self, index: int) -> "LinearPaths":  # noqa: ARG002
+        """Return the weights in one block.
+
+        Args:
+            index: the block's number.
+        """
+        return self
 
     def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:
         """What is multiplied with a factor (`z`, or the up map's value) to give `a`; zero where it is."""
@@ -148,3 +157,54 @@ class DualRule(LinearPaths):
     value: float = 0.5
     control: float = 0.25
     name: ClassVar[str] = "dual"
+
+
+@dataclass(frozen=True)
+class CalibratedRule(LinearPaths):
+    """Weights of their own for each block, fitted to true ablations (`studies/calibration`).
+
+    In every block the two factors of a gated MLP share 1, and attention is that of `shap` with a weight for
+    its scores, so that the rule is complete up to the quadrature.
+
+    Args:
+        gate: as in `half`, which the weights of the blocks replace.
+        up: the same.
+        value: the same.
+        control: the same.
+        blocks: the weights in each block.
+        path: the file that they were read from.
+        family: the model type that they were fitted to.
+    """
+
+    gate: float = 0.5
+    up: float = 0.5
+    value: float = 1.0
+    control: float = 0.0
+    blocks: tuple[LinearPaths, ...] = ()
+    path: str = ""
+    family: str = ""
+    name: ClassVar[str] = "calibrated"
+
+    @staticmethod
+    def weights(gate: float, scores: float) -> LinearPaths:
+        """Return one block's weights.
+
+        Args:
+            gate: of a gated MLP's path through its pre-activation; the up map has the rest.
+            scores: of attention's scores, from 0 (as in `half`) to 1.
+        """
+        return LinearPaths(gate, 1 - gate, 1 - scores, scores / 2, scores)
+
+    @property
+    @override
+    def forward(self) -> bool:
+        return all(block.forward for block in self.blocks)
+
+    @property
+    @override
+    def complete(self) -> bool:
+        return all(block.complete for block in self.blocks)
+
+    @override
+    def for_block(self, index: int) -> LinearPaths:
+        return self.blocks[index]

@@ -21,6 +21,7 @@ from depass_lightning.engine.component_groups import (
 )
 from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.isolation import exact
+from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.mlp import propagate_mlp
 from depass_lightning.engine.parallel import ParallelRule
 from depass_lightning.engine.record import Recording
@@ -110,7 +111,8 @@ def propagate(
             if state is not None and group is not None and block.parallel:
                 state.keep_mlp_input(earlier)
             if state is not None:
-                propagate_mlp(state, block.mlp, rule)
+                local = rule.for_block(layer) if isinstance(rule, LinearPaths) else rule
+                propagate_mlp(state, block.mlp, local)
             group = injection.inside(block, "resid_post")
             next_is_last = positions is not None and layer == stop - 2
             if isinstance(group, NeuronGroup) and state is None and next_is_last and not block.parallel:

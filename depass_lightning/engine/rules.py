@@ -17,7 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
-from depass_lightning.engine.linear_rules import DualRule, HalfRule, LinearPaths, ShapRule, TaylorRule
+from depass_lightning.engine.linear_rules import (
+    CalibratedRule,
+    DualRule,
+    HalfRule,
+    LinearPaths,
+    ShapRule,
+    TaylorRule,
+)
+from depass_lightning.engine.rule_files import SUFFIX, read_rule
 from depass_lightning.errors import DePassError
 
 Gates = Float[Tensor, "segment component neuron"]
@@ -202,24 +210,30 @@ def rule_named(name: str, temperature: float = 0.1, score_weight: float = 0.5) -
     """Find a rule.
 
     Args:
-        name: softmax, max, relu, linear, taylor, half, shap or dual.
+        name: softmax, max, relu, linear, taylor, half, shap or dual; or the path of a rule file, which ends
+            with .json.
         temperature: for the softmax only.
         score_weight: for shap only.
 
     Raises:
-        DePassError: there is no such rule, the temperature is not positive, too low, or infinite, or the
-            weight of scores is not between 0 and 1.
+        DePassError: there is no such rule or file, the temperature is not positive, too low, or infinite, or
+            the weight of scores is not between 0 and 1.
     """
     if not LOWEST <= temperature < math.inf:
         bound = f"at least {LOWEST}" if 0 < temperature < LOWEST else "greater than zero, and finite"
         raise DePassError(f"temperature is {temperature}; it must be {bound} (rule='max' is its limit)")
     if not 0 <= score_weight <= 1:
         raise DePassError(f"score_weight is {score_weight}; it must be from 0 (as rule='half') to 1")
+    if name.endswith(SUFFIX):
+        return read_rule(name)
     competing = (SoftmaxRule(temperature), MaxRule(), ReluRule(), LinearRule())
     linear = (TaylorRule(), HalfRule(), ShapRule.weighted(score_weight), DualRule())
     rules: dict[str, Rule] = {rule.name: rule for rule in (*competing, *linear)}
     if name not in rules:
-        raise DePassError(f"rule '{name}' is unknown; choose one of {', '.join(rules)}")
+        raise DePassError(
+            f"rule '{name}' is unknown; choose one of {', '.join(rules)}, or the path of a rule file, which "
+            f"ends with {SUFFIX}"
+        )
     return rules[name]
 
 
@@ -237,7 +251,7 @@ def goes_back(rule: Rule, *, engine: str, compat: str | None, attention_path: st
     """
     linear = isinstance(rule, LinearPaths) and compat is None
     back = linear and engine != "propagate"
-    if compat is not None and isinstance(rule, HalfRule | ShapRule):
+    if compat is not None and isinstance(rule, HalfRule | ShapRule | CalibratedRule):
         raise DePassError(f"the published code has no rule '{rule.name}'; leave compat out")
     if engine == "adjoint" and not linear:
         raise DePassError(

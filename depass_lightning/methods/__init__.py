@@ -8,7 +8,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.methods.attention_weights import AttentionRollout, LastLayerAttention, MeanAttention
 from depass_lightning.methods.base import Baseline, Method
 from depass_lightning.methods.context_cite import ContextCite
-from depass_lightning.methods.depass_rules import DePassMethod, Dual, Half, Shap, Taylor
+from depass_lightning.methods.depass_rules import Calibrated, DePassMethod, Dual, Half, Shap, Taylor
 from depass_lightning.methods.gradients import GradientNorm, InputGradient
 from depass_lightning.methods.information_flow import InformationFlow
 from depass_lightning.methods.integrated import IntegratedGradients
@@ -31,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
         Half,
         Shap,
         Dual,
+        Calibrated,
         InputGradient,
         GradientNorm,
         IntegratedGradients,
@@ -91,6 +92,7 @@ __all__ = [
     "AttentionRollout",
     "AttributionPatching",
     "Baseline",
+    "Calibrated",
     "ContextCite",
     "DePassMethod",
     "Dual",

@@ -125,3 +125,26 @@ class Dual(DePassMethod):
 
     name: ClassVar[str] = "dual"
     rule: ClassVar[RuleName] = "dual"
+
+
+class Calibrated(DePassMethod):
+    """DePass under a rule that was fitted to the model at hand (`experiment=calibrate`).
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: what states are split into; by default `Tokens()`.
+        path: the rule's file.
+        options: further options of `DePassMethod`.
+
+    Raises:
+        DePassError: there is no path.
+    """
+
+    name: ClassVar[str] = "calibrated"
+
+    def __init__(
+        self, depass: DePass, source: Source | None = None, *, path: str | None = None, **options: Any
+    ) -> None:
+        if path is None:
+            raise DePassError("the method calibrated needs the rule's file, as path=rule.json")
+        super().__init__(depass, source, rule=path, **options)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from depass_lightning import Contrast, DePass, DePassError, Heads, Module, Neurons, Token, Tokens
 from depass_lightning.engine import score_path
 from depass_lightning.engine.memory import Budget
+from depass_lightning.engine.rule_files import rule_content
 from tests.engine.test_untouched import must_stay_untouched
 from tests.reference.models import build, distance, padded, prompt
 
@@ -61,14 +65,15 @@ class Shapley(Frozen):
     """Attention's output with the derivative of the shap rule: what mixes values changes by the scores' mean
     derivative, and values are mixed partly by the probabilities and partly evenly."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Iterable[float] = itertools.repeat(SCORE_WEIGHT)) -> None:
         super().__init__(probabilities=False)
+        self.weights, self.weight = iter(weights), 0.0  # of each block, which takes one softmax
         self.mixture: Tensor | None = None  # with its derivative
         self.even: Tensor | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.softmax:
-            scores, held = args[0], args[0].detach()
+            scores, held, self.weight = args[0], args[0].detach(), next(self.weights)
             probabilities = super().__torch_function__(function, types, args, kwargs).detach()
             change = (mean_derivative(held) @ (scores - held)[..., None])[..., 0]
             self.mixture = probabilities + change
@@ -80,7 +85,7 @@ class Shapley(Frozen):
         if function is torch.matmul and args[0] is self.mixture:
             mixture, even, values = args[0], self.even, args[1]
             assert even is not None
-            held, weight = mixture.detach(), SCORE_WEIGHT
+            held, weight = mixture.detach(), self.weight
             by_values = ((1 - weight) * held + weight * even) @ (values - values.detach())
             return held @ values.detach() + by_values + weight * (mixture - held) @ values.detach()
         return result
@@ -102,7 +107,7 @@ def logits(
     """The model's logits from embeddings, of which only the given parts are open to derivatives."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            weight = weights.get(name.rsplit(".", 1)[-1])
+            weight = weights.get(name, weights.get(name.rsplit(".", 1)[-1]))
             if weight is not None:
                 stack.callback(module.register_forward_hook(scaled(weight)).remove)
         stack.enter_context(Frozen(probabilities=probabilities) if mode is None else mode())
@@ -153,6 +158,86 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "dual": {"rule": "dual"},
     "control": {"rule": "taylor", "attention_path": "control"},
 }
+
+
+CALIBRATED = ((0.9, 0.0), (0.2, 0.7), (0.6, 1.0))  # the gate's weight and the scores', of each block
+
+
+@pytest.fixture
+def rule_file(tmp_path: Path) -> str:
+    path = tmp_path / "rule.json"
+    path.write_text(json.dumps(rule_content(CALIBRATED, DePass(build("llama")).decoder)))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases"])
+def test_a_calibrated_rule_has_weights_in_each_block(name: str, rule_file: str) -> None:
+    """Heads, neurons and tokens are the real model's derivatives; they are complete up to the quadrature."""
+    model: Any = build(name, dtype=torch.float64)
+    weights = dict(SHAP)
+    for index, (gate, _) in enumerate(CALIBRATED):
+        weights |= {
+            f"model.layers.{index}.mlp.gate_proj": gate,
+            f"model.layers.{index}.mlp.up_proj": 1 - gate,
+        }
+    row = prompt(8)
+    shares = [scores for _, scores in CALIBRATED]
+    expected = reference(model, row, TARGETS[0], weights, mode=lambda: Shapley(shares))
+    arguments: dict[str, Any] = {"input_ids": row[None], "target": Contrast(5, 7), "rule": rule_file}
+    found = DePass(model).attribute(**arguments)[0]
+    assert distance(found.scores, expected.float()) < 1e-5
+    assert (found.rule, found.metadata["rule_file"]) == ("calibrated", rule_file)
+    for source in (Heads(), Module("mlp"), Neurons(1)):
+        assert DePass(model).attribute(**arguments, source=source)[0].completeness < 1e-5
+    with pytest.raises(DePassError, match="'calibrated' only goes back"):
+        DePass(model).attribute(**arguments, engine="propagate")
+    with pytest.raises(DePassError, match="published code has no rule 'calibrated'"):
+        DePass(model).attribute(**arguments, compat="paper_code")
+
+
+def test_a_calibrated_rule_without_scores_goes_forward(tmp_path: Path) -> None:
+    path = tmp_path / "rule.json"
+    model = build("llama-biases", dtype=torch.float64)
+    path.write_text(json.dumps(rule_content([(gate, 0.0) for gate, _ in CALIBRATED], DePass(model).decoder)))
+    arguments: dict[str, Any] = {"input_ids": prompt(8)[None], "target": Contrast(5, 7), "rule": str(path)}
+    back, forward = (
+        DePass(model).attribute(**arguments, engine=engine)[0] for engine in ("adjoint", "propagate")
+    )
+    assert distance(forward.scores, back.scores) < 1e-6
+    assert forward.completeness < 1e-5
+    state = DePass(model).decompose(input_ids=prompt(8)[None], rule=str(path))[0]
+    assert state.states.shape[1] == 8
+    half = build("llama-biases", dtype=torch.bfloat16)
+    for engine in ("adjoint", "propagate"):
+        found = DePass(half).attribute(**arguments, engine=engine)[0]
+        assert found.names[-1] == "rounding"
+        assert found.completeness < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"there is no rule file .*rule\.json; `experiment=calibrate` writes one"),
+        ("{", r"rule file .*rule\.json cannot be read"),
+        ("[1]", r"rule\.json is no rule file"),
+        ({"kind": "other"}, r'its "kind" is not'),
+        ({"blocks": []}, r'needs a "family" and a list of "blocks"'),
+        ({"blocks": [{"gate": 0.5}]}, r'"scores" of block 0 is None; it must be from 0 to 1'),
+        ({"blocks": [{"gate": 1.5, "scores": 0}]}, r'"gate" of block 0 is 1\.5'),
+        (
+            {"blocks": [{"gate": 0.5, "scores": 0}]},
+            r"type 'llama' with 1 blocks; this one is of type 'llama'",
+        ),
+        ({"family": "gpt2"}, r"fitted to a model of type 'gpt2' with 3 blocks"),
+    ],
+)
+def test_a_wrong_rule_file_is_named(tmp_path: Path, content: Any, message: str) -> None:
+    depass, path = DePass(build("llama")), tmp_path / "rule.json"
+    if content is not None:
+        whole = rule_content(CALIBRATED, depass.decoder)
+        path.write_text(content if isinstance(content, str) else json.dumps(whole | content))
+    with pytest.raises(DePassError, match=message):
+        depass.attribute(input_ids=prompt(6)[None], target=4, rule=str(path))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

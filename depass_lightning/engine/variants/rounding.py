@@ -133,7 +133,7 @@ def _after_attention(block: FrozenBlock, states: Tensor) -> Float[Tensor, "batch
 def _through_slopes(block: FrozenBlock, rule: LinearPaths, states: Tensor, *, constants: bool) -> Tensor:
     """The MLP's output for a state under a linear rule, with the constants of its maps or without."""
     mlp, total = block.mlp, torch.zeros_like(block.mlp.activations)
-    for linear, slopes in linear_paths(mlp, rule):
+    for linear, slopes in linear_paths(mlp, rule.for_block(block.index)):
         constant = mlp.norm.constant_through(linear) if constants else None
         total += _read(mlp, linear, states, constant) * slopes
     return total @ mlp.down.weight.T

@@ -1,0 +1,1 @@
+"""A linear rule fitted to the model at hand."""
