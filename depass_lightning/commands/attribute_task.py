@@ -266,8 +266,8 @@ def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
     name = options.pop("name")
     if name == DePassMethod.name:
         rule: Any = OmegaConf.to_container(config.rule)
-        name_or_path = rule.pop("path", None) or rule.pop("name")
-        options |= {"rule": name_or_path} | {key: entry for key, entry in rule.items() if key != "name"}
+        rule_name, path = rule.pop("name"), rule.pop("path", None)
+        options |= {"rule": path or rule_name, **rule}
         options |= {key: config[key] for key in ("bias", "compat", "attention_path")}
     return make_method(name, depass, source, **options)
 

@@ -24,11 +24,13 @@ from pydantic import (
     PydanticUserError,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from depass_lightning import tasks
 from depass_lightning.attribution.settings import BiasMode
 from depass_lightning.engine.linear_rules import CalibratedRule
+from depass_lightning.engine.rule_files import read_rule
 from depass_lightning.engine.rules import AttentionPath, RuleName, rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.methods import METHODS, Baseline
@@ -145,6 +147,17 @@ class RuleSettings(StrictSettings):
     path: Name | None = None
     temperature: Temperature = 0.1
     score_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _check_path(self) -> "RuleSettings":
+        if (self.name == CalibratedRule.name) != (self.path is not None):
+            raise DePassError(
+                "rule.path is the file of a calibrated rule; give both, rule=calibrated rule.path=rule.json, "
+                "or another rule"
+            )
+        if self.path is not None:
+            read_rule(self.path)
+        return self
 
 
 class TargetSettings(StrictSettings):

@@ -91,6 +91,10 @@ rule.temperature=1e-45               | at least 1e-30
 rule.temperature=nan                 | greater than zero
 rule.temperature=inf                 | finite
 rule.temperature=null                | rule.temperature=None
+rule=calibrated                      | rule.path has to be given
+rule=calibrated rule.path=lost.json  | there is no rule file lost.json
+rule=half +rule.path=rule.json       | rule.path is the file of a calibrated rule
+rule.name=calibrated                 | give both, rule=calibrated rule.path=rule.json
 rule=max +rule.heat=3                | there is no setting rule.heat
 target.kind=foil                     | there is no 'foil'
 target=generation target.max_new_tokens=many | target.max_new_tokens='many'
