@@ -2,18 +2,20 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
 import torch
+from pydantic import StringConstraints
 from torch.distributed import ProcessGroup
 
 from depass_lightning.engine.linear_rules import CalibratedRule, LinearPaths
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
-from depass_lightning.engine.rule_files import check_rule
+from depass_lightning.engine.rule_files import SUFFIX, check_rule
 from depass_lightning.engine.rules import AttentionPath, CompetingRule, Rule, RuleName, goes_back, rule_named
 from depass_lightning.engine.variants.paper_code import paper_code_rule
 from depass_lightning.errors import DePassError
@@ -26,13 +28,14 @@ from depass_lightning.utils.chat_templates import conversations_of
 from depass_lightning.utils.sections import Message
 
 BiasMode = Literal["component", "drop"]
+RulePath = Annotated[str, StringConstraints(pattern=rf"{re.escape(SUFFIX)}$")]
 Engine = Literal["auto", "propagate", "adjoint"]
 
 
 class RuleOptions(TypedDict, total=False):
     """How neurons are shared, what becomes of constants, and how scores are computed."""
 
-    rule: RuleName | str
+    rule: RuleName | RulePath
     temperature: float
     score_weight: float
     bias: BiasMode
@@ -57,7 +60,7 @@ class DecomposeOptions(TypedDict, total=False):
 
     messages: Sequence[Message] | Sequence[Sequence[Message]] | None
     source: Source | None
-    rule: RuleName | str
+    rule: RuleName | RulePath
     temperature: float
     bias: BiasMode
     compat: Literal["paper_code"] | None

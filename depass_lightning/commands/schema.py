@@ -308,7 +308,7 @@ def _check_call(function: Any, node: Mapping[str, Any], path: str) -> None:
             unpacked = get_args(hints.pop(name, None))  # Unpack[TypedDict]
             takes_any = not unpacked
             for options in unpacked:
-                hints |= get_type_hints(options)
+                hints |= get_type_hints(options, include_extras=True)
                 known |= get_type_hints(options).keys()
     for name, value in node.items():
         if name in HYDRA_KEYS:

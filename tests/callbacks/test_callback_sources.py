@@ -10,6 +10,7 @@ import pytest
 from depass_lightning import DePass, DePassError, Heads, Tokens
 from depass_lightning.attribution import scoring
 from depass_lightning.callbacks import DePassCallback
+from depass_lightning.engine.rule_files import rule_content
 from depass_lightning.monitoring.config import name_sources
 from depass_lightning.storage import read_attributions
 from depass_lightning.tasks import Example
@@ -132,3 +133,17 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
         for own, wanted in zip(found, expected[i], strict=True):
             assert own.names == wanted.names
             assert own.scores.tolist() == pytest.approx(wanted.scores.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_a_calibrated_rule_is_used_like_any_other(tmp_path: Path) -> None:
+    module = OwnModule()
+    decoder = DePass(module.inside.lm).decoder
+    path = tmp_path / "rule.json"
+    path.write_text(json.dumps(rule_content([(0.7, 0.4)] * len(decoder.blocks), decoder)))
+    callback = DePassCallback(list(PROMPTS), rule=str(path), on_error="raise")
+    fit(trainer(tmp_path, [callback], max_steps=1), module)
+    (history,) = callback.history.values()
+    assert max(history.curves["completeness"]) < 1e-2
+    path.write_text(json.dumps(rule_content([(0.7, 0.4)], decoder)))
+    with pytest.raises(DePassError, match="with 1 blocks; this one is of type"):
+        fit(trainer(tmp_path, [DePassCallback(list(PROMPTS), rule=str(path))], max_steps=1), OwnModule())

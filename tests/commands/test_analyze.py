@@ -16,6 +16,7 @@ from depass_lightning import tasks
 from depass_lightning.callbacks import AttributionWriter
 from depass_lightning.commands.analyze import analyze
 from depass_lightning.depass import DePass
+from depass_lightning.engine.rule_files import rule_content
 from depass_lightning.faithfulness import TokenRemoval
 from depass_lightning.methods import DePassMethod
 from depass_lightning.modules.attribution_module import AttributionModule
@@ -155,6 +156,19 @@ def test_choices_reach_the_attribution(tmp_path, overrides, expected):
     assert {key: row[key] for key in expected} == expected
     assert row["correct"]
     assert row["probability"] == pytest.approx(row["patch_top"][0], abs=1e-5)
+
+
+def test_a_rule_is_read_from_its_file(tmp_path):
+    depass = DePass.from_pretrained("tiny")
+    path = tmp_path / "rule.json"
+    path.write_text(json.dumps(rule_content([(0.7, 0.4)] * len(depass.decoder.blocks), depass.decoder)))
+    overrides = ["rule=calibrated", f"rule.path={path}", "task.size=2", "faithfulness=none"]
+    assert run(tmp_path / "run", *overrides) == 0
+    example = tasks.load("ioi", size=1)[0]
+    expected = depass.attribute(example.prompt, example.target(), rule=str(path))
+    first = read_attributions(tmp_path / "run" / "attributions")[0]
+    torch.testing.assert_close(first.scores, expected.scores)
+    assert (first.rule, summary_of(tmp_path / "run")["rule"]["path"]) == ("calibrated", str(path))
 
 
 @pytest.mark.parametrize("source", ["spans", "heads", "modules", "neurons", "subspace"])
