@@ -94,7 +94,7 @@ def test_a_rule_is_fitted_written_judged_and_used(tiny: DePass, tmp_path: Path) 
         assert isinstance(row["agreement"], Interval)
         assert {"mlps_zero", "mlps_mean", "tokens_zero", "tokens_mean"} <= set(row)
     assert calibrated["agreement"].value >= half["agreement"].value - 1e-3  # type: ignore[union-attr]
-    assert sum("the calibrated rule is" in note for note in result.notes) == 3
+    assert sum("the calibrated rule's agreement" in note for note in result.notes) == 3
     example = tasks.load("ioi", size=1)[0]
     direct = tiny.attribute(example.prompt, example.target(), rule=str(path))
     assert direct.completeness < 1e-3

@@ -197,5 +197,7 @@ def fit(depass: DePass, ablated: Ablated, depths: int, batch_size: int = 16) -> 
 
     # Inside the bounds, so that the first step may go either way.
     inside = np.clip(start, STEP, 1 - STEP)
-    found = least_squares(residuals, inside, bounds=(0, 1), diff_step=STEP, max_nfev=EVALUATIONS, xtol=1e-4)
-    return of_blocks(found.x)
+    solution = least_squares(
+        residuals, inside, bounds=(0, 1), diff_step=STEP, max_nfev=EVALUATIONS, xtol=1e-4
+    )
+    return of_blocks(solution.x)

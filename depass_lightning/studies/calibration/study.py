@@ -198,8 +198,8 @@ def _notes(table: Sequence[Mapping[str, Cell]]) -> list[str]:
         difference = row.get("agreement_difference")
         if row["rule"] != CalibratedRule.name or not isinstance(difference, Interval):
             continue
-        verdict = (
-            "ahead of" if difference.low > 0 else "behind" if difference.high < 0 else "not separable from"
+        verdict = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "not separable"
+        notes.append(
+            f"{row['data']}: the calibrated rule's agreement compared with that of half is {verdict}."
         )
-        notes.append(f"On {row['data']} the calibrated rule is {verdict} half.")
     return notes
