@@ -99,7 +99,7 @@ def difference(prompt: Prompt, chosen: Attribution, rejected: Attribution) -> At
 
     Returns:
         An attribution to the prompt's components, then to the tokens of either answer, then to constants. Its
-        probability is the chosen answer's among the two, its rank 1 where that is the more likely one.
+        prediction is the more likely answer, its probability the chosen one's among the two.
     """
     if any(map(chosen.in_answer, chosen.components)):
         components, scores = _side_by_side(chosen, rejected)
@@ -107,6 +107,7 @@ def difference(prompt: Prompt, chosen: Attribution, rejected: Attribution) -> At
         components, scores = chosen.components, chosen.scores - rejected.scores
     log_probabilities = [side.metadata.get("log_probability", math.nan) for side in (chosen, rejected)]
     margin = log_probabilities[0] - log_probabilities[1]
+    preferred = chosen if margin > 0 else rejected
     remainders = [side.remainder for side in (chosen, rejected) if side.remainder is not None]
     metadata = {key: value for key, value in chosen.metadata.items() if key != "log_probability"}
     metadata |= {
@@ -123,6 +124,7 @@ def difference(prompt: Prompt, chosen: Attribution, rejected: Attribution) -> At
         token_ids=prompt.ids,
         offsets=prompt.offsets,
         position=len(prompt.ids) - 1,
+        prediction="".join(preferred.tokens[preferred.answer_start :]),
         probability=float(torch.tensor(margin, dtype=torch.float64).sigmoid()),
         rank=1 if margin > 0 else 2,
         remainder=remainders[0] - remainders[1] if len(remainders) == 2 else None,

@@ -36,7 +36,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.methods import METHODS, Baseline
 from depass_lightning.models.load import dtype_of
 from depass_lightning.modules.attribution_module import TARGETS
-from depass_lightning.targets import LogitReading
+from depass_lightning.targets import LogitReading, Reduction
 
 MAX_COUNT = 10_000_000  # prompts, rows, steps; a larger number is a typing error
 HYDRA_KEYS = ("_target_", "_convert_", "_partial_", "_recursive_", "_args_")
@@ -169,6 +169,8 @@ class TargetSettings(StrictSettings):
     max_new_tokens: Annotated[int, Field(le=MAX_COUNT)] = 1
     readout: LogitReading = "logit"
     answer: Literal["whole", "first"] = "whole"
+    reduce: Reduction = "sum"
+    task_answer: bool = False
 
 
 class ReportSettings(StrictSettings):

@@ -32,8 +32,8 @@ def prompt_end(attribution: Attribution) -> int:
     Args:
         attribution: the scores.
     """
-    whole = attribution.answer_start is not None and not attribution.target_ids
-    return attribution.answer_start - 1 if whole and attribution.answer_start else attribution.position
+    start = attribution.answer_start if attribution.whole_answer else None
+    return attribution.position if start is None else start - 1
 
 
 def answer_tokens(attribution: Attribution) -> list[int]:

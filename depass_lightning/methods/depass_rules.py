@@ -49,7 +49,11 @@ class DePassMethod(Method):
         return self.depass.decompose(prompts, to_layer=layer, batch_size=len(prompts), **options)
 
     def attribute_generation(
-        self, prompt: str, max_new_tokens: int, target: LogitReading = "logit"
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        target: LogitReading = "logit",
+        continuation: str | None = None,
     ) -> Generation:
         """Let the model continue a prompt, and attribute every generated token.
 
@@ -57,6 +61,7 @@ class DePassMethod(Method):
             prompt: the prompt.
             max_new_tokens: the maximum number of generated tokens.
             target: what is explained of each: `logit`, `centred`, `log_odds` or `logprob`.
+            continuation: a text to explain in place of what the model would generate.
 
         Raises:
             DePassError: the method is the paper's code, which explains no generated tokens.
@@ -67,7 +72,7 @@ class DePassMethod(Method):
         if "temperature" in settings:  # also an argument of `generate`
             settings["rule_temperature"] = settings.pop("temperature")
         return self.depass.attribute_generation(
-            prompt, max_new_tokens=max_new_tokens, target=target, **settings
+            prompt, max_new_tokens=max_new_tokens, continuation=continuation, target=target, **settings
         )
 
     @override

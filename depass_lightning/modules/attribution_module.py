@@ -17,7 +17,15 @@ from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
-from depass_lightning.targets import AnswerTarget, Continuation, LogitReading, Preference, Target, Token
+from depass_lightning.targets import (
+    AnswerTarget,
+    Continuation,
+    LogitReading,
+    Preference,
+    Reduction,
+    Target,
+    Token,
+)
 from depass_lightning.tasks import Example
 from depass_lightning.utils.tokenization import continuation_ids, token_id
 
@@ -41,9 +49,11 @@ class Explained:
             every token that the model generates.
         max_new_tokens: the maximum number of generated tokens. Each is a row: a prompt's first has the index
             of the prompt times `max_new_tokens`, and the id "<id>/0".
-        readout: what is explained of a generated token, as in `DePass.attribute_generation`.
+        readout: what is explained of each generated token, and of each token of a whole answer and its foil.
         answer: of an answer of several tokens, "whole" explains all of them, as a `Continuation` or, against
             a foil, a `Preference`; "first" explains the first one, as published numbers do.
+        reduce: "sum" or "mean" over the tokens of a whole answer.
+        task_answer: as a generation explain each token of the task's answer, which is not generated.
 
     Raises:
         DePassError: the kind or the part of the answer is unknown.
@@ -53,6 +63,8 @@ class Explained:
     max_new_tokens: int = 20
     readout: LogitReading = "logit"
     answer: Literal["whole", "first"] = "whole"
+    reduce: Reduction = "sum"
+    task_answer: bool = False
 
     def __post_init__(self) -> None:
         if self.answer not in ("whole", "first"):
@@ -76,8 +88,9 @@ class Explained:
         if all(len(continuation_ids(reply, example.prompt, tokenizer)) == 1 for reply in replies):
             return example.target(self.kind)
         if len(replies) == 2:
-            return Preference(*replies, of="logit")
-        return Continuation(example.answer, of="logit" if self.kind in ("contrast", "token") else self.kind)
+            return Preference(example.answer, replies[1], self.readout, self.reduce)
+        reading = self.readout if self.kind in ("contrast", "token") else self.kind
+        return Continuation(example.answer, reading, self.reduce)
 
 
 @dataclass
@@ -237,19 +250,24 @@ class AttributionModule(LightningModule):
             rows.append({"index": index, **row, **_known(example), **columns, **self.run})
         return rows
 
-    def _generation(self, prompt: str) -> Generation:
-        """Generate after a prompt, and attribute what is generated."""
+    def _generation(self, prompt: str, answer: str | None = None) -> Generation:
+        """Generate after a prompt, or take a given answer, and attribute each token of it."""
         assert self.decomposing is not None
-        explained = self.explained
-        return self.decomposing.attribute_generation(prompt, explained.max_new_tokens, explained.readout)
+        explained, count = self.explained, self.explained.max_new_tokens
+        generation = self.decomposing.attribute_generation(prompt, count, explained.readout, answer)
+        if len(generation) > count:
+            raise DePassError(
+                f"the answer has {len(generation)} tokens, more than max_new_tokens={count}; raise it"
+            )
+        return generation
 
     def _generated_rows(self, index: int, example: Example) -> list[dict[str, Any]]:
-        """Return a row for each token that is generated after one prompt."""
-        count = self.explained.max_new_tokens
+        """Return a row for each token that is generated after one prompt, or that its answer has."""
+        count, answer = self.explained.max_new_tokens, example.answer if self.explained.task_answer else None
         rows = []
-        for number, attribution in enumerate(self._generation(example.prompt)):
+        for number, attribution in enumerate(self._generation(example.prompt, answer)):
             attribution.metadata |= self.run
-            known = _known(example) | {"id": f"{example.id}/{number}", "answer": None, "foil": None}
+            known = _known(example) | {"id": f"{example.id}/{number}", "answer": answer, "foil": None}
             row = {"index": index * count + number, **attribution_to_row(attribution)}
             rows.append({**row, **known, **self.run})
         return rows

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from depass_lightning.errors import DePassError
+from depass_lightning.reports.answer_facts import answer_facts, prediction_name
 from depass_lightning.reports.components import (
     Grid,
     complete,
@@ -65,6 +66,9 @@ def prompt_data(
         "target": visible(attribution.target),
         "value": _rounded(attribution.value),
         "prediction": visible(attribution.prediction),
+        "predicted": prediction_name(attribution),
+        "answer_start": attribution.answer_start,
+        "facts": answer_facts(attribution),
         "probability": _rounded(attribution.probability),
         "rank": attribution.rank,
         "right": example.get("correct"),

@@ -10,6 +10,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from depass_lightning.reports.answer_facts import answer_facts, prediction_name
 from depass_lightning.reports.components import Grid, asked_for, complete, grid_of, made, remainders_of
 from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
@@ -44,13 +45,14 @@ def attribution_text(attribution: Attribution, top: int = 8) -> RenderableType:
 
 def _headline(attribution: Attribution) -> Text:
     """Return the target and its value, the model's next token, and the settings."""
-    answer = f"next token {visible(attribution.prediction)!r}"
+    answer = f"{prediction_name(attribution)} {visible(attribution.prediction)!r}"
     if attribution.probability is not None:
         answer += f", target's probability {percent(attribution.probability)}"
     if attribution.rank is not None:
         answer += f" (rank {attribution.rank:,})"
     value = f"{visible(attribution.target)} = {signed(attribution.value)}"
-    lines = [answer, *([unread] if (unread := unread_words(attribution)) else [])]
+    facts = ", ".join(f"{name} {number}" for name, number in answer_facts(attribution).items())
+    lines = [line for line in (answer, facts, unread_words(attribution)) if line]
     return Text.assemble((value, "bold"), "\n", "\n".join(lines), "\n", (_settings(attribution), "dim"))
 
 

@@ -134,6 +134,11 @@ class Attribution:
         """Whether the target's token is the model's most likely one; None where its rank is not known."""
         return None if self.rank is None else self.rank == 1
 
+    @property
+    def whole_answer(self) -> bool:
+        """Whether the target is all of an answer that the text ends in."""
+        return self.answer_start is not None and not self.target_ids
+
     def in_answer(self, component: Component) -> bool:
         """Return whether a component is part of the answer, not of the prompt.
 

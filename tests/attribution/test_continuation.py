@@ -32,8 +32,13 @@ from depass_lightning.attribution.question import questions_of
 from depass_lightning.attribution.readout import Readout
 from depass_lightning.attribution.scoring import score
 from depass_lightning.attribution.settings import settings_of
+from depass_lightning.faithfulness.evidence import text_components
+from depass_lightning.methods import METHODS, DePassMethod
+from depass_lightning.modules.attribution_module import AttributionModule, Explained
+from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.prompts import prompts_of
 from depass_lightning.storage.attribution_rows import attribution_from_row, attribution_to_row
+from depass_lightning.tasks import Example
 from tests.reference import twin, zoo
 from tests.reference.models import build, distance, padded, prompt
 
@@ -367,3 +372,46 @@ def test_a_log_probability_is_less_than_its_value_by_the_entropy(tiny: DePass) -
     own = float(logits.log_softmax(0)[found.target_ids[0]])
     assert found.value + (found.remainder or 0) == pytest.approx(own, abs=1e-5)
     assert tiny.attribute(TEXT, Contrast(" Mary", " John")).remainder is None
+
+
+def rows_of(tiny: DePass, example: Example, *explained: Any, **more: Any) -> Any:
+    module = AttributionModule(DePassMethod(tiny, rule="half"), explained=Explained(*explained, **more))
+    return module.predict_step(PromptBatch([3], [example]))
+
+
+def test_an_analysis_explains_whole_answers(tiny: DePass) -> None:
+    """As the files `conf/target/continuation.yaml` and `preference.yaml` ask for."""
+    example = Example("1", TEXT, " Mary and John", " John and Mary")
+    (row,) = rows_of(tiny, example, "logprob", reduce="mean").rows
+    expected = tiny.attribute(TEXT, Continuation(example.answer, "logprob", "mean"), rule="half")
+    assert row["value"] == pytest.approx(expected.value, rel=1e-5)
+    assert row["remainder"] == pytest.approx(expected.remainder, rel=1e-5)
+    assert row["answer_start"] == expected.answer_start
+    assert row["tokens"][row["answer_start"] :] == [" Mary", " and", " John"]
+    (row,) = rows_of(tiny, example, "contrast", readout="logprob").rows
+    expected = tiny.attribute(TEXT, Preference(example.answer, " John and Mary"), rule="half")
+    assert row["value"] == pytest.approx(expected.value, rel=1e-5)
+    assert row["kinds"].count("rejected") == 3
+
+
+def test_an_analysis_explains_each_token_of_a_given_answer(tiny: DePass) -> None:
+    example = Example("1", TEXT, " Mary and John")
+    rows = rows_of(tiny, example, "generation", 5, "logprob", task_answer=True).rows
+    expected = tiny.attribute_generation(TEXT, continuation=example.answer, target="logprob", rule="half")
+    assert [row["value"] for row in rows] == pytest.approx(expected.values.tolist(), rel=1e-5)
+    assert [row["index"] for row in rows] == [15, 16, 17]
+    assert {row["answer"] for row in rows} == {example.answer}
+    (skipped,) = rows_of(tiny, example, "generation", 2, task_answer=True).skipped
+    assert "the answer has 3 tokens, more than max_new_tokens=2; raise it" in skipped["reason"]
+
+
+def test_other_methods_refuse_whole_answers(tiny: DePass) -> None:
+    with pytest.raises(DePassError, match="occlusion explains one token's logits and probabilities, not"):
+        METHODS["occlusion"](tiny).attribute(TEXT, Continuation(" Mary and"))
+
+
+def test_evidence_is_ranked_among_the_prompts_tokens(tiny: DePass) -> None:
+    found = tiny.attribute(TEXT, Continuation(" Mary and John", of="logprob"), rule="half")
+    counted = text_components(found)
+    assert found.answer_start is not None
+    assert counted == list(range(1, found.answer_start))

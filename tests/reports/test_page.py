@@ -1,5 +1,6 @@
 """The page: what it holds, what it escapes, and that a browser draws it."""
 
+import io
 import json
 import re
 import shutil
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.figures import curves_figure, save_figure
+from depass_lightning.reports.notebook import attribution_html
 from depass_lightning.reports.page import SharedComponents, page_html, write_matrix_page, write_page
+from depass_lightning.reports.terminal import attribution_text
 from depass_lightning.results.component import Component
 from depass_lightning.results.generation import Generation
 from depass_lightning.utils.sections import Section
@@ -240,6 +244,24 @@ def test_a_generation_is_one_matrix_that_repeats_nothing(tmp_path: Path) -> None
     )
 
 
+def test_a_whole_answer_is_part_of_the_text() -> None:
+    answer = ioi(answer_start=7, target_ids=[], position=8, remainder=-0.5)
+    (prompt,) = data_of(page_html([answer], title="T"))["prompts"]
+    assert prompt["answer_start"] == 7
+    assert prompt["predicted"] == "most likely tokens"
+    assert list(prompt["facts"]) == [
+        "from the prompt",
+        "from the answer's earlier tokens",
+        "from elsewhere",
+        "remainder to the log-probability",
+    ]
+    assert prompt["facts"]["remainder to the log-probability"] == "−0.500"
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(attribution_text(answer))
+    assert "from the answer's earlier tokens" in shown.getvalue()
+    assert "most likely tokens" in attribution_html(answer)
+
+
 def test_several_matrices_stand_beside_single_prompts() -> None:
     found = generated(2)
     rows = [{"id": f"a/{i}", "matrix": "a", "row": str(i)} for i in range(2)]
@@ -296,6 +318,29 @@ def test_a_browser_draws_a_matrix_whose_rows_can_be_chosen(tmp_path: Path) -> No
     tip = re.sub("<[^>]*>", "", body.split('id="tip"', 1)[1])
     assert "Mary → waved+377.4% of what supports it" in tip
     assert 'class="matrix-mark"' in body
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_token_of_an_answer_shows_what_it_rests_on_when_it_is_pointed_at(tmp_path: Path) -> None:
+    write_matrix_page(tmp_path / "page.html", generated(), title="Generated")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8").replace("http-equiv", "data-off")
+    pointing = """
+    const tokens = document.querySelectorAll(".prompt [data-row]");
+    tokens[1].dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+    """
+    leaving = 'document.querySelector(".prompt").dispatchEvent(new PointerEvent("pointerleave"));'
+    clicking = 'document.querySelectorAll(".prompt [data-row]")[2].click();'
+    for script, target, row in (
+        (pointing, "waved", 0),
+        (pointing + leaving, "John", 0),
+        (clicking, "to", 2),
+    ):
+        used = page.replace("</body>", f"<script>{script}</script></body>")
+        (tmp_path / "used.html").write_text(used, encoding="utf-8")
+        body = drawn(tmp_path, "used.html")
+        targets = re.findall(r'<span class="piece[^"]* answer[^"]*"[^>]*>([^<]*)<', body)
+        assert targets == [target]
+        assert chosen_rows(body).index(True) == row
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")

@@ -4,10 +4,11 @@ PANELS.push({ fits: () => true, draw: factsPanel });
 
 function factsPanel(prompt) {
   const facts = [
-    ["next token", bare(prompt.prediction)],
+    [prompt.predicted, bare(prompt.prediction)],
     ["answer", prompt.answer && bare(prompt.answer)],
     ["probability of the target", prompt.probability == null ? null : percent(prompt.probability)],
     ["rank of the target", prompt.rank == null ? null : prompt.rank.toLocaleString("en")],
+    ...Object.entries(prompt.facts),
     ["score on the evidence", prompt.share == null ? null : percent(prompt.share)],
     ["completeness error", prompt.completeness == null ? null : plain(prompt.completeness), prompt.completeness > 1e-3 ? "bad" : null],
     ["tokens", prompt.tokens.length.toLocaleString("en")],

@@ -47,7 +47,7 @@ function drawMatrix(prompt, key) {
   drawn.frame.addEventListener("keydown", walkMatrix);
   drawn.frame.addEventListener("scroll", () => Object.assign(drawn, { top: drawn.frame.scrollTop, left: drawn.frame.scrollLeft }), { passive: true });
   const keys = element("span", { class: "keys" }, element("kbd", {}, "↑"), " ", element("kbd", {}, "↓"), " change row");
-  const legend = element("div", { class: "legend" }, element("span", {}, "Each row has its own scale: the full colour is its strongest score. Click a row to show it in the text above."), keys);
+  const legend = element("div", { class: "legend" }, element("span", {}, "Each row has its own scale: the full colour is its strongest score. Click a row to show it in the text above; point at a token of the answer there to see its row."), keys);
   const title = views.length === 1 ? "1 target" : `${views.length} targets`;
   drawn.panel = element("div", { class: "panel matrix-panel" }, element("div", { class: "panel-head" }, element("h2", {}, `${title} over ${shown.length.toLocaleString("en")} components`)), drawn.frame, legend);
   return drawn;

@@ -21,6 +21,8 @@ function promptText(prompt, view, scale) {
   const long = prompt.tokens.length > 150 ? " long" : "";
   const text = element("div", { class: `prompt${long}`, dir: "auto", tabindex: "0", role: "group", "aria-label": "The prompt; arrow keys choose a component" });
   const componentAt = new Array(prompt.tokens.length).fill(-1);
+  const rows = answerRows(prompt);
+  const pieces = [];
   view.spans.forEach((span, i) => span && componentAt.fill(i, span[0], span[1]));
   let place = text;
   for (let start = 0, end; start < prompt.tokens.length; start = end) {
@@ -29,36 +31,61 @@ function promptText(prompt, view, scale) {
     while (i >= 0 && componentAt[end] === i) end++;
     place = placeOf(text, prompt, start) ?? place;
     const written = i < 0 ? prompt.tokens[start] : textOf(prompt, view, i);
-    appendPiece(place, prompt, { i, start, end, written, strength: i < 0 ? 0 : view.scores[i] / scale });
-    if (prompt.target_position == null && start <= prompt.position && prompt.position < end) appendAnswer(answerPlace(text, place, prompt), prompt);
+    const row = rows.find((row) => start <= PROMPTS[row].target_position && PROMPTS[row].target_position < end);
+    pieces.push({ i, start, end, row, node: appendPiece(place, prompt, { i, start, end, row, written }) });
+    const given = prompt.target_position != null || prompt.answer_start != null;
+    if (!given && start <= prompt.position && prompt.position < end) appendAnswer(answerPlace(text, place, prompt), prompt);
   }
+  const shadeBy = (shown) => pieces.forEach((piece) => paint(piece, shown, viewOf(shown), shown === prompt ? scale : strongest(viewOf(shown))));
+  shadeBy(prompt);
+  // A token of the answer shades the text by what it rests on while it is pointed at, and stays so once chosen.
   text.addEventListener("pointerover", (event) => {
     const piece = event.target.closest("[data-component]");
-    piece ? light(Number(piece.dataset.component), piece) : hideTip();
+    const row = piece?.dataset.row;
+    shadeBy(row == null ? prompt : PROMPTS[row]);
+    piece && row == null ? light(Number(piece.dataset.component), piece) : hideTip();
   });
-  text.addEventListener("pointerleave", hideTip);
+  text.addEventListener("click", (event) => {
+    const row = event.target.closest("[data-row]")?.dataset.row;
+    if (row != null) choose(Number(row));
+  });
+  text.addEventListener("pointerleave", () => (shadeBy(prompt), hideTip()));
   text.addEventListener("blur", hideTip);
   text.addEventListener("keydown", walk);
   return text;
 }
 
+// The rows of the prompt's matrix whose targets are tokens of the text.
+function answerRows(prompt) {
+  if (prompt.matrix == null) return [];
+  const [first, end] = DATA.matrices[prompt.matrix].rows;
+  return PROMPTS.map((_, row) => row).slice(first, end).filter((row) => PROMPTS[row].target_position != null);
+}
+
 // One component in the text, without its leading spaces, so that the text stays readable.
-function appendPiece(text, prompt, { i, start, end, written, strength }) {
+function appendPiece(text, prompt, { i, start, end, row, written }) {
   const shown = written.replace(/^ +/, "");
   text.append(written.slice(0, written.length - shown.length));
   const marks = prompt.marks.filter((mark) => mark.tokens.some((t) => start <= t && t < end));
   const underline = marks.some((mark) => mark.right) ? " right" : marks.length ? " named" : "";
   const special = prompt.special.includes(start) ? " special" : "";
-  const piece = element("span", { class: `piece${underline}${special}`, "data-component": i >= 0 ? i : null }, shown.replaceAll("↵", "↵\n"));
-  if (prompt.target_position != null && start <= prompt.target_position && prompt.target_position < end) {
-    piece.classList.add("answer", ...(prompt.rank > 1 ? ["wrong"] : []));
-    piece.title = "the target";
-  } else if (i >= 0 && (prompt.target_position == null || start <= prompt.position)) {
-    const ground = shade(strength);
-    piece.style.background = css(ground);
-    piece.style.color = ink(ground);
-  } else piece.classList.add("mute");
+  const reply = prompt.answer_start != null && start >= prompt.answer_start ? " reply" : "";
+  const piece = element("span", { class: `piece${underline}${special}${reply}`, "data-component": i >= 0 ? i : null, "data-row": row }, shown.replaceAll("↵", "↵\n"));
+  if (row != null) piece.title = "point at it to see what it rests on, click to keep that";
   text.append(piece);
+  return piece;
+}
+
+// Colours a piece by a row's scores; the target itself and what follows it have none.
+function paint({ i, start, end, node }, prompt, view, scale) {
+  const target = prompt.target_position != null && start <= prompt.target_position && prompt.target_position < end;
+  const scored = !target && i >= 0 && ((prompt.target_position == null && prompt.answer_start == null) || start <= prompt.position);
+  const ground = scored ? shade(view.scores[i] / scale) : null;
+  node.style.background = ground ? css(ground) : "";
+  node.style.color = ground ? ink(ground) : "";
+  node.classList.toggle("answer", target);
+  node.classList.toggle("wrong", target && prompt.rank > 1);
+  node.classList.toggle("mute", !target && !scored);
 }
 
 // The model's next token, after the position at which the target is read.

@@ -1,0 +1,39 @@
+"""What reports write of whole answers: the model's own tokens, and what prompt and answer contribute."""
+
+from depass_lightning.reports.numbers import signed
+from depass_lightning.results.attribution import Attribution
+
+PARTS = {
+    "prompt": "from the prompt",
+    "answer": "from the answer's earlier tokens",
+    "chosen": "from the chosen answer's tokens",
+    "rejected": "from the rejected answer's tokens",
+    "other": "from elsewhere",
+}
+
+
+def prediction_name(attribution: Attribution) -> str:
+    """Return what an attribution's prediction is: the next token, or tokens of an answer.
+
+    Args:
+        attribution: the attribution.
+    """
+    if "chosen_log_probability" in attribution.metadata:
+        return "the more likely answer"
+    return "most likely tokens" if attribution.whole_answer else "next token"
+
+
+def answer_facts(attribution: Attribution) -> dict[str, str]:
+    """Return the sums of an answer's scores by part, and the remainder, each with its name.
+
+    Args:
+        attribution: the attribution; of a prompt without an answer only the remainder is returned.
+    """
+    sums = attribution.part_sums()
+    facts: dict[str, str] = {}
+    if sums.keys() & {"answer", "chosen", "rejected"}:
+        facts = {name: signed(sums[part]) for part, name in PARTS.items() if part in sums}
+    if attribution.remainder is not None:
+        kind = "log-odds" if "log-odds" in attribution.target else "log-probability"
+        facts[f"remainder to the {kind}"] = signed(attribution.remainder)
+    return facts
