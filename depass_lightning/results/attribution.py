@@ -14,7 +14,14 @@ from torch import Tensor
 from depass_lightning.errors import DePassError
 from depass_lightning.results.comparison import Comparison, compare_scores
 from depass_lightning.results.component import Component, from_columns, to_columns
-from depass_lightning.results.grouping import Citation, citations, part_sums, sections_summed, words_summed
+from depass_lightning.results.grouping import (
+    Citation,
+    characters_of,
+    citations,
+    part_sums,
+    sections_summed,
+    words_summed,
+)
 from depass_lightning.results.score_file import read_scores, write_scores
 from depass_lightning.utils.sections import Section, SectionUnit
 
@@ -298,21 +305,9 @@ class Attribution:
                 raise DePassError(f"({start}, {end}) is no range of characters of a text of {len(self.text)}")
         return [
             i
-            for i, (low, high) in enumerate(self._characters())
+            for i, (low, high) in enumerate(characters_of(self))
             if any(low < end and start < high for start, end in ranges)
         ]
-
-    def _characters(self) -> list[tuple[int, int]]:
-        """Return each component's character range, without the white space around it."""
-        offsets, spans = self.offsets or [], []
-        for position in self.positions:
-            covered = [(s, e) for s, e in offsets[slice(*position)] if e > s] if position else []
-            low = min((s for s, _ in covered), default=0)
-            high = max((e for _, e in covered), default=0)
-            piece = self.text[low:high]
-            low += len(piece) - len(piece.lstrip())
-            spans.append((low, max(low, low + len(piece.strip()))))
-        return spans
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the attribution to one safetensors file: the scores as a tensor, the rest in its header.

@@ -100,6 +100,23 @@ def sections_summed(attribution: "Attribution", by: SectionUnit) -> "Attribution
     return _summed(attribution, groups, components)
 
 
+def characters_of(attribution: "Attribution") -> list[tuple[int, int]]:
+    """Return each component's character range, without the white space around it.
+
+    Args:
+        attribution: of a prompt whose tokens' offsets are known.
+    """
+    offsets, spans = attribution.offsets or [], []
+    for position in attribution.positions:
+        covered = [(s, e) for s, e in offsets[slice(*position)] if e > s] if position else []
+        low = min((s for s, _ in covered), default=0)
+        high = max((e for _, e in covered), default=0)
+        piece = attribution.text[low:high]
+        low += len(piece) - len(piece.lstrip())
+        spans.append((low, max(low, low + len(piece.strip()))))
+    return spans
+
+
 def part_sums(attribution: "Attribution") -> dict[str, float]:
     """Return the sums of the scores of the prompt, of the answer and of everything else.
 
