@@ -26,6 +26,7 @@ from depass_lightning.commands.schema import AnalyzeSettings, check_config
 from depass_lightning.commands.study import run_study
 from depass_lightning.commands.sweep_report import report_sweep
 from depass_lightning.commands.timeline import write_timelines
+from depass_lightning.commands.watch import watch
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 
@@ -49,9 +50,11 @@ def analyze(config: DictConfig) -> int:
 
 
 def run(config: DictConfig, folder: Path) -> int:
-    """Run a comparison, a study or a task, write the output files, and return the exit code."""
+    """Run a comparison, a watch, a study or a task, write the output files, and return the exit code."""
     if config.compare is not None:
         return compare(config, folder, load, attribute_task, console)
+    if config.watch.folder is not None:
+        return watch(config, folder, load)
     if config.study is not None:
         return run_study(config, folder, load, console)
     attributed = attribute_task(config, folder, lambda: load(config))

@@ -260,14 +260,19 @@ def trials(prompts: Sequence[str]) -> list[str]:
     return [ordered[index] for index in sorted({k * len(ordered) // TRIALS for k in range(TRIALS)})]
 
 
+def rule_options(config: DictConfig) -> dict[str, Any]:
+    """Return the configured rule and its settings, as arguments of `DePass.attribute`."""
+    rule: Any = OmegaConf.to_container(config.rule)
+    name, path = rule.pop("name"), rule.pop("path", None)
+    return {"rule": path or name, **rule}
+
+
 def method_of(config: DictConfig, source: Source, depass: DePass) -> Method:
     """Return the configured attribution method: DePass with its options, or another one."""
     options: Any = OmegaConf.to_container(config.method, resolve=True)
     name = options.pop("name")
     if name == DePassMethod.name:
-        rule: Any = OmegaConf.to_container(config.rule)
-        rule_name, path = rule.pop("name"), rule.pop("path", None)
-        options |= {"rule": path or rule_name, **rule}
+        options |= rule_options(config)
         options |= {key: config[key] for key in ("bias", "compat", "attention_path")}
     return make_method(name, depass, source, **options)
 

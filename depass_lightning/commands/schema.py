@@ -183,6 +183,16 @@ class ReportSettings(StrictSettings):
     figures: Many
 
 
+class WatchSettings(StrictSettings):
+    """Whose checkpoints are attributed as they appear, and until when."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    folder: Name | None
+    until: Many | None
+    poll: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class AnalyzeSettings(CommonSettings):
     """Settings of `python analyze.py`."""
 
@@ -205,6 +215,7 @@ class AnalyzeSettings(CommonSettings):
     compare: list[Annotated[str, Field(min_length=1)]] | None
     timeline: Name | None
     checkpoint: Name | None
+    watch: WatchSettings
     report: ReportSettings
     sweep_report: Name | None
 
