@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.depass import DePass
-from depass_lightning.engine.frozen import NormParameters
+from depass_lightning.engine.norms import NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import device_of
 from depass_lightning.models.decoder import Decoder

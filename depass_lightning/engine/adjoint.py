@@ -19,10 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.control import through_scores
-from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP, FrozenNorm
+from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP
 from depass_lightning.engine.isolation import exact
 from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.mlp import linear_paths
+from depass_lightning.engine.norms import FrozenNorm
 from depass_lightning.engine.record import Recording
 from depass_lightning.models.decoder import AffineMap, Decoder
 
@@ -169,15 +170,15 @@ def _through_attention(
 ) -> TargetGradient:
     """Take a derivative from attention's output to its input."""
     probabilities, scores = attention.probabilities, None
-    if rule.control:
+    softmax = attention.convolution is None  # a linear mixer has no control path: all goes through its values
+    if rule.control and softmax:
         output = rule.control * middle.states
         scores = through_scores(decoder, attention, output, mean=rule.uniform > 0)
-    if rule.value != 1:
+    if rule.value != 1 and softmax:
         probabilities = rule.value * probabilities
     if scores is not None and scores.uniform is not None:
         probabilities = probabilities + rule.uniform * attention.mixture(scores.uniform)
-    values = probabilities.transpose(2, 3) @ heads.transpose(1, 2)
-    values = values.unflatten(1, (attention.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
+    values = attention.transposed(heads, probabilities)
     normed, constants = _through(attention.value, attention.norm, values)
     constants = constants + _of_constants(middle, attention.bias_terms)
     entry = TargetGradient(_before_norm(attention.norm, normed), constants)

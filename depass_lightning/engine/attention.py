@@ -32,7 +32,7 @@ def propagate_attention(
     Returns:
         The components after attention, at the positions that are kept.
     """
-    if positions is not None:
+    if positions is not None and attention.convolution is None:
         return _at_targets(state, attention, positions)
     hidden = state.rows.shape[1]
     value_width, output_width = attention.value.weight.shape[0], attention.output.weight.shape[1]
@@ -45,7 +45,7 @@ def propagate_attention(
             state.rows[block.rows] = attention.skip(state.rows[block.rows], past)
         state.rows.index_add_(0, block.rows, outputs)
         state.release_pages()
-    return state
+    return state if positions is None else state.select_positions(positions)
 
 
 def _outputs(
@@ -63,6 +63,10 @@ def _outputs(
     table = values.new_zeros(batch, value_heads, positions, count, size)
     prompt, position, component = block.where
     table.permute(0, 2, 3, 1, 4)[prompt, position, component] = values.view(-1, value_heads, size)
+    if attention.convolution is not None:
+        # [batch, position, component, value head * size] and back
+        convolved = attention.convolution(table.permute(0, 2, 3, 1, 4).flatten(3), block.first)
+        table = convolved.unflatten(3, (value_heads, size)).permute(0, 3, 1, 2, 4).contiguous()
     # Heads that share their values are stacked: [batch, value head, heads of the group * query, key]
     probabilities = attention.probabilities[:, :, block.first :, block.first :]
     probabilities = probabilities.reshape(batch, value_heads, -1, positions)
@@ -71,6 +75,8 @@ def _outputs(
     )
     # Back to rows: [row, head * size]
     mixed = mixed.permute(0, 3, 4, 1, 2, 5)[prompt, position, component].reshape(-1, heads * size)
+    if attention.gates is not None:
+        mixed = mixed * state.at_positions(attention.gates)[block.places]
     outputs = mixed @ attention.output.weight.T
     if attention.bias_terms is not None:
         outputs[block.bias] += state.at_positions(attention.bias_terms)[block.places[block.bias]]
@@ -87,6 +93,7 @@ def _at_targets(
     batch = torch.arange(len(positions), device=positions.device)[:, None]
     queries = attention.probabilities[batch, :, positions]  # [batch, target, head, key]
     kept = state.select_positions(positions)
+    gates = None if attention.gates is None else kept.at_positions(attention.gates)
     if attention.skip is not None:
         kept.norm_rows(attention.skip)
     hidden = state.rows.shape[1]
@@ -94,7 +101,7 @@ def _at_targets(
     step = state.budget.rows(width, state.rows.dtype)
     for first in range(0, state.layout.components, step):
         components = slice(first, first + step)
-        outputs = _target_outputs(state, attention, queries, state.layout.index[:, :, components])
+        outputs = _target_outputs(state, attention, queries, gates, state.layout.index[:, :, components])
         kept.rows[kept.layout.index[:, :, components].to(state.rows.device)] += outputs
         state.release_pages()
     # Components that are not present at a target have all written into the last row.
@@ -107,6 +114,7 @@ def _target_outputs(
     state: DecomposedState,
     attention: FrozenAttention,
     queries: Float[Tensor, "batch target head key"],
+    gates: Float[Tensor, "place channel"] | None,
     index: Int[Tensor, "batch position component"],
 ) -> Float[Tensor, "batch target component hidden"]:
     """The attention output of some components at the targets, without constants."""
@@ -124,6 +132,8 @@ def _target_outputs(
     value = attention.value.weight.view(value_heads, 1, size, hidden)
     output = attention.output.weight.view(hidden, value_heads, heads // value_heads, size)
     values = torch.einsum("btsgch,sgih->btcsgi", mixed, value.expand(-1, heads // value_heads, -1, -1))
+    if gates is not None:
+        values = values * gates.view(batch, targets, 1, value_heads, -1, size)
     return torch.einsum("btcsgi,hsgi->btch", values, output)
 
 
@@ -141,6 +151,8 @@ def _add_constants(
         by_head = constant.view(attention.key_value_heads, 1, -1).expand(-1, groups, -1).flatten(0, 1)
         # Rows of probabilities need not sum to one (attention sinks), so the constant is mixed as well.
         mixed = queries.sum(-1)[..., None] * by_head  # [batch, target, head, size]
+        if attention.gates is not None:
+            mixed = mixed * kept.at_positions(attention.gates).view(mixed.shape)
         total = total + mixed.flatten(2) @ attention.output.weight.T
     if attention.bias_terms is not None:
         total = total + kept.at_positions(attention.bias_terms).view(*kept.positions.shape, -1)

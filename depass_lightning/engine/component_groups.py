@@ -205,6 +205,9 @@ class NeuronGroupAfterAttention(ComponentGroup):
         head_columns = head_columns.expand(len(positions), -1, -1, -1)
         # [batch, target, neuron, value head, group, size]
         head_outputs = torch.einsum("btsgi,bisv->btisgv", mixed, head_columns)
+        if attention.gates is not None:
+            gates = _select_rows(attention.gates, positions)  # [batch, target, head * size]
+            head_outputs = head_outputs * gates.view(*positions.shape, 1, *head_outputs.shape[3:])
         attended = head_outputs.flatten(3) @ attention.output.weight.T
         written = (
             _select_rows(values, positions)[..., None] * columns[:, None]

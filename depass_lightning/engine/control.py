@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from depass_lightning.engine.frozen import AttentionCall, FrozenAttention, FrozenNorm, NormParameters
+from depass_lightning.engine.frozen import AttentionCall, FrozenAttention
 from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.engine.score_path import ScorePath
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection, bias_of, features, has_bias
@@ -147,6 +148,11 @@ def _hooks(
             output = at_bias(module, arguments, output)
         return torch.where(mask, output, output.detach())
 
+    def without_gates(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        assert parts.gate is not None
+        queries, fixed = _beside_values(parts.gate), output.detach()
+        return fixed if queries is None else torch.where(queries.to(output.device), output, fixed)
+
     def at_bias(module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         leaf = torch.zeros_like(output, requires_grad=True)
         biases.append((leaf, bias_of(module, dtype).to(output.device)))
@@ -166,6 +172,8 @@ def _hooks(
                 hooks.append((module, _frozen(module, weight, dtype, f"block {call.block.index}: {name}")))
             if has_bias(module):
                 hooks.append((module, at_bias))
+            if parts.gate is not None and module is parts.gate.module:
+                hooks.append((module, without_gates))
     return hooks
 
 

@@ -1,6 +1,6 @@
 """Freeze the sublayers of one block from what its hooks recorded (`engine/hooks.py`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -11,15 +11,16 @@ from depass_lightning.engine.frozen import (
     Expert,
     FrozenAttention,
     FrozenBlock,
+    FrozenConvolution,
     FrozenMLP,
-    FrozenNorm,
-    NormParameters,
 )
 from depass_lightning.engine.hooks import Capture
+from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap
 from depass_lightning.models.block import AttentionParts, Block, MLPParts
 from depass_lightning.models.experts import DenseParts, ExpertsParts, ExpertsUp
+from depass_lightning.models.mixers.base import Mixer, Mixing
 from depass_lightning.models.spec import ResidualNorm
 
 
@@ -30,6 +31,7 @@ class BlockNorms:
     attention: NormParameters | None
     latent: NormParameters | None
     behind_attention: NormParameters | None
+    inner: NormParameters | None
     mlp: NormParameters | None
     after_mlp: NormParameters | None
 
@@ -52,6 +54,7 @@ class BlockNorms:
             attention=probe(attention.norm),
             latent=None if attention.latent is None else probe(attention.latent[1], attention.value.shape[1]),
             behind_attention=probe(attention.post_norm),
+            inner=probe(attention.inner_norm, attention.output.shape[1]),
             mlp=probe(mlp.norm),
             after_mlp=probe(mlp.post_norm),
         )
@@ -88,6 +91,8 @@ class _Freezer:
     def attention(self) -> FrozenAttention:
         """Its attention."""
         parts, capture, dtype = self.block.attention, self.capture, self.state.dtype
+        if parts.mixer is not None:
+            return self._mixer(parts.mixer)
         if capture.probabilities is None:
             raise DePassError(
                 f"block {self.block.index}: attention returned no probabilities under eager attention"
@@ -115,7 +120,63 @@ class _Freezer:
             bias_terms=added,
             call=AttentionCall(self.block, *capture.attention_call, call_norm, post),
             skip=skip,
+            gates=self._gates(),
         )
+
+    def _gates(self) -> Float[Tensor, "batch position channel"] | None:
+        """What the heads' mixed values are multiplied with: a sigmoid, and a norm's scale and weight."""
+        parts, gates, width = self.block.attention, None, self.block.attention.output.shape[1]
+        if parts.gate is not None:
+            seen = parts.gate.of(self.capture.seen["attention gate"]).to(self.state.dtype).sigmoid()
+            seen = seen.view(*self.state.shape[:2], -1)
+            gates = seen.repeat_interleave(width // seen.shape[2], 2)
+        if self.probes.inner is not None:
+            norm = self._norm("inner", self.probes.inner)
+            if norm.probe.centred or norm.probe.bias is not None:
+                raise DePassError(
+                    f"block {self.block.index}: the norm before the output map is not an RMSNorm"
+                )
+            factors = norm.scale[..., None] * norm.probe.weight
+            gates = factors if gates is None else gates * factors
+        return gates
+
+    def _mixer(self, mixer: Mixer) -> FrozenAttention:
+        """A linear mixer in attention's place."""
+        parts, dtype = self.block.attention, self.state.dtype
+        mixing = mixer.mixing(self.capture.mixed, dtype)
+        norm = self._norm("attention", self.probes.attention)
+        post = self._post("attention post-norm", self.probes.behind_attention)
+        value = parts.value.linear(dtype)
+        output, added = self._projected(parts.output.linear(dtype), post)
+        skip = self._skip(parts, norm, post)
+        matrix = mixing.matrix if post is None else mixing.matrix * post.scale[:, None, :, None]
+        frozen = FrozenAttention(
+            norm=replace(norm, probe=replace(norm.probe, bias=None)),
+            probabilities=matrix,
+            value=AffineMap(value.weight, None),
+            output=output,
+            bias_terms=self._with_skipped_bias(added, skip, parts.residual),
+            call=AttentionCall(self.block, *self.capture.attention_call, norm, post),
+            skip=skip,
+            gates=mixing.gates,
+            convolution=FrozenConvolution(mixing.before, mixing.taps, mixing.slopes),
+        )
+        return self._with_mixed_constants(frozen, norm.constant_through(value), mixing)
+
+    def _with_mixed_constants(
+        self, frozen: FrozenAttention, constant: Tensor | None, mixing: Mixing
+    ) -> FrozenAttention:
+        """Send constants of values and convolution through a mixer once: they depend on positions."""
+        if constant is None and mixing.constants is None:
+            return frozen
+        assert frozen.convolution is not None
+        values = self.state.new_zeros(*self.state.shape[:2], len(mixing.taps))
+        if constant is not None:
+            values = frozen.convolution((values + constant)[:, :, None])[:, :, 0]
+        if mixing.constants is not None:
+            values = values + mixing.constants * (1 if mixing.slopes is None else mixing.slopes)
+        added = frozen.mixed(values).flatten(2) @ frozen.output.weight.T
+        return replace(frozen, bias_terms=added if frozen.bias_terms is None else added + frozen.bias_terms)
 
     def mlp(self) -> FrozenMLP:
         """Its MLP."""

@@ -10,154 +10,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import AffineMap, Projection, device_of
+from depass_lightning.engine.norms import FrozenNorm, past
+from depass_lightning.models.affine import AffineMap, Projection
 from depass_lightning.models.block import Block
 from depass_lightning.models.experts import ExpertsUp
-
-
-@dataclass(frozen=True)
-class NormParameters:
-    """What a norm does besides scaling, learnt from the module itself by feeding it known vectors.
-
-    So neither the name of its epsilon nor whether its weight is stored as `w` or `1 + w` matters.
-    """
-
-    weight: Float[Tensor, "hidden"]
-    bias: Float[Tensor, "hidden"] | None
-    centred: bool
-
-    @classmethod
-    def of(
-        cls, norm: nn.Module, near: nn.Module, hidden: int, expects: torch.dtype, dtype: torch.dtype
-    ) -> "NormParameters":
-        """Probe a norm.
-
-        Args:
-            norm: the model's norm module.
-            near: a module on the same device, for norms without weights.
-            hidden: the size of what it norms.
-            expects: the precision of its input.
-            dtype: the precision of the result.
-        """
-        probes = torch.ones(1, 3, hidden, device=device_of(norm, near), dtype=expects)
-        probes[0, 0] = 0
-        probes[0, 2, 1::2] = -1
-        at_zero, at_ones, at_signs = norm(probes)[0].to(dtype)
-        signs = probes[0, 2].to(dtype)
-        centred = bool((at_ones - at_zero).abs().max() < 1e-2 * (at_signs - at_zero).abs().max())
-        if centred:
-            signs = signs - signs.mean()
-        bias = at_zero if bool(at_zero.any()) else None
-        return cls((at_signs - at_zero) / signs, bias, centred)
-
-    @classmethod
-    def nothing(cls, hidden: int, device: torch.device, dtype: torch.dtype) -> "NormParameters":
-        """What stands for a norm where a sublayer has none.
-
-        Args:
-            hidden: the size of the residual stream.
-            device: where it is.
-            dtype: its precision.
-        """
-        return cls(torch.ones(hidden, device=device, dtype=dtype), None, False)
-
-    def direction(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        """The norm's linear part, before the per-position scale."""
-        if self.centred:
-            states = states - states.mean(-1, keepdim=True)
-        return states * self.weight
-
-
-@dataclass(frozen=True)
-class FrozenNorm:
-    """A norm with its per-position scale held fixed: `x -> scale * weight * (x - mean x) + bias`.
-
-    The mean is subtracted by layer norms only.
-    """
-
-    probe: NormParameters
-    scale: Float[Tensor, "batch position"]
-
-    @classmethod
-    def fit(cls, probe: NormParameters, states: Tensor, normed: Tensor, name: str) -> "FrozenNorm":
-        """Fit the scale that maps a norm's recorded input to its recorded output.
-
-        Args:
-            probe: what the norm does besides scaling.
-            states: `[batch, position, hidden]`, its input.
-            normed: `[batch, position, hidden]`, its output.
-            name: what the norm is called in an error.
-
-        Raises:
-            DePassError: no scale explains the output, so the module is no RMSNorm or LayerNorm.
-        """
-        dtype = probe.weight.dtype
-        states, normed = states.to(dtype), normed.to(dtype)
-        direction = probe.direction(states)
-        if probe.bias is not None:
-            normed = normed - probe.bias
-        scale = (normed * direction).sum(-1) / direction.square().sum(-1).clamp_min(torch.finfo(dtype).tiny)
-        residual = (normed - scale[..., None] * direction).norm() / normed.norm().clamp_min(
-            torch.finfo(dtype).tiny
-        )
-        # Half-precision outputs are rounded to 2^-9; anything beyond is another kind of norm.
-        if residual > 2e-2:
-            raise DePassError(f"{name} is neither an RMSNorm nor a LayerNorm (misfit {residual:.1e})")
-        return cls(probe, scale)
-
-    @classmethod
-    def nothing(cls, states: Float[Tensor, "batch position hidden"]) -> "FrozenNorm":
-        """What stands for a norm where states are read as they are.
-
-        Args:
-            states: what is read, in the precision of the result.
-        """
-        probe = NormParameters.nothing(states.shape[-1], states.device, states.dtype)
-        return cls(probe, states.new_ones(states.shape[:2]))
-
-    def __call__(
-        self, rows: Float[Tensor, "row hidden"], scale: Float[Tensor, "row"]
-    ) -> Float[Tensor, "row hidden"]:
-        """Norm components; the bias is not theirs.
-
-        Args:
-            rows: `[row, hidden]` components.
-            scale: `[row]` this norm's scale at each row's position.
-        """
-        if self.probe.centred:
-            rows = rows - rows.mean(-1, keepdim=True)
-        return (rows * scale[:, None]).mul_(self.probe.weight)
-
-    def transposed(
-        self, rows: Float[Tensor, "row hidden"], scale: Float[Tensor, "row"]
-    ) -> Float[Tensor, "row hidden"]:
-        """Take derivatives by the norm's output back to its input; arguments as for calling it."""
-        rows = rows * self.probe.weight
-        if self.probe.centred:
-            rows = rows - rows.mean(-1, keepdim=True)
-        return rows.mul_(scale[:, None])
-
-    def constant_through(self, linear: AffineMap) -> Tensor | None:
-        """Return what a linear map after this norm adds: its bias, and the norm's bias through it."""
-        if self.probe.bias is None:
-            return linear.bias
-        pushed = linear.weight @ self.probe.bias
-        return pushed if linear.bias is None else pushed + linear.bias
-
-
-def past(skip: FrozenNorm | None, states: Float[Tensor, "batch position hidden"]) -> Tensor:
-    """Return what the residual stream keeps of states past a sublayer.
-
-    Args:
-        skip: the frozen norm that the stream itself goes through there; None where there is none.
-        states: states before the sublayer.
-    """
-    if skip is None:
-        return states
-    return skip(states.flatten(0, 1), skip.scale.flatten()).view(states.shape)
+from depass_lightning.models.mixers.base import convolved
 
 
 @dataclass(frozen=True)
@@ -191,6 +50,49 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class FrozenConvolution:
+    """What a linear mixer does to values before it mixes them: a causal convolution between two factors.
+
+    Args:
+        before: factors of the values; None for none.
+        taps: each channel's weights, the position itself last.
+        slopes: factors after the convolution; None for none.
+    """
+
+    before: Float[Tensor, "batch position channel"] | None
+    taps: Float[Tensor, "channel tap"]
+    slopes: Float[Tensor, "batch position channel"] | None
+
+    def __call__(self, values: Float[Tensor, "batch position component channel"], first: int = 0) -> Tensor:
+        """Convolve components' values.
+
+        Args:
+            values: what is convolved.
+            first: the position where the values begin; they are zero before.
+        """
+        if self.before is not None:
+            values = values * self.before[:, first:, None]
+        values = convolved(values, self.taps)
+        return values if self.slopes is None else values * self.slopes[:, first:, None]
+
+    def transposed(
+        self, gradient: Float[Tensor, "batch position channel"]
+    ) -> Float[Tensor, "batch position channel"]:
+        """Take a derivative by the result back to the values."""
+        if self.slopes is not None:
+            gradient = gradient * self.slopes
+        gradient = convolved(gradient.flip(1), self.taps).flip(1)
+        return gradient if self.before is None else gradient * self.before
+
+    def reach(self, seen: Bool[Tensor, "batch query key"]) -> Bool[Tensor, "batch query key"]:
+        """Which positions' values each query sees, from those whose convolved values it sees."""
+        reached = seen.clone()
+        for back in range(1, min(self.taps.shape[1], seen.shape[2])):
+            reached[:, :, :-back] |= seen[:, :, back:]
+        return reached
+
+
+@dataclass(frozen=True)
 class FrozenAttention:
     """Attention with its probabilities held fixed: a linear map over positions.
 
@@ -207,6 +109,9 @@ class FrozenAttention:
         call: how the model called it.
         skip: the norm that the residual stream itself goes through past it, whose bias is among `bias_terms`;
             None where the stream passes unchanged.
+        gates: factors of the heads' mixed values, side by side; None for none.
+        convolution: of a linear mixer, what it does to values before it mixes them; its matrix is in
+            `probabilities`, and its constants are among `bias_terms`.
     """
 
     norm: FrozenNorm
@@ -216,6 +121,8 @@ class FrozenAttention:
     bias_terms: Float[Tensor, "batch position hidden"] | None
     call: AttentionCall
     skip: FrozenNorm | None = None
+    gates: Float[Tensor, "batch position channel"] | None = None
+    convolution: FrozenConvolution | None = None
 
     @property
     def heads(self) -> int:
@@ -252,16 +159,46 @@ class FrozenAttention:
         batch, positions, _ = states.shape
         scale = self.norm.scale.flatten()
         values = self.norm(states.flatten(0, 1), scale) @ self.value.weight.T
-        groups = self.heads // self.key_value_heads
-
-        def mixed(values: Tensor) -> Tensor:
-            table = values.view(batch, positions, self.key_value_heads, -1).transpose(1, 2)
-            table = table.repeat_interleave(groups, 1)
-            return (self.probabilities @ table).transpose(1, 2)
-
+        values = values.view(batch, positions, -1)
+        if self.convolution is not None:
+            values = self.convolution(values[:, :, None])[:, :, 0]
         constant = self.norm.constant_through(self.value)
-        constants = None if constant is None else mixed(constant.expand(batch, positions, -1))
-        return mixed(values.view(batch, positions, -1)), constants
+        constants = None if constant is None else self.mixed(constant.expand(batch, positions, -1))
+        return self.mixed(values), constants
+
+    def mixed(
+        self, values: Float[Tensor, "batch position channel"]
+    ) -> Float[Tensor, "batch position head size"]:
+        """Mix values over positions, and multiply the result with the gates.
+
+        Args:
+            values: the value heads' values side by side, convolved where a mixer does that.
+        """
+        table = values.unflatten(2, (self.key_value_heads, -1)).transpose(1, 2)
+        table = table.repeat_interleave(self.heads // self.key_value_heads, 1)
+        mixed = (self.probabilities @ table).transpose(1, 2)
+        return mixed if self.gates is None else mixed * self.gates.view(mixed.shape)
+
+    def transposed(
+        self, heads: Float[Tensor, "batch position head size"], probabilities: Tensor
+    ) -> Float[Tensor, "batch position channel"]:
+        """Take a derivative by the heads' mixed values back to the value heads' values side by side.
+
+        Args:
+            heads: the derivative.
+            probabilities: what mixed the values.
+        """
+        if self.gates is not None:
+            heads = heads * self.gates.view(heads.shape)
+        values = probabilities.transpose(2, 3) @ heads.transpose(1, 2)
+        values = values.unflatten(1, (self.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
+        return values if self.convolution is None else self.convolution.transposed(values)
+
+    @property
+    def sees(self) -> Bool[Tensor, "batch query key"]:
+        """Which positions' states any head reads at each position."""
+        seen = (self.probabilities != 0).any(1)
+        return seen if self.convolution is None else self.convolution.reach(seen)
 
     def head_outputs(
         self, values: Float[Tensor, "batch position head size"]

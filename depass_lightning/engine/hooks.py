@@ -28,6 +28,7 @@ class Capture:
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     probabilities: Tensor | None = None
+    mixed: dict[str, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,6 +67,7 @@ class Capture:
             "attention": attention.norm,
             "latent": attention.latent and attention.latent[1],
             "attention post-norm": attention.post_norm,
+            "inner": attention.inner_norm,
             "mlp": mlp.norm,
             "mlp post-norm": mlp.post_norm,
         }
@@ -74,8 +76,16 @@ class Capture:
         ]
         handles += [
             attention.module.register_forward_pre_hook(self._call, with_kwargs=True),
-            attention.module.register_forward_hook(self._attention),
         ]
+        if attention.mixer is None:
+            handles.append(attention.module.register_forward_hook(self._attention))
+        else:
+            handles += [
+                module.register_forward_hook(self._mixed(name))
+                for name, module in attention.mixer.recorded.items()
+            ]
+        if attention.gate is not None:
+            handles.append(attention.gate.module.register_forward_hook(self._output("attention gate")))
         if mlp.dense is not None:
             handles += self._dense(mlp.dense, "")
         if mlp.experts is not None:
@@ -113,6 +123,12 @@ class Capture:
     def _output(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             self.seen[name], self.seen[f"{name} input"] = output, arguments[0]
+
+        return hook
+
+    def _mixed(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            self.mixed[name] = arguments, output
 
         return hook
 

@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from depass_lightning.engine.freeze import BlockNorms, freeze
-from depass_lightning.engine.frozen import AttentionCall, FrozenBlock, FrozenNorm, NormParameters
+from depass_lightning.engine.frozen import AttentionCall, FrozenBlock
 from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection
 from depass_lightning.models.block import Block

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from depass_lightning.engine.component_groups import ComponentGroup
-from depass_lightning.engine.frozen import FrozenMLP, FrozenNorm
+from depass_lightning.engine.frozen import FrozenMLP
 from depass_lightning.engine.memory import Budget, Storage
+from depass_lightning.engine.norms import FrozenNorm
 from depass_lightning.engine.packing import Layout
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depass_lightning.engine.frozen import FrozenBlock, past
+from depass_lightning.engine.frozen import FrozenBlock
 from depass_lightning.engine.isolation import alone, undisturbed
+from depass_lightning.engine.norms import past
 from depass_lightning.engine.record import Recording, record
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import Block

@@ -80,7 +80,7 @@ def places_of(decoder: Decoder, attribution: Attribution) -> tuple[dict[str, Pla
     targets = []
     for index, component in enumerate(attribution.components):
         kind, layer = component.kind, component.layer
-        if layer is None or kind not in ("head", "neuron", "attention", "mlp"):
+        if layer is None or kind not in ("head", "neuron", "attention", "mixer", "mlp"):
             continue
         key = f"layer {layer} {kind}"
         if key not in places:

@@ -26,7 +26,7 @@ class _Attention(TokenBaseline):
         seen: list[Tensor] = []
 
         def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            if output[1] is None:
+            if not isinstance(output, tuple) or output[1] is None:
                 raise DePassError(f"{self.name}: attention returned no probabilities under eager attention")
             seen.append(output[1].to(batch.decoder.dtype).mean(1).to(batch.ids.device))
 

@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from depass_lightning.engine.frozen import FrozenBlock, past
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.norms import past
 from depass_lightning.engine.record import record
+from depass_lightning.errors import DePassError
 from depass_lightning.methods.attention_weights import rolled_out
 from depass_lightning.methods.model_runs import Batch
 from depass_lightning.methods.token_method import TokenBaseline
@@ -47,6 +49,11 @@ class InformationFlow(TokenBaseline):
 
 def _routes(block: FrozenBlock) -> Float[Tensor, "batch query key"]:
     """Return what part of each position's state after attention comes from each position."""
+    if block.attention.gates is not None:
+        raise DePassError(
+            f"information_flow: attention of block {block.index} has gates or is a linear mixer, so its "
+            "heads do not write mixtures of values; choose another method"
+        )
     attention, state = block.attention, past(block.attention.skip, block.resid_pre)
     batch, positions, _ = state.shape
     normed = attention.norm(block.resid_pre.flatten(0, 1), attention.norm.scale.flatten())

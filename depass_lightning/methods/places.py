@@ -57,8 +57,8 @@ def place_of(decoder: Decoder, layer: int, kind: str) -> Place:
     Args:
         decoder: the model.
         layer: the block's index.
-        kind: `head` or `neuron`, which an output (down) projection reads; `attention` or `mlp`, what a
-            sublayer adds to the residual stream, after any norm that follows it.
+        kind: `head` or `neuron`, which an output (down) projection reads; `attention`, `mixer` or `mlp`, what
+            a sublayer adds to the residual stream, after any norm that follows it but is not on the stream.
 
     Raises:
         DePassError: the neurons are those of a mixture of experts.
@@ -71,9 +71,9 @@ def place_of(decoder: Decoder, layer: int, kind: str) -> Place:
 
 def _adding(block: Block, kind: str) -> nn.Module:
     """Return the module whose output a sublayer adds to the residual stream."""
-    parts = block.attention if kind == "attention" else block.mlp
-    if parts.post_norm is not None:
+    parts = block.mlp if kind == "mlp" else block.attention
+    if parts.post_norm is not None and parts.residual != "post_norm":
         return parts.post_norm
-    if kind == "attention":
+    if kind != "mlp":
         return block.attention.output.module
     return block.mlp.module if block.mlp.dense is None else block.mlp.dense.down.module

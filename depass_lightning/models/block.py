@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection, features, has_bias, is_quantised
 from depass_lightning.models.experts import DenseParts, ExpertsParts
+from depass_lightning.models.mixers import MIXERS, Mixer
 from depass_lightning.models.spec import (
     AttentionSpec,
     FamilySpec,
@@ -35,6 +36,9 @@ class AttentionParts:
         in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
         residual_weight: what the residual stream is multiplied with past it, if anything.
+        gate: the map to the gates, one for each head or for each of the output map's inputs.
+        inner_norm: the norm before the output map, if any.
+        mixer: what mixes positions in attention's place, if this is none.
     """
 
     module: nn.Module
@@ -47,6 +51,9 @@ class AttentionParts:
     in_mask: str | None
     residual: ResidualNorm
     residual_weight: Tensor | None
+    gate: Projection | None
+    inner_norm: nn.Module | None
+    mixer: Mixer | None
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,8 @@ class Block:
         ]
         if any(module is not None and has_bias(module) for module in modules):
             return True
+        if attention.mixer is not None and attention.mixer.has_biases:
+            return True
         return mlp.experts is not None and mlp.experts.has_biases
 
     @property
@@ -193,7 +202,11 @@ def _parameter(module: nn.Module, name: str | None, owner: str) -> Tensor | None
 
 
 def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -> AttentionParts:
-    inside = submodule(module, spec.module, owner)
+    names = dict(spec.mixers)
+    mixers = [name for name in names if getattr(module, name, None) is not None]
+    inside = submodule(module, mixers[0] if mixers else spec.module, owner)
+    if mixers:
+        return _mixer(spec, module, inside, names[mixers[0]], owner)
     output = Projection(submodule(inside, spec.output, owner))
     size = output.shape[1] // heads
     value = submodule(inside, spec.value, owner)
@@ -213,6 +226,47 @@ def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -
         in_mask=spec.in_mask,
         residual=spec.residual,
         residual_weight=_parameter(module, spec.residual_weight, owner),
+        gate=_gate(inside, spec.gate, heads, size, owner),
+        inner_norm=_optional(inside, spec.inner_norm, owner),
+        mixer=None,
+    )
+
+
+def _gate(inside: nn.Module, name: str | None, heads: int, size: int, owner: str) -> Projection | None:
+    """The map to attention's gates, which may be a part of the query map."""
+    if name is None:
+        return None
+    gate = submodule(inside, name, owner)
+    outputs = features(gate)[1]
+    if outputs == 2 * heads * size:  # each head's queries, then its gates
+        return Projection(gate, torch.arange(outputs).view(heads, 2, size)[:, 1].flatten())
+    return Projection(gate)
+
+
+def _mixer(
+    spec: AttentionSpec, module: nn.Module, inside: nn.Module, kind: str, owner: str
+) -> AttentionParts:
+    """The parts of a linear mixer, with the norms that attention would have."""
+    try:
+        mixer = MIXERS[kind](inside)
+    except AttributeError as error:
+        raise DePassError(
+            f"{owner}: {type(inside).__name__} is no mixer of kind '{kind}': {error}"
+        ) from error
+    return AttentionParts(
+        module=inside,
+        norm=_optional(module, spec.norm, owner),
+        post_norm=_optional(module, spec.post_norm, owner),
+        value=mixer.value,
+        latent=None,
+        output=mixer.output,
+        heads=mixer.heads,
+        in_mask=None,
+        residual=spec.residual,
+        residual_weight=_parameter(module, spec.residual_weight, owner),
+        gate=None,
+        inner_norm=None,
+        mixer=mixer,
     )
 
 

@@ -34,6 +34,23 @@ _BLOOM = FamilySpec(
     mlp=_FOUR,
     when=lambda config: not config.apply_residual_connection_post_layernorm,
 )
+_QWEN_HYBRID = FamilySpec(
+    ("qwen3_5", "qwen3_5_text"),
+    attention=AttentionSpec(gate="q_proj", mixers=(("linear_attn", "gated_delta"),)),
+)
+_MAMBA2 = AttentionSpec(mixers=(("mamba", "state_space"),))
+_GRANITE_MOE = FamilySpec(
+    ("granitemoe", "granitemoeshared"),
+    mlp=MLPSpec(
+        module="",
+        gate="input_linear",
+        up="input_linear",
+        down="output_linear",
+        experts=ExpertsSpec("block_sparse_moe.experts", shared="shared_mlp"),
+    ),
+    residual_scale="residual_multiplier",
+    logit_divisor="logits_scaling",
+)
 _LATENT = AttentionSpec(
     value="kv_b_proj", layout="interleaved", latent=("kv_a_proj_with_mqa", "kv_a_layernorm")
 )
@@ -238,18 +255,7 @@ FAMILIES: list[FamilySpec] = [
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
     ),
     FamilySpec(("hunyuan_v1_moe",), mlp=MLPSpec(experts=ExpertsSpec(shared="shared_mlp"))),
-    FamilySpec(
-        ("granitemoe", "granitemoeshared"),
-        mlp=MLPSpec(
-            module="",
-            gate="input_linear",
-            up="input_linear",
-            down="output_linear",
-            experts=ExpertsSpec("block_sparse_moe.experts", shared="shared_mlp"),
-        ),
-        residual_scale="residual_multiplier",
-        logit_divisor="logits_scaling",
-    ),
+    _GRANITE_MOE,
     FamilySpec(
         ("qwen2_moe",),
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
@@ -259,15 +265,48 @@ FAMILIES: list[FamilySpec] = [
         attention=_LATENT,
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
     ),
+    # Linear mixers in attention's place in some blocks.
+    _QWEN_HYBRID,
+    replace(
+        _QWEN_HYBRID,
+        model_types=("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
+    ),
+    FamilySpec(
+        ("lfm2",),
+        final_norm="embedding_norm",
+        attention=AttentionSpec(
+            norm="operator_norm", output="out_proj", mixers=(("conv", "short_convolution"),)
+        ),
+        mlp=MLPSpec(module="feed_forward", norm="ffn_norm", gate="w1", up="w3", down="w2"),
+    ),
+    FamilySpec(
+        ("bamba",),
+        final_norm="final_layernorm",
+        attention=_MAMBA2,
+        mlp=MLPSpec(module="feed_forward", norm="pre_ff_layernorm"),
+    ),
+    replace(
+        _GRANITE_MOE,
+        model_types=("granitemoehybrid",),
+        attention=_MAMBA2,
+        when=lambda config: config.num_local_experts > 0,
+    ),
+    replace(
+        _GRANITE_MOE,
+        model_types=("granitemoehybrid",),
+        attention=_MAMBA2,
+        mlp=replace(_GRANITE_MOE.mlp, module="shared_mlp", experts=None),
+        when=lambda config: config.num_local_experts == 0,
+    ),
 ]
 
 # Unsupported architectures, by the reason why they cannot be decomposed into attention and MLPs.
 REFUSED = {
     "linear attention or a state space, which has no attention probabilities": frozenset(
-        {"qwen3_next", "minimax", "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba"}
-        | {"zamba2", "rwkv", "recurrent_gemma", "granitemoehybrid", "nemotron_h", "kimi_linear", "xlstm"}
+        {"minimax", "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "zamba"}
+        | {"zamba2", "rwkv", "recurrent_gemma", "nemotron_h", "kimi_linear", "xlstm"}
     ),
-    "convolutions between its blocks": frozenset({"lfm2", "lfm2_moe"}),
     "an encoder, not a causal decoder": frozenset(
         {"bert", "roberta", "distilbert", "deberta", "deberta-v2", "electra", "albert", "xlm-roberta", "t5"}
         | {"mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper", "m2m_100", "modernbert"}

@@ -36,6 +36,11 @@ class AttentionSpec:
         residual: which of its norms is on the residual stream itself: none; `norm`, so that its output is
             added to the normed stream; or `post_norm`, of the sum of the stream and its output.
         residual_weight: the block's parameter that the residual stream is multiplied with past it.
+        gate: the map, inside `module`, whose sigmoid heads' outputs are multiplied with: one output for each
+            of theirs or for each head; or the query map, where it gives each head's queries, then its gates.
+        inner_norm: the norm of all heads' outputs together before `output`, inside `module`.
+        mixers: linear mixers that blocks may have in its place: the module's name, and its kind in
+            `models/mixers`.
     """
 
     module: str = "self_attn"
@@ -48,6 +53,9 @@ class AttentionSpec:
     in_mask: str | None = None
     residual: ResidualNorm = "none"
     residual_weight: str | None = None
+    gate: str | None = None
+    inner_norm: str | None = None
+    mixers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ class Component:
     """One component of a decomposed state.
 
     Attributes:
-        kind: `token`, `span`, `head`, `neuron`, `attention`, `mlp`, `subspace`, or `component` for one of a
-            user's tensor; `state` for the rest of the state next to heads, modules or neurons; `rest` for
-            what subspaces or spans leave out; `chosen` and `rejected` for the tokens of two compared answers;
-            `bias` and `rounding` for constants; `others` for a sum of
-            components that are not listed one by one.
+        kind: `token`, `span`, `head`, `neuron`, `attention`, `mixer`, `mlp`, `subspace`, or `component` for
+            one of a user's tensor; `state` for the rest of the state next to heads, modules or neurons;
+            `rest` for what subspaces or spans leave out; `chosen` and `rejected` for the tokens of two
+            compared answers; `bias` and `rounding` for constants; `others` for a sum of components that are
+            not listed one by one.
         label: its name: a token's text, "head 3", "layer 2 neuron 7".
         layer: the block in which it is computed; None for positions, directions and a user's components.
         index: its index among the components of its kind: the head, the neuron, the subspace.

@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from depass_lightning.engine.adjoint import BlockGradients
 from depass_lightning.engine.component_groups import DenseGroup, NeuronGroup
-from depass_lightning.engine.frozen import FrozenBlock, past
+from depass_lightning.engine.frozen import FrozenBlock
+from depass_lightning.engine.norms import past
 from depass_lightning.engine.propagate import Place
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
@@ -82,25 +83,32 @@ class Heads(_Blockwise):
 
     @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
-        return block_components(tuple(self.layers(len(decoder.blocks))), "head", range(decoder.heads))
+        layers = self.layers(len(decoder.blocks))
+        counts = {decoder.blocks[layer].attention.heads for layer in layers}
+        if len(counts) > 1:
+            raise DePassError(
+                f"Heads: the blocks have {', '.join(map(str, sorted(counts)))} heads, as linear mixers and "
+                "attention differ; take one block at a time by layer"
+            )
+        return block_components(tuple(layers), "head", range(counts.pop()))
 
 
 @dataclass(frozen=True)
 class Module(_Blockwise):
-    """What a block's attention or MLP adds, with its biases, and the rest of the state there.
+    """What a block's attention, linear mixer or MLP adds, with its biases, and the rest of the state there.
 
     Args:
-        module: `attention` or `mlp`.
+        module: `attention`; `mixer`, what mixes positions in a block, attention or a linear mixer; or `mlp`.
         layer: the block; None takes every block in one pass.
     """
 
     layer: int | None = None
-    module: Literal["attention", "mlp"] = "attention"
+    module: Literal["attention", "mixer", "mlp"] = "attention"
     kind: ClassVar[str] = "modules"
 
-    def __init__(self, module: Literal["attention", "mlp"], layer: int | None = None) -> None:
-        if module not in ("attention", "mlp"):
-            raise DePassError(f"Module({module!r}): choose 'attention' or 'mlp'")
+    def __init__(self, module: Literal["attention", "mixer", "mlp"], layer: int | None = None) -> None:
+        if module not in ("attention", "mixer", "mlp"):
+            raise DePassError(f"Module({module!r}): choose 'attention', 'mixer' or 'mlp'")
         object.__setattr__(self, "module", module)
         object.__setattr__(self, "layer", layer)
 
@@ -113,14 +121,21 @@ class Module(_Blockwise):
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
         if place != ("resid_post" if self.after_mlp else "resid_mid"):
             return None
-        if self.module == "attention":
+        if self.module != "mlp":
             rest = block.resid_mid - block.attention_output
             return DenseGroup(torch.stack([rest, block.attention_output], 1)), None
         return DenseGroup(torch.stack([block.resid_post - block.mlp_output, block.mlp_output], 1)), None
 
     @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
-        return block_components(tuple(self.layers(len(decoder.blocks))), self.module, None)
+        layers = self.layers(len(decoder.blocks))
+        mixers = [layer for layer in layers if decoder.blocks[layer].attention.mixer is not None]
+        if self.module == "attention" and mixers:
+            raise DePassError(
+                f"Module('attention'): block {mixers[0]} has a linear mixer in attention's place; take "
+                "Module('mixer')"
+            )
+        return block_components(tuple(layers), self.module, None)
 
 
 @dataclass(frozen=True)

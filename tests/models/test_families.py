@@ -54,11 +54,12 @@ KINDS = (
     "deepseek_v3",
     "opt-350m",
     "bloom-normed",
+    "qwen3_5",
 )
 SOURCES: dict[str, Any] = {
     "tokens in the middle": Tokens(1),
     "heads": Heads(),
-    "attention": Module("attention"),
+    "mixer": Module("mixer"),
     "mlp": Module("mlp"),
     "neurons": Neurons(1),
     "neurons of the first block": Neurons(0),
@@ -272,6 +273,8 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "no norm on the stream": ("opt-350m", {"residual": "none"}, "block 0 of .*add up"),
     "norm on the stream": ("gemma2", {"residual": "post_norm"}, "block 0 of .*add up"),
     "normed before, not after": ("bloom-normed", {"residual": "none"}, "block 0 of .*add up"),
+    "no gates": ("qwen3_5", "gates", "block 1 of "),
+    "another kind of mixer": ("bamba", "mixer", "block 0 of .*no mixer of kind 'gated_delta'"),
     "no weight on the stream": ("doge", {"residual_weight": None}, "block 0 of .*add up"),
     "no shared expert": ("hunyuan_v1_moe", {"experts": ExpertsSpec()}, "block 0 of .*add up"),
     "values of another layout": ("codegen", "values", "block 0 of .*add up"),
@@ -291,6 +294,8 @@ def test_wrong_declarations_are_caught(case: str) -> None:
         "values": {"attention": replace(spec.attention, layout="concatenated")},
         "scale": {"residual_scale": None},
         "logits": {"logit_divisor": None},
+        "gates": {"attention": replace(spec.attention, gate=None)},
+        "mixer": {"attention": replace(spec.attention, mixers=(("mamba", "gated_delta"),))},
         "projection": {"final_projection": None},
     }
     wrong = replace(spec, **(changes[change] if isinstance(change, str) else {}))
@@ -337,13 +342,40 @@ def test_a_family_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("mamba", "linear attention"), ("lfm2", "convolutions"), ("bert", "an encoder")],
+    [("mamba", "linear attention"), ("bert", "an encoder")],
 )
 def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) -> None:
     model = build("llama")
     rename(model, kind)
     with pytest.raises(DePassError, match=f"'{kind}' is not supported: .*{reason}"):
         DePass(model)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "bamba", "granitemoehybrid-dense", "qwen3_next"])
+def test_mixers_in_both_engines(name: str) -> None:
+    """Their values' and convolutions' biases, gates and matrices, for components that begin at any place."""
+    depass = DePass(build(name, dtype=torch.float64))
+    rows, mask = padded([prompt(9), prompt(6, seed=1)], "left")
+    for source in (Tokens(1), Heads(0), Module("mixer"), Neurons(0), Neurons(1)):
+        arguments: dict[str, Any] = {"input_ids": rows, "attention_mask": mask, "source": source}
+        forward = depass.attribute(**arguments, target=TARGET, rule="half", engine="propagate")
+        backward = depass.attribute(**arguments, target=TARGET, rule="half", engine="adjoint")
+        for one, other in zip(forward, backward, strict=True):
+            assert distance(other.scores, one.scores) < 1e-6
+            assert completeness(one) < 1e-5
+        for own in depass.attribute(**arguments, target=TARGET, rule="softmax"):
+            assert completeness(own) < 1e-5
+    for own in depass.attribute(input_ids=rows, attention_mask=mask, target=TARGET, rule="shap"):
+        assert completeness(own) < 1e-5
+
+
+def test_heads_of_mixers_and_of_attention_are_told_apart() -> None:
+    depass, ids = DePass(build("bamba")), prompt(9)[None]
+    assert len(depass.attribute(input_ids=ids, source=Heads(0))[0].components) == 1 + 8 + 1
+    with pytest.raises(DePassError, match="the blocks have 6, 8 heads"):
+        depass.attribute(input_ids=ids, source=Heads())
+    with pytest.raises(DePassError, match=r"block 0 has a linear mixer.*Module\('mixer'\)"):
+        depass.attribute(input_ids=ids, source=Module("attention"))
 
 
 def test_experts_that_are_not_routed_to_take_no_part() -> None:

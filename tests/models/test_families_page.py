@@ -14,7 +14,12 @@ from tests.reference.zoo import ALL, ZOO
 TEXT = PAGE.read_text(encoding="utf-8")
 MEASURED = ("gpt2", "gpt_neox", "gemma2", "olmo2", "qwen3_moe", "gpt_oss", "deepseek_v3")
 LIMITS = dict(zip(ERRORS, (1e-10, 1e-6, 1e-5, 1e-5, 0.1, 1e-4), strict=True))
-INSIDE_ANOTHER = {"gemma3": "gemma3_text"}  # with images around the decoder that is measured
+# With images around the decoder that is measured.
+INSIDE_ANOTHER = {
+    "gemma3": "gemma3_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 
 
 def rows() -> dict[str, dict[str, str]]:

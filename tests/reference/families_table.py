@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from depass_lightning import Contrast, DePass
-from depass_lightning.engine.frozen import NormParameters
+from depass_lightning.engine.norms import NormParameters
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.engine.validate import validate
 from depass_lightning.models.affine import has_bias
@@ -85,7 +85,15 @@ def _norms(decoder: Decoder) -> str:
 
 
 def _attention(decoder: Decoder) -> str:
-    spec, parts = decoder.spec.attention, decoder.blocks[0].attention
+    kinds = [block.attention.mixer for block in decoder.blocks if block.attention.mixer is not None]
+    if kinds:
+        full = next(block for block in decoder.blocks if block.attention.mixer is None)
+        return f"{kinds[0].kind.replace('_', ' ')}, or {_full_attention(decoder, full)}"
+    return _full_attention(decoder, decoder.blocks[0])
+
+
+def _full_attention(decoder: Decoder, block: Block) -> str:
+    spec, parts = decoder.spec.attention, block.attention
     size = parts.output.shape[1] // parts.heads
     groups = parts.value.shape[0] // size
     kinds = {parts.heads: "multi-head", 1: "multi-query"}
@@ -96,6 +104,8 @@ def _attention(decoder: Decoder) -> str:
         words.append("fused" if spec.layout == "concatenated" else "fused by head")
     if hasattr(parts.module, "sinks"):
         words.append("sinks")
+    if parts.gate is not None:
+        words.append("gated")
     if has_bias(parts.value.module):
         words.append("biases")
     return ", ".join(words)

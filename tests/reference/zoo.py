@@ -150,6 +150,44 @@ ZOO |= {
     "granitemoe": ("granitemoe", EXPERTS | GRANITE),
     "granitemoeshared": ("granitemoeshared", EXPERTS | GRANITE | {"shared_intermediate_size": 24}),
 }
+DELTA = HEAD | {
+    "linear_num_value_heads": 6,
+    "linear_num_key_heads": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 9,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 7,
+    "mamba_d_conv": 3,
+    "mamba_expand": 2,
+    "mamba_proj_bias": True,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+CONVOLUTION = {
+    "layer_types": ["conv", "full_attention", "conv"],
+    "conv_bias": True,
+    "block_auto_adjust_ff_dim": False,
+}
+ZOO |= {
+    "qwen3_5": ("qwen3_5_text", DELTA),
+    "qwen3_5_moe": ("qwen3_5_moe_text", DELTA | EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "qwen3_next": ("qwen3_next", DELTA | EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "lfm2": ("lfm2", CONVOLUTION),
+    "bamba": (
+        "bamba",
+        {key: value for key, value in MAMBA2.items() if key != "layer_types"} | {"attn_layer_indices": [1]},
+    ),
+    "granitemoehybrid": ("granitemoehybrid", MAMBA2 | EXPERTS | GRANITE | {"shared_intermediate_size": 24}),
+    "granitemoehybrid-dense": (
+        "granitemoehybrid",
+        MAMBA2 | GRANITE | {"shared_intermediate_size": 24, "num_local_experts": 0},
+    ),
+}
 ALL = tuple(ZOO)
 
 
@@ -208,11 +246,16 @@ class Frozen(Double):
             if self._among(second, self.activated):
                 first, second = second, first
             if self._among(first, self.activated) and isinstance(second, Tensor):
-                if self.half:
+                if self.half and second.requires_grad:
                     return (function(first, second.detach()) + function(first.detach(), second)) / 2
                 return function(first, second.detach())
             result = function(*args)
             if self._among(first, self.slopes) or self._among(second, self.slopes):
+                self.activated.append(result)
+            return result
+        if function is nn.functional.silu:  # not of a module, as after a mixer's convolution
+            result = args[0] * torch.sigmoid(args[0].detach())
+            if result.requires_grad:
                 self.activated.append(result)
             return result
         result = super().__torch_function__(function, types, args, kwargs)
@@ -262,6 +305,47 @@ def _layer_norm(
     return scaled if bias is None else scaled + bias
 
 
+def mixer_values(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """Which outputs of a linear mixer's input projections are values; all others are held fixed."""
+    values = {}
+    for module in model.modules():
+        kind, parts = type(module).__name__, dict(module.named_children())
+        inner: Any = module
+        if kind.endswith("GatedDeltaNet"):
+            none = torch.zeros(0, dtype=torch.long)
+            values |= {part: none for name, part in parts.items() if name.startswith("in_proj")}
+            if "in_proj_qkvz" in parts:
+                every = [
+                    torch.arange(part.weight.shape[0])[None, None]
+                    for part in (inner.in_proj_qkvz, inner.in_proj_ba)
+                ]
+                values[inner.in_proj_qkvz] = inner.fix_query_key_value_ordering(*every)[2].flatten()
+            else:
+                values[inner.in_proj_qkv] = torch.arange(2 * inner.key_dim, inner.conv_dim)
+        elif kind.endswith("ShortConv"):
+            values[inner.in_proj] = torch.arange(72, 108)
+        elif "D" in dict(module.named_parameters(recurse=False)):
+            values[inner.in_proj] = torch.arange(inner.intermediate_size, 2 * inner.intermediate_size)
+    return values
+
+
+def hold(rows: Tensor) -> Any:
+    """A hook that detaches all outputs but some."""
+
+    def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        free = torch.zeros(output.shape[-1], dtype=torch.bool)
+        free[rows] = True
+        return torch.where(free, output, output.detach())
+
+    return hook
+
+
+def hold_gate(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Detach a gated norm's gate."""
+    states, gate = arguments
+    return states, gate.detach()
+
+
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """The model's decoder blocks, found as its longest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -297,6 +381,12 @@ def derivatives(
             for module in model.modules()
             if isinstance(module, ACTIVATIONS)
         ),
+        *(module.register_forward_hook(hold(rows)) for module, rows in mixer_values(model).items()),
+        *(
+            module.register_forward_pre_hook(hold_gate)
+            for module in model.modules()
+            if type(module).__name__.endswith("RMSNormGated")
+        ),
     ]
     try:
         with frozen:
@@ -307,9 +397,21 @@ def derivatives(
     finally:
         for handle in handles:
             handle.remove()
-    biases = [own for name, own in model.named_parameters() if name.endswith("bias") and own.requires_grad]
+    biases = [
+        own
+        for name, own in model.named_parameters()
+        if name.endswith("bias") and "dt_bias" not in name and own.requires_grad
+    ]
     states, *others = torch.autograd.grad(value, [entered[0], *biases], allow_unused=True)
+    # Of a mixer's convolution only the values' channels are no part of what is held fixed.
+    free = {
+        module.conv1d.bias: module.intermediate_size
+        for module in model.modules()
+        if hasattr(module, "conv1d") and module.conv1d.bias is not None
+    }
     constants = [
-        float((own * by).sum().detach()) for own, by in zip(biases, others, strict=True) if by is not None
+        float((own * by)[: free.get(own)].sum().detach())
+        for own, by in zip(biases, others, strict=True)
+        if by is not None
     ]
     return (states * entered[0]).sum(-1)[0].detach(), sum(constants), float(value.detach())

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.engine.adjoint import TargetGradient, backward
-from depass_lightning.engine.frozen import FrozenBlock, FrozenMLP, past
+from depass_lightning.engine.frozen import FrozenBlock, FrozenMLP
 from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.mlp import linear_paths
+from depass_lightning.engine.norms import past
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import CompetingRule, Rule
 from depass_lightning.models.affine import AffineMap

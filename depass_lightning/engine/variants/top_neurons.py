@@ -266,7 +266,7 @@ def _reached(
     """Which of the bulk are present after an attention sublayer."""
     if bool((present == bulk[:, None]).all()):
         return present
-    seen = (attention.probabilities != 0).any(1)
+    seen = attention.sees
     return present | ((seen.to(attention.probabilities) @ present.to(attention.probabilities)) > 0)
 
 

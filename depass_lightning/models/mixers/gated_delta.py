@@ -1,0 +1,114 @@
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464), of Qwen3-Next and Qwen3.5: a decaying delta rule.
+
+With queries `q`, keys `k`, step sizes `beta` and decays `g` held fixed, a head's state
+`S[n] = exp(g[n]) (I - beta[n] k[n] k[n]^T) S[n-1] + beta[n] k[n] v[n]^T` and its output `q[n]^T S[n]` are
+linear in its values `v`. With `D[n,j] = exp(sum of g over j < i <= n)`, what each position writes solves
+`u[n] = beta[n] (v[n] - sum over j < n of D[n,j] (k[n] . k[j]) u[j])`, and the output is
+`sum over j <= n of D[n,j] (q[n] . k[j]) u[j]`: one triangular system for all positions.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from depass_lightning.models.affine import Projection, features, parameter_of
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, decays, gates_of_norm
+
+
+class GatedDelta(Mixer):
+    """A gated delta rule, from one of three ways to name and to order its projections."""
+
+    kind = "gated_delta"
+
+    @override
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.heads, self.key_heads = module.num_v_heads, module.num_k_heads
+        self.key_size, self.value_size = module.head_k_dim, module.head_v_dim
+        self.convolution = module.conv1d
+        self.norm: nn.Module = module.o_norm if hasattr(module, "o_norm") else module.norm
+        self.output = Projection(module.o_proj if hasattr(module, "o_proj") else module.out_proj)
+        keys, values = self.key_heads * self.key_size, self.heads * self.value_size
+        if hasattr(module, "in_proj_qkvz"):  # each key head's queries, keys, values and gates in turn
+            grouped = torch.arange(features(module.in_proj_qkvz)[1]).view(self.key_heads, -1)
+            sizes = [self.key_size, self.key_size, values // self.key_heads, values // self.key_heads]
+            rows = [part.flatten() for part in grouped.split(sizes, 1)]
+            parts = [Projection(module.in_proj_qkvz, index) for index in rows[:3]]
+            both = torch.arange(2 * self.heads).view(self.key_heads, 2, -1)
+            steps = [Projection(module.in_proj_ba, both[:, index].flatten()) for index in (0, 1)]
+        elif hasattr(module, "in_proj_qkv"):
+            fused = module.in_proj_qkv
+            ends = (slice(0, keys), slice(keys, 2 * keys), slice(2 * keys, 2 * keys + values))
+            parts = [Projection(fused, rows) for rows in ends]
+            steps = [Projection(module.in_proj_b), Projection(module.in_proj_a)]
+        else:
+            parts = [Projection(module.q_proj), Projection(module.k_proj), Projection(module.v_proj)]
+            steps = [Projection(module.b_proj), Projection(module.a_proj)]
+        self.value = parts[2]
+        self._parts = dict(zip(("query", "key", "value", "step", "decay"), parts + steps, strict=True))
+        self.recorded = {name: part.module for name, part in self._parts.items()} | {"norm": self.norm}
+
+    @override
+    def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
+        query, key, value, step, decay = (
+            part.of(seen[name][1]).to(dtype) for name, part in self._parts.items()
+        )
+        taps, bias = self._taps(dtype)
+        after = convolved(torch.cat([query, key, value], 2), taps)
+        after = after if bias is None else after + bias
+        query, key, value = after.split([query.shape[2], key.shape[2], value.shape[2]], 2)
+        slopes = value.sigmoid()  # SiLU over its input
+        query, key = (self._unit(torch.nn.functional.silu(part)) for part in (query, key))
+        beta = step.sigmoid() * (2 if getattr(self.module, "allow_neg_eigval", False) else 1)
+        rate, shift, weight = (
+            parameter_of(owner, name, dtype)
+            for owner, name in ((self.module, "A_log"), (self.module, "dt_bias"), (self.norm, "weight"))
+        )
+        assert rate is not None
+        assert shift is not None
+        assert weight is not None
+        logs = -rate.exp() * torch.nn.functional.softplus(decay + shift)
+        channels = value.shape[2]
+        return Mixing(
+            matrix=delta_rule(query * self.key_size**-0.5, key, beta, logs),
+            before=None,
+            taps=taps[-channels:],
+            constants=None if bias is None else bias[-channels:],
+            slopes=slopes,
+            gates=gates_of_norm(seen["norm"], weight, self.value_size, value.shape),
+        )
+
+    def _unit(
+        self, states: Float[Tensor, "batch position channel"]
+    ) -> Float[Tensor, "batch position head size"]:
+        """Queries or keys of length one, for every value head."""
+        heads = states.unflatten(2, (self.key_heads, -1))
+        heads = heads * (heads.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+        return heads.repeat_interleave(self.heads // self.key_heads, 2)
+
+
+def delta_rule(
+    query: Float[Tensor, "batch position head size"],
+    key: Float[Tensor, "batch position head size"],
+    beta: Float[Tensor, "batch position head"],
+    decay: Float[Tensor, "batch position head"],
+) -> Float[Tensor, "batch head query key"]:
+    """The matrix from a head's values to its outputs under a gated delta rule.
+
+    Args:
+        query: the queries.
+        key: the keys, of length one.
+        beta: the step sizes.
+        decay: the logarithms of the decays.
+    """
+    left = decays(decay)  # [batch, head, query, key]
+    steps = beta.transpose(1, 2)[..., None]  # [batch, head, position, 1]
+    overlap = torch.einsum("bnhs,bkhs->bhnk", key, key) * left * steps
+    same = torch.eye(key.shape[1], device=key.device, dtype=key.dtype)
+    written = torch.linalg.solve_triangular(
+        overlap.tril(-1) + same, same * steps, upper=False, unitriangular=True
+    )
+    return (torch.einsum("bnhs,bkhs->bhnk", query, key) * left) @ written

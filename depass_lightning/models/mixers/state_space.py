@@ -1,0 +1,72 @@
+"""Mamba-2 (Dao & Gu, arXiv 2405.21060): a state space with one decay a head, as in Bamba and Granite 4.
+
+With inputs `B`, outputs `C` and steps `dt` held fixed, a head's output is
+`y[n] = sum over k <= n of C[n] . B[k] exp(sum of dt[j] A over k < j <= n) dt[k] x[k] + D x[n]`.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from depass_lightning.models.affine import Projection, parameter_of
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, decays, gates_of_norm
+
+
+class StateSpace(Mixer):
+    """Mamba-2's mixer."""
+
+    kind = "state_space"
+
+    @override
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.heads, self.groups = module.num_heads, module.n_groups
+        self.channels, self.size = module.intermediate_size, module.ssm_state_size
+        self.convolution = module.conv1d
+        self.output = Projection(module.out_proj)
+        self.value = Projection(module.in_proj, slice(self.channels, 2 * self.channels))
+        self.recorded = {"projection": module.in_proj, "norm": module.norm}
+
+    @override
+    def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
+        taps, bias = self._taps(dtype)
+        width = len(taps)
+        _, inputs, steps = seen["projection"][1].to(dtype).split([self.channels, width, self.heads], 2)
+        after = convolved(inputs, taps)
+        after = after if bias is None else after + bias
+        sizes = [self.channels, self.groups * self.size, self.groups * self.size]
+        value, entering, leaving = after.split(sizes, 2)
+        entering, leaving = (self._by_head(torch.nn.functional.silu(part)) for part in (entering, leaving))
+        rate, shift, direct, weight = (
+            parameter_of(owner, name, dtype)
+            for owner, name in (
+                (self.module, "A_log"),
+                (self.module, "dt_bias"),
+                (self.module, "D"),
+                (self.module.norm, "weight"),
+            )
+        )
+        assert rate is not None
+        assert shift is not None
+        assert direct is not None
+        assert weight is not None
+        steps = torch.nn.functional.softplus(steps + shift).clamp(*self.module.time_step_limit)
+        products = torch.einsum("bnhs,bkhs->bhnk", leaving, entering)
+        matrix = products * decays(-rate.exp() * steps) * steps.transpose(1, 2)[:, :, None]
+        group = getattr(self.module.norm, "group_size", self.channels)
+        return Mixing(
+            matrix=matrix + torch.diag_embed(direct[:, None].expand(-1, matrix.shape[-1])),
+            before=None,
+            taps=taps[: self.channels],
+            constants=None if bias is None else bias[: self.channels],
+            slopes=value.sigmoid(),  # SiLU over its input
+            gates=gates_of_norm(seen["norm"], weight, group, value.shape),
+        )
+
+    def _by_head(
+        self, states: Float[Tensor, "batch position channel"]
+    ) -> Float[Tensor, "batch position head size"]:
+        return states.unflatten(2, (self.groups, -1)).repeat_interleave(self.heads // self.groups, 2)
