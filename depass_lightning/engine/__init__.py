@@ -1,1 +1,1 @@
-"""The decomposition engine: record one plain pass, freeze what is not linear, carry components through it."""
+"""The engine: record one plain pass, freeze what is not linear, propagate components through it."""

@@ -23,38 +23,38 @@ from depass_lightning.engine.state import DecomposedState
 from depass_lightning.models.affine import AffineMap
 
 
-def propagate_mlp(carry: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelRule) -> None:
+def propagate_mlp(state: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelRule) -> None:
     """Add each component's share of an MLP's output to it.
 
     Args:
-        carry: the components, changed in place.
+        state: the components, changed in place.
         mlp: the MLP.
         rule: how neurons are shared.
     """
-    carry.skip_mlp(mlp)
-    sharing = MLPStep.of(carry, mlp)
+    state.skip_mlp(mlp)
+    step = MLPStep.of(state, mlp)
     if isinstance(rule, ParallelRule):
-        groups = [group for chunk in carry.layout.chunks(sharing.limit) for group in sharing.pieces(chunk)]
-        sharing.two_passes(rule.rule, groups, rule.ranks)
-        carry.mlp_input = None
+        groups = [group for chunk in state.layout.chunks(step.limit) for group in step.pieces(chunk)]
+        step.two_passes(rule.rule, groups, rule.ranks)
+        state.mlp_input = None
         return
     paths = []
     if isinstance(rule, LinearPaths):
-        paths = [MLPPath.of(mlp, *path) for path in linear_paths(mlp, rule, carry.at_positions)]
-    limit = sharing.limit
-    for chunk in carry.layout.chunks(limit):
+        paths = [MLPPath.of(mlp, *path) for path in linear_paths(mlp, rule, state.at_positions)]
+    limit = step.limit
+    for chunk in state.layout.chunks(limit):
         count = len(chunk.row_places)
         if mlp.experts is not None:
-            sharing.among_experts(rule, chunk, paths)
+            step.among_experts(rule, chunk, paths)
         elif isinstance(rule, LinearPaths):
             for part in _parts(count, limit):
-                sharing.add_down(chunk, part, sharing.through(chunk, part, paths))
+                step.add_down(chunk, part, step.through(chunk, part, paths))
         elif isinstance(rule, CompetingRule):
             if count > limit and len(chunk.places) == 1:  # one position's components do not fit
-                sharing.two_passes(rule, sharing.pieces(chunk))
+                step.two_passes(rule, step.pieces(chunk))
             else:
-                sharing.whole(rule, chunk)
-    carry.mlp_input = None
+                step.whole(rule, chunk)
+    state.mlp_input = None
 
 
 def linear_paths(
@@ -104,9 +104,9 @@ class MLPPath:
 
 @dataclass(frozen=True)
 class MLPStep:
-    """A frozen MLP, what of it stands at a carry's positions, flattened, and the components that share it."""
+    """A frozen MLP, its values at the positions of a decomposed state, and the components that share it."""
 
-    carry: DecomposedState
+    state: DecomposedState
     mlp: FrozenMLP
     scale: Float[Tensor, "at"]
     neurons: Float[Tensor, "at neuron"]
@@ -114,20 +114,20 @@ class MLPStep:
     added: Float[Tensor, "at hidden"] | None
 
     @classmethod
-    def of(cls, carry: DecomposedState, mlp: FrozenMLP) -> "MLPStep":
+    def of(cls, state: DecomposedState, mlp: FrozenMLP) -> "MLPStep":
         """Bring an MLP and components together.
 
         Args:
-            carry: the components.
+            state: the components.
             mlp: the MLP.
         """
         return cls(
-            carry,
+            state,
             mlp,
-            carry.at_positions(mlp.norm.scale),
-            carry.at_positions(mlp.activations),
+            state.at_positions(mlp.norm.scale),
+            state.at_positions(mlp.activations),
             mlp.norm.constant_through(mlp.gate),
-            None if mlp.bias_terms is None else carry.at_positions(mlp.bias_terms),
+            None if mlp.bias_terms is None else state.at_positions(mlp.bias_terms),
         )
 
     @property
@@ -136,7 +136,7 @@ class MLPStep:
         hidden, neurons = self.mlp.down.weight.shape
         if self.mlp.experts is not None:
             neurons = max(expert.neurons.stop - expert.neurons.start for expert in self.mlp.experts)
-        return self.carry.budget.rows(2 * hidden + 2 * neurons, self.carry.rows.dtype)
+        return self.state.budget.rows(2 * hidden + 2 * neurons, self.state.rows.dtype)
 
     def gates(self, chunk: Chunk, part: slice) -> Tensor:
         """The components' parts of the pre-activation, for some of a chunk's rows."""
@@ -162,10 +162,10 @@ class MLPStep:
 
     def add_down(self, chunk: Chunk, part: slice, shared: Tensor) -> None:
         """Project shared neurons down into the rows."""
-        rows = self.carry.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
+        rows = self.state.rows[chunk.rows.start + part.start : chunk.rows.start + part.stop]
         rows.addmm_(shared, self.mlp.down.weight.T)
         self._add_constants(chunk, part, rows)
-        self.carry.release_pages()
+        self.state.release_pages()
 
     def whole(self, rule: CompetingRule, chunk: Chunk) -> None:
         """Share the neurons of a chunk whose segments each fit."""
@@ -196,14 +196,14 @@ class MLPStep:
             groups: the components, divided into pieces that fit and grouped by their positions.
             ranks: the ranks among which the components are divided; None where all are on this one.
         """
-        width, budget = self.neurons.shape[1], self.carry.budget
+        width, budget = self.neurons.shape[1], self.state.budget
         rows = sum(piece.rows.stop - piece.rows.start for group in groups for piece in group)
         # Gates that fit in memory are kept for the second pass.
         limit = budget.working if ranks is None else budget.components // 4
         keep = rows * width * self.neurons.itemsize <= limit
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # No two ranks give a component the same number.
-        offset = 0 if ranks is None else ranks.rank * (self.carry.layout.components + 1)
+        offset = 0 if ranks is None else ranks.rank * (self.state.layout.components + 1)
         normalisers: list[tuple[Summary, Tensor]] = []
         for group in groups:
             summary, any_present = None, torch.zeros_like(group[0].places, dtype=torch.bool)
@@ -214,7 +214,7 @@ class MLPStep:
                 any_present |= present.flatten(1).any(1)
                 if keep:
                     kept[piece.key] = gates, present
-                self.carry.release_pages()
+                self.state.release_pages()
             assert summary is not None
             normalisers.append((summary, any_present))
         merged = normalisers if ranks is None else self._over_ranks(rule, groups, normalisers, ranks)
@@ -275,10 +275,10 @@ class MLPStep:
             chunk: the chunk.
             paths: of a linear rule.
         """
-        rows = self.carry.rows[chunk.rows]
+        rows = self.state.rows[chunk.rows]
         added = torch.zeros_like(rows)
         for expert in self.mlp.experts or ():
-            active = self.carry.at_positions(expert.active)
+            active = self.state.at_positions(expert.active)
             for run in chunk.runs:
                 segments = active[chunk.places[run.segments]].nonzero()[:, 0]
                 if len(segments):
@@ -286,7 +286,7 @@ class MLPStep:
         # Every expert reads what the rows were before any of them wrote.
         rows += added
         self._add_constants(chunk, slice(0, len(chunk.row_places)), rows)
-        self.carry.release_pages()
+        self.state.release_pages()
 
     def _expert(
         self,
@@ -327,7 +327,7 @@ class MLPStep:
 
     def _read(self, chunk: Chunk) -> Float[Tensor, "row hidden"]:
         """A chunk's rows as the MLP reads them."""
-        source = self.carry.rows if self.carry.mlp_input is None else self.carry.mlp_input
+        source = self.state.rows if self.state.mlp_input is None else self.state.mlp_input
         return source[chunk.rows]
 
     def _add_constants(self, chunk: Chunk, part: slice, rows: Float[Tensor, "row hidden"]) -> None:
@@ -338,7 +338,7 @@ class MLPStep:
 
     def _at_origin(self, places: Tensor) -> Bool[Tensor, "segment"]:
         """Which segments are a prompt's first position."""
-        return self.carry.positions.flatten()[places] == 0
+        return self.state.positions.flatten()[places] == 0
 
     def _assign_unclaimed(
         self,
@@ -352,10 +352,10 @@ class MLPStep:
         if not bool(any_present.all()):
             rows, places = chunk.fallback[run][segments], chunk.places[run][segments]
             # The component may be on another rank.
-            unclaimed = ~any_present & (rows < self.carry.layout.rows)
+            unclaimed = ~any_present & (rows < self.state.layout.rows)
             rows, places = rows[unclaimed], places[unclaimed]
             output = self.neurons[places][:, neurons] @ self.mlp.down.weight[:, neurons].T
-            self.carry.rows.index_add_(0, rows, output)
+            self.state.rows.index_add_(0, rows, output)
 
 
 @dataclass(frozen=True)

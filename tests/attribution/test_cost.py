@@ -50,10 +50,10 @@ def test_the_rows_are_those_that_are_carried(name: str, source: Any, monkeypatch
     share, bulk_share = propagate.propagate_mlp, top_neurons.share_with_bulk
 
     def counted(work: Callable[..., Any]) -> Callable[..., Any]:
-        def count(carry: DecomposedState, *given: Any) -> Any:
-            if carry.layout.positions == ids.shape[1]:  # not at the target alone
-                found.append(carry.layout.rows)
-            return work(carry, *given)
+        def count(state: DecomposedState, *given: Any) -> Any:
+            if state.layout.positions == ids.shape[1]:  # not at the target alone
+                found.append(state.layout.rows)
+            return work(state, *given)
 
         return count
 

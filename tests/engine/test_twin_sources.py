@@ -123,7 +123,7 @@ def expected_states(name: str, case: str, rule: Rule, length: int = LENGTH) -> l
     """Each group's components at every layer."""
     trace = trace_of(name, length)
     with torch.no_grad():
-        return [twin_sources.carry(trace, group, rule) for group in CASES[case].groups(trace)]
+        return [twin_sources.propagate(trace, group, rule) for group in CASES[case].groups(trace)]
 
 
 def at_the_end(name: str, case: str, rule: Rule, length: int = LENGTH) -> Tensor:
@@ -326,7 +326,7 @@ def test_what_adds_exactly_nothing_takes_no_share(name: str, rule: Rule) -> None
         (Neurons(0, CHOSEN), chosen_neurons(trace, 0), 3),
     ):
         given = DePass(model).decompose(input_ids=ids[None], source=source, rule=rule)[0].states
-        expected = twin_sources.carry(trace, groups, rule)[LAYERS]
+        expected = twin_sources.propagate(trace, groups, rule)[LAYERS]
         assert largest_error(given, expected, trace.final) < 1e-9
         assert not given[silent].any()
         assert given[silent - 1].any()

@@ -70,7 +70,7 @@ def test_token_scores_are_the_twins(depass: DePass, trace: Trace, rule: Rule) ->
 def test_heads_scores_are_the_twins(depass: DePass, trace: Trace, rule: Rule) -> None:
     """Nine query heads on three key-value heads."""
     layer, last = 20, trace.state(0).shape[0] - 1
-    states = twin_sources.carry(trace, twin_sources.heads(trace, layer), rule)[len(trace.layers)]
+    states = twin_sources.propagate(trace, twin_sources.heads(trace, layer), rule)[len(trace.layers)]
     expected = twin_sources.token_scores(trace, states, last, *answers(depass))
     own = depass.attribute(PROMPT, TARGET, rule=rule, source=Heads(layer))
     assert len(own.scores) == 10

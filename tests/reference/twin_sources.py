@@ -92,7 +92,7 @@ def subspaces(trace: Trace, layer: int, bases: Sequence[Tensor]) -> Group:
 
 
 @torch.no_grad()
-def carry(trace: Trace, group: Group, rule: Rule, temperature: float = 0.1) -> dict[int, Tensor]:
+def propagate(trace: Trace, group: Group, rule: Rule, temperature: float = 0.1) -> dict[int, Tensor]:
     """Carries a group to the end.
 
     Returns:

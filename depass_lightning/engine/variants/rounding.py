@@ -4,7 +4,7 @@ A model in half precision, or a quantised one, rounds what each block adds. Comp
 precision, so their sum leaves the recorded states by as much. That difference belongs to no component:
 
 1. at each block, take the recorded output less what the frozen block gives for the recorded input;
-2. carry it on through attention, as any component is, and under a linear rule through the MLPs too; under a
+2. propagate it through attention, as any component is, and under a linear rule through the MLPs too; under a
    competing rule it takes no share of any neuron, or something next to nothing would get an even share.
 
 It is found from the plain states alone, so that it adds up with the components only if these are right.

@@ -123,7 +123,7 @@ class TopNeuronApproximation:
     def _forward(
         self, chosen: Int[Tensor, "batch chosen"]
     ) -> tuple[Float[Tensor, "batch carried"], "list[_Coefficients]"]:
-        """Step 2: carry the chosen neurons; their scores, and how the bulk shares each block's neurons."""
+        """Step 2: propagate the chosen neurons; their scores, and how the bulk shares each block's."""
         values, group = self.group.values, self.group.select(chosen)
         bulk = torch.ones_like(values[:, 0], dtype=torch.bool).scatter_(1, chosen, False)
         present = (values != 0) & bulk[:, None]
@@ -208,26 +208,26 @@ def share_with_bulk(
         gates_sum: what the gates of all components sum to there.
 
     Returns:
-        The slopes and constants of the bulk's shares, times the neurons' values, at the carry's positions.
+        The slopes and constants of the bulk's shares, times the neurons' values, at the state's positions.
     """
     state.skip_mlp(mlp)
-    sharing = MLPStep.of(state, mlp)
+    step = MLPStep.of(state, mlp)
     z, many = state.at_positions(gates_sum), state.at_positions(count)[:, None, None]
     slopes, constants = torch.zeros_like(z), torch.zeros_like(z)
-    for chunk in state.layout.chunks(sharing.limit):
+    for chunk in state.layout.chunks(step.limit):
         whole = slice(0, len(chunk.row_places))
-        gates = sharing.gates(chunk, whole)
+        gates = step.gates(chunk, whole)
         for run in chunk.runs:
             table = gates[run.rows].unflatten(0, (run.segments.stop - run.segments.start, -1))
             present = nonzero(gates[run.rows]).view(*table.shape[:2], 1)
             places = chunk.places[run.segments]
             bulk = (z[places] - table.sum(1))[:, None] / rule.temperature
             shares, slope, constant = _shares(table / rule.temperature, present, bulk, many[places])
-            values = sharing.neurons[places]
+            values = step.neurons[places]
             torch.mul(shares, values[:, None], out=table)
             slopes[places] = slope[:, 0] / rule.temperature * values
             constants[places] = constant[:, 0] * values
-        sharing.add_down(chunk, whole, gates)
+        step.add_down(chunk, whole, gates)
     state.mlp_input = None
     return slopes, constants
 

@@ -67,8 +67,8 @@ def carry_parts(
             parts = []
             context = settings.split_context(batch_prompts)
             for source in sources:
-                carry = propagate_to(recording, source, settings, context, recording.layers, last)
-                states = carry.read(recording.final_norm)[:, :, 0]
+                state = propagate_to(recording, source, settings, context, recording.layers, last)
+                states = state.read(recording.final_norm)[:, :, 0]
                 whole = states.sum(1)
                 reconstructed = whole @ unembedded.weight.T
                 if unembedded.bias is not None:

@@ -2,7 +2,7 @@
 
 1. Train a language probe on texts in several languages, at a few layers.
 2. At each, split the states of prompts, which ask the same in several languages, into the probe's subspace
-   and the rest, and carry both to the end.
+   and the rest, and propagate both to the end.
 3. Decode both through the unembedding: are the tokens with the highest logits words of the prompt's language,
    and is the answer among them?
 4. Probe both for the language; look in both for the nearest prompt in another language: does it mean the
