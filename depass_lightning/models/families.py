@@ -89,6 +89,7 @@ FAMILIES: list[FamilySpec] = [
     # no mention: the former are read from the modules, the rest acts only through the probabilities.
     FamilySpec(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "ernie4_5", "helium")),
     FamilySpec(("hunyuan_v1_dense", "seed_oss", "ministral", "ministral3", "cwm")),
+    FamilySpec(("internlm3", "iquestcoder")),
     FamilySpec(("vaultgemma",), mlp=MLPSpec(norm="pre_feedforward_layernorm")),
     FamilySpec(("glm",), mlp=_FUSED),
     FamilySpec(("nanochat",), mlp=replace(_PLAIN, gate="fc1", down="fc2")),
@@ -105,7 +106,7 @@ FAMILIES: list[FamilySpec] = [
         when=lambda config: not config.is_moe,
     ),
     FamilySpec(("granite",), residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
-    FamilySpec(("arcee", "nemotron"), mlp=_PLAIN),
+    FamilySpec(("arcee", "nemotron", "jais2"), mlp=_PLAIN),
     FamilySpec(
         ("apertus",),
         attention=AttentionSpec(norm="attention_layernorm"),
@@ -247,12 +248,26 @@ FAMILIES: list[FamilySpec] = [
     ),
     # Mixtures of experts, with the routing held fixed.
     FamilySpec(
-        ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "phimoe"),
+        ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "phimoe", "mellum"),
         mlp=MLPSpec(experts=ExpertsSpec()),
     ),
     FamilySpec(
-        ("glm4_moe", "dots1", "exaone_moe", "solar_open", "ernie4_5_moe"),
+        ("glm4_moe", "dots1", "exaone_moe", "solar_open", "ernie4_5_moe", "hy_v3"),
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
+    ),
+    FamilySpec(
+        ("flex_olmo",),
+        attention=AttentionSpec(norm=None, post_norm="post_attention_layernorm"),
+        mlp=MLPSpec(norm=None, post_norm="post_feedforward_layernorm", experts=ExpertsSpec()),
+    ),
+    FamilySpec(
+        ("afmoe",),
+        attention=AttentionSpec(post_norm="post_attention_layernorm", gate="gate_proj"),
+        mlp=MLPSpec(
+            norm="pre_mlp_layernorm",
+            post_norm="post_mlp_layernorm",
+            experts=ExpertsSpec(shared="shared_experts"),
+        ),
     ),
     FamilySpec(("hunyuan_v1_moe",), mlp=MLPSpec(experts=ExpertsSpec(shared="shared_mlp"))),
     _GRANITE_MOE,
@@ -261,7 +276,7 @@ FAMILIES: list[FamilySpec] = [
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
     ),
     FamilySpec(
-        ("deepseek_v2", "deepseek_v3"),
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
         attention=_LATENT,
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
     ),
@@ -273,12 +288,14 @@ FAMILIES: list[FamilySpec] = [
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
     ),
     FamilySpec(
-        ("lfm2",),
+        ("lfm2", "lfm2_moe"),
         final_norm="embedding_norm",
         attention=AttentionSpec(
             norm="operator_norm", output="out_proj", mixers=(("conv", "short_convolution"),)
         ),
-        mlp=MLPSpec(module="feed_forward", norm="ffn_norm", gate="w1", up="w3", down="w2"),
+        mlp=MLPSpec(
+            module="feed_forward", norm="ffn_norm", gate="w1", up="w3", down="w2", experts=ExpertsSpec()
+        ),
     ),
     FamilySpec(
         ("bamba",),

@@ -170,7 +170,12 @@ def configured(config: Any, name: str | Callable[[Any], float] | None) -> float:
     if name is None:
         return 1.0
     if callable(name):
-        return name(config)
+        try:
+            return name(config)
+        except AttributeError as error:
+            raise DePassError(
+                f"the configuration of '{config.model_type}' lacks a number: {error}"
+            ) from error
     value = getattr(config, name, None)
     if not isinstance(value, int | float):
         raise DePassError(f"the configuration of '{config.model_type}' has no number '{name}'")

@@ -330,6 +330,13 @@ def test_undeclared_models_are_recognised_by_their_blocks(
     assert distance(found.scores, declared.scores) < 1e-6
 
 
+def test_a_scale_that_a_configuration_lacks_is_named() -> None:
+    model = build("llama")
+    spec = replace(families.declared_families(model.config)[0], residual_scale=lambda config: config.depth)
+    with pytest.raises(DePassError, match=r"'llama' lacks a number: .*depth"):
+        Decoder(model, spec)
+
+
 def test_a_family_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
     model, ids = build("llama"), prompt(9)[None]

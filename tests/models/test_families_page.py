@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import transformers
 
 from depass_lightning import DePass, DePassError
 from depass_lightning.models import families
@@ -54,6 +55,13 @@ def test_the_command_writes_these_rows(name: str) -> None:
     for column, limit in LIMITS.items():
         assert float(own[column]) < limit
         assert float(own[column]) < 30 * float(page[column])
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith("5.23"), reason="the page lists the types of 5.23"
+)
+def test_every_type_of_transformers_has_a_line() -> None:
+    assert section(TEXT, "types") == SECTIONS["types"]()
 
 
 def test_what_is_refused_is_listed() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from depass_lightning import Contrast, DePass
 from depass_lightning.engine.norms import NormParameters
@@ -28,7 +29,7 @@ from depass_lightning.engine.validate import validate
 from depass_lightning.models.affine import has_bias
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.families import REFUSED
+from depass_lightning.models.families import REFUSED, supported_model_types
 from tests.conftest import ROOT
 from tests.reference.models import Double, distance, prompt
 from tests.reference.zoo import ALL, ZOO, build, derivatives
@@ -215,7 +216,25 @@ def refused() -> str:
     return "\n".join(f"- {why}: {names}" for why, names in kinds.items())
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"families": table, "refused": refused}
+def types() -> str:
+    """What becomes of each of Transformers' causal language models, in Markdown."""
+    declared = set(supported_model_types())
+    reasons = {kind: why for why, kinds in REFUSED.items() for kind in kinds}
+    rows = {name: ZOO[name][0] for name in ALL}
+    lines = ["| model type | |", "| --- | --- |"]
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        names = [name for name, of in rows.items() if of in (kind, f"{kind}_text")]
+        if kind in declared:
+            said = f"exact: {', '.join(names)}"
+        elif kind in reasons:
+            said = f"refused: {reasons[kind]}"
+        else:
+            said = "no declaration: tried against all of them when it is loaded, and refused if none fits"
+        lines.append(f"| `{kind}` | {said} |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"families": table, "types": types, "refused": refused}
 
 
 def section(text: str, name: str) -> str:

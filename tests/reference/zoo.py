@@ -188,6 +188,17 @@ ZOO |= {
         MAMBA2 | GRANITE | {"shared_intermediate_size": 24, "num_local_experts": 0},
     ),
 }
+ZOO |= {
+    "internlm3": ("internlm3", HEAD | {"bias": True, "qkv_bias": True}),
+    "iquestcoder": ("iquestcoder", HEAD),
+    "jais2": ("jais2", {}),
+    "mellum": ("mellum", EXPERTS | HEAD),
+    "hy_v3": ("hy_v3", SHARED | {"head_dim": 6}),
+    "flex_olmo": ("flex_olmo", EXPERTS),
+    "afmoe": ("afmoe", EXPERTS | HEAD | {"num_shared_experts": 1, "num_dense_layers": 1}),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT | {"n_group": 1, "num_experts_per_tok": 3}),
+    "lfm2_moe": ("lfm2_moe", CONVOLUTION | EXPERTS | {"num_dense_layers": 1}),
+}
 ALL = tuple(ZOO)
 
 
