@@ -22,6 +22,8 @@ GUIDES = (
     "generation",
     "conversations",
     "which-document",
+    "why-this-answer",
+    "chosen-or-rejected",
 )
 SAID = {  # what the pages' own numbers are taken from
     "which-word": "' Mary' − ' John' = +7.77",
@@ -31,6 +33,8 @@ SAID = {  # what the pages' own numbers are taken from
     "generation": "' Mary' − ' John'",
     "conversations": "template       +13.18",
     "which-document": "Travel notes: Anna moved to Lisbon in May.",
+    "why-this-answer": "from the answer's earlier tokens",
+    "chosen-or-rejected": "from the chosen answer's tokens",
 }
 
 

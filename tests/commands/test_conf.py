@@ -8,10 +8,13 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
+from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import rule_named
 from depass_lightning.models.load import dtype_of
-from depass_lightning.modules.attribution_module import TARGETS
+from depass_lightning.modules.attribution_module import TARGETS, Explained
 from depass_lightning.sources import Heads, Module, Neurons, Spans, Subspace, Tokens
+from depass_lightning.targets import Continuation, Preference
+from depass_lightning.tasks import Example
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -156,5 +159,13 @@ def test_sources_rules_and_targets_are_the_librarys(tmp_path):
         assert rule.name == path.stem
         if "path" not in rule:
             rule_named(rule.name, rule.get("temperature", 0.1))
-    kinds = {path.stem: OmegaConf.load(path).kind for path in (CONF / "target").glob("*.yaml")}
-    assert kinds == {name: name for name in TARGETS}
+    targets = {
+        path.stem: Explained(**composed("analyze", [f"target={path.stem}"], tmp_path).target)
+        for path in (CONF / "target").glob("*.yaml")
+    }
+    whole = {"continuation": "logprob", "preference": "contrast"}
+    assert {name: target.kind for name, target in targets.items()} == {name: name for name in TARGETS} | whole
+    two = Example("1", "A", " B C", " D E")
+    tokenizer = DePass.from_pretrained("tiny").tokenizer
+    assert targets["continuation"].target(two, tokenizer) == Continuation(" B C", "logprob")
+    assert targets["preference"].target(two, tokenizer) == Preference(" B C", " D E", "logprob")

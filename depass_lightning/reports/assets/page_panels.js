@@ -40,7 +40,8 @@ function badges(prompt) {
   const badge = (good, yes, no) =>
     good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ ${no}`);
   const first = prompt.right != null ? null : firstChoice(prompt);
-  return [badge(prompt.right, "model is right", "model is wrong"), badge(first, "the target is the model's first choice", "the target is not the model's first choice"), badge(prompt.first, "evidence ranked first", "evidence not ranked first")].filter(Boolean);
+  const choices = prompt.predicted === "the more likely answer" ? ["the chosen answer is more likely", "the rejected answer is more likely"] : ["the target is the model's first choice", "the target is not the model's first choice"];
+  return [badge(prompt.right, "model is right", "model is wrong"), badge(first, ...choices), badge(prompt.first, "evidence ranked first", "evidence not ranked first")].filter(Boolean);
 }
 
 // The tip, and highlighting a component in the text and among the bars.
