@@ -25,7 +25,7 @@ from depass_lightning.monitoring.monitor import MonitorResult, ProbeMonitor
 from depass_lightning.monitoring.probe_sets import ProbeSource, TargetKind
 from depass_lightning.monitoring.sinks import is_named, sinks_of
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+SHARDED = ("FSDPStrategy",)  # others are refused by the type of their parameters
 
 
 class DePassCallback(Callback):
@@ -142,7 +142,8 @@ class DePassCallback(Callback):
         if is_named(trainer.strategy, *SHARDED):
             raise DePassError(
                 f"{type(trainer.strategy).__name__} shards the model's weights over ranks, but "
-                "DePassCallback needs all of them on every rank; train with strategy='ddp', or leave it out"
+                "DePassCallback needs all of them on every rank; train with strategy='ddp', or attribute the "
+                "checkpoints as they appear: python analyze.py watch.folder=<the training's output folder>"
             )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         others = [other for other in callbacks if other is not self and isinstance(other, DePassCallback)]

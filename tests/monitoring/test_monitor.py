@@ -2,6 +2,7 @@
 
 import ast
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import wandb
 from accelerate import Accelerator
 from lightning.fabric import Fabric
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from depass_lightning import DePassError
 from depass_lightning.monitoring.monitor import ProbeMonitor
@@ -145,6 +148,27 @@ def test_adapters_that_are_added_during_training_are_attributed(caplog: pytest.L
         assert monitor.run(2).scalars["depass/probes/failed"] == 5
     assert "of 'probes' failed at step 2" in caplog.text
     assert monitor.run(3).scalars["depass/probes/failed"] == 5
+
+
+@pytest.fixture
+def _one_process_group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_sharded_weights_are_refused_by_the_type_of_their_parameters() -> None:
+    """Whatever strategy or plain call has sharded them."""
+    fsdp2 = language_model()
+    fully_shard(fsdp2, mesh=init_device_mesh("cpu", (1,)))
+    zero3: Any = language_model()
+    zero3.model.norm.weight.ds_id = 0
+    fsdp1 = language_model()
+    fsdp1.model.embed_tokens.weight = nn.Parameter(fsdp1.model.embed_tokens.weight.detach().flatten())
+    for model, cause in ((fsdp2, "DTensors"), (zero3, "ZeRO-3"), (fsdp1, "flattened pieces")):
+        with pytest.raises(DePassError, match=rf"sharded over ranks \({cause}.*watch.folder="):
+            ProbeMonitor(Inside(model), tokenizer(), list(PROMPTS))
 
 
 def test_a_monitor_without_a_model_says_how_to_bind_one() -> None:
