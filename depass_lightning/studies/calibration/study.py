@@ -26,6 +26,7 @@ from depass_lightning.utils.distributed import from_first
 from depass_lightning.utils.paired_tests import sign_flip_test
 
 FILE = "rule.json"
+ALPHA = 0.05  # the level at which a difference is reported
 REPLACEMENTS: tuple[Replacement, ...] = ("zero", "mean")
 
 
@@ -198,7 +199,9 @@ def _notes(table: Sequence[Mapping[str, Cell]]) -> list[str]:
         difference = row.get("agreement_difference")
         if row["rule"] != CalibratedRule.name or not isinstance(difference, Interval):
             continue
-        verdict = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "not separable"
+        p = row["agreement_p"]
+        clear = isinstance(p, float) and p < ALPHA
+        verdict = ("higher" if difference.value > 0 else "lower") if clear else "not separable"
         notes.append(
             f"{row['data']}: the calibrated rule's agreement compared with that of half is {verdict}."
         )
