@@ -31,7 +31,6 @@ class BlockNorms:
     attention: NormParameters | None
     latent: NormParameters | None
     behind_attention: NormParameters | None
-    inner: NormParameters | None
     mlp: NormParameters | None
     after_mlp: NormParameters | None
 
@@ -54,7 +53,6 @@ class BlockNorms:
             attention=probe(attention.norm),
             latent=None if attention.latent is None else probe(attention.latent[1], attention.value.shape[1]),
             behind_attention=probe(attention.post_norm),
-            inner=probe(attention.inner_norm, attention.output.shape[1]),
             mlp=probe(mlp.norm),
             after_mlp=probe(mlp.post_norm),
         )
@@ -124,21 +122,13 @@ class _Freezer:
         )
 
     def _gates(self) -> Float[Tensor, "batch position channel"] | None:
-        """What the heads' mixed values are multiplied with: a sigmoid, and a norm's scale and weight."""
-        parts, gates, width = self.block.attention, None, self.block.attention.output.shape[1]
-        if parts.gate is not None:
-            seen = parts.gate.of(self.capture.seen["attention gate"]).to(self.state.dtype).sigmoid()
-            seen = seen.view(*self.state.shape[:2], -1)
-            gates = seen.repeat_interleave(width // seen.shape[2], 2)
-        if self.probes.inner is not None:
-            norm = self._norm("inner", self.probes.inner)
-            if norm.probe.centred or norm.probe.bias is not None:
-                raise DePassError(
-                    f"block {self.block.index}: the norm before the output map is not an RMSNorm"
-                )
-            factors = norm.scale[..., None] * norm.probe.weight
-            gates = factors if gates is None else gates * factors
-        return gates
+        """The sigmoid that the heads' mixed values are multiplied with, if there is one."""
+        parts = self.block.attention
+        if parts.gate is None:
+            return None
+        seen = parts.gate.of(self.capture.seen["attention gate"]).to(self.state.dtype).sigmoid()
+        seen = seen.view(*self.state.shape[:2], -1)  # [batch, position, head or channel]
+        return seen.repeat_interleave(parts.output.shape[1] // seen.shape[2], 2)
 
     def _mixer(self, mixer: Mixer) -> FrozenAttention:
         """A linear mixer in attention's place."""

@@ -67,7 +67,6 @@ class Capture:
             "attention": attention.norm,
             "latent": attention.latent and attention.latent[1],
             "attention post-norm": attention.post_norm,
-            "inner": attention.inner_norm,
             "mlp": mlp.norm,
             "mlp post-norm": mlp.post_norm,
         }

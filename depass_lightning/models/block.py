@@ -37,7 +37,6 @@ class AttentionParts:
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
         residual_weight: what the residual stream is multiplied with past it, if anything.
         gate: the map to the gates, one for each head or for each of the output map's inputs.
-        inner_norm: the norm before the output map, if any.
         mixer: what mixes positions in attention's place, if this is none.
     """
 
@@ -52,7 +51,6 @@ class AttentionParts:
     residual: ResidualNorm
     residual_weight: Tensor | None
     gate: Projection | None
-    inner_norm: nn.Module | None
     mixer: Mixer | None
 
 
@@ -227,7 +225,6 @@ def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -
         residual=spec.residual,
         residual_weight=_parameter(module, spec.residual_weight, owner),
         gate=_gate(inside, spec.gate, heads, size, owner),
-        inner_norm=_optional(inside, spec.inner_norm, owner),
         mixer=None,
     )
 
@@ -265,7 +262,6 @@ def _mixer(
         residual=spec.residual,
         residual_weight=_parameter(module, spec.residual_weight, owner),
         gate=None,
-        inner_norm=None,
         mixer=mixer,
     )
 

@@ -38,7 +38,6 @@ class AttentionSpec:
         residual_weight: the block's parameter that the residual stream is multiplied with past it.
         gate: the map, inside `module`, whose sigmoid heads' outputs are multiplied with: one output for each
             of theirs or for each head; or the query map, where it gives each head's queries, then its gates.
-        inner_norm: the norm of all heads' outputs together before `output`, inside `module`.
         mixers: linear mixers that blocks may have in its place: the module's name, and its kind in
             `models/mixers`.
     """
@@ -54,7 +53,6 @@ class AttentionSpec:
     residual: ResidualNorm = "none"
     residual_weight: str | None = None
     gate: str | None = None
-    inner_norm: str | None = None
     mixers: tuple[tuple[str, str], ...] = ()
 
 
