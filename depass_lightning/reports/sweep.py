@@ -25,6 +25,7 @@ SCRIPTS = (
     "page_base.js",
     "page_panels.js",
     "page_prompt.js",
+    "page_sections.js",
     "page_heat.js",
     "page_components.js",
     "sweep_numbers.js",

@@ -97,7 +97,8 @@ def singles(reading: Any) -> list[Any]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_an_answer_is_the_sum_of_its_tokens(exact: DePass, rule: Any) -> None:
-    ids, readings = prompt(LENGTH), ("logit", "logprob")
+    readings: tuple[Any, ...] = ("logit", "logprob")
+    ids = prompt(LENGTH)
     whole = torch.cat([ids, torch.tensor(ANSWER)])
     answers: list[Any] = [Continuation(ANSWER, of=reading) for reading in readings]
     found = exact_scores(exact, ids, answers, rule)
@@ -357,7 +358,7 @@ def test_bad_arguments_are_named() -> None:
         Preference(" Mary", " John", reduce="max")  # type: ignore[arg-type]
     with pytest.raises(DePassError, match="tokens is 3; give a slice"):
         Continuation(" Mary", tokens=3)  # type: ignore[arg-type]
-    assert Continuation(torch.tensor([3, 4])).answer == [3, 4]
+    assert Continuation(torch.tensor([3, 4])).answer == [3, 4]  # type: ignore[arg-type]
     with pytest.raises(DePassError, match="is text, but there is no tokenizer"):
         DePass(build("llama")).attribute(input_ids=prompt(4)[None], target=Continuation(" Mary"))
 

@@ -30,7 +30,7 @@ def test_sources_have_names() -> None:
 
 
 BAD: list[tuple[Callable[[], Any], str]] = [
-    (lambda: name_sources("words"), "source 'words' is none of tokens, spans, heads"),
+    (lambda: name_sources("words"), "source 'words' is none of tokens, spans, turns, documents, heads"),
     (lambda: name_sources("subspace"), "give load_subspace"),
     (lambda: name_sources([]), "source is empty"),
     (lambda: name_sources([3]), "source 3 is none of"),  # type: ignore[list-item]

@@ -46,7 +46,10 @@ def agree(one: Any, two: Any) -> bool:
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", HANDFUL)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "paper_truthful" else pytest.param(name, marks=pytest.mark.slow) for name in HANDFUL],
+)
 def test_the_command_finds_the_same_on_two_processes(name: str, tmp_path: Path, capfd, monkeypatch) -> None:
     """Prompts are shared out; what is drawn, fitted and found is as on one, with the same seed."""
     folders, told = [tmp_path / "one", tmp_path / "two"], tmp_path / "told"

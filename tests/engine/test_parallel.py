@@ -58,7 +58,8 @@ def in_a_process(rank, world, port, folder, budget, families, rules):
 @pytest.mark.parametrize(
     ("world", "budget", "families", "rules"),
     [
-        (2, None, ["llama", "gpt2", "gptj"], RULES),
+        (2, None, ["llama"], ["softmax", "half"]),
+        pytest.param(2, None, ["llama", "gpt2", "gptj"], RULES, marks=pytest.mark.slow),
         (3, 1500, ["gpt2"], RULES[:4]),
         (11, None, ["llama"], ["softmax"]),
     ],

@@ -107,7 +107,8 @@ def test_the_true_weights_predict_every_ablation() -> None:
     assert columns[1] == {"lds": pytest.approx(-1)}
     assert -1 < columns[2]["lds"] < 1
     assert columns[3] == {}, "one candidate is no correlation"
-    assert measure.columns(cases, SimpleNamespace(model=None)) == columns, "the model is asked once"
+    unused: Any = SimpleNamespace(model=None)
+    assert measure.columns(cases, unused) == columns, "the model is asked once"
     assert LinearDatamodeling(samples=40, seed=1).columns(cases, depass)[2] != columns[2]
     with pytest.raises(DePassError, match="two samples"):
         LinearDatamodeling(samples=1)

@@ -257,7 +257,7 @@ def test_a_module_takes_settings_or_a_method(tiny: DePass) -> None:
     method = make_method("input_gradient", tiny)
     with pytest.raises(DePassError, match="explains no generated tokens"):
         AttributionModule(method, explained=Explained("generation"))
-    targets = "contrast, token, centred, log_odds, own, generation"
+    targets = "contrast, token, centred, log_odds, logprob, own, generation"
     with pytest.raises(DePassError, match=f"target must be one of {targets}"):
         Explained("mine")  # type: ignore[arg-type]
     settings = DePassMethod(tiny, Heads(), rule="taylor").settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,9 @@ def test_measures_are_of_the_whole_answer(depass: DePass) -> None:
 def test_rows_of_an_analysis_hold_the_whole_answers_numbers(depass: DePass) -> None:
     examples = [Example("1", PROMPT, ANSWER), Example("2", PROMPT, " Paris")]
     rows = {}
-    for name, rule in (("depass", {"rule": "half"}), ("random", {})):
-        module = AttributionModule(make_method(name, depass, **rule), explained=Explained("token"))
+    options: dict[str, dict[str, Any]] = {"depass": {"rule": "half"}, "random": {}}
+    for name, settings in options.items():
+        module = AttributionModule(make_method(name, depass, **settings), explained=Explained("token"))
         rows[name] = module.predict_step(PromptBatch([0, 1], examples)).rows
     whole = depass.attribute(PROMPT, Continuation(ANSWER), rule="half")
     assert rows["depass"][0]["probability"] == pytest.approx(whole.probability, rel=1e-4)

