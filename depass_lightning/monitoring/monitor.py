@@ -98,7 +98,7 @@ class ProbeMonitor:
             `Tokens()`.
         target: what is explained: "contrast", each probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
-            others; "own", the model's most likely next token.
+            others; "logprob", its log-probability; "own", the model's most likely next token.
         max_overhead: the largest fraction of the wall time that the probes may take: to stay below it, `due`
             skips runs. None for no limit.
         faithfulness: the number of probes of each set for which token removal is measured.

@@ -19,7 +19,7 @@ from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, 
 
 
 class GatedDelta(Mixer):
-    """A gated delta rule, from one of three ways to name and to order its projections."""
+    """A gated delta rule, from one of two ways to fuse its projections."""
 
     kind = "gated_delta"
 
@@ -29,8 +29,8 @@ class GatedDelta(Mixer):
         self.heads, self.key_heads = module.num_v_heads, module.num_k_heads
         self.key_size, self.value_size = module.head_k_dim, module.head_v_dim
         self.convolution = module.conv1d
-        self.norm: nn.Module = module.o_norm if hasattr(module, "o_norm") else module.norm
-        self.output = Projection(module.o_proj if hasattr(module, "o_proj") else module.out_proj)
+        self.norm: nn.Module = module.norm
+        self.output = Projection(module.out_proj)
         keys, values = self.key_heads * self.key_size, self.heads * self.value_size
         if hasattr(module, "in_proj_qkvz"):  # each key head's queries, keys, values and gates in turn
             grouped = torch.arange(features(module.in_proj_qkvz)[1]).view(self.key_heads, -1)
@@ -39,14 +39,11 @@ class GatedDelta(Mixer):
             parts = [Projection(module.in_proj_qkvz, index) for index in rows[:3]]
             both = torch.arange(2 * self.heads).view(self.key_heads, 2, -1)
             steps = [Projection(module.in_proj_ba, both[:, index].flatten()) for index in (0, 1)]
-        elif hasattr(module, "in_proj_qkv"):
+        else:
             fused = module.in_proj_qkv
             ends = (slice(0, keys), slice(keys, 2 * keys), slice(2 * keys, 2 * keys + values))
             parts = [Projection(fused, rows) for rows in ends]
             steps = [Projection(module.in_proj_b), Projection(module.in_proj_a)]
-        else:
-            parts = [Projection(module.q_proj), Projection(module.k_proj), Projection(module.v_proj)]
-            steps = [Projection(module.b_proj), Projection(module.a_proj)]
         self.value = parts[2]
         self._parts = dict(zip(("query", "key", "value", "step", "decay"), parts + steps, strict=True))
         self.recorded = {name: part.module for name, part in self._parts.items()} | {"norm": self.norm}
@@ -62,7 +59,7 @@ class GatedDelta(Mixer):
         query, key, value = after.split([query.shape[2], key.shape[2], value.shape[2]], 2)
         slopes = value.sigmoid()  # SiLU over its input
         query, key = (self._unit(torch.nn.functional.silu(part)) for part in (query, key))
-        beta = step.sigmoid() * (2 if getattr(self.module, "allow_neg_eigval", False) else 1)
+        beta = step.sigmoid()
         rate, shift, weight = (
             parameter_of(owner, name, dtype)
             for owner, name in ((self.module, "A_log"), (self.module, "dt_bias"), (self.norm, "weight"))
