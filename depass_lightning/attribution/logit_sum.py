@@ -180,6 +180,6 @@ def target_name(
     if isinstance(target, Token):
         return f"{token} − mean logit" if target.centred else token
     if isinstance(target, LogProb):
-        return f"log-probability of {token}"
+        return f"linear log-probability of {token}"
     rest = f" and {len(others) - shown} more" if len(others) > shown else ""
     return f"log-odds of {token}" + (f" against {', '.join(others[:shown])}{rest}" if others else "")

@@ -368,7 +368,7 @@ def test_a_log_probability_is_less_than_its_value_by_the_entropy(tiny: DePass) -
     with torch.no_grad():
         logits = tiny.model(torch.tensor([found.token_ids])).logits[0, -1].double()
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    assert found.target == "log-probability of ' Mary'"
+    assert found.target == "linear log-probability of ' Mary'"
     assert found.remainder == pytest.approx(-float(entropy), rel=1e-5)
     own = float(logits.log_softmax(0)[found.target_ids[0]])
     assert found.value + (found.remainder or 0) == pytest.approx(own, abs=1e-5)
