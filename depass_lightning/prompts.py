@@ -70,7 +70,7 @@ class Prompt:
         return position % count
 
     def notes(self) -> dict[str, Any]:
-        """What an attribution's metadata says of the prompt: the words that the tokenizer does not know."""
+        """The prompt's part of an attribution's metadata: the words that the tokenizer does not know."""
         return {"unknown_words": list(self.unknown)} if self.unknown else {}
 
     def text_until(self, position: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Set the stage for every test: one thread, no network, nobody's caches, and (if asked) a clean tree."""
+"""The environment of every test: one thread, no network, temporary caches, and (on request) a clean tree."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _tree() -> set[str]:
-    """What git sees beside the last commit, ignored files too, without pytest's and Python's own caches."""
+    """The differences from the last commit, ignored files too, without pytest's and Python's own caches."""
     command = ["git", "status", "--porcelain", "--ignored=matching", "--untracked-files=all"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return {line for line in lines if "__pycache__/" not in line and line[3:] not in _OWN_CACHES}

@@ -1,4 +1,4 @@
-"""The structure of the package: imports run one way, and a file's name says which one is meant."""
+"""The structure of the package: imports run one way, and file names are unique."""
 
 from __future__ import annotations
 

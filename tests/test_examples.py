@@ -1,4 +1,4 @@
-"""The examples run, and show what they say they show."""
+"""The examples run, and print what their docstrings claim."""
 
 import csv
 import json

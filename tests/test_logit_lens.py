@@ -1,4 +1,4 @@
-"""What neurons and directions say by themselves, and directions from a file."""
+"""The tokens that neurons and directions promote, and directions from a file."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ from hydra import compose, initialize_config_module
 import depass_lightning, depass_lightning.callbacks, depass_lightning.conf
 
 names = [path.name for path in files("depass_lightning.conf").iterdir() if path.name.endswith(".yaml")]
-assert names, "no configuration beside depass_lightning.conf"
+assert names, "no configuration in depass_lightning.conf"
 with initialize_config_module("depass_lightning.conf", version_base="1.3"):
     for name in names:
         compose(name)
@@ -134,7 +134,7 @@ def test_bare_checkout_imports(checkout: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_editable_install_imports(tmp_path: Path) -> None:
-    # Asked from elsewhere: beside the checkout its own build metadata would answer first.
+    # Run from another folder: in the checkout its own build metadata would be found first.
     script = """
 from importlib.metadata import distributions
 for found in distributions(name="depass-lightning"):

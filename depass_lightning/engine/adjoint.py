@@ -8,7 +8,7 @@ component is the component times the target's derivative there. From the last bl
 3. on the way, what biases add to the target is counted, so that scores still sum to the target's value.
 
 Four products a block and no automatic differentiation: about the cost of the plain pass. A rule may also
-go through the up map, and through queries and keys (`engine/control.py`); its weights say how much.
+go through the up map, and through queries and keys (`engine/control.py`); its weights scale them.
 """
 
 from collections.abc import Iterator

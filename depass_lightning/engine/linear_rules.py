@@ -144,7 +144,7 @@ class DualRule(LinearPaths):
 
     It is not complete: attention's content path stands for half of what attention adds, and its control
     path sums to `1/2 sum_k d[n,k] s[n,k]` instead of the other half, so scores do not sum to the target's
-    value. `completeness` says how far they are from it.
+    value. `completeness` measures how far they are from it.
 
     Norms (on queries and keys too) are held fixed at their scale. Decided here: biases go to the bias
     component, each with its path's weight and those of the output and down maps whole; a neuron with `z` or

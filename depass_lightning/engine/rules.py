@@ -1,7 +1,7 @@
 """How a neuron's value is shared among the components: the rules for the MLP (Hong et al., section 3).
 
 Each competing rule is three pure functions over gates `[segment, component, neuron]`, where a segment is
-one position of one prompt and `present` says which of its components take part:
+one position of one prompt and `present` marks the components that take part:
 1. `summarise` reduces the components to what normalises them,
 2. `merge` joins the summaries of two sets of components, so that they may be cut into chunks,
 3. `share` gives each component its part; over all components the parts sum to one.
@@ -42,7 +42,7 @@ class CompetingRule(ABC):
     """A rule under which the components compete for each neuron; see the module's docstring."""
 
     name: ClassVar[str]
-    # Whether a neuron for which nobody competes falls to one component, so that nothing is lost.
+    # Whether a neuron without competing components goes to one component, so that nothing is lost.
     complete: ClassVar[bool] = True
 
     def prepare(self, gates: Gates, present: Present, at_origin: Tensor) -> tuple[Gates, Tensor]:  # noqa: ARG002
@@ -271,6 +271,6 @@ def goes_back(rule: Rule, *, engine: str, compat: str | None, attention_path: st
 
 
 def _one_hot(gates: Gates, winner: Tensor) -> Gates:
-    """1 where a component is the winner; a winner outside this chunk is nobody here."""
+    """1 where a component is the winner; a winner outside this chunk has no entry."""
     components = torch.arange(gates.shape[1], device=gates.device)[None, :, None]
     return (components == winner).to(gates.dtype)

@@ -82,7 +82,7 @@ class LinearProbe:
 
     @cached_property
     def basis(self) -> Float[Tensor, "direction hidden"]:
-        """Independent directions that span what tells the labels apart: one fewer than there are labels."""
+        """Independent directions that span the labels' differences: one fewer than there are labels."""
         return self.weight if len(self.labels) == 2 else self.weight[:-1] - self.weight[-1:]
 
     def subspace(self, name: str = "subspace") -> Subspace:
@@ -222,7 +222,7 @@ def _check(states: Tensor, labels: Sequence[str], held_out: Tensor, held_out_lab
     known = set(labels)
     if len(known) < 2 or not held_out_labels:
         raise DePassError(
-            f"a probe tells at least two labels apart and is judged on at least one text; got the labels "
+            f"a probe needs at least two labels and is evaluated on at least one text; got the labels "
             f"{', '.join(sorted(known)) or 'none'} and {len(held_out_labels)} texts"
         )
     if new := sorted(set(held_out_labels) - known):

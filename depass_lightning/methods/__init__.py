@@ -8,7 +8,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.methods.attention_weights import AttentionRollout, LastLayerAttention, MeanAttention
 from depass_lightning.methods.base import Baseline, Method
 from depass_lightning.methods.context_cite import ContextCite
-from depass_lightning.methods.depass_rules import Calibrated, DePassMethod, Dual, Half, Shap, Taylor
+from depass_lightning.methods.depass_rules import Calibrated, DePassMethod, under
 from depass_lightning.methods.gradients import GradientNorm, InputGradient
 from depass_lightning.methods.information_flow import InformationFlow
 from depass_lightning.methods.integrated import IntegratedGradients
@@ -27,10 +27,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         DePassMethod,
-        Taylor,
-        Half,
-        Shap,
-        Dual,
+        *map(under, ("taylor", "half", "shap", "dual")),
         Calibrated,
         InputGradient,
         GradientNorm,
@@ -95,10 +92,8 @@ __all__ = [
     "Calibrated",
     "ContextCite",
     "DePassMethod",
-    "Dual",
     "GradientNorm",
     "GradientShap",
-    "Half",
     "InformationFlow",
     "InputGradient",
     "IntegratedGradients",
@@ -111,9 +106,7 @@ __all__ = [
     "Random",
     "RandomLastFirst",
     "ReAGent",
-    "Shap",
     "Shapley",
-    "Taylor",
     "ValueZeroing",
     "make_method",
 ]

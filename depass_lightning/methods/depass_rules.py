@@ -80,56 +80,15 @@ class DePassMethod(Method):
         return self.depass.attribute(prompt, target, source=self.source, **options, **self.options)
 
 
-class Taylor(DePassMethod):
-    """DePass under the taylor rule, which is linear in the components.
+def under(rule: RuleName) -> type[DePassMethod]:
+    """Return the class of DePass under another rule, whose name is the method's.
 
     Args:
-        depass: the model, with its tokenizer.
-        source: what states are split into; by default `Tokens()`.
-        options: further arguments of `DePassMethod`.
+        rule: the rule, such as `half`.
     """
-
-    name: ClassVar[str] = "taylor"
-    rule: ClassVar[RuleName] = "taylor"
-
-
-class Half(DePassMethod):
-    """DePass under the half rule, which follows both factors of a gated MLP.
-
-    Args:
-        depass: the model, with its tokenizer.
-        source: what states are split into; by default `Tokens()`.
-        options: further arguments of `DePassMethod`.
-    """
-
-    name: ClassVar[str] = "half"
-    rule: ClassVar[RuleName] = "half"
-
-
-class Shap(DePassMethod):
-    """DePass under the shap rule, which follows attention's queries and keys as well.
-
-    Args:
-        depass: the model, with its tokenizer.
-        source: what states are split into; by default `Tokens()`.
-        options: further arguments of `DePassMethod`, such as `score_weight`.
-    """
-
-    name: ClassVar[str] = "shap"
-    rule: ClassVar[RuleName] = "shap"
-
-
-class Dual(DePassMethod):
-    """DePass under the dual rule, whose weights are those of AttnLRP.
-
-    Args:
-        depass: the model, with its tokenizer.
-        source: what states are split into; by default `Tokens()`.
-        options: further arguments of `DePassMethod`.
-    """
-
-    name: ClassVar[str] = "dual"
-    rule: ClassVar[RuleName] = "dual"
+    return type(
+        rule.capitalize(), (DePassMethod,), {"name": rule, "rule": rule, "__doc__": f"DePass under {rule}."}
+    )
 
 
 class Calibrated(DePassMethod):

@@ -12,7 +12,7 @@ from depass_lightning.sources.tokens import Positional, summed
 
 
 class TokenBaseline(Baseline):
-    """A method that scores what is put into the model: a span as the sum of its tokens, or as it says itself.
+    """A method that scores what is put into the model: a span as the sum of its tokens, or by its own rule.
 
     Args:
         depass: the model, with its tokenizer.

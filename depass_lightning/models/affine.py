@@ -122,20 +122,20 @@ def features(module: nn.Module) -> tuple[int, int]:
         module: a linear layer of the model.
 
     Raises:
-        DePassError: the module does not say.
+        DePassError: the module does not expose it.
     """
     module = chosen(module)
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     if isinstance(module, nn.Linear) and _readable(module):
-        outputs, inputs = module.weight.shape  # what it says of itself may be of another matrix (tied copies)
+        outputs, inputs = module.weight.shape  # its attributes may describe another matrix (tied copies)
         return inputs, outputs
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     base = getattr(module, "base_layer", None)
     if isinstance(base, nn.Module):
         return features(base)
-    raise DePassError(f"{type(module).__name__} is not a linear layer: it does not say how wide it is")
+    raise DePassError(f"{type(module).__name__} is not a linear layer: it has no width")
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -216,7 +216,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def _read(module: nn.Module, dtype: torch.dtype) -> AffineMap | None:
-    """Read a map from its tensors; None where these do not say what it computes."""
+    """Read a map from its tensors; None where these do not determine what it computes."""
     if _is_plain_lora(module):
         return _with_adapters(module, dtype)
     if _trains_rows(module):
@@ -249,7 +249,7 @@ def _readable(module: nn.Module) -> bool:
 
 
 def _dequantises(module: nn.Module) -> bool:
-    """Whether a module's weight is a quantised tensor of `torchao` that says what it stands for."""
+    """Whether a module's weight is a quantised tensor of `torchao` that can be dequantised."""
     weight: Any = getattr(module, "weight", None)
     return (
         type(module) is nn.Linear

@@ -81,6 +81,6 @@ def _fault_of_json(path: Path) -> str | None:
         return None
     parts = content.get("weight_map")
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
-        return "has no weight_map that says in which file each weight is"
+        return "has no weight_map with the file of each weight"
     absent = sorted({name for name in parts.values() if not (path.parent / name).is_file()})
     return f"names {absent[0]}, which is not there" if absent else None

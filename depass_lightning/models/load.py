@@ -50,7 +50,7 @@ def load_model(
     """
     if device is not None and options.get("device_map") is not None:
         raise DePassError(
-            f"device='{device}' and device_map='{options['device_map']}' both say where it goes; pass one"
+            f"device='{device}' and device_map='{options['device_map']}' both name where it goes; pass one"
         )
     precision = dtype_of(dtype)
     folder, gguf = _locate(name)

@@ -134,7 +134,7 @@ def written(cell: Cell) -> str:
 
 
 def check(experiment: StudyResult) -> None:
-    """Refuse what could not be drawn, and say where it is.
+    """Raise an error for values that cannot be drawn, with their place.
 
     Raises:
         DePassError: a curve or a cloud has not one value for each place, or a number that is not finite.

@@ -1,8 +1,8 @@
 """Write a conversation by the tokenizer's own chat template, and locate its turns in the text.
 
 The template is rendered twice: with the messages, and with a mark in place of every text of theirs. What is
-between the marks is the template's, so the turns are located whatever the messages say, such as the name of a
-role or a special token.
+between the marks is the template's, so the turns are located even if messages contain the name of a role or
+a special token.
 """
 
 import json

@@ -147,7 +147,7 @@ class Conversation(SectionedText):
         name: what error messages call it.
 
     Raises:
-        DePassError: there are no messages, or one has no role or nothing to say.
+        DePassError: there are no messages, or one has no role or no content.
     """
 
     messages: tuple[Message, ...]
@@ -191,7 +191,7 @@ class Conversation(SectionedText):
 
 
 def _content(message: Any, name: str) -> str:
-    """Return what a message says: its text, or its tool calls as JSON."""
+    """Return a message's content: its text, or its tool calls as JSON."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise DePassError(f"{name} is {message!r:.80}; a message has a 'role' and a 'content'")
     content, calls = message.get("content"), message.get("tool_calls")

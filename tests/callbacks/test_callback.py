@@ -74,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def watching(folder: Path, settings: dict[str, Any]) -> list[Callback]:
-    """The witness, behind the callback if there are settings for one."""
+    """The witness, after the callback if there are settings for one."""
     return [*([DePassCallback(list(PROMPTS), **settings)] if settings else []), Witness(folder)]
 
 
@@ -348,7 +348,7 @@ def test_checkpoints_can_watch_it_without_any_validation(tmp_path: Path) -> None
 def test_checkpoints_are_ranked_by_the_value_at_their_own_step(
     tmp_path: Path, trigger: dict[str, Any], options: dict[str, Any], steps: list[int]
 ) -> None:
-    """ModelCheckpoint ranks before it tells other callbacks that it saves, with validation and without."""
+    """ModelCheckpoint ranks before it notifies other callbacks of a save, with validation and without."""
     name, trigger = "depass/probes/value", {"save_top_k": -1, "filename": "{step}", **trigger}
     kept = ModelCheckpoint(tmp_path, monitor=name, **trigger)
     callback = DePassCallback(list(PROMPTS))

@@ -101,7 +101,7 @@ def test_a_shuffled_loader_is_read_alike_and_left_alone() -> None:
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_training_attributes_ids_as_it_would_their_text(tmp_path: Path, with_tokenizer: bool) -> None:
-    """Beside the same prompts as text; names are texts where there is a tokenizer, and ids where not."""
+    """Compared with the same prompts as text; names are texts if there is a tokenizer, else ids."""
     words = tokenizer()
     prompts = [words(prompt)["input_ids"] for prompt, _ in PROMPTS]
     answers = [words.convert_tokens_to_ids("▁" + answer.strip()) for _, answer in PROMPTS]

@@ -45,7 +45,7 @@ class Wrapped(OwnModule):
         self.inside.lm = model
 
 
-# Lightning tells of the part in evaluation
+# Lightning warns of the part in evaluation mode
 pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module")
 
 KINDS = ("lora", "compiled", pytest.param("compiled in place", marks=pytest.mark.slow))

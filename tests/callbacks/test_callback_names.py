@@ -1,4 +1,4 @@
-"""What the documentation says is logged is what is logged."""
+"""The documented scalars are the ones that are logged."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Every logger gets what it can hold, and Weights & Biases asks nobody anything."""
+"""Every logger gets what it can hold, and Weights & Biases never prompts for input."""
 
 import csv
 import json
@@ -254,7 +254,7 @@ def at_a_terminal(folder: Path, **variables: str) -> tuple[str, float]:
     while select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0]:
         try:
             said += os.read(terminal, 65536)
-        except OSError:  # nobody holds the other end any more
+        except OSError:  # the other end is closed
             break
     else:
         process.kill()

@@ -108,7 +108,7 @@ def random_gates(seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float
     present[0] = True
     present[8] = False
     present[8, 3] = True  # alone
-    present[9] = False  # nobody
+    present[9] = False  # no component
     return gates.to(dtype), present
 
 

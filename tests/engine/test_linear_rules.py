@@ -334,7 +334,7 @@ def test_a_layernorm_on_queries_is_held_fixed_and_its_bias_counted() -> None:
 
 
 def test_content_and_control_are_told_apart() -> None:
-    """Content is what attribute gives anyway, and complete; control is not, and says so."""
+    """The content path is the default and complete; the control path is not, as `completeness` reports."""
     depass = DePass(build("qwen2"))
     arguments: dict[str, Any] = {"input_ids": prompt(9)[None], "target": 5, "rule": "taylor"}
     paths: list[dict[str, Any]] = [{}, {"attention_path": "content"}, {"attention_path": "control"}]
@@ -345,7 +345,7 @@ def test_content_and_control_are_told_apart() -> None:
     assert control.attention_path == "control"
     assert control.completeness > 1e-2
     assert control.value == content.value
-    # From behind the last attention no way leads through a query or a key.
+    # After the last attention no path leads through a query or a key.
     last = depass.attribute(**arguments, source=Neurons(-1), attention_path="control")[0]
     assert float(last.scores.abs().max()) == 0
 

@@ -78,7 +78,7 @@ FAMILIES = ("llama-biases", "gpt2", "gpt_neox", "phi3", "opt")
 def test_a_mask_is_what_weights_of_zero_are(family: str, kind: str) -> None:
     """Every prompt has masks of its own, though all go through the model together.
 
-    The answers are what the model really says with the top masked, so that some are right.
+    The answers are the model's own with the top masked, so that some are right.
     """
     model = zoo.build(family)
     depass = DePass(model)

@@ -1,4 +1,4 @@
-"""The embedded model's right tokens are known, so attributions can be right or wrong: they are held to it."""
+"""The bundled model's evidence is known, so attributions can be checked against it."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_what_stands_behind_the_target_scores_nothing(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:the model's tokenizer does not know")
 def test_text_comes_in_one_by_one_and_in_lists() -> None:
-    """The embedded model's own words; one target for all, one each, and the model's own."""
+    """Prompts of the bundled model; one target for all, one per prompt, and the model's next token."""
     depass = DePass.from_pretrained("tiny")
     texts = ["When Mary and John went out, John gave it to", "Then Anna met Tom, and Tom gave a drink to"]
     for method in methods(depass):

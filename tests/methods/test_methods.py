@@ -58,7 +58,7 @@ def close(given: Tensor, expected: Any, error: float = 2e-6) -> None:
 
 
 def value(model: Any, embeddings: Tensor) -> Tensor:
-    """The difference of logits behind each row of embeddings, by the model's own `inputs_embeds`."""
+    """The difference of logits after each row of embeddings, by the model's own `inputs_embeds`."""
     logits = model(inputs_embeds=embeddings, use_cache=False).logits[:, -1]
     return logits[:, TOKEN] - logits[:, FOIL]
 
@@ -274,7 +274,7 @@ OUTPUTS: dict[str, tuple[str, str | None]] = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_patching_is_a_finite_difference_in_every_family(name: str) -> None:
-    """Make a head or a neuron a little larger and a little smaller, in front of the map behind it."""
+    """Scale a head or a neuron a little up and down, at the input of its output map."""
     model = zoo.build(name, dtype=torch.float64)
     depass = DePass(model)
     by_head = scores(AttributionPatching(depass, Heads())).view(3, -1)

@@ -86,7 +86,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def draw(model: Any, *, seed: int = 3) -> None:
-    """Draws everything that an adapter has learnt anew."""
+    """Randomises every learnt parameter of an adapter."""
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -170,7 +170,7 @@ def test_several_adapters_at_once() -> None:
     assert_explained_alike(model, merged(model, adapter_names=["default", "second"]))
 
 
-# Not adapters of experts: peft itself puts their parameters anew at each call of the model.
+# Not adapters of experts: peft itself replaces their parameters at each call of the model.
 @pytest.mark.parametrize("case", ["every map", "dora", "copies of head and embedding"])
 def test_a_model_in_training_is_left_as_it_was(case: str) -> None:
     model = adapted(case)

@@ -1,4 +1,4 @@
-"""Every declared family against what the real model says, by an oracle that knows no family.
+"""Every declared family against the real model, by an oracle that knows no family.
 
 Sums alone do not prove a decomposition: the wrong half of a fused map still adds up. So components are
 compared one by one with derivatives through the real model, its nonlinearities held fixed
@@ -258,7 +258,7 @@ def test_a_finer_precision_is_chosen() -> None:
         DePass(model, compute_dtype="int8")
 
 
-# Wrong declarations: each must be caught, and the error must say where.
+# Wrong declarations: each must be caught, and the error must name the place.
 WRONG: dict[str, tuple[str, Any, str]] = {
     "halves swapped": ("llama", {"gate": "up_proj", "up": "gate_proj"}, "block 0 of .*MLP"),
     "beside each other": ("llama", "parallel", "block 0 of .*MLP"),

@@ -1,4 +1,4 @@
-"""`docs/families.md` says what is there, and is what its command writes."""
+"""`docs/families.md` lists the declared families, and is what its command writes."""
 
 from __future__ import annotations
 

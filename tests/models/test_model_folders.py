@@ -1,4 +1,4 @@
-"""Broken folders of models, by the table: each is refused by an error that says why."""
+"""Broken folders of models, by the table: each is refused by an error with the reason."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ FOLDERS: list[tuple[Change, str]] = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, saved."""
+    """The bundled model, saved."""
     model, tokenizer = load_model("tiny")
     folder = tmp_path_factory.mktemp("whole")
     model.save_pretrained(folder)

@@ -170,7 +170,7 @@ def test_the_embedded_model_is_placed_by_a_map() -> None:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor of what is frozen, beside the model's own arguments."""
+    """Every tensor that is frozen, and the model's own arguments."""
     if isinstance(value, AttentionCall):
         return tensors_of(value.post_norm)
     if isinstance(value, affine.Projection | ExpertsUp):

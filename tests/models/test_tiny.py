@@ -1,4 +1,4 @@
-"""The embedded model as it is shipped: what it knows, and what its tokenizer does."""
+"""The bundled model as shipped: its answers, and its tokenizer."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def test_a_free_prompt(tiny):
 
 
 def test_without_the_indirect_object_it_has_no_answer(tiny):
-    """Which tokens are right is known of the model itself, whatever an attribution says."""
+    """The right tokens are known from the model itself, independent of any attribution."""
     _, tokenizer = tiny
     found = 0
     task = list(load("ioi", size=60, seed=13))

@@ -82,7 +82,7 @@ def heads(layers: int = 2, **changes: Any) -> Attribution:
 
 
 def neurons(count: int = 300) -> Attribution:
-    """Return one layer's neurons, each a thousandth larger than the one before, and the state behind them."""
+    """Return one layer's neurons, each a thousandth larger than the one before, and the state after them."""
     scores = torch.tensor([50.0, *(i / 1000 for i in range(count))])
     (components,) = block_components((0,), "neuron", range(count))
     return ioi(scores=scores, components=components, value=scores.sum().item(), source="neurons")

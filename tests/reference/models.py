@@ -90,7 +90,7 @@ def build(
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Draws every parameter anew, in float32, so that a seed gives the same model in every dtype."""
+    """Randomises every parameter, in float32, so that a seed gives the same model in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def stay_in_float64(model: nn.Module) -> None:
 
 @cache
 def _in_float64(kind: type[nn.Module]) -> type[nn.Module]:
-    """Returns a class whose `forward`, whoever calls it, runs in `Double`."""
+    """Returns a class whose `forward` always runs in `Double`."""
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -60,7 +60,7 @@ class Inside(torch.nn.Module):
 
 
 class OwnModule(pl.LightningModule):
-    """What a user might have: the language model somewhere inside, the tokenizer beside it."""
+    """A user's module: the language model somewhere inside, and the tokenizer as an attribute."""
 
     def __init__(self, **changes: Any) -> None:
         super().__init__()

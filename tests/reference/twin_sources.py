@@ -30,7 +30,7 @@ class Group:
     place: Place
     components: Tensor  # [m, n, d]
     constants: Tensor | None = None  # [n, d] what belongs to none of them from the start
-    positional: bool = False  # the first is the first position's, which takes no share behind it
+    positional: bool = False  # the first is the first position's, which takes no share after it
 
 
 # What the components are
@@ -69,7 +69,7 @@ def mlp_module(trace: Trace, layer: int) -> Group:
 
 
 def neurons(trace: Trace, layer: int, indices: Sequence[int] | None = None) -> Group:
-    """The state behind the MLP without the chosen neurons, and each neuron by its column of the down map."""
+    """The state after the MLP without the chosen neurons, and each neuron by its column of the down map."""
     own = trace.layers[layer]
     mlp = own.block.mlp
     chosen = list(range(own.gate.shape[1])) if indices is None else list(indices)
@@ -209,7 +209,7 @@ def competing_shares(gates: Tensor, present: Tensor, rule: Rule, temperature: fl
 
 @torch.no_grad()
 def token_scores(trace: Trace, states: Tensor, position: int, token: int, foil: int | None = None) -> Tensor:
-    """The components' scores `[m]` for a logit, or for the difference of two, behind the frozen norm."""
+    """The components' scores `[m]` for a logit, or for the difference of two, after the frozen norm."""
     normed = frozen_norm(trace.model.model.norm, trace.final, states)[:, position]
     logits = torch.einsum("vd,md->mv", trace.model.lm_head.weight, normed)
     return logits[:, token] - (0 if foil is None else logits[:, foil])

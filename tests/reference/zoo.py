@@ -203,7 +203,7 @@ ALL = tuple(ZOO)
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Returns a tiny random model in evaluation mode, every parameter and learnt buffer drawn anew.
+    """Returns a tiny random model in evaluation mode, every parameter and learnt buffer randomised.
 
     Args:
         name: one of `ALL`.
@@ -237,7 +237,7 @@ SIGMOIDS = (torch.sigmoid, nn.functional.sigmoid, Tensor.sigmoid)
 class Frozen(Double):
     """Lets the real model run with its norms, probabilities, routing and activations' slopes held fixed.
 
-    It knows no family: what an activation gives is marked, and a factor beside it is held fixed too, or each
+    It knows no family: an activation's output is marked, and its factor is held fixed too, or each
     of the two by half.
     """
 
@@ -366,7 +366,7 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
 def derivatives(
     model: Any, ids: Tensor, token: int, foil: int, *, half: bool = False
 ) -> tuple[Tensor, float, float]:
-    """What the real model says under a linear rule, without knowledge of its family.
+    """The real model's derivative under a linear rule, without knowledge of its family.
 
     Returns:
         Each position's state at the first block times the derivative of the difference of logits by it, the

@@ -309,7 +309,7 @@ def test_a_browser_draws_a_matrix_whose_rows_can_be_chosen(tmp_path: Path) -> No
     assert body.count('class="matrix-band"') == 3
     assert chosen_rows(body) == [True, False, False]
     assert "piece answer" in body  # the generated token, in the text
-    assert 'class="answer"' not in body  # which needs no other behind it
+    assert 'class="answer"' not in body  # a single-token answer needs no text of its own
     # What a reader does, by a script that the page itself would not allow.
     used = page.replace("http-equiv", "data-off").replace("</body>", f"<script>{USED}</script></body>")
     (tmp_path / "used.html").write_text(used, encoding="utf-8")
@@ -354,7 +354,7 @@ def test_a_browser_draws_the_map_of_heads(tmp_path: Path) -> None:
     body = drawn(tmp_path, "page.html")
     assert body.count('class="cell"') == 2 * 2 * 3  # the mean's and the prompt's
     assert body.count("a note") == 2
-    assert "layer 1 head 0 −3, layer 0 head 0 −2" in body  # what the map says to those who cannot see it
+    assert "layer 1 head 0 −3, layer 0 head 0 −2" in body  # the map's text alternative
     assert 'class="chip"' not in body
 
 

@@ -73,9 +73,7 @@ def test_without_drops_every_component_of_the_name_and_keeps_the_value() -> None
     assert "bias" not in a.names
     assert len(a.names) == len(a.positions) == len(a) == 8
     assert a.value == 2.5
-    assert a.completeness == pytest.approx(
-        1.625 / 4.125 * 4.125 / 3.0
-    )  # what was dropped, beside the largest
+    assert a.completeness == pytest.approx(1.625 / 4.125 * 4.125 / 3.0)  # what was dropped, and the largest
     assert ioi().without("bias").names == ioi().names[:-1]  # one name, not its letters
 
 

@@ -1,4 +1,4 @@
-"""Components' states beside the scores: a file a prompt, which the library's own states equal."""
+"""Components' states stored with the scores: one file a prompt, equal to the library's states."""
 
 import json
 

@@ -58,7 +58,7 @@ def test_every_changed_bit_is_noticed(tmp_path: Path, merged: bool) -> None:
 
 
 def test_pages_have_checksums(tmp_path: Path) -> None:
-    """So that whoever reads a file by other means is told too."""
+    """A reader that opens the file by other means is warned too."""
     path = journal_of(tmp_path)._parquet()[0]
     content = path.read_bytes()
     flip(path, 8 * content.index(b"PAR1", 0) + 8 * 40)

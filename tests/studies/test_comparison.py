@@ -1,4 +1,4 @@
-"""The paper's comparison: differences by hand, and all of it on a handful of the embedded model's prompts."""
+"""The paper's comparison: differences by hand, and a whole run on a few of the bundled model's prompts."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The truthfulness experiment: how prompts are masked and asked again, what is blamed, what it comes to."""
+"""The truthfulness experiment: masking prompts and asking again, the blamed tokens, and the results."""
 
 import json
 from typing import Any

@@ -13,7 +13,7 @@ from depass_lightning.tasks.synthetic.facts import FACTS
 from tests.conftest import ROOT
 
 DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not beside the checkout")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not available")
 
 COUNTERFACT = [
     {"case_id": 4, "relation_id": "P1", "subject": "Ann", "answer": "French", "prompt": "Ann speaks"},

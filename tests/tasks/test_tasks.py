@@ -1,4 +1,4 @@
-"""The tasks: what they generate, what they read, and what they say of bad input."""
+"""The tasks: what they generate, what they read, and the errors for bad input."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from depass_lightning.tasks.synthetic.passages import answered, from_examples, r
 from tests.conftest import ROOT
 
 DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not beside the checkout")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not available")
 
 
 @pytest.fixture(scope="module")

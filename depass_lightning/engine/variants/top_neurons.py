@@ -198,7 +198,7 @@ def share_with_bulk(
     count: Int[Tensor, "batch position"],
     gates_sum: Float[Tensor, "batch position neuron"],
 ) -> tuple[Float[Tensor, "at neuron"], Float[Tensor, "at neuron"]]:
-    """Give what is carried its share of an MLP's neurons, and say what is left for each of the bulk.
+    """Give the propagated components their share of an MLP's neurons, and return what is left for the rest.
 
     Args:
         state: what is carried exactly.

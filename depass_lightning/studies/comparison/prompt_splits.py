@@ -1,8 +1,8 @@
 """Which prompts a comparison may look at: splits of a task by a hash of each prompt's text.
 
 Rules and settings are chosen on `development`, judged on `held_out`, and confirmed once on `fresh`. A prompt
-is always in the same split, whatever the file, its order or the seed, so that nobody tunes to the first
-hundred prompts of a file and then reports them.
+is always in the same split, whatever the file, its order or the seed, so that results are not reported on
+the prompts that settings were chosen on.
 """
 
 import hashlib

@@ -90,7 +90,7 @@ class MethodComparison:
     Args:
         components: what is scored: tokens, heads, neurons or mlps.
         task: the task's name.
-        path: its file; None for the embedded model's own.
+        path: its file; None for the bundled model.
         split: compare on `development`, `held_out` or `fresh` prompts (`prompt_splits.py`), drawn by the seed
             and a hash of their text; None takes all prompts in the task's order.
         size: how many prompts at most, the first that the model answers right.
@@ -231,7 +231,7 @@ class MethodComparison:
             )
         made = {
             name: make_method(name, depass, self._source(name), **self.options.get(name, {}))
-            for name in (*names, *self.options)  # a misspelt name has options that nobody would miss
+            for name in (*names, *self.options)  # the options of a misspelt name would be ignored silently
         }
         return {name: made[name] for name in names}
 

@@ -113,7 +113,7 @@ def words_of(depass: DePass, texts: Texts, task: Task, answers: Sequence[int]) -
 def nearest_means_the_same(
     states: Float[Tensor, "prompt hidden"], languages: Sequence[str], cases: Sequence[str]
 ) -> tuple[list[float], float]:
-    """Say for each prompt whether the nearest one in another language, by cosine, is of the same case.
+    """Return for each prompt whether the nearest one in another language, by cosine, is of the same case.
 
     Prompts whose case stands in no other language are left out.
 
@@ -142,7 +142,7 @@ def language_told(
     layer: int,
     seed: int,
 ) -> list[float]:
-    """Fit a language probe on the states of half of the cases, and say where it is right on the others.
+    """Fit a language probe on the states of half of the cases, and return where it is right on the others.
 
     Args:
         states: the states.

@@ -1,4 +1,4 @@
-"""A state's part in a subspace and the rest, carried to the end: what they are there, and what they say."""
+"""A state's part in a subspace and the rest: their states at the end, and the tokens they promote."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ def decode(
     top: int,
     batch_size: int = 64,
 ) -> tuple[Int[Tensor, "prompt top"], list[int]]:
-    """Read what normed states say through the unembedding, without its bias.
+    """Return the logits of normed states, without the unembedding's bias.
 
     Args:
         depass: the model.

@@ -237,9 +237,9 @@ class Language:
             "“Random” is the subspace of a probe that was trained on shuffled labels: as many directions, "
             "which know nothing about language.",
             "All parts are measured at the end, after the frozen final norm, at the prompt's last token. "
-            "The probe that tells the language is fitted for each part, on half of the cases, and "
-            "judged on the others. A rest from which it still tells the language has more of it than the "
-            "split took.",
+            "The probe of the language is fitted for each part, on half of the cases, and "
+            "judged on the others. If it is still right on the rest, the split left part of the language "
+            "there.",
             "The nearest prompt in another language: cosine, after subtracting the mean over all prompts. By "
             f"chance it means the same for {whole.chance:.1%}.",
             f"A language's words are the tokens that its training texts and answers hold and those of no "
@@ -292,7 +292,7 @@ def _table(measured: Mapping[tuple[int, str], Measures], layers: list[int]) -> l
 
 
 def _said(depass: DePass, task: Task, tops: Mapping[tuple[int, str], Tensor], layer: int) -> list[str]:
-    """Tell what the two parts of a layer's split say, for the first prompt in each language."""
+    """Return the tokens that both parts of a layer's split promote, for each language's first prompt."""
     told: dict[str, str] = {}
     for number, example in enumerate(task):
         language = example.labels["language"]

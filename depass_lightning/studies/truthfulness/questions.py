@@ -35,7 +35,7 @@ class ForcedChoice:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says.
+    """A model's answer.
 
     Attributes:
         rank: the rank of the right answer among all tokens, from 1 for the most likely.
