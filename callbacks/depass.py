@@ -22,7 +22,7 @@ from depass_lightning.monitoring.config import Sources
 from depass_lightning.monitoring.discovery import ModelFinder
 from depass_lightning.monitoring.history import History
 from depass_lightning.monitoring.monitor import MonitorResult, ProbeMonitor
-from depass_lightning.monitoring.probe_sets import ProbeSource, TargetKind
+from depass_lightning.monitoring.probe_sets import AnswerPart, ProbeSource, TargetKind
 from depass_lightning.monitoring.sinks import is_named, sinks_of
 
 SHARDED = ("FSDPStrategy",)  # others are refused by the type of their parameters
@@ -45,6 +45,7 @@ class DePassCallback(Callback):
         target: what is explained: "contrast", each probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
             others; "logprob", its log-probability; "own", the model's most likely next token.
+        answer: of an answer of several tokens in a task, "whole" explains all of them, "first" the first one.
         tokenizer: the model's tokenizer; None for the `tokenizer` of the LightningModule or the data module,
             or the one that the model's name loads.
         model: where the language model is: the path of an attribute of the LightningModule, or a function of
@@ -72,6 +73,7 @@ class DePassCallback(Callback):
         size: int = 16,
         source: Sources = None,
         target: TargetKind = "contrast",
+        answer: AnswerPart = "whole",
         tokenizer: PreTrainedTokenizerBase | None = None,
         model: ModelFinder | None = None,
         every_n_steps: int | None = None,
@@ -91,6 +93,7 @@ class DePassCallback(Callback):
             size=size,
             source=source,
             target=target,
+            answer=answer,
             max_overhead=max_overhead,
             faithfulness=faithfulness,
             batch_size=batch_size,

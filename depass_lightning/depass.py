@@ -19,9 +19,12 @@ from depass_lightning.attribution.generate import generate
 from depass_lightning.attribution.preference import results_of, with_both_answers
 from depass_lightning.attribution.question import questions_of
 from depass_lightning.attribution.settings import (
-    AttributeOptions,
+    AttributeOne,
+    AttributeSeveral,
     BiasMode,
+    DecomposeOne,
     DecomposeOptions,
+    DecomposeSeveral,
     RuleOptions,
     Settings,
     check_choices,
@@ -114,12 +117,12 @@ class DePass:
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, target: TargetLike = None, **options: Unpack[AttributeOptions]
+        self, prompt: str | None = None, target: TargetLike = None, **options: Unpack[AttributeOne]
     ) -> Attribution: ...
 
     @overload
     def attribute(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, target: Sequence[TargetLike], **options: Unpack[AttributeOptions]
+        self, prompt: str | None = None, target: Sequence[TargetLike] = (), **options: Unpack[AttributeOne]
     ) -> Attributions: ...
 
     @overload
@@ -127,7 +130,7 @@ class DePass:
         self,
         prompt: Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] = None,
-        **options: Unpack[AttributeOptions],
+        **options: Unpack[AttributeSeveral],
     ) -> list[Attribution]: ...
 
     @overload
@@ -135,15 +138,15 @@ class DePass:
         self,
         prompt: Sequence[str] | None = None,
         target: Sequence[Sequence[TargetLike]] = (),
-        **options: Unpack[AttributeOptions],
+        **options: Unpack[AttributeSeveral],
     ) -> list[Attributions]: ...
 
     @checked
-    def attribute(
+    def attribute(  # noqa: D417 - the options are described by name
         self,
         prompt: str | Sequence[str] | None = None,
         target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]] = None,
-        **options: Unpack[AttributeOptions],
+        **options: Any,
     ) -> Any:
         """Compute how much each component of a prompt contributes to a target.
 
@@ -213,9 +216,8 @@ class DePass:
             options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
 
         Returns:
-            For one prompt a list with one result a source, each as `attribute` returns it: an `Attribution`,
-            or `Attributions` where the targets are a list. For several prompts or for ids a list of such
-            lists, in their order.
+            For one prompt a list with one result a source, each as `attribute` returns it; for several
+            prompts or for ids a list of such lists, in their order.
 
         Raises:
             DePassError: the list of sources is empty, or what `attribute` raises.
@@ -240,7 +242,7 @@ class DePass:
 
     @overload
     def decompose(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, *, to_layer: int | None = None, **options: Unpack[DecomposeOptions]
+        self, prompt: str | None = None, *, to_layer: int | None = None, **options: Unpack[DecomposeOne]
     ) -> Decomposition: ...
 
     @overload
@@ -249,10 +251,7 @@ class DePass:
         prompt: Sequence[str] | None = None,
         *,
         to_layer: int | None = None,
-        batch_size: int = 16,
-        input_ids: IdsLike | None = None,
-        attention_mask: IdsLike | None = None,
-        **options: Unpack[DecomposeOptions],
+        **options: Unpack[DecomposeSeveral],
     ) -> list[Decomposition]: ...
 
     @checked
@@ -264,7 +263,7 @@ class DePass:
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
-        **options: Unpack[DecomposeOptions],
+        **options: Any,
     ) -> Decomposition | list[Decomposition]:
         """Compute every component's state at one layer.
 

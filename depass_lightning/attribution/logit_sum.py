@@ -182,4 +182,4 @@ def target_name(
     if isinstance(target, LogProb):
         return f"linear log-probability of {token}"
     rest = f" and {len(others) - shown} more" if len(others) > shown else ""
-    return f"log-odds of {token}" + (f" against {', '.join(others[:shown])}{rest}" if others else "")
+    return f"linear log-odds of {token}" + (f" against {', '.join(others[:shown])}{rest}" if others else "")

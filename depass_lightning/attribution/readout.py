@@ -29,7 +29,8 @@ class ModelAnswer:
     Args:
         name: the target in words.
         value: the model's value of the target.
-        prediction: the text of the model's most likely next token; of each one of an answer, joined.
+        prediction: the text of the model's most likely next token; for a given answer the beginning of the
+            model's greedy answer, up to the first token that differs from the given one.
         ids: the tokens that the target names, the explained one first; empty for a target inside the model,
             and for a whole answer, whose tokens are part of the text.
         logits: the sums of logits that the target is, one for each position at which it is read; empty for a
@@ -38,6 +39,7 @@ class ModelAnswer:
         rank: its rank among all tokens, from 1 for the most likely; of an answer its lowest-ranked token's.
         remainder: what the value leaves of a log-probability or log-odds; None for other targets.
         log_probability: the logarithm of the probability, which may be too small for a number.
+        predicted: the id of the model's most likely next token; None for a whole answer.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ModelAnswer:
     rank: int | None = None
     remainder: float | None = None
     log_probability: float | None = None
+    predicted: int | None = None
 
     @classmethod
     def of_token(
@@ -88,6 +91,7 @@ class ModelAnswer:
             rank=1 + int((logits > logits[ids[0]]).sum()),
             remainder=None if true is None else true - value,
             log_probability=float(logits.double().log_softmax(-1)[ids[0]]),
+            predicted=best,
         )
 
     @classmethod
@@ -116,7 +120,7 @@ class ModelAnswer:
         return cls(
             name=_name_of(prompt, target, reads, tokenizer),
             value=math.fsum(read.weight * token.value for read, token in weighted),
-            prediction="".join(token.prediction for token in tokens),
+            prediction=_greedy_answer(prompt, weighted, tokenizer),
             ids=[],
             logits=tuple(
                 replace(logits, weights=read.weight * logits.weights)
@@ -150,6 +154,23 @@ class ModelAnswer:
         return cls(f"{kind} at layer {question.layer}", value, prediction, ids=[])
 
 
+def _greedy_answer(
+    prompt: Prompt,
+    answers: Sequence[tuple[Read, ModelAnswer]],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> str:
+    """Return how the model's greedy answer begins, up to the first token that differs from the given one.
+
+    After that token the given answer no longer shows what the model would generate.
+    """
+    start = answers[0][0].position + 1
+    different = (pair for pair in answers if pair[1].predicted != prompt.ids[pair[0].position + 1])
+    read, token = next(different, answers[-1])
+    assert token.predicted is not None
+    ids = [*prompt.ids[: read.position + 1], token.predicted]
+    return " ".join(map(str, ids[start:])) if tokenizer is None else continuation(ids, start, tokenizer)
+
+
 def _name_of(
     prompt: Prompt, target: Continuation, reads: Sequence[Read], tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
@@ -160,8 +181,13 @@ def _name_of(
     else:
         text = continuation(prompt.ids[:last], first, tokenizer)
     shown = repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
-    words = {"logit": "", "centred": "centred logit", "log_odds": "log-odds", "logprob": "log-probability"}
-    kind = " ".join(word for word in ("mean" * (target.reduce == "mean"), words[target.of]) if word)
+    readings = {
+        "logit": "",
+        "centred": "centred logit",
+        "log_odds": "linear log-odds",
+        "logprob": "linear log-probability",
+    }
+    kind = " ".join(word for word in ("mean" * (target.reduce == "mean"), readings[target.of]) if word)
     return f"{kind} of {shown}" if kind else shown
 
 

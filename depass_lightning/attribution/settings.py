@@ -46,11 +46,22 @@ class RuleOptions(TypedDict, total=False):
 class AttributeOptions(RuleOptions, total=False):
     """The keyword arguments of a call that returns scores."""
 
-    messages: Sequence[Message] | Sequence[Sequence[Message]] | None
     source: Source | None
     compat: Literal["paper_code"] | None
     batch_size: int
     progress: bool
+
+
+class AttributeOne(AttributeOptions, total=False):
+    """The keyword arguments of a call that returns the scores of one prompt or conversation."""
+
+    messages: Sequence[Message] | None
+
+
+class AttributeSeveral(AttributeOptions, total=False):
+    """The keyword arguments of a call that returns the scores of several prompts."""
+
+    messages: Sequence[Sequence[Message]] | None
     input_ids: IdsLike | None
     attention_mask: IdsLike | None
 
@@ -58,12 +69,26 @@ class AttributeOptions(RuleOptions, total=False):
 class DecomposeOptions(TypedDict, total=False):
     """The keyword arguments of a call that returns states: those of `attribute` that are not about scores."""
 
-    messages: Sequence[Message] | Sequence[Sequence[Message]] | None
     source: Source | None
     rule: RuleName | RulePath
     temperature: float
     bias: BiasMode
     compat: Literal["paper_code"] | None
+
+
+class DecomposeOne(DecomposeOptions, total=False):
+    """The keyword arguments of a call that returns the states of one prompt or conversation."""
+
+    messages: Sequence[Message] | None
+
+
+class DecomposeSeveral(DecomposeOptions, total=False):
+    """The keyword arguments of a call that returns the states of several prompts."""
+
+    messages: Sequence[Sequence[Message]] | None
+    batch_size: int
+    input_ids: IdsLike | None
+    attention_mask: IdsLike | None
 
 
 DEFAULTS = RuleOptions(

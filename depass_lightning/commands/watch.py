@@ -77,6 +77,7 @@ def make_monitor(config: DictConfig, task: Task) -> ProbeMonitor:
         size=len(task),
         source=instantiate(config.source, _convert_="all"),
         target=config.target.kind,
+        answer=config.target.get("answer", "whole"),
         batch_size=config.batch_size,
         faithfulness=0 if config.faithfulness is None else len(task),
         bias=config.bias,

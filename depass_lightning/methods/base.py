@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, overload
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from depass_lightning.attribution.question import Question
+from depass_lightning.attribution.preference import results_of, with_both_answers
+from depass_lightning.attribution.question import Question, questions_of
 from depass_lightning.attribution.readout import ModelAnswer
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -15,7 +18,7 @@ from depass_lightning.methods.model_runs import Batch, as_depass_runs
 from depass_lightning.prompts import IdsLike, prompts_of, read_length
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source, Tokens
-from depass_lightning.targets import LogitTarget, TargetLike, as_targets
+from depass_lightning.targets import Continuation, LogitTarget, Preference, TargetLike, as_targets
 from depass_lightning.utils.batching import in_batches
 
 
@@ -69,8 +72,8 @@ class Method(ABC):
 
         Args:
             prompt: one prompt, or several.
-            target: a token, a contrast, or None for the model's next token; one for all prompts, or one per
-                prompt.
+            target: a token, a contrast, a whole answer, or None for the model's next token; one for all
+                prompts, or one per prompt.
             batch_size: the number of prompts in one pass.
             progress: show a progress bar.
             input_ids: token ids instead of prompts, padded on either side.
@@ -100,6 +103,8 @@ class Method(ABC):
 
 class Baseline(Method):
     """A method that DePass is compared with: its scores need not sum to the target's value.
+
+    The scores of a whole answer are the sum of those of its tokens, each of which is read once.
 
     The model is not changed. Components have the names that DePass gives them; the rest of the state and the
     bias have no score.
@@ -147,40 +152,53 @@ class Baseline(Method):
         decoder, tokenizer = self.depass.decoder, self.depass.tokenizer
         prompts = prompts_of(decoder, tokenizer, prompt, ids["input_ids"], ids["attention_mask"])
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
-        questions: list[Question] = []
-        for entry, aim in zip(prompts, targets, strict=True):
+        for aim in targets:
             if isinstance(aim, list):
                 raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
-            if not isinstance(aim, LogitTarget):
-                raise DePassError(
-                    f"{self.name} explains one token's logits and probabilities, not {type(aim).__name__}"
-                )
-            questions.append(Question.of(decoder, tokenizer, entry, aim))
-            self.source.describe(entry, decoder)
-        lengths = [read_length(decoder, question.prompt, question.position) for question in questions]
+            if not isinstance(aim, LogitTarget | Continuation | Preference):
+                raise DePassError(f"{self.name} explains tokens and answers, not {type(aim).__name__}")
+        asked = with_both_answers(decoder, tokenizer, prompts, targets)
+        questions = [question for (question,) in questions_of(decoder, tokenizer, *asked, [self.source])]
+        tokens = [
+            replace(question, target=read.target, reads=(replace(read, weight=1.0),))
+            for question in questions
+            for read in question.reads
+        ]
+        lengths = [read_length(decoder, token.prompt, token.position) for token in tokens]
         kinds = [(decoder.regime(length), length) for length in lengths]
 
-        def explain(numbers: list[int]) -> list[Attribution]:
-            asked = [questions[i] for i in numbers]
+        def explain(numbers: list[int]) -> list[tuple[ModelAnswer, Tensor]]:
             with as_depass_runs(decoder):
-                batch = Batch(decoder, tokenizer, asked)
+                batch = Batch(decoder, tokenizer, [tokens[i] for i in numbers])
                 scores = self.score(batch)
-                answers = batch.answers
-            return [self._attribution(*row) for row in zip(asked, answers, scores.detach(), strict=True)]
+            return list(zip(batch.answers, scores.detach(), strict=True))
 
-        results = in_batches(kinds, batch_size, explain, progress)
+        explained = iter(in_batches(kinds, batch_size, explain, progress))
+        scored = [
+            self._attribution(question, [next(explained) for _ in question.reads]) for question in questions
+        ]
+        results = [result for (result,) in results_of(targets, prompts, [[[row]] for row in scored])]
         return results[0] if isinstance(prompt, str) else results
 
     def _attribution(
-        self, question: Question, answer: ModelAnswer, scores: Float[Tensor, "group component"]
+        self, question: Question, explained: Sequence[tuple[ModelAnswer, Float[Tensor, "group component"]]]
     ) -> Attribution:
-        """Name one prompt's scores."""
-        prompt = question.prompt
+        """Name one prompt's scores, of an answer the sum of its tokens'."""
+        prompt, target, tokenizer = question.prompt, question.target, self.depass.tokenizer
         groups = self.source.describe(prompt, self.depass.decoder)
         # No baseline scores what is left of the state.
         components = [component for group in groups for component in group if not component.remainder]
-        if self.source.positional:  # add those after the target's position
-            scores = nn.functional.pad(scores, (0, len(components) - scores.shape[1]))
+        answers = [answer for answer, _ in explained]
+        answer, metadata = answers[0], {"model": self.depass.decoder.name} | prompt.notes()
+        if isinstance(target, Continuation):
+            answer = ModelAnswer.of_answer(prompt, target, question.reads, answers, tokenizer)
+            metadata["log_probability"] = answer.log_probability
+        rows = []
+        for read, (_, row) in zip(question.reads, explained, strict=True):
+            missing = len(components) - row.shape[1] if self.source.positional else 0
+            # Components after the target's position were cut off.
+            rows.append(read.weight * nn.functional.pad(row, (0, missing)))
+        scores = torch.stack(rows).sum(0)
         return Attribution(
             scores=scores.flatten(),
             components=components,
@@ -200,7 +218,8 @@ class Baseline(Method):
             rank=answer.rank,
             groups=len(scores),
             remainder=answer.remainder,
+            answer_start=prompt.answer_start,
             target_ids=answer.ids,
             method=self.name,
-            metadata={"model": self.depass.decoder.name} | prompt.notes(),
+            metadata=metadata,
         )

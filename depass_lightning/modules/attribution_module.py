@@ -17,17 +17,9 @@ from depass_lightning.modules.prompt_datamodule import PromptBatch
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
-from depass_lightning.targets import (
-    AnswerTarget,
-    Continuation,
-    LogitReading,
-    Preference,
-    Reduction,
-    Target,
-    Token,
-)
+from depass_lightning.targets import AnswerTarget, LogitReading, Reduction, Target, Token
 from depass_lightning.tasks import Example
-from depass_lightning.utils.tokenization import continuation_ids, token_id
+from depass_lightning.utils.tokenization import token_id
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +74,8 @@ class Explained:
         assert self.kind != "generation"
         if self.kind == "own":
             return Token(None)
-        if self.answer == "first" or tokenizer is None:
-            return example.target(self.kind)
-        replies = [example.answer, *([example.foil] if self.kind == "contrast" and example.foil else [])]
-        if all(len(continuation_ids(reply, example.prompt, tokenizer)) == 1 for reply in replies):
-            return example.target(self.kind)
-        if len(replies) == 2:
-            return Preference(example.answer, replies[1], self.readout, self.reduce)
-        reading = self.readout if self.kind in ("contrast", "token") else self.kind
-        return Continuation(example.answer, reading, self.reduce)
+        whole = tokenizer if self.answer == "whole" else None
+        return example.target(self.kind, whole, self.readout, self.reduce)
 
 
 @dataclass
@@ -152,8 +137,6 @@ class AttributionModule(LightningModule):
         self.model = None if self.depass.decoder.placed else self.depass.model  # Lightning moves it
         self.method = method
         self.explained = explained
-        # Other methods explain single tokens.
-        self.tokenizer = self.depass.tokenizer if self.decomposing is not None else None
         self.measures = (*ROW_MEASURES, *measures)
         self.states = states
         self.run = dict(run or {})
@@ -231,7 +214,7 @@ class AttributionModule(LightningModule):
             return [row for index, example in pairs for row in self._generated_rows(index, example)]
         attributions = self.method.attribute(
             [example.prompt for example in examples],
-            [self.explained.target(example, self.tokenizer) for example in examples],
+            [self.explained.target(example, self.depass.tokenizer) for example in examples],
             batch_size=len(examples),
         )
         own_token = self.explained.kind == "own"

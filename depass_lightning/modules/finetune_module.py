@@ -15,9 +15,9 @@ from typing_extensions import override
 class FineTune(LightningModule):
     """Train a causal language model with AdamW, a warm-up and a cosine decay.
 
-    Logged: `train/loss`, `train/learning_rate`; `val/loss` and `val/accuracy` over all validation sets, and
-    where there are several, for each (`val/<set>/loss`). The accuracy is the share of scored tokens that the
-    model finds most likely.
+    Logged: `train/loss`, `train/gradient_norm` before clipping, `train/learning_rate`; `val/loss` and
+    `val/accuracy` over all validation sets, and where there are several, for each (`val/<set>/loss`). The
+    accuracy is the share of scored tokens that the model finds most likely.
 
     Args:
         model: any Hugging Face causal language model; parameters without gradient stay as they are.
@@ -65,6 +65,12 @@ class FineTune(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm, which Lightning clips afterwards."""
+        norms = [parameter.grad.norm() for parameter in self.parameters() if parameter.grad is not None]
+        self.log("train/gradient_norm", torch.stack(norms).norm())
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

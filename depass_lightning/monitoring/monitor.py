@@ -26,6 +26,7 @@ from depass_lightning.monitoring.discovery import ModelFinder, TrackedModel, fin
 from depass_lightning.monitoring.history import History
 from depass_lightning.monitoring.maps import page
 from depass_lightning.monitoring.probe_sets import (
+    AnswerPart,
     ProbePrompt,
     ProbeSource,
     TargetKind,
@@ -52,6 +53,7 @@ class MonitorOptions(RuleOptions, total=False):
     size: int
     source: Sources
     target: TargetKind
+    answer: AnswerPart
     max_overhead: float | None
     faithfulness: int
     batch_size: int
@@ -99,6 +101,7 @@ class ProbeMonitor:
         target: what is explained: "contrast", each probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
             others; "logprob", its log-probability; "own", the model's most likely next token.
+        answer: of an answer of several tokens in a task, "whole" explains all of them, "first" the first one.
         max_overhead: the largest fraction of the wall time that the probes may take: to stay below it, `due`
             skips runs. None for no limit.
         faithfulness: the number of probes of each set for which token removal is measured.
@@ -120,6 +123,7 @@ class ProbeMonitor:
         size: int = 16,
         source: Sources = None,
         target: TargetKind = "contrast",
+        answer: AnswerPart = "whole",
         max_overhead: float | None = None,
         faithfulness: int = 4,
         batch_size: int = 8,
@@ -141,11 +145,12 @@ class ProbeMonitor:
             raise DePassError(
                 f"there is no setting {unknown[0]!r}; there are {', '.join(RuleOptions.__annotations__)}"
             )
-        check_target_kind(target)
+        check_target_kind(target, answer)
         self.probes = name_sets(probes)
         self.size = size
         self.sources = name_sources(source)
         self.target: TargetKind = target
+        self.answer: AnswerPart = answer
         self.faithfulness = faithfulness
         self.batch_size = batch_size
         self.on_error: Literal["log", "raise"] = on_error
@@ -210,7 +215,8 @@ class ProbeMonitor:
             if tokenizer is not None and text:
                 for name, probes in self.sets.items():
                     self.sets[name] = [
-                        probe if probe.ids else probe.formatted(tokenizer, self.target) for probe in probes
+                        probe if probe.ids else probe.formatted(tokenizer, self.target, self.answer)
+                        for probe in probes
                     ]
             self._model, self._runner = model, self._make_runner(model)
 

@@ -28,6 +28,7 @@ from depass_lightning.utils.sections import Conversation
 Messages = Sequence[Mapping[str, Any]]
 ProbeSource = str | Path | Task | DataLoader | Sequence[Example | tuple[str | Messages, TargetLike]]
 TargetKind = AnswerTarget | Literal["own"]
+AnswerPart = Literal["whole", "first"]  # of an answer of several tokens
 TARGET_KINDS = (*get_args(AnswerTarget), "own")
 
 
@@ -53,31 +54,41 @@ class ProbePrompt:
     judged: bool = False
     example: Example | None = None
 
-    def formatted(self, tokenizer: PreTrainedTokenizerBase, target: "TargetKind") -> "ProbePrompt":
+    def formatted(
+        self, tokenizer: PreTrainedTokenizerBase, target: "TargetKind", answer: "AnswerPart" = "whole"
+    ) -> "ProbePrompt":
         """Return the probe with its prompt as the model reads it: a conversation by its chat template.
 
         Args:
             tokenizer: the model's tokenizer.
             target: what is explained, see `load_set`.
+            answer: the part that is explained of an example's answer of several tokens.
 
         Raises:
             DePassError: there is no chat template, or it refuses the conversation.
         """
         if self.example is None:
             return replace(self, prompt=formatted(self.prompt, tokenizer, f"the probe {self.id!r}"))
-        probe = _probe("", 0, self.example.formatted(tokenizer))
-        return replace(probe, target=_aimed(probe.target, target), judged=self.judged, example=None)
+        example = self.example.formatted(tokenizer)
+        aimed = self.target
+        if target != "own":
+            aimed = example.target(target, tokenizer if answer == "whole" else None)
+        evidence = tuple(example.evidence_ranges())
+        return replace(self, prompt=example.prompt, target=aimed, evidence=evidence, example=None)
 
 
-def check_target_kind(kind: str) -> None:
+def check_target_kind(kind: str, answer: str) -> None:
     """Check the kind of target.
 
     Args:
         kind: one of `TargetKind`.
+        answer: one of `AnswerPart`.
 
     Raises:
-        DePassError: there is no such kind of target for probes.
+        DePassError: there is no such kind of target for probes, or no such part of an answer.
     """
+    if answer not in get_args(AnswerPart):
+        raise DePassError(f"answer must be 'whole' or 'first', not {answer!r}")
     if kind not in TARGET_KINDS:
         known = ", ".join(map(repr, TARGET_KINDS))
         raise DePassError(f"target={kind!r} cannot be explained for probes; choose one of {known}")

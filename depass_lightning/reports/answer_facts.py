@@ -13,14 +13,14 @@ PARTS = {
 
 
 def prediction_name(attribution: Attribution) -> str:
-    """Return what an attribution's prediction is: the next token, or tokens of an answer.
+    """Return what an attribution's prediction is: the next token, or the beginning of an answer.
 
     Args:
         attribution: the attribution.
     """
     if "chosen_log_probability" in attribution.metadata:
         return "the more likely answer"
-    return "most likely tokens" if attribution.whole_answer else "next token"
+    return "model's answer begins" if attribution.whole_answer else "next token"
 
 
 def answer_facts(attribution: Attribution) -> dict[str, str]:

@@ -46,7 +46,8 @@ class Attribution:
         rule: how neurons were shared: "softmax".
         layer: the layer at which the state was split.
         position: the position at which the target was read, an index into `tokens`.
-        prediction: the text of the model's most likely next token there.
+        prediction: the text of the model's most likely next token there; for a whole answer the beginning of
+            the model's greedy answer, up to the first token that differs from the given one.
         probability: the model's probability of the target's token or whole answer, if the target is one.
         rank: the rank of that token among all, from 1 for the most likely; of an answer its lowest-ranked
             token's.

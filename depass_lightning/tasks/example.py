@@ -8,9 +8,19 @@ from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.errors import DePassError
-from depass_lightning.targets import AnswerTarget, Contrast, LogitTarget, answer_target
+from depass_lightning.targets import (
+    AnswerTarget,
+    Continuation,
+    Contrast,
+    LogitReading,
+    LogitTarget,
+    Preference,
+    Reduction,
+    answer_target,
+)
 from depass_lightning.utils.chat_templates import formatted
 from depass_lightning.utils.sections import Section, SectionedText, from_json, sections_of, to_json
+from depass_lightning.utils.tokenization import continuation_ids
 
 Span = tuple[int, int]
 ROLE = "role"  # marks an example's roles while its prompt is written
@@ -88,18 +98,34 @@ class Example:
         evidence = tuple(name for name in self.evidence if name in roles)
         return replace(self, prompt=prompt, answer=answer, foil=foil, roles=roles, evidence=evidence)
 
-    def target(self, kind: AnswerTarget = "contrast") -> LogitTarget:
+    def target(
+        self,
+        kind: AnswerTarget = "contrast",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reading: LogitReading = "logit",
+        reduce: Reduction = "sum",
+    ) -> LogitTarget | Continuation | Preference:
         """Return what to explain of the answer.
-
-        An answer of several tokens stands for its first: data sets hold words, not a model's tokens.
 
         Args:
             kind: "contrast", its logit less the foil's, or its logit where there is no foil; "token", its
                 logit; "centred", its logit less the mean logit; "log_odds", its log-odds against all others;
                 "logprob", its log-probability.
+            tokenizer: to explain all tokens of an answer that has several, as a `Continuation` or, against
+                the foil, a `Preference`; None explains the first token.
+            reading: under "contrast" and "token", what is explained of each token of a whole answer.
+            reduce: "sum" or "mean" over the tokens of a whole answer.
         """
-        if kind == "contrast" and self.foil is not None:
-            return Contrast(self.answer, self.foil, first=True)
+        foil = self.foil if kind == "contrast" else None
+        replies = [self.answer] if foil is None else [self.answer, foil]
+        if tokenizer is not None and any(
+            len(continuation_ids(reply, self.prompt, tokenizer)) > 1 for reply in replies
+        ):
+            if foil is not None:
+                return Preference(self.answer, foil, reading, reduce)
+            return Continuation(self.answer, reading if kind in ("contrast", "token") else kind, reduce)
+        if foil is not None:
+            return Contrast(self.answer, foil, first=True)
         return answer_target(self.answer, kind, first=True)
 
 

@@ -406,9 +406,48 @@ def test_an_analysis_explains_each_token_of_a_given_answer(tiny: DePass) -> None
     assert "the answer has 3 tokens, more than max_new_tokens=2; raise it" in skipped["reason"]
 
 
-def test_other_methods_refuse_whole_answers(tiny: DePass) -> None:
-    with pytest.raises(DePassError, match="occlusion explains one token's logits and probabilities, not"):
-        METHODS["occlusion"](tiny).attribute(TEXT, Continuation(" Mary and"))
+def test_a_wrong_answer_shows_how_the_models_own_begins(tiny: DePass) -> None:
+    """Greedy tokens are known only up to the first that differs from the given answer."""
+    prompt = "the capital of France is"
+    said = tiny.attribute_generation(prompt, max_new_tokens=3)
+    ids = said[0].token_ids
+    greedy = ids[-3:]
+    other = greedy[1] + 1
+    found = tiny.attribute(prompt, Continuation([greedy[0], other, greedy[2]]))
+    assert found.prediction == "".join(said.tokens[-3:-1])
+    assert tiny.attribute(prompt, Continuation(greedy)).prediction == "".join(said.tokens[-3:])
+    later = tiny.attribute(prompt, Continuation([*greedy[:2], other], tokens=slice(1, None)))
+    assert later.prediction == "".join(said.tokens[-2:])
+    (alone,) = DePass(tiny.model).attribute(input_ids=[ids[:-3]], target=Continuation([other, 5]))
+    assert alone.prediction == str(greedy[0])
+
+
+def test_other_methods_explain_whole_answers(tiny: DePass) -> None:
+    """The sum of single tokens' scores, each on the text before it, and differences of two answers."""
+    for name in ("input_gradient", "occlusion", "mean_attention", "atp"):
+        method = METHODS[name](tiny)
+        answer = Continuation(" Mary and John", reduce="mean")
+        found = method.attribute([TEXT, "the capital of France is"], answer)[0]
+        ids, start = found.token_ids, found.answer_start
+        assert start is not None
+        for_tokens = [
+            method.attribute(input_ids=[ids[:end]], target=ids[end])[0] for end in range(start, len(ids))
+        ]
+        expected = torch.zeros(len(found))
+        for single in for_tokens:
+            expected[: len(single)] += single.scores / len(for_tokens)
+        torch.testing.assert_close(found.scores, expected, rtol=1e-4, atol=1e-5)
+        assert found.value == pytest.approx(sum(single.value for single in for_tokens) / 3, rel=1e-5)
+        whole = tiny.attribute(TEXT, answer)
+        assert (found.target, found.prediction, found.rank) == (whole.target, whole.prediction, whole.rank)
+        assert found.metadata["log_probability"] == pytest.approx(whole.metadata["log_probability"], rel=1e-4)
+    both = method.attribute(TEXT, Preference(" Mary and", " John and"))
+    sides = [method.attribute(TEXT, Continuation(text, of="logprob")) for text in (" Mary and", " John and")]
+    torch.testing.assert_close(both.scores, sides[0].scores - sides[1].scores, rtol=1e-4, atol=1e-5)
+    example = Example("1", TEXT, " Mary and John")
+    module = AttributionModule(METHODS["occlusion"](tiny), explained=Explained("token"))
+    (row,) = module.predict_step(PromptBatch([0], [example])).rows
+    assert row["tokens"][row["answer_start"] :] == [" Mary", " and", " John"]
 
 
 def test_evidence_is_ranked_among_the_prompts_tokens(tiny: DePass) -> None:

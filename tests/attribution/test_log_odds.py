@@ -105,7 +105,7 @@ def test_the_value_is_the_log_odds_and_the_entropy_of_the_others(tiny: DePass) -
     entropy = torch.distributions.Categorical(logits=others).entropy()
     log_odds = logits[token] - others.logsumexp(0)
     assert found.value == pytest.approx(float(log_odds + entropy), abs=1e-4)
-    assert found.target == "log-odds of ' Mary'"
+    assert found.target == "linear log-odds of ' Mary'"
 
 
 def test_texts_names_and_several_targets(tiny: DePass) -> None:
@@ -119,10 +119,10 @@ def test_texts_names_and_several_targets(tiny: DePass) -> None:
     for source in (Tokens(), Neurons(-1)):
         found = tiny.attribute(TEXT, targets, source=source)
         assert [own.target for own in found] == [
-            "log-odds of ' Mary' against ' John'",
-            "log-odds of ' Mary' against ' John', ' Nicole', ' Amanda' and 1 more",
+            "linear log-odds of ' Mary' against ' John'",
+            "linear log-odds of ' Mary' against ' John', ' Nicole', ' Amanda' and 1 more",
             "' Mary' − mean logit",
-            "log-odds of ' drink'",
+            "linear log-odds of ' drink'",
             "' Mary' − ' John'",
         ]
         assert all(own.completeness < 1e-5 for own in found)

@@ -138,7 +138,7 @@ def test_a_conversation_is_what_its_chat_template_writes(depass: DePass) -> None
     ]
     tokenizer: Any = depass.tokenizer
     expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
-    found: Any = depass.attribute(messages=messages, target="Rome", source=Spans("turn"), rule="half")
+    found = depass.attribute(messages=messages, target="Rome", source=Spans("turn"), rule="half")
     assert found.token_ids == list(expected["input_ids"])
     assert found.names == ["<|im_start|>", "system", "user", "assistant", "user", "template"]
     assert found.prediction == "Rome"

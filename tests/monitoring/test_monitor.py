@@ -18,8 +18,10 @@ from torch.distributed.fsdp import fully_shard
 
 from depass_lightning import DePassError
 from depass_lightning.monitoring.monitor import ProbeMonitor
+from depass_lightning.monitoring.probe_sets import AnswerPart
 from depass_lightning.monitoring.sinks import FunctionSink, TensorBoardSink, WandbSink
 from depass_lightning.storage import read_attributions
+from depass_lightning.tasks import Example
 from tests.callbacks.test_callback import same
 from tests.callbacks.test_loggers import history_rows
 from tests.conftest import ROOT
@@ -111,6 +113,25 @@ def test_a_run_has_scalars_results_and_pages_and_is_published(tmp_path: Path) ->
     assert (again.new, again.scalars) == (False, result.scalars)
     monitor.publish(again, [FunctionSink(lambda *row: rows.append(row))], tmp_path)
     assert len(rows) == 1
+
+
+def test_a_tasks_answer_is_explained_whole_or_by_its_first_token() -> None:
+    prompt, answer = PROMPTS[0]
+    examples = [Example("plain", prompt, answer * 2), Example("foil", prompt, answer * 2, PROMPTS[1][1])]
+    parts: list[tuple[AnswerPart, str]] = [("whole", f"{answer * 2!r}"), ("first", f"{answer!r}")]
+    for part, target in parts:
+        monitor = ProbeMonitor(
+            language_model(), tokenizer(), examples, answer=part, target="token", faithfulness=1
+        )
+        result = monitor.run(0).results[0]
+        assert [found.target for found in result.attributions] == [target] * 2
+        assert {found.whole_answer for found in result.attributions} == {part == "whole"}
+        assert result.metrics["faithfulness"] == result.metrics["faithfulness"]
+    monitor = ProbeMonitor(language_model(), tokenizer(), examples, faithfulness=0)
+    _, against = monitor.run(0).results[0].attributions
+    assert "chosen_log_probability" in against.metadata
+    with pytest.raises(DePassError, match="answer must be 'whole' or 'first', not 'last'"):
+        ProbeMonitor(None, None, examples, answer="last")  # type: ignore[arg-type]
 
 
 def test_overhead_is_left_out_of_the_first_run() -> None:

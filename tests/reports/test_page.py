@@ -248,7 +248,7 @@ def test_a_whole_answer_is_part_of_the_text() -> None:
     answer = ioi(answer_start=7, target_ids=[], position=8, remainder=-0.5)
     (prompt,) = data_of(page_html([answer], title="T"))["prompts"]
     assert prompt["answer_start"] == 7
-    assert prompt["predicted"] == "most likely tokens"
+    assert prompt["predicted"] == "model's answer begins"
     assert list(prompt["facts"]) == [
         "from the prompt",
         "from the answer's earlier tokens",
@@ -259,7 +259,7 @@ def test_a_whole_answer_is_part_of_the_text() -> None:
     shown = io.StringIO()
     Console(width=200, file=shown).print(attribution_text(answer))
     assert "from the answer's earlier tokens" in shown.getvalue()
-    assert "most likely tokens" in attribution_html(answer)
+    assert "model's answer begins" in attribution_html(answer)
 
 
 def test_several_matrices_stand_beside_single_prompts() -> None:
