@@ -67,6 +67,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("\n".join(sorted(written)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark those cases of `covering` tests slow in which every parameter has a value that it had before."""
+    seen: set[tuple[str, str, str]] = set()
+    for item in items:
+        if item.get_closest_marker("covering") and (case := getattr(item, "callspec", None)):
+            test = item.nodeid.partition("[")[0]
+            values = {(test, name, repr(value)) for name, value in case.params.items()}
+            if values <= seen:
+                item.add_marker("slow")
+            seen |= values
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save figures without drawing them, which takes most of a small study's time; `tests/studies` draws."""

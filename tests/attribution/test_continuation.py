@@ -42,6 +42,8 @@ from depass_lightning.tasks import Example
 from tests.reference import twin, zoo
 from tests.reference.models import build, distance, padded, prompt
 
+pytestmark = pytest.mark.covering
+
 TEXT = "When Mary and John went to the store, John gave a drink to"
 LENGTH = 7
 ANSWER = [9, 4, 30, 9]

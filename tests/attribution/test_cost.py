@@ -22,6 +22,8 @@ from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.prompts import prompts_of_ids
 from tests.reference.models import build, prompt
 
+pytestmark = pytest.mark.covering
+
 SOURCES: dict[str, Any] = {
     "tokens": Tokens(),
     "tokens in the middle": Tokens(1),

@@ -20,6 +20,8 @@ from depass_lightning.results.generation import Generation
 from tests.engine.test_untouched import must_stay_untouched
 from tests.reference.models import ONE_OF_EACH, VOCABULARY, build, prompt
 
+pytestmark = pytest.mark.covering
+
 TEXT = "When Mary and John went to the store, John gave a drink to"
 NEVER: dict[str, Any] = {"eos_token_id": VOCABULARY}  # random models else may stop at once
 

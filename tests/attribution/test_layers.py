@@ -11,6 +11,8 @@ import torch
 from depass_lightning import DePass, DePassError, Heads, Module, Spans, Tokens
 from tests.reference.models import build, distance, prompt
 
+pytestmark = pytest.mark.covering
+
 # What is split into, and the layers of three blocks at which all of it is there.
 SOURCES: dict[str, tuple[Any, list[int]]] = {
     "tokens": (Tokens(), [0, 1, 2, 3]),

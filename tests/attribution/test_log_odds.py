@@ -18,6 +18,8 @@ from depass_lightning.tasks import Example
 from tests.reference import twin, zoo
 from tests.reference.models import build, distance, prompt
 
+pytestmark = pytest.mark.covering
+
 TEXT = "When Mary and John went to the store, John gave a drink to"
 LENGTH = 9
 

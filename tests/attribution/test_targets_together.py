@@ -27,6 +27,8 @@ from depass_lightning.reports.matrix import score_matrix
 from depass_lightning.targets import TargetLike
 from tests.reference.models import build, prompt
 
+pytestmark = pytest.mark.covering
+
 TEXT = "When Mary and John went to the store, John gave a drink to"
 OTHER = "Then, Nicole and Amanda had a lot of fun at the pool. Amanda showed a lamp to"
 VECTOR = torch.linspace(-1, 1, 64)

@@ -27,6 +27,8 @@ from depass_lightning.storage import read_attributions, read_rows
 from depass_lightning.tasks import Example, Task
 from tests.reference.training import PROMPTS, OwnModule, fit, trainer
 
+pytestmark = pytest.mark.covering
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "without": {},
     "softmax": {"rule": "softmax", "every_n_steps": 3},

@@ -38,6 +38,35 @@ REQUIRED = {
 }
 
 
+def groups_of(command):
+    """Return the groups that a command's defaults name."""
+    defaults = OmegaConf.load(CONF / f"{command}.yaml").defaults
+    return {str(key).rpartition(" ")[2] for entry in defaults if not isinstance(entry, str) for key in entry}
+
+
+def _meant_for(experiment, command):
+    """Whether an experiment's choices are all groups of a command."""
+    loaded = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
+    assert isinstance(loaded, dict)
+    defaults = loaded.get("defaults", [])
+    chosen = {
+        str(key).removeprefix("override ").strip().strip("/")
+        for entry in defaults
+        if not isinstance(entry, str)
+        for key in entry
+    }
+    return chosen <= groups_of(command)
+
+
+COMPOSED = {"tiny", "smollm2-135m", "llama2-7b", *(name for group, name in REQUIRED if group == "model")}
+CHOICES = [
+    (command, group, option)
+    for group, option in OPTIONS
+    for command in COMMANDS
+    if (_meant_for(option, command) if group == "experiment" else group in groups_of(command))
+]
+
+
 def composed(command, overrides, folder):
     """Compose a command's configuration as Hydra would, with everything in it resolved."""
     with initialize_config_module("depass_lightning.conf", version_base="1.3"):
@@ -55,12 +84,6 @@ def composed(command, overrides, folder):
         HydraConfig.instance().cfg = None
 
 
-def groups_of(command):
-    """Return the groups that a command's defaults name."""
-    defaults = OmegaConf.load(CONF / f"{command}.yaml").defaults
-    return {str(key).rpartition(" ")[2] for entry in defaults if not isinstance(entry, str) for key in entry}
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_composes_by_itself(command, tmp_path):
     config = composed(command, [], tmp_path)
@@ -68,30 +91,25 @@ def test_a_command_composes_by_itself(command, tmp_path):
     assert config.paths.output_dir == str(tmp_path)
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes(group, option, tmp_path):
-    """An option that no command could take would be dead; each command that knows the group takes it."""
-    takers = [command for command in COMMANDS if group in groups_of(command)]
-    assert takers or group == "experiment", f"no command takes {group}="
-    for command in takers:
-        chosen = [f"{group}={option}", *REQUIRED.get((group, option), [])]
-        if group == "experiment" and not _meant_for(option, command):
-            continue
-        composed(command, chosen, tmp_path)
+def test_every_option_has_a_command():
+    """An option that no command could take would be dead."""
+    assert set(OPTIONS) == {(group, option) for _, group, option in CHOICES}
 
 
-def _meant_for(experiment, command):
-    """Say whether an experiment's choices are all groups of a command."""
-    loaded = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
-    assert isinstance(loaded, dict)
-    defaults = loaded.get("defaults", [])
-    chosen = {
-        str(key).removeprefix("override ").strip().strip("/")
-        for entry in defaults
-        if not isinstance(entry, str)
-        for key in entry
-    }
-    return chosen <= groups_of(command)
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    ("command", "group", "option"),
+    [
+        # The keys of models' files are compared below; composing each of them as well is slow.
+        pytest.param(
+            *choice, marks=[pytest.mark.slow] if choice[1] == "model" and choice[2] not in COMPOSED else []
+        )
+        for choice in CHOICES
+    ],
+)
+def test_every_option_composes(command, group, option, tmp_path):
+    """Each command that knows the group takes it."""
+    composed(command, [f"{group}={option}", *REQUIRED.get((group, option), [])], tmp_path)
 
 
 def test_a_wrong_key_and_a_wrong_choice_are_refused(tmp_path):
@@ -110,9 +128,9 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_says_what_matters(name, tmp_path):
+def test_every_model_states_what_matters(name):
     """The same keys everywhere, so that no entry can be half filled in."""
-    model = composed("analyze", [f"model={name}", *REQUIRED.get(("model", name), [])], tmp_path).model
+    model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
     facts = {"parameters", "context", "licence", "gated"}
     assert set(model) - {"path"} == {"name", "revision", "dtype", "device_map"} | facts
     assert dtype_of(model.dtype).is_floating_point

@@ -25,6 +25,8 @@ from depass_lightning import (
 )
 from tests.reference.models import ALL, ONE_OF_EACH, build, distance, prompt
 
+pytestmark = pytest.mark.covering
+
 SOURCES: dict[str, Any] = {
     "tokens": Tokens(),
     "tokens in the middle": Tokens(1),

@@ -9,6 +9,8 @@ from depass_lightning.errors import DePassError
 from tests.reference.models import ALL, ONE_OF_EACH, build, distance, padded, prompt
 from tests.reference.twin import RULES, Rule
 
+pytestmark = pytest.mark.covering
+
 # On both sides of the 8 and 16 numbers that a processor's vector holds: narrower rows are summed otherwise.
 LENGTHS = (5, 9, 1, 17, 9)
 PRECISION = {torch.float32: 1e-5, torch.float64: 1e-10}

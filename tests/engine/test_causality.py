@@ -9,6 +9,8 @@ from depass_lightning.engine.rules import CompetingRule, rule_named
 from tests.reference.models import ALL, WINDOW, WITH_BIAS_COMPONENT, build, padded, prompt
 from tests.reference.twin import COMPETING, RULES, Options, Rule, shares_of_competing
 
+pytestmark = pytest.mark.covering
+
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ALL)

@@ -11,6 +11,8 @@ from depass_lightning.engine.memory import Budget
 from tests.reference.models import ALL, ONE_OF_EACH, build, distance, padded, prompt, real_states
 from tests.reference.twin import RULES, Rule
 
+pytestmark = pytest.mark.covering
+
 PRECISION = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 

@@ -25,6 +25,8 @@ from depass_lightning import (
 from tests.reference.models import build, distance, padded, prompt, real_states
 from tests.reference.twin import LINEAR, RULES, Rule
 
+pytestmark = pytest.mark.covering
+
 LAYERS = 3
 DIRECTIONS = torch.randn(5, 36, generator=torch.Generator().manual_seed(0))
 

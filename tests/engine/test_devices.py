@@ -13,6 +13,8 @@ from tests.reference import zoo
 from tests.reference.fake_device import GIB, MixedDevicesError, fake_devices
 from tests.reference.models import padded, prompt
 
+pytestmark = pytest.mark.covering
+
 
 def test_devices_are_told_apart() -> None:
     with fake_devices():

@@ -19,6 +19,8 @@ from tests.engine.test_untouched import must_stay_untouched
 from tests.reference.models import distance, padded, prompt
 from tests.reference.zoo import build
 
+pytestmark = pytest.mark.covering
+
 CPU = torch.device("cpu")
 
 

@@ -23,6 +23,8 @@ from depass_lightning.engine.rule_files import rule_content
 from tests.engine.test_untouched import must_stay_untouched
 from tests.reference.models import build, distance, padded, prompt
 
+pytestmark = pytest.mark.covering
+
 NAMES = ("llama", "llama-biases", "mistral-window", "qwen2-window", "qwen3", "qwen3-biases")
 LENGTHS = (9, 6)
 TARGETS = ((5, 7, -1), (4, None, -2))

@@ -23,6 +23,8 @@ from depass_lightning.errors import DePassWarning
 from tests.reference import twin
 from tests.reference.models import build, distance, padded, prompt
 
+pytestmark = pytest.mark.covering
+
 LAYERS = 4
 RULES: tuple[twin.Rule, ...] = ("softmax", "max", "relu", "linear", "taylor")
 COMPETING = RULES[:-1]

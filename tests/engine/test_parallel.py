@@ -12,6 +12,8 @@ from depass_lightning.engine.parallel import ComponentParallel
 from tests.reference.models import prompt
 from tests.reference.zoo import build as build_family
 
+pytestmark = pytest.mark.covering
+
 RULES = ("softmax", "max", "relu", "linear", "taylor", "taylor forward")
 
 

@@ -7,6 +7,8 @@ import torch
 
 from depass_lightning.engine.rules import CompetingRule, rule_named
 
+pytestmark = pytest.mark.covering
+
 
 def gates() -> torch.Tensor:
     """`[segment, component, neuron]`; the greatest gate of some neurons is that of several components."""

@@ -15,6 +15,8 @@ from tests.reference import twin
 from tests.reference.models import ALL, ONE_OF_EACH, WITH_BIAS_COMPONENT, build, distance, prompt, real_states
 from tests.reference.twin import PUBLISHED, RULES, Options, Rule
 
+pytestmark = pytest.mark.covering
+
 LENGTH = 11  # longer than the tiny models' attention windows
 
 

@@ -31,6 +31,8 @@ from tests.reference.models import build, distance, padded, prompt, real_states
 from tests.reference.twin import RULES, Rule, Trace
 from tests.reference.twin_sources import Group
 
+pytestmark = pytest.mark.covering
+
 LENGTH = 9
 LAYERS = 3
 HIDDEN = 36

@@ -16,6 +16,8 @@ from depass_lightning import Contrast, DePass
 from depass_lightning.errors import DePassError
 from tests.reference.models import ONE_OF_EACH, build, distance, padded, prompt
 
+pytestmark = pytest.mark.covering
+
 HOOKS = [name for name in vars(torch.nn.Module()) if "hooks" in name]
 
 

@@ -26,6 +26,8 @@ from tests.methods.test_methods import OUTPUTS
 from tests.reference import zoo
 from tests.reference.models import build, prompt
 
+pytestmark = pytest.mark.covering
+
 PERCENTS = [0, 10, 50]
 PROMPTS = [prompt(length, seed=length) for length in (4, 7, 5)]
 ANSWERS = [[7], [11, 3], [5, 5, 9]]

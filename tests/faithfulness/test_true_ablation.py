@@ -16,6 +16,8 @@ from depass_lightning.results.attribution import Attribution
 from tests.reference import zoo
 from tests.reference.models import build, prompt
 
+pytestmark = pytest.mark.covering
+
 TARGET = Contrast(7, 11)
 IDS, OTHER = prompt(6), prompt(6, seed=4)
 REFERENCES = [prompt(5, seed=2).tolist(), prompt(8, seed=3).tolist()]

@@ -39,6 +39,8 @@ from tests.reference.models import distance, padded, prompt
 from tests.reference.twin import LINEAR, Rule
 from tests.reference.zoo import ALL, FIRST, ZOO, build, derivatives
 
+pytestmark = pytest.mark.covering
+
 TARGET = Contrast(5, 7)
 EXPERTS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 # One of each order of sublayers, of norms and of fused maps.

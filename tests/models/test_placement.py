@@ -22,6 +22,8 @@ from depass_lightning.models.experts import ExpertsUp
 from tests.reference.models import prompt
 from tests.reference.zoo import blocks_of, build
 
+pytestmark = pytest.mark.covering
+
 TARGET = Contrast(5, 7)
 CPU, META = torch.device("cpu"), torch.device("meta")
 WAYS: dict[str, dict[str, Any]] = {

@@ -15,6 +15,8 @@ from depass_lightning.results.component import Component
 from depass_lightning.utils.words import word_spans, word_tokens_by_space
 from tests.reference.attributions import attribution_of, heads, ioi
 
+pytestmark = pytest.mark.covering
+
 
 def test_completeness_is_the_relative_distance_of_the_sum_from_the_value() -> None:
     assert ioi().completeness == 0.0

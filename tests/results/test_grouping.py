@@ -8,6 +8,8 @@ import torch
 from depass_lightning import DePass, DePassError, Documents, Spans
 from depass_lightning.faithfulness import text_components
 
+pytestmark = pytest.mark.covering
+
 TEXTS = {
     "Who": "Mary and John went to the store. The weather was good.",
     "Where": "The park was open all day.",

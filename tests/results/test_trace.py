@@ -10,6 +10,8 @@ import torch
 from depass_lightning import Attribution, DePass, DePassError, Generation, Token
 from depass_lightning.results.component import Component, constant
 
+pytestmark = pytest.mark.covering
+
 TOKENS = ["a", "b", "c", "d", "e"]  # a prompt of two, and three generated tokens
 ROWS = [
     [3.0, 1.0, 0.0, 0.0, 0.0, 0.0],
