@@ -47,6 +47,7 @@ from depass_lightning.storage import (
     weights_fingerprint,
 )
 from depass_lightning.tasks import Task
+from depass_lightning.utils.atomic_files import file_hash
 from depass_lightning.utils.tokenization import beginning_of, encode
 
 log = logging.getLogger(__name__)
@@ -222,6 +223,9 @@ def manifest_of(config: DictConfig, fingerprint: str, task: Task) -> Manifest:
     settings["model"] = {
         key: value for key, value in settings["model"].items() if key not in DESCRIPTIVE_KEYS
     }
+    for group in ("source", "rule"):  # a subspace's or a rule's file may be written again under its name
+        if (path := settings[group].get("path")) and Path(path).is_file():
+            settings[group]["file"] = file_hash(path)[:16]
     return Manifest(
         settings=settings,
         weights=fingerprint,

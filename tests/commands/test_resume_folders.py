@@ -17,10 +17,13 @@ from hydra import compose, initialize_config_module
 from depass_lightning.callbacks import AttributionWriter
 from depass_lightning.commands import resume as runs
 from depass_lightning.commands.analyze import main
+from depass_lightning.commands.attribute_task import manifest_of
 from depass_lightning.commands.resume import UNFINISHED, Resume, lock_run_folder
 from depass_lightning.errors import DePassError
 from depass_lightning.storage import RunStore
+from depass_lightning.tasks import Example, Task
 from tests.commands.test_analyze import run
+from tests.commands.test_conf import composed
 from tests.commands.test_resume import QUICK, SIZE, table
 from tests.conftest import ROOT
 from tests.reference.forked import start_script
@@ -258,3 +261,17 @@ def test_the_first_process_says_what_is_done(tmp_path):
         writer.done = done if first else None
         writer.setup(SimpleNamespace(is_global_zero=first, strategy=strategy), None, "predict")  # type: ignore[arg-type]
         assert writer.done == done
+
+
+@pytest.mark.parametrize("group", ["rule", "source"])
+def test_a_file_that_was_written_again_makes_it_another_run(group, tmp_path):
+    choice = {"rule": "rule=calibrated", "source": "source=subspace"}[group]
+    file = tmp_path / ("rule.json" if group == "rule" else "directions.npy")
+    config = composed("analyze", [choice, f"{group}.path={file}"], tmp_path)
+    task = Task("one", [Example(id="0", prompt="a", answer="b")])
+    manifests = []
+    for content in ("one", "two"):
+        file.write_text(content)
+        manifests.append(manifest_of(config, "weights", task))
+    (difference,) = manifests[0].differences(manifests[1])
+    assert difference.startswith(f"{group}.file was ")
