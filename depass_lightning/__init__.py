@@ -23,6 +23,7 @@ from depass_lightning.models.families import register_family
 from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.circuit import Circuit
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
@@ -42,6 +43,7 @@ __all__ = [
     "AttentionSpec",
     "Attribution",
     "Attributions",
+    "Circuit",
     "Components",
     "Continuation",
     "Contrast",

@@ -1,7 +1,6 @@
 """DePass: attribution by one decomposed forward pass (Hong et al., NeurIPS 2025, arXiv 2510.18462).
 
-The public face. Each call resolves its arguments, and refuses what cannot be done, before the model runs; the
-rest is in `attribution/`.
+Each call resolves its arguments, and refuses what cannot be done, before the model runs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from depass_lightning.attribution.attribute import attribute
 from depass_lightning.attribution.cost import Estimate, estimate
 from depass_lightning.attribution.decompose import decompose, decompose_layers
+from depass_lightning.attribution.edges import CircuitOptions, circuit_of
 from depass_lightning.attribution.generate import generate
 from depass_lightning.attribution.preference import results_of, with_both_answers
 from depass_lightning.attribution.question import questions_of
@@ -38,6 +38,7 @@ from depass_lightning.models.load import dtype_of, load_model
 from depass_lightning.prompts import IdsLike, prompts_of
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
+from depass_lightning.results.circuit import Circuit
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Source, Tokens
@@ -200,20 +201,9 @@ class DePass:
         compat: Literal["paper_code"] | None = None,
         **options: Unpack[RuleOptions],
     ) -> list[Any]:
-        """Attribute targets to the components of several sources from one recorded pass.
+        """Attribute targets to the components of several sources, each by itself, from one recorded pass.
 
-        Under a linear rule the sources share one backward pass, too.
-
-        Args:
-            prompt: one prompt or several; None where `input_ids` are given.
-            target: what is explained, as in `attribute`.
-            sources: what the state is split into, each source by itself.
-            batch_size: how many prompts go through the model at once.
-            progress: show a progress bar.
-            input_ids: token ids instead of prompts.
-            attention_mask: 1 at the real positions of `input_ids`.
-            compat: `paper_code` reproduces the published code.
-            options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
+        All else is as in `attribute`. Under a linear rule the sources share one backward pass, too.
 
         Returns:
             For one prompt a list with one result a source, each as `attribute` returns it; for several
@@ -269,8 +259,7 @@ class DePass:
 
         Args:
             prompt: one prompt, or several.
-            to_layer: the block whose input is decomposed; None for the last block's output, before the final
-                norm.
+            to_layer: the block whose input is decomposed; None for what the last block leaves.
             batch_size: how many prompts go through the model at once.
             input_ids: token ids instead of prompts.
             attention_mask: 1 at the real positions of `input_ids`.
@@ -296,11 +285,6 @@ class DePass:
         **options: Unpack[DecomposeOptions],
     ) -> Iterator[Decomposition]:
         """Compute every component's state at every layer of one prompt, one layer after another.
-
-        Args:
-            prompt: one prompt.
-            input_ids: `[1, position]` the prompt's ids instead.
-            options: `source`, `rule`, `temperature`, `bias` and `compat` of `attribute`.
 
         Returns:
             An iterator from the first layer at which all components exist. The model runs while it is read,
@@ -368,6 +352,35 @@ class DePass:
         )
 
     @checked
+    def circuit(
+        self,
+        prompt: str | None = None,
+        target: TargetLike = None,
+        *,
+        input_ids: IdsLike | None = None,
+        **options: Unpack[CircuitOptions],
+    ) -> Circuit:
+        """Compute what every node of the model contributes through every later node, by one backward pass.
+
+        Args:
+            prompt: one prompt.
+            target: what is explained, as in `attribute`.
+            input_ids: `[1, position]` the prompt's ids instead.
+            nodes: `tokens`, or `embedding` for their sum; `heads`, or `attentions`; and `mlps`.
+            rule: a linear rule, by default half; shap and dual keep values, queries and keys apart.
+            score_weight: of the shap rule.
+            corrupted: a second prompt with as many tokens, for `Circuit.difference`: the flow of the
+                difference of both runs.
+            by_position: give heads and MLPs a node at each position.
+
+        Raises:
+            DePassError: the rule is not linear, there are several prompts or targets, the prompts differ in
+                length, the edges do not fit in memory, or what `attribute` raises.
+        """
+        prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, None)
+        return circuit_of(self.decoder, self.tokenizer, prompts, target, self.memory_budget, **options)
+
+    @checked
     def estimate(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -378,19 +391,7 @@ class DePass:
         attention_mask: IdsLike | None = None,
         **options: Unpack[RuleOptions],
     ) -> Estimate:
-        """Estimate the time and memory that `attribute` will take, by trying a small piece of it.
-
-        Args:
-            prompt: one prompt, or several.
-            source: what the state is split into; by default `Tokens()`.
-            batch_size: how many prompts go through the model at once.
-            input_ids: token ids instead of prompts.
-            attention_mask: 1 at the real positions of `input_ids`.
-            options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
-
-        Raises:
-            DePassError: what `attribute` raises.
-        """
+        """Estimate the time and memory that `attribute` will take, by trying a small piece of it."""
         settings = self._settings(source, **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         return estimate(self.decoder, prompts, settings, batch_size)

@@ -345,6 +345,7 @@ KINDS: dict[str, Kind] = {
     "to_layer": _none_or(WHOLE),
     "batch_size": COUNT,
     "progress": FLAG,
+    "by_position": FLAG,
     "max_new_tokens": COUNT,
     "input_ids": _none_or(IDS),
     "attention_mask": _none_or(IDS),

@@ -13,8 +13,8 @@ A rule with a weight for even attention takes the softmax's mean derivative inst
 scores (`engine/score_path.py`).
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from depass_lightning.engine.frozen import AttentionCall, FrozenAttention
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.engine.norms import FrozenNorm, NormParameters
-from depass_lightning.engine.score_path import ScorePath
+from depass_lightning.engine.score_path import OneSide, ScorePath, Side
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection, bias_of, features, has_bias
 from depass_lightning.models.decoder import Decoder
@@ -71,6 +71,70 @@ def through_scores(
         DePassError: a norm inside attention is neither an RMSNorm nor a LayerNorm, or the mean derivative
             cannot be taken.
     """
+    with _called(decoder, attention, output, mean=mean) as call:
+        return call.pull(call.result, call.gradient)
+
+
+def through_scores_in_parts(
+    decoder: Decoder,
+    attention: FrozenAttention,
+    output: Float[Tensor, "batch position hidden"],
+    parts: Sequence[Float[Tensor, "#batch #position head"]],
+    side: Side,
+    *,
+    mean: bool = False,
+) -> list[ScoreGradient]:
+    """Take parts of a target's derivative back through a block's queries alone, or its keys alone.
+
+    Args:
+        decoder: the model.
+        attention: the block's frozen attention.
+        output: the target's derivative by what attention adds to the residual stream.
+        parts: factors of the derivative by each head's mixed values.
+        side: `query` or `key`; the other one is held fixed.
+        mean: as for `through_scores`. What is constant in scores is counted half on each side.
+
+    Raises:
+        DePassError: as for `through_scores`, or attention does not multiply queries with keys in one product.
+    """
+    with _called(decoder, attention, output, mean=mean, side=side) as call:
+        (gradient,) = torch.autograd.grad(call.result, call.mixed, call.gradient, retain_graph=True)
+        by_head = gradient.unflatten(-1, (attention.heads, -1))
+        return [
+            call.pull(call.mixed[0], (by_head * part[..., None].to(by_head)).flatten(-2)) for part in parts
+        ]
+
+
+@dataclass
+class _Call:
+    """One call of a block's attention with gradients."""
+
+    output: Tensor  # the target's derivative, in the precision of the result
+    gradient: Tensor  # the same by what attention returns
+    result: Tensor
+    mixed: list[Tensor]  # what the output map read
+    normed: Tensor
+    biases: list[tuple[Tensor, Tensor]]
+    uniform: Tensor | None
+
+    def pull(self, values: Tensor, gradient: Tensor) -> ScoreGradient:
+        """Take a derivative by what was computed back to the normed state and the constants."""
+        leaves = [self.normed, *(leaf for leaf, _ in self.biases)]
+        back, *others = torch.autograd.grad(
+            values, leaves, gradient, materialize_grads=True, retain_graph=True
+        )
+        constants = self.output.new_zeros(len(self.output))
+        for (_, bias), by_bias in zip(self.biases, others, strict=True):
+            added = _products(by_bias, bias, len(constants), constants.dtype)
+            constants = constants + added.to(constants.device)
+        return ScoreGradient(back.to(self.output), constants, self.uniform)
+
+
+@contextmanager
+def _called(
+    decoder: Decoder, attention: FrozenAttention, output: Tensor, *, mean: bool, side: Side | None = None
+) -> Iterator[_Call]:
+    """Call a block's attention as the model called it, with gradients, and everything but scores fixed."""
     with (
         undisturbed(decoder.model),
         torch.inference_mode(mode=False),
@@ -79,26 +143,34 @@ def through_scores(
     ):
         call, dtype = attention.call, output.dtype
         biases: list[tuple[Tensor, Tensor]] = []
+        mixed: list[Tensor] = []
         for module, hook in _hooks(call, dtype, biases):
             stack.callback(module.register_forward_hook(hook).remove)
+        if side is not None:
+            keep = call.block.attention.output.module.register_forward_pre_hook(
+                lambda _module, arguments: mixed.append(arguments[0])
+            )
+            stack.callback(keep.remove)
         arguments, keywords, normed = _with_gradient(call)
         path = ScorePath(call.block.attention.module) if mean else None
+        one_side = None if side is None else OneSide(call.block.attention.module, side)
         added = [] if path is None else _added_to_scores(keywords, len(output))
-        with path or nullcontext():
+        with path or nullcontext(), one_side or nullcontext():
             result = call.block.attention.module(*arguments, **keywords)
         result = result[0] if isinstance(result, tuple | list) else result
         if path is not None:
             _check_mean(path, attention)
             # A score is counted half by its query and half by its key, its constants once.
-            biases += [(leaf, 2 * constant) for leaf, constant in (*path.constants, *added)]
-        leaves = [normed, *(leaf for leaf, _ in biases)]
+            once = 2 if side is None else 1
+            biases += [(leaf, once * constant) for leaf, constant in (*path.constants, *added)]
+        if one_side is not None and (one_side.products != 1 or len(mixed) != 1):
+            raise DePassError(
+                f"queries and keys cannot be told apart: {type(call.block.attention.module).__name__} of "
+                f"block {call.block.index} does not multiply them in one product; take rule='half'"
+            )
+        uniform = None if path is None or path.uniform is None else path.uniform.to(output)
         gradient = _ordinary(call.before_post_norm(output).to(result))
-        back, *others = torch.autograd.grad(result, leaves, gradient, materialize_grads=True)
-        constants = output.new_zeros(len(output))
-        for (_, bias), gradient in zip(biases, others, strict=True):
-            constants = constants + _products(gradient, bias, len(output), dtype).to(output.device)
-    uniform = None if path is None or path.uniform is None else path.uniform.to(output)
-    return ScoreGradient(back.to(output), constants, uniform)
+        yield _Call(output, gradient, result, mixed, normed, biases, uniform)
 
 
 def _added_to_scores(keywords: dict[str, Any], batch: int) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ Attention is called as the model calls it; a torch function mode changes what de
 4. what scores contain besides products of queries and keys (attention sinks) has a derivative too.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SOFTMAX = (torch.softmax, nn.functional.softmax, Tensor.softmax)
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+SUMS_OF_PRODUCTS = (torch.baddbmm, Tensor.baddbmm)
+Side = Literal["query", "key"]
 NODES = 16  # of the quadrature; on real models 6 are exact to 2e-3 of a target's value, 12 to 2e-5
 
 
@@ -42,7 +45,7 @@ class ScorePath(TorchFunctionMode):
         super().__init__()
         self.uniform: Float[Tensor, "batch head query key"] | None = None
         self.constants: list[tuple[Tensor, Tensor]] = []
-        self._parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self._parameters = _storages(module)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch, held fixed where that is asked for."""
@@ -76,6 +79,47 @@ class ScorePath(TorchFunctionMode):
         even = visible.to(probabilities.dtype) / visible.sum(-1, keepdim=True).clamp_min(1)
         self.uniform = even[..., : scores.shape[-2]]  # less the column of a sink
         return _MeanDerivative.apply(scores, probabilities.detach(), visible)  # type: ignore[return-value]
+
+
+class OneSide(TorchFunctionMode):
+    """Calls of one attention module in which scores depend on queries alone, or on keys alone.
+
+    Args:
+        module: the attention module.
+        side: which of the two keeps its derivative.
+
+    Attributes:
+        products: the number of products of queries and keys that were seen.
+    """
+
+    def __init__(self, module: nn.Module, side: Side) -> None:
+        super().__init__()
+        self.side, self.products = side, 0
+        self._parameters = _storages(module)
+        self._scored = False  # products after the softmax are those of values
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one function of torch; of a product of two states, hold one fixed."""
+        kwargs = dict(kwargs or {})
+        if function in SUMS_OF_PRODUCTS:
+            args = (*args, *(kwargs.pop(name) for name in ("batch1", "batch2") if name in kwargs))
+        self._scored |= function in SOFTMAX
+        first = 0 if function in PRODUCTS else 1 if function in SUMS_OF_PRODUCTS else None
+        if first is not None and not self._scored:
+            factors = args[first : first + 2]
+            if all(factor.requires_grad and not self._is_weight(factor) for factor in factors):
+                self.products += 1
+                fixed = first + (self.side == "query")
+                args = (*args[:fixed], args[fixed].detach(), *args[fixed + 1 :])
+        return function(*args, **kwargs)
+
+    def _is_weight(self, factor: Tensor) -> bool:
+        return factor.untyped_storage().data_ptr() in self._parameters
+
+
+def _storages(module: nn.Module) -> set[int]:
+    """Return where a module's parameters are, which views of them share."""
+    return {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
 
 class _MeanDerivative(torch.autograd.Function):

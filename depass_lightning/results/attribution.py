@@ -22,7 +22,7 @@ from depass_lightning.results.grouping import (
     sections_summed,
     words_summed,
 )
-from depass_lightning.results.score_file import read_scores, write_scores
+from depass_lightning.results.score_file import read_result, write_result
 from depass_lightning.utils.sections import Section, SectionUnit
 
 if TYPE_CHECKING:
@@ -321,7 +321,8 @@ class Attribution:
         """
         record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         del record["scores"]
-        write_scores(path, self.scores, record | {"components": to_columns(self.components)})
+        columns = {"components": to_columns(self.components)}
+        write_result(path, "attribution", {"scores": self.scores}, record | columns)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Attribution":
@@ -333,12 +334,12 @@ class Attribution:
         Raises:
             DePassError: the file is no saved attribution, or one of another version's format.
         """
-        scores, record = read_scores(path)
+        tensors, record = read_result(path, "attribution")
         record["components"] = from_columns(record["components"])
         if record["offsets"] is not None:
             record["offsets"] = [tuple(span) for span in record["offsets"]]
         record["sections"] = [Section(*section) for section in record["sections"]]
-        return cls(scores=scores, **record)
+        return cls(scores=tensors["scores"], **record)
 
     # The pictures are imported where they are drawn: reports build on this module, and matplotlib, rich and
     # jinja2 take longer to import than an attribution takes to compute.

@@ -1,11 +1,10 @@
-"""The file of an attribution: its scores as a tensor, the rest as JSON in a safetensors header."""
+"""The file of a result: its numbers as tensors, the rest as JSON in a safetensors header."""
 
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -13,17 +12,21 @@ from torch import Tensor
 from depass_lightning.errors import DePassError
 from depass_lightning.utils.atomic_files import write_whole
 
-FORMAT = "depass-attribution-4"  # 1 counted ranks from 0; 2 had names for components; 3 no sections
+FORMATS = {
+    "attribution": "depass-attribution-4",  # 1 counted ranks from 0; 2 had names; 3 no sections
+    "circuit": "depass-circuit-1",
+}
 
 
-def write_scores(
-    path: str | os.PathLike[str], scores: Float[Tensor, " component"], record: Mapping[str, Any]
+def write_result(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write scores and what is known about them, whole or not at all.
+    """Write a result's tensors and what is known about them, whole or not at all.
 
     Args:
         path: the file.
-        scores: the scores.
+        kind: of the result, a key of `FORMATS`.
+        tensors: its numbers by name.
         record: everything else; its metadata is the user's.
 
     Raises:
@@ -33,32 +36,33 @@ def write_scores(
         header = json.dumps(record, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise DePassError(f"metadata cannot be JSON: {error}; keep plain values in it") from error
-    content = save({"scores": scores.contiguous()}, {"format": FORMAT, "attribution": header})
-    write_whole(path, content)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(contiguous, {"format": FORMATS[kind], kind: header}))
 
 
-def read_scores(path: str | os.PathLike[str]) -> tuple[Float[Tensor, " component"], dict[str, Any]]:
-    """Read the scores and the record that `write_scores` wrote.
+def read_result(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the record that `write_result` wrote.
 
     Args:
         path: the file.
+        kind: of the result.
 
     Raises:
-        DePassError: the file is no saved attribution, or one of another version's format.
+        DePassError: the file is no saved result of this kind, or one of another version's format.
     """
-    name = os.fspath(path)
+    name, expected = os.fspath(path), FORMATS[kind]
     try:
         with safe_open(name, framework="pt") as opened:
             header = opened.metadata() or {}
-            kind = header.get("format", "")
-            scores = opened.get_tensor("scores") if kind == FORMAT else None
+            written = header.get("format", "")
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise DePassError(f"{name} is no safetensors file: {error}") from error
-    if scores is None and kind.startswith(FORMAT.rstrip("0123456789")):
+    if written == expected:
+        return tensors, json.loads(header[kind])
+    if written.startswith(expected.rstrip("0123456789")):
         raise DePassError(
-            f"{name} is in the format {kind} of another version, and this one reads {FORMAT}; attribute "
+            f"{name} is in the format {written} of another version, and this one reads {expected}; attribute "
             "the prompt again"
         )
-    if scores is None:
-        raise DePassError(f"{name} holds no attribution that Attribution.save wrote")
-    return scores, json.loads(header["attribution"])
+    raise DePassError(f"{name} holds no {kind} that {kind.capitalize()}.save wrote")
