@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.checkpoints import ranks_after_batch, ranks_after_epoch
@@ -59,7 +60,8 @@ class DePassCallback(Callback):
         on_error: "log" reports a failing probe and its reason, and training goes on; "raise" ends training.
         folder: where pages and scores are written, in a folder `depass`; None for the first logger's folder,
             or the trainer's `default_root_dir` without a logger.
-        settings: `rule`, `temperature`, `bias`, `engine` and `attention_path`, as for `DePass.attribute`.
+        settings: `rule`, by default `auto`, `temperature`, `bias`, `engine` and `attention_path`, as for
+            `DePass.attribute`.
 
     Raises:
         DePassError: an argument is invalid; when training starts, the probes, the model or the tokenizer
@@ -116,7 +118,7 @@ class DePassCallback(Callback):
     def state_key(self) -> str:
         """The key of the state in a checkpoint: the probe sets, and settings other than the defaults."""
         defaults = {
-            "rule": "softmax",
+            "rule": AUTO,
             "attention_path": "content",
             "source": ["tokens"],
             "target": "contrast",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
-from depass_lightning.attribution.attribute import attribute
+from depass_lightning.attribution.attribute import attribute_by_rule, settings_by_rule
 from depass_lightning.attribution.cost import Estimate, estimate
 from depass_lightning.attribution.decompose import decompose, decompose_layers
 from depass_lightning.attribution.edges import CircuitOptions, circuit_of
@@ -31,7 +31,7 @@ from depass_lightning.attribution.settings import (
     checked,
     settings_of,
 )
-from depass_lightning.engine.rules import AttentionPath, RuleName
+from depass_lightning.engine.rules import AttentionPath
 from depass_lightning.engine.validate import bind_checked
 from depass_lightning.errors import DePassError
 from depass_lightning.models.load import dtype_of, load_model
@@ -158,7 +158,7 @@ class DePass:
                 several targets from one recorded pass. For several prompts it is one for all, a list with one
                 per prompt, or a list with a list for each prompt.
             source: what the state is split into; by default `Tokens()`.
-            rule: softmax (by default), max, relu, linear, taylor, half, shap, dual, or a rule file (.json).
+            rule: softmax (by default), max, relu, linear, taylor, half, shap, dual, a rule file (.json), or auto.
             temperature: of the softmax rule, by default 0.1.
             score_weight: of attention's scores under shap, from 0 (which is half) to 1; by default 0.5.
             bias: `component` (the default) scores constants as a component, so that scores sum to the value;
@@ -203,7 +203,7 @@ class DePass:
     ) -> list[Any]:
         """Attribute targets to the components of several sources, each by itself, from one recorded pass.
 
-        All else is as in `attribute`. Under a linear rule the sources share one backward pass, too.
+        All else is as in `attribute`. Sources of one linear rule share the backward pass, too.
 
         Returns:
             For one prompt a list with one result a source, each as `attribute` returns it; for several
@@ -212,7 +212,7 @@ class DePass:
         Raises:
             DePassError: the list of sources is empty, or what `attribute` raises.
         """
-        settings = settings_of(
+        settings = settings_by_rule(
             self.decoder,
             sources,
             compat=compat,
@@ -224,7 +224,7 @@ class DePass:
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         asked = with_both_answers(self.decoder, self.tokenizer, prompts, targets)
         questions = questions_of(self.decoder, self.tokenizer, *asked, sources)
-        scored = attribute(
+        scored = attribute_by_rule(
             self.decoder, self.tokenizer, questions, settings, batch_size=batch_size, progress=progress
         )
         results = results_of(targets, prompts, scored)
@@ -308,7 +308,7 @@ class DePass:
         continuation: str | Sequence[int] | None = None,
         target: LogitReading = "logit",
         source: Tokens | None = None,
-        rule: RuleName | str = "softmax",
+        rule: str = "softmax",
         rule_temperature: float = 0.1,
         score_weight: float = 0.5,
         bias: BiasMode = "component",

@@ -1,7 +1,7 @@
 """Attribute prompts batch by batch: from their questions to the `Attribution`s that a call returns."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,17 +9,19 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.forward import describe_components, record_batch
 from depass_lightning.attribution.question import Question
 from depass_lightning.attribution.readout import ModelAnswer, Readout
 from depass_lightning.attribution.scoring import Scores, score
-from depass_lightning.attribution.settings import Settings
+from depass_lightning.attribution.settings import Settings, settings_of
 from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.linear_rules import CalibratedRule, ShapRule
 from depass_lightning.errors import DePassWarning
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.sources import Source
 from depass_lightning.targets import Continuation
 from depass_lightning.utils.batching import in_batches
 
@@ -69,6 +71,68 @@ def attribute(
     if settings.complete:
         warn_of_gaps(result for sources in results for targets in sources for result in targets)
     return results
+
+
+def settings_by_rule(
+    decoder: Decoder, sources: Sequence[Source], *, compat: str | None = None, **options: Any
+) -> dict[tuple[int, ...], Settings]:
+    """Check the arguments of a call with several sources, which take different rules under `rule="auto"`.
+
+    Args:
+        decoder: the model.
+        sources: what states are split into.
+        compat: as in `settings_of`.
+        options: the other arguments of `settings_of`.
+
+    Returns:
+        The settings of each rule, by the indices of its sources.
+
+    Raises:
+        DePassError: as for `settings_of`.
+    """
+    if options.get("rule") != AUTO or not sources:
+        return {tuple(range(len(sources))): settings_of(decoder, sources, compat=compat, **options)}
+    indices: dict[str, list[int]] = {}
+    for index, source in enumerate(sources):
+        of_source = settings_of(decoder, [source], compat=compat, **options)
+        indices.setdefault(of_source.rule_name, []).append(index)
+    return {
+        tuple(places): settings_of(decoder, [sources[index] for index in places], compat=compat, **options)
+        for places in indices.values()
+    }
+
+
+def attribute_by_rule(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    questions: Sequence[Sequence[Question]],
+    settings: Mapping[tuple[int, ...], Settings],
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> list[BySource]:
+    """Attribute every prompt's questions to sources of several rules, each from a pass of its own.
+
+    Args:
+        decoder: the model.
+        tokenizer: as in `attribute`.
+        questions: `[prompt][target]`.
+        settings: those of each rule, by the indices of its sources.
+        batch_size: as in `attribute`.
+        progress: show progress bars.
+
+    Returns:
+        `[prompt][source][target]`.
+
+    Raises:
+        DePassError: as for `attribute`.
+    """
+    by_index: list[dict[int, list[Attribution]]] = [{} for _ in questions]
+    for indices, of_rule in settings.items():
+        results = attribute(decoder, tokenizer, questions, of_rule, batch_size=batch_size, progress=progress)
+        for row, by_source in zip(by_index, results, strict=True):
+            row.update(zip(indices, by_source, strict=True))
+    return [[row[index] for index in sorted(row)] for row in by_index]
 
 
 def _fitting(

@@ -12,6 +12,7 @@ import torch
 from pydantic import StringConstraints
 from torch.distributed import ProcessGroup
 
+from depass_lightning.attribution.automatic_rule import AUTO, Automatic, automatic_rule
 from depass_lightning.engine.linear_rules import CalibratedRule, LinearPaths
 from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.parallel import ComponentParallel, ParallelRule
@@ -35,7 +36,7 @@ Engine = Literal["auto", "propagate", "adjoint"]
 class RuleOptions(TypedDict, total=False):
     """How neurons are shared, what becomes of constants, and how scores are computed."""
 
-    rule: RuleName | RulePath
+    rule: Automatic | RuleName | RulePath
     temperature: float
     score_weight: float
     bias: BiasMode
@@ -70,7 +71,7 @@ class DecomposeOptions(TypedDict, total=False):
     """The keyword arguments of a call that returns states: those of `attribute` that are not about scores."""
 
     source: Source | None
-    rule: RuleName | RulePath
+    rule: Automatic | RuleName | RulePath
     temperature: float
     bias: BiasMode
     compat: Literal["paper_code"] | None
@@ -210,7 +211,7 @@ def settings_of(
 
     Args:
         decoder: the model.
-        sources: what states are split into.
+        sources: what states are split into; all under one rule.
         compat: `paper_code` for the published code's behaviour.
         memory_budget: bytes of working memory; None chooses them for the device.
         process_group: processes that share the components; a backward pass has none to share.
@@ -221,15 +222,18 @@ def settings_of(
     """
     if unknown := sorted(options.keys() - DEFAULTS.keys()):
         raise DePassError(f"there is no setting {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
+    _check_sources(sources)
     chosen: dict[str, Any] = {**DEFAULTS, **options}
-    name, bias, path = chosen["rule"], chosen["bias"], chosen["attention_path"]
+    engine, bias, path = chosen["engine"], chosen["bias"], chosen["attention_path"]
+    check_choices(bias=bias, compat=compat, engine=engine, attention_path=path)
+    name = chosen["rule"]
+    if name == AUTO:
+        (name,) = {automatic_rule(source, compat, engine, path) for source in sources}
     rule = rule_named(name, chosen["temperature"], chosen["score_weight"])
     if isinstance(rule, CalibratedRule):
         check_rule(rule, decoder)
         name = rule.name
-    check_choices(bias=bias, compat=compat, engine=chosen["engine"], attention_path=path)
-    adjoint = goes_back(rule, engine=chosen["engine"], compat=compat, attention_path=path)
-    _check_sources(sources)
+    adjoint = goes_back(rule, engine=engine, compat=compat, attention_path=path)
     for source in sources:
         source.layers(len(decoder.blocks))
     if compat == "paper_code":

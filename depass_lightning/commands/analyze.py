@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from depass_lightning.commands.attribute_task import AttributedTask, attribute_task
+from depass_lightning.commands.attribute_task import AttributedTask, attribute_task, resolve_rule
 from depass_lightning.commands.compare import compare, load_entry
 from depass_lightning.commands.console import (
     command,
@@ -42,6 +42,8 @@ def analyze(config: DictConfig) -> int:
         for page in write_timelines(config.timeline):
             console.print(Text(f"timeline {page}"), soft_wrap=True)
         return 0
+    if config.study is None:  # experiments name their rules
+        resolve_rule(config)
     with lock_run_folder(Path(config.paths.output_dir)):
         folder = open_run(config)
         code = run(config, folder)

@@ -17,6 +17,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from depass_lightning import __version__, tasks
+from depass_lightning.attribution.automatic_rule import AUTO, automatic_rule
+from depass_lightning.attribution.settings import DEFAULTS
 from depass_lightning.callbacks import (
     AttributionProgress,
     AttributionWriter,
@@ -71,6 +73,7 @@ MANIFEST_KEYS = (
     "faithfulness",
     "states",
 )
+PARAMETERS: dict[str, tuple[str, ...]] = {"softmax": ("temperature",), "shap": ("score_weight",)}  # of rules
 DESCRIPTIVE_KEYS = ("parameters", "context", "licence", "gated")  # of a model's entry; for the reader only
 
 
@@ -262,6 +265,19 @@ def trials(prompts: Sequence[str]) -> list[str]:
     """Return up to `TRIALS` prompts of increasing length; several, because one of them may be invalid."""
     ordered = sorted(set(prompts), key=len)
     return [ordered[index] for index in sorted({k * len(ordered) // TRIALS for k in range(TRIALS)})]
+
+
+def resolve_rule(config: DictConfig) -> None:
+    """Replace the rule `auto` by the one that it takes, as the files and the resumption of a run name it.
+
+    Args:
+        config: the configuration.
+    """
+    if config.rule.name == AUTO:
+        source = instantiate(config.source, _convert_="all")
+        engine = "auto" if config.states is None else "propagate"
+        name = automatic_rule(source, config.compat, engine, config.attention_path)
+        config.rule = {"name": name, **{key: DEFAULTS[key] for key in PARAMETERS.get(name, ())}}
 
 
 def rule_options(config: DictConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from depass_lightning import tasks
+from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.settings import BiasMode
 from depass_lightning.engine.linear_rules import CalibratedRule
 from depass_lightning.engine.rule_files import read_rule
@@ -143,7 +144,7 @@ class RuleSettings(StrictSettings):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    name: Annotated[str, _one_of((*get_args(RuleName), CalibratedRule.name))]
+    name: Annotated[str, _one_of((AUTO, *get_args(RuleName), CalibratedRule.name))]
     path: Name | None = None
     temperature: Temperature = 0.1
     score_weight: Annotated[float, Field(ge=0, le=1)] = 0.5

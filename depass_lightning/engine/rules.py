@@ -231,8 +231,8 @@ def rule_named(name: str, temperature: float = 0.1, score_weight: float = 0.5) -
     rules: dict[str, Rule] = {rule.name: rule for rule in (*competing, *linear)}
     if name not in rules:
         raise DePassError(
-            f"rule '{name}' is unknown; choose one of {', '.join(rules)}, or the path of a rule file, which "
-            f"ends with {SUFFIX}"
+            f"rule '{name}' is unknown; choose one of {', '.join(rules)}, auto, or the path of a rule file, "
+            f"which ends with {SUFFIX}"
         )
     return rules[name]
 

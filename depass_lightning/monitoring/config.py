@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from depass_lightning.attribution.settings import RuleOptions, settings_of
+from depass_lightning.attribution.attribute import settings_by_rule
+from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.sources import Heads, Module, Neurons, Source, Spans, Tokens
@@ -63,7 +64,7 @@ def check_settings(depass: DePass, sources: Sequence[Source], settings: RuleOpti
     Raises:
         DePassError: a setting is unknown, two exclude each other, or the model has no such layer.
     """
-    settings_of(depass.decoder, sources, **settings)
+    settings_by_rule(depass.decoder, sources, **settings)
 
 
 def _source(entry: Any) -> Source:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Unpack
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
@@ -108,7 +109,8 @@ class ProbeMonitor:
         batch_size: the number of probes in one pass; a batch that fails is halved until the probe to blame is
             found.
         on_error: "log" reports a failing probe and its reason; "raise" raises an error.
-        settings: `rule`, `temperature`, `bias`, `engine` and `attention_path`, as for `DePass.attribute`.
+        settings: `rule`, by default `auto`, `temperature`, `bias`, `engine` and `attention_path`, as for
+            `DePass.attribute`.
 
     Raises:
         DePassError: an argument is invalid, or the probes, the model or the tokenizer cannot be found.
@@ -154,7 +156,7 @@ class ProbeMonitor:
         self.faithfulness = faithfulness
         self.batch_size = batch_size
         self.on_error: Literal["log", "raise"] = on_error
-        self.settings = settings
+        self.settings: RuleOptions = {"rule": AUTO, **settings}
         self.throttle = Throttle(max_overhead)
         self.history: dict[str, History] = {}
         self.sets: dict[str, list[ProbePrompt]] = {}

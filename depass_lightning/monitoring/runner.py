@@ -55,7 +55,8 @@ class ProbeRunner:
     Attributes:
         depass: the model.
         device: the model's device.
-        sources: what states are split into; all share one recorded pass, and a linear rule's backward pass.
+        sources: what states are split into; those of one rule share one recorded and, if it is linear, one
+            backward pass.
         batch_size: the number of probes in one pass. It is halved permanently where memory runs out.
         settings: the rule and other settings of `DePass.attribute`.
     """

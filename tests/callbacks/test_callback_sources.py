@@ -52,7 +52,7 @@ def test_bad_choices_are_refused(make: Callable[[], Any], message: str) -> None:
     [
         ({"rule": "gold"}, "gold"),
         ({"engine": "magic"}, "engine='magic' is unknown"),
-        ({"attention_path": "control"}, "control"),
+        ({"attention_path": "control", "rule": "half"}, "control"),
         ({"source": Tokens(7)}, "layer 7 is out of range"),
         ({"rule": "softmax", "engine": "adjoint"}, "adjoint"),
     ],

@@ -76,7 +76,7 @@ def test_the_rows_are_the_librarys_own_attributions(done):
     assert [row["id"] for row in rows] == [example.id for example in task]
     for row, read in list(zip(rows, read_attributions(done / "attributions"), strict=True))[:4]:
         example = task[row["index"]]
-        alone = depass.attribute(example.prompt, target=example.target())
+        alone = depass.attribute(example.prompt, target=example.target(), rule="half")
         torch.testing.assert_close(read.scores, alone.scores, atol=1e-5, rtol=1e-5)
         assert (read.text, read.target, read.tokens) == (alone.text, alone.target, alone.tokens)
         assert [tuple(span) for span in row["evidence"]] == example.evidence_ranges()
@@ -97,7 +97,7 @@ def test_the_summary_says_what_the_rows_say(done):
     assert recover["depass"][-1] == pytest.approx(patch["depass"][0])
     assert summary["model"]["name"] == rows[0]["model"] == "tiny"
     assert summary["model"]["fingerprint"] == rows[0]["fingerprint"]
-    assert summary["rule"] == {"name": "softmax", "temperature": 0.1}
+    assert summary["rule"] == {"name": "half"}
     assert summary["versions"]["torch"] == torch.__version__
 
 
@@ -144,7 +144,8 @@ def test_the_batch_size_and_a_second_run_change_nothing(done, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["target=token"], {"rule": "softmax", "target": "Mary"}),
+        (["target=token"], {"rule": "half", "target": "Mary"}),
+        (["rule=softmax"], {"rule": "softmax"}),
         (["target=own", "rule=max"], {"rule": "max", "target": "Mary"}),
         (["rule=taylor", "source.layer=1"], {"rule": "taylor", "layer": 1, "target": "Mary−John"}),
     ],
@@ -204,7 +205,7 @@ def test_generated_tokens_are_rows_of_a_matrix(tmp_path, capsys):
     rows = read_rows(tmp_path / "one" / "attributions")
     task, depass = tasks.load("ioi", size=3), DePass.from_pretrained("tiny")
     assert [row["id"] for row in rows] == [f"{example.id}/{k}" for example in task for k in range(3)]
-    found = depass.attribute_generation(task[1].prompt, max_new_tokens=3)
+    found = depass.attribute_generation(task[1].prompt, max_new_tokens=3, rule="half")
     for row, read, own in zip(
         rows[3:6], read_attributions(tmp_path / "one" / "attributions")[3:6], found, strict=True
     ):
@@ -248,7 +249,7 @@ def test_a_prompt_that_cannot_be_gone_on_with_costs_itself_alone(tmp_path):
 
 def test_control_paths_are_reported_apart(tmp_path, capsys):
     """The library's own, and no word of a distance from the value, of which they are only a part."""
-    assert run(tmp_path, "rule=taylor", "attention_path=control", "task.size=2", "faithfulness=none") == 0
+    assert run(tmp_path, "attention_path=control", "task.size=2", "faithfulness=none") == 0
     (read, _), example = read_attributions(tmp_path / "attributions"), tasks.load("ioi", size=2)[0]
     alone = DePass.from_pretrained("tiny").attribute(
         example.prompt, example.target(), rule="taylor", attention_path="control"
@@ -279,7 +280,7 @@ def jsonl(folder, *rows):
         (["source=subspace", "source.path=nowhere.npy"], "no file nowhere.npy"),
         (["source=neurons", "source.indices=[4000]"], "no neuron 4000"),
         (["batch_size=0"], "batch_size"),
-        (["attention_path=control"], "attention_path='control' needs rule='taylor'"),
+        (["attention_path=control", "rule=half"], "attention_path='control' needs rule='taylor'"),
         (
             ["attention_path=sideways", "rule=taylor"],
             "attention_path='sideways': it should be 'content' or 'control'",
@@ -383,7 +384,8 @@ def test_processes_share_each_prompt(tmp_path):
         ("one", []),
         ("two", ["parallel=components", "trainer.devices=2", "trainer.strategy=ddp_fork"]),
     ):
-        assert run(tmp_path / name, "task.size=3", "batch_size=2", "faithfulness=none", *extra) == 0
+        overrides = ["rule=softmax", "task.size=3", "batch_size=2", "faithfulness=none", *extra]
+        assert run(tmp_path / name, *overrides) == 0
     one, two = (read_attributions(tmp_path / name / "attributions") for name in ("one", "two"))
     for own, other in zip(one, two, strict=True):
         assert own.names == other.names

@@ -8,6 +8,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
+from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import rule_named
 from depass_lightning.models.load import dtype_of
@@ -175,7 +176,7 @@ def test_sources_rules_and_targets_are_the_librarys(tmp_path):
         chosen = [f"rule={path.stem}", *REQUIRED.get(("rule", path.stem), [])]
         rule = composed("analyze", chosen, tmp_path).rule
         assert rule.name == path.stem
-        if "path" not in rule:
+        if "path" not in rule and rule.name != AUTO:
             rule_named(rule.name, rule.get("temperature", 0.1))
     targets = {
         path.stem: Explained(**composed("analyze", [f"target={path.stem}"], tmp_path).target)

@@ -297,7 +297,7 @@ def test_skipped_prompts_are_tried_again(tmp_path):
     ("overrides", "difference"),
     [
         (["source.layer=1"], "source.layer was 0 and is 1"),
-        (["rule=taylor"], "rule.name was 'softmax' and is 'taylor'"),
+        (["rule=taylor"], "rule.name was 'half' and is 'taylor'"),
         (["task.seed=5"], "the prompts differ"),
         (["bias=drop"], "bias was 'component' and is 'drop'"),
     ],

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from depass_lightning.callbacks import AttributionWriter
 from depass_lightning.commands import resume as runs
@@ -20,9 +21,9 @@ from depass_lightning.commands.analyze import main
 from depass_lightning.commands.attribute_task import manifest_of
 from depass_lightning.commands.resume import UNFINISHED, Resume, lock_run_folder
 from depass_lightning.errors import DePassError
-from depass_lightning.storage import RunStore
+from depass_lightning.storage import RunStore, read_rows
 from depass_lightning.tasks import Example, Task
-from tests.commands.test_analyze import run
+from tests.commands.test_analyze import run, summary_of
 from tests.commands.test_conf import composed
 from tests.commands.test_resume import QUICK, SIZE, table
 from tests.conftest import ROOT
@@ -275,3 +276,23 @@ def test_a_file_that_was_written_again_makes_it_another_run(group, tmp_path):
         manifests.append(manifest_of(config, "weights", task))
     (difference,) = manifests[0].differences(manifests[1])
     assert difference.startswith(f"{group}.file was ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["source=heads"], {"name": "shap", "score_weight": 0.5}),
+        (["source=heads", "states=end"], {"name": "half"}),
+    ],
+)
+def test_runs_record_the_rule_that_auto_takes(tmp_path, overrides, rule):
+    """In every file, so that naming it goes on with the same run."""
+    chosen = [f"rule={rule['name']}", *overrides]
+    for number, typed in enumerate((overrides, chosen)):
+        assert run(tmp_path, "task.size=2", "faithfulness=none", *typed) == 0
+        summary = summary_of(tmp_path)
+        assert summary["rule"] == OmegaConf.load(tmp_path / "config.yaml").rule == rule
+        assert summary.get("attributed_before", 0) == 2 * number
+    manifest = json.loads((tmp_path / "attributions" / "manifest.json").read_text())
+    assert manifest["settings"]["rule"] == rule
+    assert {row["rule"] for row in read_rows(tmp_path / "attributions")} == {rule["name"]}

@@ -88,7 +88,7 @@ def test_every_run_is_a_row_with_its_own_numbers(sweep: Path) -> None:
             assert row[name] == summary.get(name, {"value": None})["value"]
             assert row[f"{name}_chance"] == summary.get(name, {"chance": None})["chance"]
         assert row["fingerprint"] == summary["model"]["fingerprint"]
-        assert row["rule"] == "softmax"
+        assert row["rule"] == ("shap" if row["source"].startswith("heads") else "half")
         assert Path(row["folder"]) == sweep / row["run"]
     assert [row["source"].split()[0] for row in rows] == [
         "tokens",
@@ -101,7 +101,7 @@ def test_every_run_is_a_row_with_its_own_numbers(sweep: Path) -> None:
     assert [run["numbers"].get("patch_top_area", {}).get("value") for run in data["runs"]] == [
         row["patch_top_area"] for row in rows
     ]
-    assert {axis["key"] for axis in data["axes"]} == {"checkpoint", "task", "source"}
+    assert {axis["key"] for axis in data["axes"]} == {"checkpoint", "task", "source", "rule"}
 
 
 def test_the_same_prompt_stands_side_by_side(sweep: Path) -> None:

@@ -84,13 +84,13 @@ model.dtype=null model.name=3        | model.name=3
 model.device_map=1.5                 | model.device_map=1.5
 rule=sofmax                          | Could not find 'rule/sofmax'
 rule.name=sofmax                     | did you mean softmax?
-rule.temperature=hot                 | rule.temperature='hot'
-rule.temperature=0                   | greater than zero
-rule.temperature=-1                  | greater than zero
-rule.temperature=1e-45               | at least 1e-30
-rule.temperature=nan                 | greater than zero
-rule.temperature=inf                 | finite
-rule.temperature=null                | rule.temperature=None
+rule=softmax rule.temperature=hot    | rule.temperature='hot'
+rule=softmax rule.temperature=0      | greater than zero
+rule=softmax rule.temperature=-1     | greater than zero
+rule=softmax rule.temperature=1e-45  | at least 1e-30
+rule=softmax rule.temperature=nan    | greater than zero
+rule=softmax rule.temperature=inf    | finite
+rule=softmax rule.temperature=null   | rule.temperature=None
 rule=calibrated                      | rule.path has to be given
 rule=calibrated rule.path=lost.json  | there is no rule file lost.json
 rule=half +rule.path=rule.json       | rule.path is the file of a calibrated rule
