@@ -235,6 +235,7 @@ def _swept_back(
                 group = source.entry_scores(recording, context, block, gradients.resid_pre)
             assert group is not None
             groups.append(group)
+        del gradients  # and the block's weights, where they are gathered, before the next block's
     return [torch.stack(groups[::-1], 1) for groups in scores]
 
 

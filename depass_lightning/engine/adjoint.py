@@ -152,7 +152,10 @@ def backward(
             entry = _before_skip(block.attention.skip, middle).plus(attended)
             if mlp_input is not None:
                 entry = TargetGradient(entry.states + mlp_input, entry.constants)
-        yield BlockGradients(block, entry, middle, derivative, mlp_input, heads, neurons)
+        gradients = BlockGradients(block, entry, middle, derivative, mlp_input, heads, neurons)
+        del block  # whoever takes the gradients holds its weights
+        yield gradients
+        del gradients
         derivative = entry
 
 

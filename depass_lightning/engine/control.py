@@ -29,6 +29,7 @@ from depass_lightning.engine.score_path import OneSide, ScorePath, Side
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection, bias_of, features, has_bias
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.sharding import gathered
 
 ADDED = ("attention_mask", "alibi")  # arguments that attention adds to its scores
 
@@ -142,6 +143,7 @@ def _called(
         ExitStack() as stack,
     ):
         call, dtype = attention.call, output.dtype
+        stack.enter_context(gathered(call.block.attention.module))
         biases: list[tuple[Tensor, Tensor]] = []
         mixed: list[Tensor] = []
         for module, hook in _hooks(call, dtype, biases):

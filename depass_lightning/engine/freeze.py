@@ -21,6 +21,7 @@ from depass_lightning.models.affine import AffineMap
 from depass_lightning.models.block import AttentionParts, Block, MLPParts
 from depass_lightning.models.experts import DenseParts, ExpertsParts, ExpertsUp
 from depass_lightning.models.mixers.base import Mixer, Mixing
+from depass_lightning.models.sharding import whole
 from depass_lightning.models.spec import ResidualNorm
 
 
@@ -238,7 +239,7 @@ class _Freezer:
     ) -> FrozenNorm | None:
         """What the residual stream itself goes through past a sublayer, if anything."""
         if parts.residual_weight is not None:
-            weight = parts.residual_weight.detach().to(self.state)
+            weight = whole(parts.residual_weight).detach().to(self.state)
             return FrozenNorm(NormParameters(weight, None, False), torch.ones_like(self.state[..., 0]))
         return {"none": None, "norm": norm, "post_norm": post}[parts.residual]
 

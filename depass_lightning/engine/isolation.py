@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from depass_lightning.models.affine import device_of
 from depass_lightning.models.decoder import unwrapped
 from depass_lightning.models.rotary import Frequencies
+from depass_lightning.models.sharding import opened
 
 POLL = 0.0005  # seconds
 
@@ -165,11 +166,13 @@ def _turns(model: nn.Module) -> _Turns:
 def alone(model: nn.Module) -> Iterator[None]:
     """Compute with a model in its weights' precision, while no other thread uses it through DePass.
 
+    The weights of an FSDP2 model are gathered group by group (`models/sharding.py`).
+
     Args:
         model: the model; it may be compiled or have adapters.
     """
     inner = unwrapped(model)
-    with _turns(inner).taken(), exact(device_of(inner)):
+    with _turns(inner).taken(), exact(device_of(inner)), opened(inner):
         yield
 
 

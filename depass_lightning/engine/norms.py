@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, device_of
+from depass_lightning.models.sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class NormParameters:
         probes = torch.ones(1, 3, hidden, device=device_of(norm, near), dtype=expects)
         probes[0, 0] = 0
         probes[0, 2, 1::2] = -1
-        at_zero, at_ones, at_signs = norm(probes)[0].to(dtype)
+        with gathered(norm):
+            at_zero, at_ones, at_signs = norm(probes)[0].to(dtype)
         signs = probes[0, 2].to(dtype)
         centred = bool((at_ones - at_zero).abs().max() < 1e-2 * (at_signs - at_zero).abs().max())
         if centred:

@@ -26,6 +26,7 @@ from depass_lightning.models.affine import Projection
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.experts import ExpertsUp
+from depass_lightning.models.sharding import gathered, whole
 
 
 @dataclass
@@ -83,7 +84,9 @@ class Recording:
         if not capture.everything:
             capture = self._replay(block, capture)
         state = capture.entered.to(capture.left.device, self.dtype)
-        return brought(freeze(block, capture, state, self._probes[layer]), self.final_state.device)
+        with gathered(block.module):
+            frozen = freeze(block, capture, state, self._probes[layer])
+        return brought(frozen, self.final_state.device)
 
     def _replay(self, block: Block, kept: Capture) -> Capture:
         capture = Capture(everything=True)
@@ -209,7 +212,9 @@ def _check_finite(decoder: Decoder, captures: list[Capture], real: Tensor) -> No
         if bool(torch.isfinite(capture.left[real.to(capture.left.device)]).all()):
             continue
         broken = [
-            name for name, value in block.module.named_parameters() if not bool(torch.isfinite(value).all())
+            name
+            for name, value in block.module.named_parameters()
+            if not bool(torch.isfinite(whole(value)).all())
         ]
         culprit = (
             f"its parameter '{broken[0]}' is not" if broken else "its parameters are: activations overflow"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.sharding import PLAIN, gathered
 
 AT_ONCE = 4096  # rows of the identity
 
@@ -86,14 +87,14 @@ def rows_of(
 
 @contextmanager
 def held(module: nn.Module) -> Iterator[None]:
-    """Have a module's tensors where it computes: those that `accelerate` offloads are fetched meanwhile.
+    """Have a module's tensors where it computes: those that are offloaded or sharded are fetched meanwhile.
 
     Args:
         module: a part of the model.
     """
     with ExitStack() as stack:
-        for part in module.modules():
-            stack.enter_context(align_module_device(part))
+        for fetched in (*map(align_module_device, module.modules()), gathered(module)):
+            stack.enter_context(fetched)
         yield
 
 
@@ -208,7 +209,7 @@ def is_quantised(module: nn.Module) -> bool:
         module: a linear layer of the model, with adapters or without.
     """
     return any(
-        type(tensor) not in (nn.Parameter, Tensor)
+        type(tensor) not in PLAIN
         or tensor.dtype.itemsize < 2
         or not (tensor.is_floating_point() or tensor.ndim < 2)
         for tensor in (*module.parameters(), *module.buffers())

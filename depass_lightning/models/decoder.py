@@ -13,6 +13,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, features, has_bias, is_quantised, linear_of, rows_of
 from depass_lightning.models.block import bind
 from depass_lightning.models.rotary import Regime, is_rotary, regime
+from depass_lightning.models.sharding import check_shards
 from depass_lightning.models.spec import FamilySpec, configured, submodule
 
 READOUT_ROWS = 16_384  # of the unembedding that are read at once
@@ -44,6 +45,7 @@ class Decoder:
         self.model = original(model)
         owner = type(self.model).__name__
         _check_weights(self.model)
+        check_shards(self.model)
         self.config = self.config_of(model)
         self.spec = spec
         self.max_positions = _positions(self.config, max_positions)

@@ -1,15 +1,16 @@
 """Finds the language model and its tokenizer in the module that is trained."""
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.sharding import check_shards, is_sharded, opened
 
 ModelFinder = str | Callable[[Any], nn.Module]
 
@@ -61,30 +62,6 @@ def find_model(
     raise DePassError(f"there are {len(models)} language models {inside}: {paths}; choose with model=...")
 
 
-def _whole(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model whose parameters are whole on this rank; refuse another one, however it was sharded."""
-    shards = next(filter(None, map(_shard, model.parameters())), None)
-    weight = model.get_input_embeddings().weight
-    if shards is None and isinstance(weight, torch.Tensor) and weight.ndim != 2:
-        shards = "flattened pieces, as FSDP1 makes them"
-    if shards is not None:
-        raise DePassError(
-            f"the weights of {type(model).__name__} are sharded over ranks ({shards}), but the probes need "
-            "all of them on every rank; train with DDP, or attribute the checkpoints as they appear: "
-            "python analyze.py watch.folder=<the training's output folder>"
-        )
-    return model
-
-
-def _shard(parameter: nn.Parameter) -> str | None:
-    """Return how a parameter is sharded; None if it is whole."""
-    if isinstance(parameter, DTensor):
-        return "DTensors, as FSDP2 and tensor parallelism make them"
-    return (
-        "ZeRO-3" if hasattr(parameter, "ds_id") else None
-    )  # DeepSpeed's mark; ZeRO-1 and 2 keep weights whole
-
-
 class TrackedModel:
     """The language model inside a module, which may be replaced, or have parts of it replaced.
 
@@ -94,20 +71,32 @@ class TrackedModel:
         trained: see `find_model`.
 
     Raises:
-        DePassError: there is no model, or more than one, or its weights are sharded over ranks.
+        DePassError: there is no model, or more than one, or its weights are sharded in another way than
+            FSDP2's.
     """
 
     def __init__(
         self, module: nn.Module, where: ModelFinder | None = None, trained: Collection[nn.Parameter] = ()
     ) -> None:
-        self._find = lambda: _whole(find_model(module, where, trained))
+        self._find = lambda: find_model(module, where, trained)
+        self._module = module
         self.model = self._find()
+        check_shards(self.model)
         self._modules = list(self.model.modules())
 
     @property
     def device(self) -> torch.device:
         """The model's device."""
         return self.model.device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every rank has to run every probe, because they gather the weights together."""
+        return is_sharded(self.model)
+
+    def opened(self) -> AbstractContextManager[None]:
+        """Gather sharded weights that are in no block once, inside the context."""
+        return opened(self.model, around=self._module)
 
     def replaced(self) -> bool:
         """Find the model again, and return whether a module of it is another one than last time.

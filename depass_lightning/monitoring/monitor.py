@@ -3,6 +3,7 @@
 1. The probe sets are loaded once; all ranks use the first rank's.
 2. In a run, every rank attributes its share, `range(rank, n, world)`, with the model itself rather than its
    distributed wrapper: a plain forward pass needs no other rank, so shares may be uneven or empty.
+   Weights that FSDP2 shards are gathered by all ranks together: every rank attributes every probe then.
 3. The shares are gathered once. Every rank then has every outcome: all of them compute the same numbers and
    keep the same history, and none waits for another.
 
@@ -22,6 +23,7 @@ from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
+from depass_lightning.models.sharding import mixed_precision
 from depass_lightning.monitoring.config import Sources, check_settings, name_sources
 from depass_lightning.monitoring.discovery import ModelFinder, TrackedModel, find_tokenizer
 from depass_lightning.monitoring.history import History
@@ -220,7 +222,15 @@ class ProbeMonitor:
                         probe if probe.ids else probe.formatted(tokenizer, self.target, self.answer)
                         for probe in probes
                     ]
-            self._model, self._runner = model, self._make_runner(model)
+            with model.opened():
+                self._model, self._runner = model, self._make_runner(model)
+        precision = mixed_precision(module)
+        if precision is not None and precision != model.model.dtype:
+            log.info(
+                "MixedPrecisionPolicy trains in %s; the probes are attributed with the weights in %s",
+                precision,
+                model.model.dtype,
+            )
 
     def release(self) -> None:
         """Release the model."""
@@ -268,7 +278,7 @@ class ProbeMonitor:
             raise DePassError("this ProbeMonitor has no model; call bind(model, [tokenizer]) first")
         began = self.throttle.clock()
         first = self.throttle.unused
-        with isolated(self._model.device), sharing():
+        with isolated(self._model.device), self._model.opened(), sharing():
             results = self._results(self._model, step, record)
         scalars = {name: value for result in results for name, value in result.scalars.items()}
         if record:
@@ -318,12 +328,15 @@ class ProbeMonitor:
         sources = list(self.sources.values())
         depass = DePass(model.model, self._tokenizer)
         check_settings(depass, sources, self.settings)
-        return ProbeRunner(depass, model.device, sources, self.batch_size, self.settings)
+        return ProbeRunner(depass, model.device, sources, self.batch_size, model.sharded, self.settings)
 
     def _results(self, model: TrackedModel, step: int, record: bool) -> list[Result]:
         """Attribute this rank's share, gather the others', and measure each set under each source."""
         rank, world_size = place()
-        shares = from_all(lambda: self._shares(model, rank, world_size))
+        if model.sharded:
+            shares = from_all(lambda: self._shares(model, 0, 1))[:1]
+        else:
+            shares = from_all(lambda: self._shares(model, rank, world_size))
         results = []
         for name, probes in self.sets.items():
             outcomes = {i: outcome for share in shares for i, outcome in share[name].items()}

@@ -18,6 +18,7 @@ from depass_lightning.faithfulness import Case, Columns, TokenRemoval, evaluate
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source
+from depass_lightning.utils.distributed import from_all, sharing
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class ProbeRunner:
         sources: what states are split into; those of one rule share one recorded and, if it is linear, one
             backward pass.
         batch_size: the number of probes in one pass. It is halved permanently where memory runs out.
+        together: all ranks run the same probes, because their weights are sharded: a batch that fails on one
+            has failed on all.
         settings: the rule and other settings of `DePass.attribute`.
     """
 
@@ -65,6 +68,7 @@ class ProbeRunner:
     device: torch.device
     sources: Sequence[Source]
     batch_size: int
+    together: bool = False
     settings: RuleOptions = field(default_factory=RuleOptions)
 
     def outcomes(self, probes: Sequence[ProbePrompt], removal: int = 0) -> list[Outcome]:
@@ -82,14 +86,21 @@ class ProbeRunner:
 
     def _halving(self, probes: Sequence[ProbePrompt], removal: int) -> list[Outcome]:
         """Attribute a batch; where it fails, its halves, until the probe to blame is alone."""
+        outcomes, reason, out_of_memory = list[Outcome](), "", False
         try:
-            return self._outcomes(probes, removal)
+            outcomes = self._outcomes(probes, removal)
         except torch.OutOfMemoryError as error:
             reason, out_of_memory = reason_of(error), True
         except Exception as error:
             log.debug("attributing %d probes failed", len(probes), exc_info=True)
-            reason, out_of_memory = reason_of(error), False
+            reason = reason_of(error)
         # after the handlers: inside them, the error's traceback would keep the failed pass's memory
+        if self.together:
+            with sharing():
+                faults = from_all(lambda: (out_of_memory, reason))
+            out_of_memory, reason = max(faults)
+        if not reason:
+            return outcomes
         if len(probes) == 1:
             return [Failure(reason)]
         middle = len(probes) // 2

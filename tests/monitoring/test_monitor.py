@@ -15,6 +15,7 @@ from lightning.fabric import Fabric
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from depass_lightning import DePassError
 from depass_lightning.monitoring.monitor import ProbeMonitor
@@ -181,15 +182,24 @@ def _one_process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_process_group")
-def test_sharded_weights_are_refused_by_the_type_of_their_parameters() -> None:
+def test_sharded_weights_are_refused_by_the_type_of_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever strategy or plain call has sharded them."""
-    fsdp2 = language_model()
-    fully_shard(fsdp2, mesh=init_device_mesh("cpu", (1,)))
+    mesh = init_device_mesh("cpu", (1,))
+    parallel = language_model()
+    parallelize_module(parallel, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
     zero3: Any = language_model()
     zero3.model.norm.weight.ds_id = 0
     fsdp1 = language_model()
     fsdp1.model.embed_tokens.weight = nn.Parameter(fsdp1.model.embed_tokens.weight.detach().flatten())
-    for model, cause in ((fsdp2, "DTensors"), (zero3, "ZeRO-3"), (fsdp1, "flattened pieces")):
+    offloaded: Any = language_model()
+    fully_shard(offloaded, mesh=mesh)
+    monkeypatch.setattr(type(mesh), "device_type", "cuda")
+    for model, cause in (
+        (parallel, "DTensors"),
+        (offloaded, "FSDP2's with CPUOffloadPolicy"),
+        (zero3, "ZeRO-3"),
+        (fsdp1, "flattened pieces"),
+    ):
         with pytest.raises(DePassError, match=rf"sharded over ranks \({cause}.*watch.folder="):
             ProbeMonitor(Inside(model), tokenizer(), list(PROMPTS))
 
