@@ -20,7 +20,7 @@ from depass_lightning.attribution.cost import Estimate
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, DePassWarning
 from depass_lightning.models.families import register_family
-from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
+from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec, ModelSpec
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.circuit import Circuit
@@ -62,6 +62,7 @@ __all__ = [
     "LogOdds",
     "LogProb",
     "MLPSpec",
+    "ModelSpec",
     "Module",
     "Neurons",
     "Preference",

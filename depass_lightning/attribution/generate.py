@@ -144,6 +144,8 @@ def _generated(
     if "generation_config" not in chosen:
         chosen.setdefault("do_sample", False)
     ids = torch.tensor([prompt.ids], device=decoder.device)
+    if not hasattr(decoder.model, "generate"):
+        raise DePassError(f"{decoder.name} has no generate(); pass the answer as continuation=")
     with undisturbed(decoder.model):
         try:
             output: Any = decoder.model.generate(  # pyright: ignore[reportCallIssue]

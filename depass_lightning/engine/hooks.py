@@ -77,7 +77,8 @@ class Capture:
             attention.module.register_forward_pre_hook(self._call, with_kwargs=True),
         ]
         if attention.mixer is None:
-            handles.append(attention.module.register_forward_hook(self._attention))
+            hook = self._returned if attention.probabilities is None else self._asked(attention.probabilities)
+            handles.append(attention.module.register_forward_hook(hook, with_kwargs=True))
         else:
             handles += [
                 module.register_forward_hook(self._mixed(name))
@@ -116,8 +117,14 @@ class Capture:
     def _call(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self.attention_call = arguments, keywords
 
-    def _attention(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+    def _returned(self, _module: nn.Module, _arguments: Any, _keywords: Any, output: Any) -> None:
         self.probabilities = output[1]
+
+    def _asked(self, probabilities: Callable[..., Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, keywords: Any, _output: Any) -> None:
+            self.probabilities = probabilities(module, *arguments, **keywords)
+
+        return hook
 
     def _output(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-SOFTMAX = (torch.softmax, nn.functional.softmax, Tensor.softmax)
+from depass_lightning.models.probabilities import SOFTMAX
+
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 SUMS_OF_PRODUCTS = (torch.baddbmm, Tensor.baddbmm)
 Side = Literal["query", "key"]

@@ -26,8 +26,13 @@ from depass_lightning.engine.norms import past
 from depass_lightning.engine.record import Recording, record
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import Block
-from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.families import FAMILIES, declared_families, supported_model_types
+from depass_lightning.models.decoder import Decoder, unwrapped
+from depass_lightning.models.families import (
+    FAMILIES,
+    declared_families,
+    families_of_class,
+    supported_model_types,
+)
 from depass_lightning.models.spec import FamilySpec
 
 logger = logging.getLogger(__name__)
@@ -39,17 +44,17 @@ def bind_checked(model: nn.Module, **options: Any) -> Decoder:
     """Bind a model to its family's declaration, and check that the declaration describes it.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a causal language model of transformers, or of a class that is declared.
         options: `compute_dtype` and `max_positions`, see `Decoder`.
 
     Raises:
         DePassError: the architecture is not supported, or the declaration does not describe this model; the
             message names the block, the sublayer and the error.
     """
-    config: Any = Decoder.config_of(model)
-    declared = declared_families(config)
+    declared = families_of_class(unwrapped(model)) or declared_families(Decoder.config_of(model))
     if not declared:
-        return Decoder(model, _discovered(model, config.model_type), **options)
+        kind: Any = Decoder.config_of(model).model_type
+        return Decoder(model, _discovered(model, kind), **options)
     validate(Decoder(model, declared[0]))
     return Decoder(model, declared[0], **options)
 
@@ -58,18 +63,20 @@ def _discovered(model: nn.Module, kind: str) -> FamilySpec:
     """Try every declaration on a model whose type has none."""
     tried: dict[str, str] = {}
     for family in FAMILIES:
+        if family.model is not None:
+            continue
         for parallel in (family.parallel, not family.parallel):
             spec = replace(family, model_types=(kind,), parallel=parallel)
             try:
                 error = validate(Decoder(model, spec))
             except DePassError as refused:
-                tried.setdefault(family.model_types[0], str(refused))
+                tried.setdefault(family.names[0], str(refused))
                 continue
             logger.warning(
                 "model type '%s' has no declaration; its blocks are built like those of '%s'%s (checked: its "
                 "blocks' sums are right to %.0e)",
                 kind,
-                family.model_types[0],
+                family.names[0],
                 "" if parallel == family.parallel else f", attention and MLP {_order(parallel)}",
                 error,
             )

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import unwrapped
+from depass_lightning.models.families import families_of_class
 from depass_lightning.models.rotary import regime
 from depass_lightning.utils.batching import in_batches
 
@@ -114,6 +116,14 @@ def _answer_logits(
     mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=device)
     seen = torch.tensor([[True] * p + list(prompt.seen) for p, prompt in rows], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    families = families_of_class(model)
+    if families and (spec := families[0].model) is not None:  # it takes no mask
+        if not bool(seen.all()):
+            raise DePassError(f"embeddings of {type(model).__name__} cannot be set to zero; leave out zeroed")
+        rows = [[*prompt.ids, *[0] * p] for p, prompt in rows]
+        logits = spec.logits(model, torch.tensor(rows, device=device))
+        wanted = torch.tensor([range(longest - p - count, longest - p) for p in padding], device=device)
+        return logits.gather(1, wanted[:, :, None].expand(-1, -1, logits.shape[2])).float()
     with ExitStack() as stack:
         if not bool(seen.all()):
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]

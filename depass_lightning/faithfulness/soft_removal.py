@@ -125,7 +125,7 @@ class SoftRemoval:
 
     def _probabilities(self, case: Case, decoder: Decoder, dropped: Tensor) -> Tensor:
         """Return the answer's probability with dimensions of embeddings dropped, a row each."""
-        embedding = decoder.model.get_input_embeddings()
+        embedding = decoder.token_embedding
         place = Place(embedding, decoder.hidden_size, output=True)  # each dimension by itself
         position = case.attribution.position
         ids = torch.tensor([case.attribution.token_ids[: position + 1]], device=decoder.device)

@@ -75,7 +75,7 @@ def places_of(decoder: Decoder, attribution: Attribution) -> tuple[dict[str, Pla
         targets = [
             Target(i, "embedding", 0, span) for i, span in spans if span and span[1] <= attribution.position
         ]
-        return {"embedding": Place(decoder.model.get_input_embeddings(), 1, output=True)}, targets
+        return {"embedding": Place(decoder.token_embedding, 1, output=True)}, targets
     places: dict[str, Place] = {}
     targets = []
     for index, component in enumerate(attribution.components):

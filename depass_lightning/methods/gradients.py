@@ -24,7 +24,7 @@ def embeddings_of(batch: Batch) -> Float[Tensor, "batch position hidden"]:
         batch: the prompts.
     """
     decoder: Decoder = batch.decoder
-    return decoder.model.get_input_embeddings()(batch.ids).detach().requires_grad_()
+    return decoder.token_embedding(batch.ids).detach().requires_grad_()
 
 
 class _Gradient(TokenBaseline):

@@ -47,7 +47,7 @@ def embeddings_replaced(
     def replace(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return embeddings.to(output)
 
-    handle = decoder.model.get_input_embeddings().register_forward_hook(replace)
+    handle = decoder.token_embedding.register_forward_hook(replace)
     try:
         yield
     finally:

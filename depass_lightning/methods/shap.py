@@ -77,7 +77,7 @@ class GradientShap(TokenBaseline):
         scores = torch.zeros(batch.ids.shape, dtype=batch.decoder.dtype, device=batch.ids.device)
         wanted, weights = batch.wanted()
         embeddings = embeddings_of(batch).detach()
-        embed = batch.decoder.model.get_input_embeddings()
+        embed = batch.decoder.token_embedding
         for row, ids in enumerate(batch.rows):
             seed, length, rows = seed_of(ids, self.seed), len(ids), slice(row, row + 1)
             generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """One decoder block as its family declares it, bound to the modules of the model at hand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class AttentionParts:
         residual_weight: what the residual stream is multiplied with past it, if anything.
         gate: the map to the gates, one for each head or for each of the output map's inputs.
         mixer: what mixes positions in attention's place, if this is none.
+        probabilities: gives them, where the module does not return them.
     """
 
     module: nn.Module
@@ -52,6 +54,7 @@ class AttentionParts:
     residual_weight: Tensor | None
     gate: Projection | None
     mixer: Mixer | None
+    probabilities: Callable[..., Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,13 @@ def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: st
     return Block(
         index=index,
         module=module,
-        attention=_attention(spec.attention, module, config.num_attention_heads, owner),
+        attention=_attention(
+            spec.attention,
+            module,
+            config.num_attention_heads,
+            owner,
+            None if spec.model is None else spec.attention.probabilities,
+        ),
         mlp=_mlp(spec.mlp, module, owner),
         parallel=spec.parallel,
         scale=configured(config, spec.residual_scale),
@@ -199,7 +208,13 @@ def _parameter(module: nn.Module, name: str | None, owner: str) -> Tensor | None
     return parameter
 
 
-def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -> AttentionParts:
+def _attention(
+    spec: AttentionSpec,
+    module: nn.Module,
+    heads: int,
+    owner: str,
+    probabilities: Callable[..., Tensor] | None,
+) -> AttentionParts:
     names = dict(spec.mixers)
     mixers = [name for name in names if getattr(module, name, None) is not None]
     inside = submodule(module, mixers[0] if mixers else spec.module, owner)
@@ -226,6 +241,7 @@ def _attention(spec: AttentionSpec, module: nn.Module, heads: int, owner: str) -
         residual_weight=_parameter(module, spec.residual_weight, owner),
         gate=_gate(inside, spec.gate, heads, size, owner),
         mixer=None,
+        probabilities=probabilities,
     )
 
 
@@ -263,6 +279,7 @@ def _mixer(
         residual_weight=_parameter(module, spec.residual_weight, owner),
         gate=None,
         mixer=mixer,
+        probabilities=None,
     )
 
 

@@ -14,7 +14,7 @@ from depass_lightning.models.affine import AffineMap, features, has_bias, is_qua
 from depass_lightning.models.block import bind
 from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.sharding import check_shards
-from depass_lightning.models.spec import FamilySpec, configured, submodule
+from depass_lightning.models.spec import FamilySpec, ModelSpec, configured, submodule
 
 READOUT_ROWS = 16_384  # of the unembedding that are read at once
 
@@ -23,7 +23,8 @@ class Decoder:
     """Binds a family's declaration to one model.
 
     Args:
-        model: a Hugging Face causal language model, compiled or not, with `peft` adapters or not.
+        model: a causal language model of transformers or of a declared class, compiled or not, with `peft`
+            adapters or not.
         spec: its family's declaration (`engine/validate.py` finds and checks it).
         compute_dtype: the precision that components are carried in; by default float64 for a model in
             float64 and float32 for every other.
@@ -42,18 +43,24 @@ class Decoder:
         compute_dtype: torch.dtype | None = None,
         max_positions: int | None = None,
     ) -> None:
-        self.model = original(model)
+        self.model: Any = original(model) if spec.model is None else unwrapped(model)
         owner = type(self.model).__name__
         _check_weights(self.model)
         check_shards(self.model)
-        self.config = self.config_of(model)
+        self.config = self.config_of(model) if spec.model is None else _described(self.model, spec.model)
         self.spec = spec
         self.max_positions = _positions(self.config, max_positions)
-        unembedding = self.model.get_output_embeddings()
+        inner: nn.Module = self.model
+        if spec.model is None:
+            embedding, unembedding = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            inner = self.model.get_decoder()
+        else:
+            parts = spec.model.embedding, spec.model.unembedding
+            embedding, unembedding = (submodule(inner, path, owner) for path in parts)
         if unembedding is None:
             raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
+        self.token_embedding: nn.Module = embedding
         self.unembedding: nn.Module = unembedding
-        inner = self.model.get_decoder()
         self.final_norm = None if spec.final_norm is None else submodule(inner, spec.final_norm, owner)
         projection = None if spec.final_projection is None else getattr(inner, spec.final_projection, None)
         self.final_projection: nn.Module | None = projection
@@ -93,12 +100,13 @@ class Decoder:
     @property
     def name(self) -> str:
         """What the model is called: the name or folder that it was loaded from, or its class."""
-        return str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+        config = getattr(self.model, "config", None)
+        return str(getattr(config, "_name_or_path", "") or type(self.model).__name__)
 
     @property
     def embedding(self) -> Float[Tensor, "vocabulary hidden"]:
         """The token embedding's weights."""
-        weight = self.model.get_input_embeddings().weight
+        weight = self.token_embedding.weight
         assert isinstance(weight, Tensor)
         return weight.detach()
 
@@ -107,7 +115,7 @@ class Decoder:
         """Where token ids must be."""
         if not self.embedding.is_meta:
             return self.embedding.device
-        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
+        hook = getattr(self.token_embedding, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
     @property
@@ -250,7 +258,10 @@ class Decoder:
             if self.soft_capped:
                 stack.callback(self.unembedding.register_forward_hook(keep).remove)
             arguments = {"logits_to_keep": kept} if self._takes_logits_to_keep else {}
-            logits = self.model(input_ids=input_ids, use_cache=False, **arguments).logits
+            if self.spec.model is None:
+                logits = self.model(input_ids=input_ids, use_cache=False, **arguments).logits
+            else:
+                logits = self.spec.model.logits(self.model, input_ids)
         before = seen[0].to(logits.dtype) * self.logit_scale if self.soft_capped else logits
         if not self._takes_logits_to_keep:
             logits, before = logits[:, kept], before[:, kept]
@@ -285,13 +296,24 @@ def original(model: nn.Module) -> PreTrainedModel:
     inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         raise DePassError(
-            f"{type(inner).__name__} is not a Hugging Face causal language model; "
-            "pass the model itself, for instance AutoModelForCausalLM.from_pretrained(...)"
+            f"{type(inner).__name__} is not a Hugging Face causal language model; pass the model itself, for "
+            "instance AutoModelForCausalLM.from_pretrained(...), or declare the class with "
+            "depass_lightning.register_family (docs/your-own-model.md)"
         )
     return inner
 
 
-def _check_weights(model: PreTrainedModel) -> None:
+def _described(model: nn.Module, spec: ModelSpec) -> PretrainedConfig:
+    """What the engine asks the configuration of a model of transformers for, of another model."""
+    config: Any = PretrainedConfig()
+    config.model_type = type(model).__name__
+    config.num_attention_heads = spec.heads(model)
+    config.max_position_embeddings = spec.positions(model)
+    config.final_logit_softcapping = spec.soft_cap(model)
+    return config
+
+
+def _check_weights(model: nn.Module) -> None:
     """Refuse a model without values; those that `accelerate` fetches when they are needed are there."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return

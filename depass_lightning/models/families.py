@@ -3,8 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from depass_lightning.errors import DePassError
-from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
+from depass_lightning.models.litgpt import LITGPT
+from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec, class_name
 
 _PLAIN = MLPSpec(gate="up_proj", up=None)
 _FOUR = MLPSpec(gate="dense_h_to_4h", up=None, down="dense_4h_to_h")
@@ -85,6 +88,7 @@ _FALCON = FamilySpec(
 )
 
 FAMILIES: list[FamilySpec] = [
+    *LITGPT,
     # Pre-norm decoders with a gated MLP; biases, head norms, windows and layers without rotary positions need
     # no mention: the former are read from the modules, the rest acts only through the probabilities.
     FamilySpec(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "ernie4_5", "helium")),
@@ -342,7 +346,19 @@ def register_family(spec: FamilySpec) -> None:
 
 def supported_model_types() -> list[str]:
     """List every `config.model_type` that has a declaration."""
-    return sorted({name for family in FAMILIES for name in family.model_types})
+    return sorted({name for family in FAMILIES if family.model is None for name in family.names})
+
+
+def families_of_class(model: nn.Module) -> list[FamilySpec]:
+    """Find the declarations of a model's class that is not of transformers, which may be none.
+
+    Args:
+        model: any module.
+    """
+    names = {class_name(kind) for kind in type(model).__mro__}
+    config = getattr(model, "config", None)
+    of_class = [family for family in FAMILIES if family.model and not names.isdisjoint(family.names)]
+    return [family for family in of_class if family.when(config)]
 
 
 def declared_families(config: Any) -> list[FamilySpec]:
@@ -360,7 +376,7 @@ def declared_families(config: Any) -> list[FamilySpec]:
             raise DePassError(f"model type '{kind}' is not supported: it is built with {reason}")
     if getattr(config, "is_encoder_decoder", False):
         raise DePassError(f"model type '{kind}' is not supported: it is an encoder and a decoder")
-    of_type = [family for family in FAMILIES if kind in family.model_types]
+    of_type = [family for family in FAMILIES if kind in family.names]
     covering = [family for family in of_type if family.when(config)]
     if of_type and not covering:
         raise DePassError(

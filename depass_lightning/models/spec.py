@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.probabilities import seen_probabilities
 
 ProjectionLayout = Literal["own", "concatenated", "interleaved", "quarters"]
 ResidualNorm = Literal["none", "norm", "post_norm"]
@@ -40,6 +41,9 @@ class AttentionSpec:
             of theirs or for each head; or the query map, where it gives each head's queries, then its gates.
         mixers: linear mixers that blocks may have in its place: the module's name, and its kind in
             `models/mixers`.
+        probabilities: a function of `module` and the arguments of its call that returns the probabilities
+            `[batch, head, query, key]`, for a class that is not of transformers; by default they are taken
+            from attention's softmax.
     """
 
     module: str = "self_attn"
@@ -54,6 +58,7 @@ class AttentionSpec:
     residual_weight: str | None = None
     gate: str | None = None
     mixers: tuple[tuple[str, str], ...] = ()
+    probabilities: Callable[..., Tensor] = seen_probabilities
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,45 @@ def _always(_config: Any) -> bool:
     return True
 
 
+def _none(_model: Any) -> None:
+    return None
+
+
+def _call(model: Any, input_ids: Tensor) -> Tensor:
+    return model(input_ids)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is known of every model of transformers, for another `nn.Module` class.
+
+    Args:
+        embedding: the token embedding, inside the model.
+        unembedding: the map to the logits, inside the model.
+        heads: the number of query heads, a function of the model.
+        positions: the most tokens that a prompt may have, a function of the model; None for no limit.
+        soft_cap: the bound of a soft cap on the logits, a function of the model; None for none.
+        logits: a function of the model and `[batch, position]` ids that returns
+            `[batch, position, vocabulary]`; by default the model's output.
+    """
+
+    embedding: str
+    unembedding: str
+    heads: Callable[[Any], int]
+    positions: Callable[[Any], int | None] = _none
+    soft_cap: Callable[[Any], float | None] = _none
+    logits: Callable[[Any, Tensor], Tensor] = _call
+
+
 @dataclass(frozen=True)
 class FamilySpec:
     """One decoder family: which model types it covers and where its parts are.
 
     Args:
-        model_types: the `config.model_type` values that it covers.
-        blocks: the list of blocks, inside the decoder that `model.get_decoder()` returns.
+        model_types: the `config.model_type` values that it covers; for a class that is not of transformers,
+            the class, or its name with its module's.
+        blocks: the list of blocks, inside the decoder that `model.get_decoder()` returns, or inside a model
+            that is not of transformers.
         final_norm: the norm before the unembedding, inside the same decoder; None where there is none.
         final_projection: a linear map before the unembedding, inside the same decoder, where a model has one.
         attention: the attention sublayer of every block.
@@ -119,10 +156,11 @@ class FamilySpec:
             of the configuration.
         logit_scale: the configuration's name for the factor of the logits.
         logit_divisor: the configuration's name for the divisor of the logits.
-        when: whether it covers a configuration of these model types.
+        when: whether it covers a configuration of these model types, `model.config`.
+        model: the parts of a model that is not of transformers.
     """
 
-    model_types: tuple[str, ...]
+    model_types: tuple[str | type[nn.Module], ...]
     blocks: str = "layers"
     final_norm: str | None = "norm"
     final_projection: str | None = None
@@ -133,6 +171,21 @@ class FamilySpec:
     logit_scale: str | None = None
     logit_divisor: str | None = None
     when: Callable[[Any], bool] = _always
+    model: ModelSpec | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model types, a class's with its module's."""
+        return tuple(kind if isinstance(kind, str) else class_name(kind) for kind in self.model_types)
+
+
+def class_name(kind: type) -> str:
+    """Return the name of a class with its module's.
+
+    Args:
+        kind: the class.
+    """
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def submodule(parent: nn.Module, path: str, owner: str) -> nn.Module:

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import device_of
+from depass_lightning.models.families import families_of_class
 from depass_lightning.models.sharding import check_shards, is_sharded, opened
 
 ModelFinder = str | Callable[[Any], nn.Module]
@@ -17,7 +19,7 @@ ModelFinder = str | Callable[[Any], nn.Module]
 
 def find_model(
     module: nn.Module, where: ModelFinder | None = None, trained: Collection[nn.Parameter] = ()
-) -> PreTrainedModel:
+) -> nn.Module:
     """Return the causal language model inside a module, also a compiled or LoRA-wrapped one.
 
     Args:
@@ -55,8 +57,8 @@ def find_model(
     inside = f"inside {type(root).__name__}"
     if not models:
         raise DePassError(
-            f"there is no causal language model of transformers {inside}; hold one as a submodule, or "
-            "name it with model='path.to.it'"
+            f"there is no causal language model of transformers or of a declared class {inside}; hold one as "
+            "a submodule, name it with model='path.to.it', or declare its class (docs/your-own-model.md)"
         )
     paths = ", ".join(repr(path) for path in models)
     raise DePassError(f"there are {len(models)} language models {inside}: {paths}; choose with model=...")
@@ -87,7 +89,7 @@ class TrackedModel:
     @property
     def device(self) -> torch.device:
         """The model's device."""
-        return self.model.device
+        return device_of(self.model)
 
     @property
     def sharded(self) -> bool:
@@ -110,7 +112,7 @@ class TrackedModel:
 
 
 def find_tokenizer(
-    model: PreTrainedModel, tokenizers: Sequence[Any] = (), needed: bool = True
+    model: nn.Module, tokenizers: Sequence[Any] = (), needed: bool = True
 ) -> PreTrainedTokenizerBase | None:
     """Return the first tokenizer that there is, or the one of the model's name.
 
@@ -127,7 +129,7 @@ def find_tokenizer(
             candidate = getattr(candidate, "tokenizer", None)
         if candidate is not None and (needed or isinstance(candidate, PreTrainedTokenizerBase)):
             return _checked(candidate)
-    name = model.config._name_or_path
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
     reason: object = "the model's configuration does not name its origin"
     if name:
         try:
@@ -155,11 +157,12 @@ def _checked(tokenizer: Any) -> PreTrainedTokenizerBase:
     )
 
 
-def _outermost_models(root: nn.Module) -> dict[str, PreTrainedModel]:
+def _outermost_models(root: nn.Module) -> dict[str, nn.Module]:
     """Return the language models with a head, by path, that are not inside another one."""
-    models: dict[str, PreTrainedModel] = {}
+    models: dict[str, nn.Module] = {}
     for path, module in root.named_modules():
         inner = any(path.startswith(f"{outer}." if outer else "") for outer in models)
-        if not inner and isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+        with_head = isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+        if not inner and (with_head or families_of_class(module)):
             models[path] = module
     return models

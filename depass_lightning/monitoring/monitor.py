@@ -224,12 +224,12 @@ class ProbeMonitor:
                     ]
             with model.opened():
                 self._model, self._runner = model, self._make_runner(model)
-        precision = mixed_precision(module)
-        if precision is not None and precision != model.model.dtype:
+        precision, weights = mixed_precision(module), next(model.model.parameters()).dtype
+        if precision is not None and precision != weights:
             log.info(
                 "MixedPrecisionPolicy trains in %s; the probes are attributed with the weights in %s",
                 precision,
-                model.model.dtype,
+                weights,
             )
 
     def release(self) -> None:
