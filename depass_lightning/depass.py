@@ -158,7 +158,7 @@ class DePass:
                 several targets from one recorded pass. For several prompts it is one for all, a list with one
                 per prompt, or a list with a list for each prompt.
             source: what the state is split into; by default `Tokens()`.
-            rule: softmax (by default), max, relu, linear, taylor, half, shap, dual, a rule file (.json), or auto.
+            rule: softmax (by default), max, relu, linear, taylor, half, shap, dual, auto, or a file (.json).
             temperature: of the softmax rule, by default 0.1.
             score_weight: of attention's scores under shap, from 0 (which is half) to 1; by default 0.5.
             bias: `component` (the default) scores constants as a component, so that scores sum to the value;
