@@ -10,34 +10,37 @@ One import runs the other way: `results` import `reports` when something is draw
 """
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-from depass_lightning.attribution.cost import Estimate
-from depass_lightning.depass import DePass
-from depass_lightning.errors import DePassError, DePassWarning
-from depass_lightning.models.families import register_family
-from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec, ModelSpec
-from depass_lightning.results.attribution import Attribution
-from depass_lightning.results.attributions import Attributions
-from depass_lightning.results.circuit import Circuit
-from depass_lightning.results.decomposition import Decomposition
-from depass_lightning.results.generation import Generation
-from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
-from depass_lightning.targets import (
-    Continuation,
-    Contrast,
-    Direction,
-    LogOdds,
-    LogProb,
-    Preference,
-    ProbeLogit,
-    Token,
-)
-from depass_lightning.utils.sections import Conversation, Documents
+if TYPE_CHECKING:
+    from depass_lightning.attribution.cost import Estimate
+    from depass_lightning.depass import DePass
+    from depass_lightning.errors import DePassError, DePassWarning
+    from depass_lightning.models.families import register_family
+    from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec, ModelSpec
+    from depass_lightning.results.attribution import Attribution
+    from depass_lightning.results.attributions import Attributions
+    from depass_lightning.results.circuit import Circuit
+    from depass_lightning.results.decomposition import Decomposition
+    from depass_lightning.results.generation import Generation
+    from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
+    from depass_lightning.targets import (
+        Continuation,
+        Contrast,
+        Direction,
+        LogOdds,
+        LogProb,
+        Preference,
+        ProbeLogit,
+        Token,
+    )
+    from depass_lightning.utils.sections import Conversation, Documents
 
 __all__ = [
     "AttentionSpec",
@@ -74,6 +77,43 @@ __all__ = [
     "__version__",
     "register_family",
 ]
+
+
+# The public names by module; a module, most of which import torch, is imported at a name's first use.
+_MODULES = {
+    "attribution.cost": "Estimate",
+    "depass": "DePass",
+    "errors": "DePassError DePassWarning",
+    "models.families": "register_family",
+    "models.spec": "AttentionSpec ExpertsSpec FamilySpec MLPSpec ModelSpec",
+    "results.attribution": "Attribution",
+    "results.attributions": "Attributions",
+    "results.circuit": "Circuit",
+    "results.decomposition": "Decomposition",
+    "results.generation": "Generation",
+    "sources": "Components Heads Module Neurons Spans Subspace Tokens",
+    "targets": "Continuation Contrast Direction LogOdds LogProb Preference ProbeLogit Token",
+    "utils.sections": "Conversation Documents",
+}
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is used first.
+
+    Args:
+        name: the name.
+    """
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported or not."""
+    return sorted({*globals(), *__all__})
 
 
 class _Checkout:

@@ -41,7 +41,7 @@ from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.circuit import Circuit
 from depass_lightning.results.decomposition import Decomposition
 from depass_lightning.results.generation import Generation
-from depass_lightning.sources import Source, Tokens
+from depass_lightning.sources import Source, Tokens, as_source
 from depass_lightning.targets import LogitReading, TargetLike, as_targets
 
 
@@ -157,7 +157,7 @@ class DePass:
             target: what is explained; None for the model's own next token. For one prompt a list explains
                 several targets from one recorded pass. For several prompts it is one for all, a list with one
                 per prompt, or a list with a list for each prompt.
-            source: what the state is split into; by default `Tokens()`.
+            source: what the state is split into, or its name, such as "heads"; by default `Tokens()`.
             rule: softmax (by default), max, relu, linear, taylor, half, shap, dual, auto, or a file (.json).
             temperature: of the softmax rule, by default 0.1.
             score_weight: of attention's scores under shap, from 0 (which is half) to 1; by default 0.5.
@@ -183,8 +183,7 @@ class DePass:
             DePassError: a prompt is empty or too long, a target is not one token, there are too few or too
                 many targets, a layer is out of range, a setting is unknown, or a value is not finite.
         """
-        source = options.pop("source", None) or Tokens()
-        results = self.attribute_sources(prompt, target, [source], **options)
+        results = self.attribute_sources(prompt, target, [options.pop("source", None) or "tokens"], **options)
         return results[0] if isinstance(prompt, str) else [result for (result,) in results]
 
     @checked
@@ -192,7 +191,7 @@ class DePass:
         self,
         prompt: str | Sequence[str] | None,
         target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]],
-        sources: Sequence[Source],
+        sources: Sequence[Source | str],
         *,
         batch_size: int = 16,
         progress: bool = False,
@@ -212,9 +211,10 @@ class DePass:
         Raises:
             DePassError: the list of sources is empty, or what `attribute` raises.
         """
+        parts = [as_source(source) if isinstance(source, str) else source for source in sources]
         settings = settings_by_rule(
             self.decoder,
-            sources,
+            parts,
             compat=compat,
             memory_budget=self.memory_budget,
             process_group=self.process_group,
@@ -223,7 +223,7 @@ class DePass:
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         asked = with_both_answers(self.decoder, self.tokenizer, prompts, targets)
-        questions = questions_of(self.decoder, self.tokenizer, *asked, sources)
+        questions = questions_of(self.decoder, self.tokenizer, *asked, parts)
         scored = attribute_by_rule(
             self.decoder, self.tokenizer, questions, settings, batch_size=batch_size, progress=progress
         )
@@ -384,7 +384,7 @@ class DePass:
     def estimate(
         self,
         prompt: str | Sequence[str] | None = None,
-        source: Source | None = None,
+        source: Source | str | None = None,
         *,
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
@@ -396,5 +396,5 @@ class DePass:
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         return estimate(self.decoder, prompts, settings, batch_size)
 
-    def _settings(self, source: Source | None = None, **options: Any) -> Settings:
-        return settings_of(self.decoder, [source or Tokens()], memory_budget=self.memory_budget, **options)
+    def _settings(self, source: Source | str | None = None, **options: Any) -> Settings:
+        return settings_of(self.decoder, [as_source(source)], memory_budget=self.memory_budget, **options)

@@ -94,7 +94,7 @@ REFUSED = [
         {"prompt": PROMPT, "source": Tokens(layer=3)},
         r"layer 3 is out of range; the model has 3 blocks, 0 to 2",
     ),
-    ({"prompt": PROMPT, "rule": "sharp"}, r"rule 'sharp' is unknown; choose one of softmax, max"),
+    ({"prompt": PROMPT, "rule": "sharp"}, r"rule 'sharp' is unknown; there are softmax, max"),
     ({"prompt": PROMPT, "temperature": 0.0}, r"temperature is 0.0; it must be greater than zero"),
     ({"prompt": PROMPT, "bias": "keep"}, r"choose 'component' or 'drop'"),
     ({"prompt": PROMPT, "compat": "paper"}, r"choose None or 'paper_code'"),

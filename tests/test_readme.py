@@ -14,6 +14,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import open_dict
 
+from depass_lightning.commands.prompt_arguments import rewritten
 from depass_lightning.commands.schema import AnalyzeSettings, check_config
 from tests.conftest import ROOT
 from tests.reference.forked import run_script
@@ -97,7 +98,7 @@ def test_slow_commands_compose(command: str, tmp_path: Path) -> None:
         assert not overrides
         return
     with initialize_config_module("depass_lightning.conf", version_base="1.3"):
-        config = compose("analyze", overrides=overrides)
+        config = compose("analyze", overrides=rewritten(overrides))
     with open_dict(config):
         config.paths.output_dir = config.paths.work_dir = str(tmp_path)
     check_config(config, AnalyzeSettings)

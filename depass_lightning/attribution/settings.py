@@ -47,7 +47,7 @@ class RuleOptions(TypedDict, total=False):
 class AttributeOptions(RuleOptions, total=False):
     """The keyword arguments of a call that returns scores."""
 
-    source: Source | None
+    source: Source | str | None
     compat: Literal["paper_code"] | None
     batch_size: int
     progress: bool
@@ -70,7 +70,7 @@ class AttributeSeveral(AttributeOptions, total=False):
 class DecomposeOptions(TypedDict, total=False):
     """The keyword arguments of a call that returns states: those of `attribute` that are not about scores."""
 
-    source: Source | None
+    source: Source | str | None
     rule: Automatic | RuleName | RulePath
     temperature: float
     bias: BiasMode
@@ -336,7 +336,7 @@ KINDS: dict[str, Kind] = {
     "prompt": _none_or(
         ("a text or a list of texts", lambda value: isinstance(value, str) or _is_list(value))
     ),
-    "source": _none_or(("one source, such as Tokens()", lambda value: isinstance(value, Source))),
+    "source": _none_or(("a source or its name", lambda value: isinstance(value, Source | str))),
     "sources": ("a list of sources", lambda value: isinstance(value, Sequence)),
     "rule": TEXT,
     "temperature": NUMBER,

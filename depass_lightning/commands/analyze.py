@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
@@ -12,17 +11,16 @@ from depass_lightning.commands.compare import compare, load_entry
 from depass_lightning.commands.console import (
     command,
     console,
-    first_process,
+    open_page,
     open_run,
-    print_stderr,
     save_config,
-    shell,
     work_offline_if_unreachable,
 )
 from depass_lightning.commands.launchers import check_launch
 from depass_lightning.commands.outputs import print_results
 from depass_lightning.commands.resume import lock_run_folder
 from depass_lightning.commands.schema import AnalyzeSettings, check_config
+from depass_lightning.commands.shell import first_process, print_stderr
 from depass_lightning.commands.study import run_study
 from depass_lightning.commands.sweep_report import report_sweep
 from depass_lightning.commands.timeline import write_timelines
@@ -36,11 +34,14 @@ def analyze(config: DictConfig) -> int:
     """Run an analysis and return the exit code: 1 if a prompt was skipped."""
     check_config(config, AnalyzeSettings)
     if config.sweep_report is not None:
-        return report_sweep(config.sweep_report, console)
+        code = report_sweep(config.sweep_report, console)
+        open_page(config, Path(config.sweep_report) / "sweep.html")
+        return code
     check_launch(config)
     if config.timeline is not None:
         for page in write_timelines(config.timeline):
             console.print(Text(f"timeline {page}"), soft_wrap=True)
+            open_page(config, page)
         return 0
     if config.study is None:  # experiments name their rules
         resolve_rule(config)
@@ -48,6 +49,7 @@ def analyze(config: DictConfig) -> int:
         folder = open_run(config)
         code = run(config, folder)
         save_config(config, folder)
+        open_page(config, folder / ("report.html" if config.compare is None else "compare.html"))
     return code
 
 
@@ -64,13 +66,6 @@ def run(config: DictConfig, folder: Path) -> int:
         return 0
     print_results(attributed.results, console, config.report.shown)
     return print_skipped(attributed)
-
-
-@shell
-@hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="analyze")
-def main(config: DictConfig) -> None:
-    """Run the command with the configuration that Hydra composes."""
-    analyze(config)
 
 
 def load(config: DictConfig) -> DePass:

@@ -26,13 +26,12 @@ from depass_lightning.callbacks import (
     ProcessMonitor,
 )
 from depass_lightning.commands.console import (
-    first_process,
     instantiate_each,
     loggers_of,
     predict,
-    print_stderr,
 )
 from depass_lightning.commands.outputs import Results, write_results
+from depass_lightning.commands.shell import first_process, print_stderr, waiting
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.logit_lens import notes_on
@@ -114,8 +113,9 @@ def _attribute(
 ) -> AttributedTask | None:
     started = time.perf_counter()
     source = instantiate(config.source, _convert_="all")
-    task = tasks.load(**config.task)
-    depass = load()
+    task = task_of(config)
+    with waiting(f"loading {config.model.name}"):
+        depass = load()
     task = task.formatted(depass.tokenizer)
     fingerprint = weights_fingerprint(depass.model)
     manifest = manifest_of(config, fingerprint, task)
@@ -161,13 +161,19 @@ def _attribute(
             **describe(config, depass, trainer, fingerprint),
         },
         title=f"What {config.model.name} bases its answers on",
-        subtitle=f"{task.name}, {len(task):,} prompts, target: {config.target.kind}",
+        subtitle=f"{task.name}, {len(task):,} prompt{'s' * (len(task) != 1)}, target: {config.target.kind}",
         size=config.report,
         notes=functools.partial(notes_on, depass, source),
         generated=generates,
     )
     log_results(loggers, results)
     return AttributedTask(results, skipped, writer.run_store.skipped_path, len(task) + len(task.skipped))
+
+
+def task_of(config: DictConfig) -> Task:
+    """Load the configured task."""
+    options: Any = OmegaConf.to_container(config.task, resolve=True)
+    return tasks.load(**options)
 
 
 def trainer_of(config: DictConfig, writer: AttributionWriter, loggers: list[Logger]) -> Trainer:

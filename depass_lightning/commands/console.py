@@ -3,13 +3,12 @@
 import errno
 import functools
 import logging
-import os
 import re
 import signal
 import sys
 import threading
-import traceback
 import warnings
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,12 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
@@ -39,6 +37,7 @@ from depass_lightning.callbacks.process_monitor import (
     end_with_parent,
     stop_on_sigterm,
 )
+from depass_lightning.commands.shell import JobFailedError, first_process, print_stderr
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.monitoring.sinks import is_named
 from depass_lightning.utils.atomic_files import write_whole
@@ -47,7 +46,6 @@ console = Console()
 
 INTERRUPTED = 130  # the conventional exit code after Ctrl-C
 CONFIG = "config.yaml"
-HYDRA = ".hydra"
 # Errors of a path that the user chose, or of the disk.
 PATH_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST)
 PATH_ERRNOS += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -93,7 +91,7 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
             code = 1
             print_stderr(f"error: {error.full_key} has to be given: {error.full_key}=...", "red")
         except USER_ERRORS as error:
-            message = _user_error(error)
+            message = user_error(error)
             if message is None:
                 raise
             code = 1
@@ -110,55 +108,16 @@ def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
     return run
 
 
-def shell(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's entry point, to report Hydra's own errors without a traceback, too.
-
-    Args:
-        main: composes the configuration and runs the command.
-    """
-
-    @functools.wraps(main)
-    def start() -> None:
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints a traceback and exits
-        try:
-            main()
-        except JobFailedError:  # already reported
-            sys.exit(1)
-        except Exception as error:
-            began = any(
-                frame.f_code.co_name == "run_job" for frame, _ in traceback.walk_tb(error.__traceback__)
-            )
-            message = _user_error(error)
-            if message is None and (isinstance(error, CompactHydraException) or not began):
-                message = "\n".join(str(cause) for cause in (error, error.__cause__) if cause is not None)
-            if message is None:
-                raise
-            print_stderr(f"error: {message}", "red")
-            sys.exit(1)
-
-    return start
-
-
-class JobFailedError(RuntimeError):
-    """One job of a sweep failed; the other jobs still run, and the sweep exits with an error at the end."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"exit code {code}; the error is printed above")
-
-
 def _in_a_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def first_process() -> bool:
-    """Return whether this is the process that prints and writes for all."""
-    return getattr(rank_zero_only, "rank", None) in (None, 0)
-
-
-def print_stderr(line: str, style: str = "") -> None:
-    """Print one line to standard error, on the first process only."""
-    if first_process():
-        Console(stderr=True, soft_wrap=True).print(Text(line, style))
+def open_page(config: DictConfig, page: Path) -> None:
+    """Open a page in the browser if `open=true` asks for it, on the first process only."""
+    if not config.open or not first_process() or not page.exists():
+        return
+    if not webbrowser.open(page.resolve().as_uri()):
+        print_stderr(f"there is no browser to open the page with; it is {page}", "yellow")
 
 
 @contextmanager
@@ -258,14 +217,6 @@ def save_config(config: DictConfig, folder: Path) -> None:
         write_whole(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True).encode())
 
 
-def _hydra_folder(run: str) -> str | None:
-    """Return Hydra's output folder; None if an earlier run's exists, or on other ranks."""
-    return None if (Path(run) / HYDRA).exists() or not first_process() else HYDRA
-
-
-OmegaConf.register_new_resolver("hydra_folder", _hydra_folder, replace=True)
-
-
 def config_tree(config: DictConfig) -> Tree:
     """Return the configuration as a tree: one branch per group, its keys in one line."""
     plain = OmegaConf.to_container(config, resolve=True)
@@ -319,7 +270,7 @@ def _inline(value: Any) -> str:
     return str(value)
 
 
-def _user_error(error: BaseException) -> str | None:
+def user_error(error: BaseException) -> str | None:
     """Return the message of an error that the user can fix, unwrapped from Hydra's; None for others."""
     if isinstance(error, OSError) and not isinstance(error, DePassError):
         return f"{error.filename}: {error.strerror}" if error.errno in PATH_ERRNOS else None

@@ -22,7 +22,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
-from depass_lightning.commands.console import print_stderr
+from depass_lightning.commands.shell import print_stderr
 from depass_lightning.errors import DePassError
 
 WITHOUT_COMMAND_LINE = ("fork", "spawn", "notebook")  # parts of these strategies' names

@@ -122,7 +122,8 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
         console.print()
         console.print(attribution_text(shown[0], top=5))
         console.print()
-        console.print(attributions_table(shown))
+        if len(shown) > 1:
+            console.print(attributions_table(shown))
     console.print(summary_table(_shown(results.summary)))
     console.print()
     if results.page is not None:

@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from typing_extensions import override
 
-from depass_lightning.commands.console import first_process, print_stderr
+from depass_lightning.commands.shell import first_process, print_stderr
 from depass_lightning.errors import DePassError
 from depass_lightning.storage import OtherRunError
 from depass_lightning.storage.manifest import NAME
@@ -141,7 +141,9 @@ def _run_folder(config: DictConfig, folder: Path, chosen: bool) -> Path:
 def _overrides(config: DictConfig) -> list[str]:
     """Return the command line's overrides, without those that cannot change the results."""
     overrides = map(str, [*config.hydra.overrides.task, *config.hydra.overrides.hydra])
-    return sorted(override for override in overrides if not override.startswith(("hydra.mode=", "resume=")))
+    return sorted(
+        override for override in overrides if not override.startswith(("hydra.mode=", "open=", "resume="))
+    )
 
 
 def _typed() -> list[str]:

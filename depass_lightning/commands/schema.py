@@ -4,7 +4,6 @@ The commands' settings are declared here. Objects that Hydra instantiates (`_tar
 loggers, the trainer, ...) and methods are checked against their signatures.
 """
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -33,7 +32,7 @@ from depass_lightning.attribution.settings import BiasMode
 from depass_lightning.engine.linear_rules import CalibratedRule
 from depass_lightning.engine.rule_files import read_rule
 from depass_lightning.engine.rules import AttentionPath, RuleName, rule_named
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, suggested
 from depass_lightning.methods import METHODS, Baseline
 from depass_lightning.models.load import dtype_of
 from depass_lightning.modules.attribution_module import TARGETS
@@ -50,7 +49,7 @@ def _one_of(names: tuple[str, ...]) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value not in names:
-            raise DePassError(f"there is no {value!r}{_suggested(value, names)}")
+            raise DePassError(f"there is no {value!r}{suggested(value, names)}")
         return value
 
     return BeforeValidator(check)
@@ -134,6 +133,7 @@ class TaskSettings(StrictSettings):
     seed: Annotated[int, Field(ge=0)] = 0
     split: Name = "test"
     path: Name | None = None
+    rows: list[dict[str, Any]] | None = None
     language: Name | None = None
     kind: Name | None = None
     sentences: Many | None = None
@@ -219,6 +219,7 @@ class AnalyzeSettings(CommonSettings):
     watch: WatchSettings
     report: ReportSettings
     sweep_report: Name | None
+    open: bool
 
 
 def check_config(config: DictConfig, settings: type[CommonSettings]) -> None:
@@ -328,7 +329,7 @@ def _check_call(function: Any, node: Mapping[str, Any], path: str) -> None:
         if name in HYDRA_KEYS:
             continue
         if name not in known and not takes_any:
-            raise DePassError(f"there is no setting {path}.{name}{_suggested(name, sorted(known))}")
+            raise DePassError(f"there is no setting {path}.{name}{suggested(name, sorted(known))}")
         if name in hints and not _is_instantiated(value):
             _check_hint(hints[name], value, f"{path}.{name}")
 
@@ -337,7 +338,7 @@ def _check_method(method: dict[str, Any]) -> None:
     """Check a method's name and options."""
     name = method.get("name")
     if not isinstance(name, str) or name not in METHODS:
-        raise DePassError(f"method.name={name!r}: there is no such method{_suggested(str(name), METHODS)}")
+        raise DePassError(f"method.name={name!r}: there is no such method{suggested(str(name), METHODS)}")
     if issubclass(METHODS[name], Baseline):
         options = {key: value for key, value in method.items() if key != "name"}
         _check_call(METHODS[name], options, "method")
@@ -389,10 +390,3 @@ def _check_devices(trainer: Mapping[str, Any]) -> None:
         raise DePassError(f"trainer.accelerator={accelerator!r}: there is no GPU here; take trainer=cpu")
     if count is not None and int(count) > gpus:
         raise DePassError(f"trainer.devices={devices!r}: there are {gpus} GPUs here")
-
-
-def _suggested(name: str, known: Any) -> str:
-    """Return the end of a message: the most similar known name, or all of them."""
-    names = list(map(str, known))
-    close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names) or 'none'}"

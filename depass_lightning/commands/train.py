@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig
@@ -22,7 +21,6 @@ from depass_lightning.commands.console import (
     loggers_of,
     open_run,
     save_config,
-    shell,
     work_offline_if_unreachable,
 )
 from depass_lightning.commands.schema import TrainSettings, check_config
@@ -69,13 +67,6 @@ def train(config: DictConfig) -> int:
             for page in write_timelines(folder):
                 console.print(Text(f"{'timeline':9}{page}"), soft_wrap=True)
     return 0
-
-
-@shell
-@hydra.main(version_base="1.3", config_path="pkg://depass_lightning.conf", config_name="train")
-def main(config: DictConfig) -> None:
-    """Run the command with the configuration that Hydra composes."""
-    train(config)
 
 
 def make_model(config: DictConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,10 +18,10 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.text import Text
 
-from depass_lightning import tasks
-from depass_lightning.commands.attribute_task import rule_options
+from depass_lightning.commands.attribute_task import rule_options, task_of
 from depass_lightning.commands.compare import load_entry
-from depass_lightning.commands.console import console, existing_folder, loggers_of, print_stderr
+from depass_lightning.commands.console import console, existing_folder, loggers_of
+from depass_lightning.commands.shell import print_stderr
 from depass_lightning.commands.timeline import write_timelines
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -50,7 +50,7 @@ def watch(config: DictConfig, folder: Path, load: Callable[[DictConfig], DePass]
         DePassError: there is no such folder, or a setting does not suit probes.
     """
     watched = existing_folder(config.watch.folder, "watch.folder")
-    task = tasks.load(**config.task)
+    task = task_of(config)
     make_monitor(config, task)  # finds a mistake before the first checkpoint appears
     with loggers_of(config) as loggers:
         watcher = Watcher(config, folder, watched, task, load, loggers)

@@ -26,7 +26,7 @@ from depass_lightning.engine.linear_rules import (
     TaylorRule,
 )
 from depass_lightning.engine.rule_files import SUFFIX, read_rule
-from depass_lightning.errors import DePassError
+from depass_lightning.errors import DePassError, suggested
 
 Gates = Float[Tensor, "segment component neuron"]
 Present = Bool[Tensor, "segment component 1"]
@@ -231,8 +231,8 @@ def rule_named(name: str, temperature: float = 0.1, score_weight: float = 0.5) -
     rules: dict[str, Rule] = {rule.name: rule for rule in (*competing, *linear)}
     if name not in rules:
         raise DePassError(
-            f"rule '{name}' is unknown; choose one of {', '.join(rules)}, auto, or the path of a rule file, "
-            f"which ends with {SUFFIX}"
+            f"rule '{name}' is unknown{suggested(name, [*rules, 'auto'])}; "
+            f"the path of a rule file ends with {SUFFIX}"
         )
     return rules[name]
 

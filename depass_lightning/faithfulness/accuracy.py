@@ -19,7 +19,7 @@ def answered_right(
 ) -> list[int]:
     """Return the indices of the examples whose answer is the model's greedy continuation.
 
-    A prompt that is empty or too long for the model is not answered right.
+    A prompt that is empty, too long for the model, or has no known answer is not answered right.
 
     Args:
         depass: the model, with its tokenizer.
@@ -39,6 +39,8 @@ def answered_right(
         try:
             (prompt,) = prompts_of(depass.decoder, depass.tokenizer, example.prompt, None, None)
         except DePassError:
+            continue
+        if example.answer is None:
             continue
         if answer := answer_ids(depass, example.prompt, example.answer):
             prompts.append(MaskedPrompt(prompt.ids, answer if exact else answer[:1]))

@@ -1,5 +1,6 @@
 """Load a causal language model and its tokenizer: the bundled one, a hub name, a folder or a GGUF file."""
 
+import difflib
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from depass_lightning.models.folder import fault_of, fault_of_file
 from depass_lightning.models.weights import check_weights
 
 TINY = Path(__file__).parent / "tiny"
+BUILT_IN = ("tiny", "smollm2-135m")  # names that are neither of the hub nor of a folder
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Options for the source of files; the tokenizer's files have the same source.
 HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -165,6 +167,9 @@ def _explain(name: str, revision: str | None, folder: str, gguf: str | None, err
     kinds = {type(cause).__name__ for cause in causes}
     said = " ".join(str(cause) for cause in causes).lower()
     model = _named(name, revision)
+    close = difflib.get_close_matches(name, BUILT_IN, 1, cutoff=0.7)
+    if close and name not in BUILT_IN and not Path(folder).exists():
+        return f"there is no model {model}; did you mean '{close[0]}'?"
     if "trust_remote_code=true" in said:
         return (
             f"model {model} comes with Python code of its own, which is not run; where you trust it, load it "

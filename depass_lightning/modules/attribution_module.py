@@ -226,8 +226,10 @@ class AttributionModule(LightningModule):
         rows = []
         measured = evaluate(cases, self.measures, self.depass)
         for index, example, case, columns in zip(indices, examples, cases, measured, strict=True):
-            if own_token:
-                columns["correct"] = self._is_answer(case.target_ids[0], example)
+            if example.answer is None:
+                columns.pop("correct", None)  # nothing is known to be right
+            elif own_token:
+                columns["correct"] = self._is_answer(case.target_ids[0], example.answer, example.prompt)
             case.attribution.metadata |= self.run  # the model by its configured name
             row = attribution_to_row(case.attribution)
             rows.append({"index": index, **row, **_known(example), **columns, **self.run})
@@ -246,7 +248,8 @@ class AttributionModule(LightningModule):
 
     def _generated_rows(self, index: int, example: Example) -> list[dict[str, Any]]:
         """Return a row for each token that is generated after one prompt, or that its answer has."""
-        count, answer = self.explained.max_new_tokens, example.answer if self.explained.task_answer else None
+        count = self.explained.max_new_tokens
+        answer = example.known_answer if self.explained.task_answer else None
         rows = []
         for number, attribution in enumerate(self._generation(example.prompt, answer)):
             attribution.metadata |= self.run
@@ -255,12 +258,12 @@ class AttributionModule(LightningModule):
             rows.append({**row, **known, **self.run})
         return rows
 
-    def _is_answer(self, token: int, example: Example) -> bool:
-        """Whether a token is the answer of an example, or the answer's first."""
+    def _is_answer(self, token: int, answer: str, prompt: str) -> bool:
+        """Whether a token is the answer to a prompt, or the answer's first."""
         tokenizer = self.depass.tokenizer
         assert tokenizer is not None
         try:
-            return token == token_id(example.answer, example.prompt, tokenizer, len(tokenizer), first=True)
+            return token == token_id(answer, prompt, tokenizer, len(tokenizer), first=True)
         except DePassError:  # the model has no token for it
             return False
 

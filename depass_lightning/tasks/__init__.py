@@ -1,6 +1,8 @@
 """Tasks: prompts with their correct answers, and the evidence for the answer in the prompt."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks import (
@@ -42,6 +44,7 @@ def load(
     seed: int = 0,
     split: str = "test",
     path: str | Path | None = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     language: str | None = None,
     kind: str | None = None,
     sentences: int | None = None,
@@ -55,6 +58,7 @@ def load(
         split: "test", or "train", the split that the bundled model was trained on.
         path: read the prompts instead of generating them: a JSON or JSON Lines file, a folder that `datasets`
             saved, or `hub:owner/name` for a public data set.
+        rows: the rows of the task "jsonl" in place of a file.
         language: one language of a multilingual task; None means all.
         kind: one of `rag.KINDS`, for generated questions about documents.
         sentences: the number of their other sentences.
@@ -67,6 +71,10 @@ def load(
         raise DePassError(f"no task {name!r}; there are {', '.join(NAMES)}")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise DePassError(f"a task's size must be a whole number from 1, not {size!r}")
+    if rows is not None:
+        if name != "jsonl" or path is not None:
+            raise DePassError("rows= are the prompts of the task 'jsonl' in place of path=; give one of them")
+        return jsonl.load_listed(rows, size)
     if name == "multilingual":
         return multilingual.load(size, seed, split, path, language)
     if language is not None:

@@ -47,7 +47,8 @@ class Example:
     Args:
         id: a unique name within the task.
         prompt: the text to continue, without trailing space; a `Conversation` or `Documents` too.
-        answer: the correct continuation, with its leading space: `" Mary"`.
+        answer: the correct continuation, with its leading space: `" Mary"`; None where it is not known. The
+            model's most likely next token is explained then.
         foil: a wrong continuation to compare with, if the task has one: `" John"`.
         roles: named character ranges `[start, end)` in the prompt, for example
             `{"indirect_object": ((5, 9),), "subject": ((14, 18),)}`.
@@ -58,12 +59,23 @@ class Example:
 
     id: str
     prompt: str
-    answer: str
+    answer: str | None
     foil: str | None = None
     roles: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     evidence: tuple[str, ...] = ()
     variants: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def known_answer(self) -> str:
+        """The answer, where one is needed.
+
+        Raises:
+            DePassError: it is not known.
+        """
+        if self.answer is None:
+            raise DePassError(f"the prompt {self.id!r} has no answer, which this needs; give its target")
+        return self.answer
 
     def evidence_ranges(self) -> list[Span]:
         """Return the character ranges of all evidence, in the order of the text."""
@@ -93,7 +105,6 @@ class Example:
             reply if written or reply is None or reply[:1].isspace() else f" {reply}"
             for reply in (self.answer, self.foil)
         )
-        assert answer is not None
         prompt = SectionedText(text, sections, written)
         evidence = tuple(name for name in self.evidence if name in roles)
         return replace(self, prompt=prompt, answer=answer, foil=foil, roles=roles, evidence=evidence)
@@ -116,6 +127,8 @@ class Example:
             reading: under "contrast" and "token", what is explained of each token of a whole answer.
             reduce: "sum" or "mean" over the tokens of a whole answer.
         """
+        if self.answer is None:
+            return answer_target(None, kind)
         foil = self.foil if kind == "contrast" else None
         replies = [self.answer] if foil is None else [self.answer, foil]
         if tokenizer is not None and any(

@@ -1,11 +1,13 @@
-"""Custom prompts: one JSON object per line.
+"""Custom prompts: one JSON object per line, or one prompt per line of a `.txt` file.
 
-`{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` and
-`target` are required. The target is used unchanged: for most models, a word includes its leading space. Rows
-of conversations, completions, preferences and documents are read too (`loading/chat_rows.py`).
+`{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` is
+required. Without a target, the model's most likely next token is explained. The target is used unchanged: for
+most models, a word includes its leading space. Rows of conversations, completions, preferences and documents
+are read too (`loading/chat_rows.py`).
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,16 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
     return load_rows("jsonl", path, example_of, size)
 
 
+def load_listed(rows: Sequence[Mapping[str, Any]], size: int | None = None) -> Task:
+    """Read rows that are given, not those of a file.
+
+    Args:
+        rows: the rows of `load`.
+        size: the maximum number of prompts, from the first row; None means all.
+    """
+    return load_rows("prompts", [dict(row) for row in rows], example_of, size)
+
+
 def example_of(row: dict[str, Any], number: int, *, user: bool = False) -> Example:
     """Return a row as an example.
 
@@ -45,10 +57,13 @@ def example_of(row: dict[str, Any], number: int, *, user: bool = False) -> Examp
     if is_chat_row(row):
         prompt, answer, foil = chat_fields(row, user=user)
     else:
-        prompt, answer = text_field(row, "prompt"), text_field(row, "target")
+        prompt = text_field(row, "prompt")
+        answer = text_field(row, "target") if row.get("target") is not None else None
         prompt = Conversation([{"role": "user", "content": prompt}]) if user else prompt
         foil = text_field(row, "foil") if row.get("foil") is not None else None
-    if foil == answer:
+    if foil is not None and answer is None:
+        raise DePassError(f"the foil {foil!r} is compared with a target; give the target, too")
+    if foil is not None and foil == answer:
         raise DePassError(f"the foil is the same as the target: {foil!r}")
     evidence = row.get("evidence") or []
     if not isinstance(evidence, list):

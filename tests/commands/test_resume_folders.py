@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 from depass_lightning.callbacks import AttributionWriter
 from depass_lightning.commands import resume as runs
-from depass_lightning.commands.analyze import main
 from depass_lightning.commands.attribute_task import manifest_of
+from depass_lightning.commands.main import analyze as main
 from depass_lightning.commands.resume import UNFINISHED, Resume, lock_run_folder
 from depass_lightning.errors import DePassError
 from depass_lightning.storage import RunStore, read_rows

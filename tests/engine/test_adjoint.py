@@ -178,7 +178,7 @@ def test_a_target_inside_the_model(name: str, rule: Any) -> None:
         ({"target": Direction(torch.ones(35))}, r"shape is \(35,\), but the model's states have 36"),
         ({"target": Direction(torch.full((36,), torch.nan))}, r"the direction is not finite"),
         ({"target": ProbeLogit(object())}, r"it has no coef_"),
-        ({"source": "tokens"}, r"source is 'tokens', a str; it must be one source"),
+        ({"source": "token"}, r"source 'token' is unknown; did you mean tokens\?"),
         ({"source": Neurons(0, [44])}, r"there is no neuron 44; the MLP has 44, 0 to 43"),
         ({"source": Spans([(2, 3), (2, 4)], "token")}, r"share a token"),
         ({"source": Spans("verse")}, r"choose one of word, sentence"),  # type: ignore[arg-type]

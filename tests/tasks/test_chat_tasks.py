@@ -114,8 +114,7 @@ def test_a_saved_data_set_has_the_same_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [USER]}, "a question and its answer at least"),
-        ({"messages": [SAID, USER]}, "the last of the messages is of the user"),
+        ({"messages": []}, "must be a list of messages"),
         ({"messages": [{"content": "x"}, SAID]}, "message 0 of the prompt is"),
         ({"prompt": [USER], "completion": ""}, "the field 'completion' is ''"),
         ({"prompt": [USER], "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),

@@ -151,7 +151,7 @@ def test_a_bad_row_costs_only_itself(tmp_path):
     rows = [
         {"prompt": "The sky is", "target": " blue"},
         "not json",
-        {"prompt": "Grass is"},
+        {"prompt": "Grass is", "foil": " grey"},
         {"prompt": "Snow is", "target": " white", "evidence": ["ice"]},
         {"prompt": "Snow is", "target": " white", "evidence": [[4, 40]]},
         {"prompt": "", "target": " white"},
@@ -166,7 +166,7 @@ def test_a_bad_row_costs_only_itself(tmp_path):
     assert list(reasons) == [2, 3, 4, 5, 6, 7, 8, 9]
     expected = (
         "not valid JSON",
-        "'target' is missing",
+        "is compared with a target",
         "'ice' does not occur",
         "not inside",
         "'prompt' must be",

@@ -146,7 +146,8 @@ class Language:
         prompts = prompts_of(depass.decoder, depass.tokenizer, texts, None, None)
         size = depass.decoder.vocabulary_size
         answers = [
-            token_id(example.answer, example.prompt, depass.tokenizer, size, first=True) for example in task
+            token_id(example.known_answer, example.prompt, depass.tokenizer, size, first=True)
+            for example in task
         ]
         return prompts, answers
 

@@ -292,7 +292,7 @@ def misled_prompts(depass: DePass, task: Task) -> tuple[list[Misled], list[str]]
             prompt, plain = prompts_of(depass.decoder, tokenizer, texts, None, None)
             ids = [
                 token_id(text, example.prompt, tokenizer, size, first=True)
-                for text in (example.answer, example.foil or "")
+                for text in (example.known_answer, example.foil or "")
             ]
             if ids[0] == ids[1]:
                 raise DePassError("the right and the false answer begin with the same token")

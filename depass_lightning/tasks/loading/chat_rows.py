@@ -3,6 +3,7 @@
 | row | the prompt | the answer | the foil |
 |---|---|---|---|
 | `{messages}` | all messages but the last | the last, of the assistant | |
+| `{messages}` | all messages | none: the last is not of the assistant | |
 | `{prompt, completion}` | `prompt`, text or messages | `completion`, text or one message | |
 | `{prompt, chosen, rejected}` | `prompt` | `chosen` | `rejected` |
 | `{chosen, rejected}` | the messages that both begin with | the last of `chosen` | the last of `rejected` |
@@ -30,7 +31,7 @@ def is_chat_row(row: Row) -> bool:
     return any(row.get(key) is not None for key in ("messages", "completion", "chosen", "documents"))
 
 
-def chat_fields(row: Row, *, user: bool = False) -> tuple[str, str, str | None]:
+def chat_fields(row: Row, *, user: bool = False) -> tuple[str, str | None, str | None]:
     """Return a row's prompt, answer and foil.
 
     Args:
@@ -45,8 +46,10 @@ def chat_fields(row: Row, *, user: bool = False) -> tuple[str, str, str | None]:
         return Documents(_listed(row["documents"]), question), answer, None
     if row.get("messages") is not None:
         messages = _messages(row, "messages")
-        prompt, answer = messages[:-1], _said(messages[-1:], "the last of the messages")
-        return _conversation(prompt, row), answer, None
+        if messages[-1].get("role") != "assistant":
+            return _conversation(messages, row), None, None
+        answer = _said(messages[-1:], "the last of the messages")
+        return _conversation(messages[:-1], row), answer, None
     replies = ["completion"] if row.get("completion") is not None else ["chosen", "rejected"]
     whole = [_listed(row.get(key)) for key in replies]
     prompt = _listed(row.get("prompt"))
@@ -79,8 +82,8 @@ def _listed(value: Any) -> Any:
 
 def _messages(row: Row, key: str) -> list[Mapping[str, Any]]:
     messages = _listed(row[key])
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise DePassError(f"the field {key!r} must be a list of messages, a question and its answer at least")
+    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], Mapping):
+        raise DePassError(f"the field {key!r} must be a list of messages, each with a role and a content")
     return messages
 
 

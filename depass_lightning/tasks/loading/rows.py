@@ -17,13 +17,13 @@ MAX_CHARACTERS = 10_000_000  # of a text
 
 
 def load_rows(
-    name: str, path: str | Path, read: Callable[[Row, int], Example], size: int | None = None
+    name: str, path: str | Path | list[Row], read: Callable[[Row, int], Example], size: int | None = None
 ) -> Task:
     """Read a file of rows into a task; rows that cannot be read are collected in `Task.skipped`.
 
     Args:
         name: the task's name.
-        path: a file, folder or data set of `read_rows`.
+        path: a file, folder or data set of `read_rows`, or the rows.
         read: converts a row and its number to an example, or raises `DePassError` with the reason.
         size: the maximum number of examples, from the first row; None means all.
 
@@ -32,7 +32,10 @@ def load_rows(
     """
     examples: dict[str, Example] = {}
     skipped: list[Row] = []
-    for number, row, fault in read_rows(path):
+    listed = isinstance(path, list)
+    rows = [(number, row, "") for number, row in enumerate(path, start=1)] if listed else read_rows(path)
+    place = "the list of rows" if listed else str(path)
+    for number, row, fault in rows:
         if len(examples) == size:
             break
         try:
@@ -46,10 +49,10 @@ def load_rows(
             check_text("the row", json.dumps(dataclasses.asdict(example), ensure_ascii=False))
             examples[example.id] = example
         except Exception as error:  # any error skips only this row
-            skipped.append({"row": number, "reason": reason_of(error), "path": str(path)})
+            skipped.append({"row": number, "reason": reason_of(error), "path": place})
     if not examples:
         first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
-        raise DePassError(f"{path} has no row that the task {name!r} can use{first}")
+        raise DePassError(f"{place} has no row that the task {name!r} can use{first}")
     return Task(name, list(examples.values()), skipped)
 
 
@@ -119,8 +122,9 @@ def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
     """Return every row's number, value and error; the number is the line in JSON Lines, else counts from 1.
 
     Args:
-        path: a JSON file (a list of objects), a JSON Lines file (one object per line), a folder that
-            `Dataset.save_to_disk` wrote, or `hub:owner/name` for a public data set (`hub.py`).
+        path: a JSON file (a list of objects), a JSON Lines file (one object per line), a `.txt` file (one
+            prompt per line), a folder that `Dataset.save_to_disk` wrote, or `hub:owner/name` for a public
+            data set (`hub.py`).
 
     Raises:
         DePassError: there is no such file or data set, or the file is neither JSON nor JSON Lines.
@@ -131,6 +135,8 @@ def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
     if path.is_dir():
         return [(number, row, "") for number, row in enumerate(saved_rows(path), start=1)]
     text = read_text(path, "a JSON or JSON Lines file")
+    if path.suffix == ".txt":
+        return [(n, {"prompt": line}, "") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if text.lstrip().startswith("["):
         return [(number, row, "") for number, row in enumerate(_json_list(text, path), start=1)]
     lines = enumerate(text.split("\n"), start=1)

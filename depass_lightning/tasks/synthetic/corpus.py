@@ -62,7 +62,7 @@ def _passage(generator: random.Random, examples: Iterator[ioi.Example]) -> Passa
     """Draw one passage: a prompt with its answer, sometimes after an irrelevant sentence."""
     if generator.random() < IOI_SHARE:
         example = next(examples)
-        passage = answered(example.prompt, example.answer)
+        passage = answered(example.prompt, example.known_answer)
     else:
         passage = _fact(generator)
     if generator.random() < FILLER_SHARE:

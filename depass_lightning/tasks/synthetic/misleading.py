@@ -56,7 +56,7 @@ def false_answers(examples: Iterable[Example], seed: int) -> dict[str, str]:
     examples = list(examples)
     answers: dict[str, set[str]] = defaultdict(set)
     for example in examples:
-        answers[example.labels["relation"]].add(example.answer)
+        answers[example.labels["relation"]].add(example.known_answer)
     false = {}
     for example in examples:
         others = sorted(answers[example.labels["relation"]] - {example.answer})

@@ -20,7 +20,7 @@ class Passage:
 
 def from_examples(examples: Sequence[Example] | Task) -> list[Passage]:
     """Return each prompt with its answer."""
-    return [answered(example.prompt, example.answer) for example in examples]
+    return [answered(example.prompt, example.known_answer) for example in examples]
 
 
 def answered(prompt: str, answer: str) -> Passage:
