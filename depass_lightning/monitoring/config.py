@@ -53,6 +53,17 @@ def name_sources(source: Sources) -> dict[str, Source]:
     return named
 
 
+def fitting(depass: DePass, sources: Sequence[Source]) -> list[Source]:
+    """Return the sources for a model: on a hybrid, "modules" is what mixes positions in every block.
+
+    Args:
+        depass: the model.
+        sources: results of `name_sources`.
+    """
+    hybrid = any(block.attention.mixer is not None for block in depass.decoder.blocks)
+    return [Module("mixer") if hybrid and source is NAMED["modules"] else source for source in sources]
+
+
 def check_settings(depass: DePass, sources: Sequence[Source], settings: RuleOptions) -> None:
     """Check, before training begins, that settings suit the model.
 

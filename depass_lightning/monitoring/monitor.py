@@ -24,7 +24,7 @@ from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.models.sharding import mixed_precision
-from depass_lightning.monitoring.config import Sources, check_settings, name_sources
+from depass_lightning.monitoring.config import Sources, check_settings, fitting, name_sources
 from depass_lightning.monitoring.discovery import ModelFinder, TrackedModel, find_tokenizer
 from depass_lightning.monitoring.history import History
 from depass_lightning.monitoring.maps import page
@@ -325,8 +325,8 @@ class ProbeMonitor:
         self.history = {name: History.from_state_dict(past) for name, past in state["history"].items()}
 
     def _make_runner(self, model: TrackedModel) -> ProbeRunner:
-        sources = list(self.sources.values())
         depass = DePass(model.model, self._tokenizer)
+        sources = fitting(depass, list(self.sources.values()))
         check_settings(depass, sources, self.settings)
         return ProbeRunner(depass, model.device, sources, self.batch_size, model.sharded, self.settings)
 

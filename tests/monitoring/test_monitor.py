@@ -16,6 +16,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils.data import DataLoader
 
 from depass_lightning import DePassError
 from depass_lightning.monitoring.monitor import ProbeMonitor
@@ -27,6 +28,7 @@ from tests.callbacks.test_callback import same
 from tests.callbacks.test_loggers import history_rows
 from tests.conftest import ROOT
 from tests.reference.training import PROMPTS, Inside, language_model, loader, tokenizer
+from tests.reference.zoo import build
 
 # Lightning's own: a logger, and when ModelCheckpoint ranks.
 LIGHTNING = {"wandb_logger", "checkpoints"}
@@ -255,3 +257,14 @@ def test_only_lightnings_own_files_import_lightning() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lightning"
     }
     assert knowing == LIGHTNING
+
+
+def test_modules_are_the_mixers_of_a_hybrid_model() -> None:
+    probes = DataLoader([{"input_ids": torch.arange(3, 9), "target": torch.tensor(7)}])
+    kinds = {}
+    for family in ("llama", "lfm2"):
+        monitor = ProbeMonitor(build(family), tokenizer(), probes, source="modules", faithfulness=0)
+        [result] = monitor.run(0).results
+        kinds[family] = {component.kind for component in result.attributions[0].components}
+    assert "attention" in kinds["llama"]
+    assert "mixer" in kinds["lfm2"]
