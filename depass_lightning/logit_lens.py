@@ -1,16 +1,20 @@
 """Logit lens: the tokens that neurons and directions promote through the unembedding."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.depass import DePass
+from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.norms import NormParameters
+from depass_lightning.engine.record import record
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import device_of
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.results.circuit import Circuit
 from depass_lightning.results.component import Component
 from depass_lightning.sources import Source, Subspace
 from depass_lightning.utils.tokenization import token_text
@@ -86,6 +90,45 @@ def notes_on(depass: DePass, source: Source, components: Sequence[Component]) ->
         label: f"promotes {', '.join(up)}; demotes {', '.join(down)}"
         for label, (up, down) in zip(directions, promoted_tokens(depass, rows), strict=True)
     }
+
+
+def describe_nodes(depass: DePass, circuit: Circuit, edges: int = 60) -> Circuit:
+    """Return a circuit with what its heads and MLPs promote, and what its heads attend to.
+
+    What a node writes at its position, or at the target's, is read through the unembedding.
+
+    Args:
+        depass: the model, with its tokenizer.
+        circuit: the circuit of one prompt.
+        edges: only nodes of the largest edges are described.
+    """
+    decoder, place = depass.decoder, circuit.position
+    ids = torch.tensor([circuit.token_ids[: place + 1]], device=decoder.device)
+    nodes = [node for node in circuit.prune(edges=edges).nodes if node.kind in ("head", "mlp")]
+    states: list[Tensor] = []
+    patterns: dict[str, list[list[float]]] = {}
+    with alone(decoder.model):
+        lengths = torch.tensor([place + 1], device=decoder.device)
+        recording = record(decoder, ids, lengths, lengths - 1)
+        blocks = {node.layer: recording.block(node.layer) for node in nodes if node.layer is not None}
+        for node in nodes:
+            assert node.layer is not None
+            block, position = blocks[node.layer], place if node.span is None else node.span[0]
+            if node.kind == "mlp":
+                states.append(block.mlp_output[0, position])
+                continue
+            values, _ = block.attention.head_values(block.resid_pre)
+            states.append(block.attention.head_outputs(values)[0, node.index or 0, position])
+            if block.attention.convolution is None:
+                weights = block.attention.probabilities[0, node.index or 0]  # [query, key]
+                weights = weights / weights.sum(-1, keepdim=True)
+                patterns[node.label] = [[round(float(weight), 3) for weight in row] for row in weights]
+    words = promoted_tokens(depass, torch.stack(states)) if states else []
+    notes = {
+        node.label: f"promotes {', '.join(up)}; demotes {', '.join(down)}"
+        for node, (up, down) in zip(nodes, words, strict=True)
+    }
+    return replace(circuit, notes=notes, patterns=patterns)
 
 
 def _norm(decoder: Decoder, norm: nn.Module | None, near: nn.Module) -> NormParameters:

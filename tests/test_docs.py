@@ -17,6 +17,7 @@ DOCS = ROOT / "docs"
 GUIDES = (
     "which-word",
     "which-head",
+    "circuits",
     "which-neuron",
     "which-direction",
     "generation",
@@ -28,6 +29,7 @@ GUIDES = (
 SAID = {  # what the pages' own numbers are taken from
     "which-word": "' Mary' − ' John' = +7.77",
     "which-head": "layer 2 head 1",
+    "circuits": "layer 2 head 1 → ' Mary' − ' John'",
     "which-neuron": "neuron 80     +2.83",
     "which-direction": "subspace   +1.82",
     "generation": "' Mary' − ' John'",

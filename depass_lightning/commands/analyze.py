@@ -7,6 +7,7 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from depass_lightning.commands.attribute_task import AttributedTask, attribute_task, resolve_rule
+from depass_lightning.commands.circuit_task import run_circuits
 from depass_lightning.commands.compare import compare, load_entry
 from depass_lightning.commands.console import (
     command,
@@ -54,11 +55,13 @@ def analyze(config: DictConfig) -> int:
 
 
 def run(config: DictConfig, folder: Path) -> int:
-    """Run a comparison, a watch, a study or a task, write the output files, and return the exit code."""
+    """Run a comparison, a watch, circuits, a study or a task, write its files, and return the exit code."""
     if config.compare is not None:
         return compare(config, folder, load, attribute_task, console)
     if config.watch.folder is not None:
         return watch(config, folder, load)
+    if config.circuit:
+        return run_circuits(config, folder, load, console)
     if config.study is not None:
         return run_study(config, folder, load, console)
     attributed = attribute_task(config, folder, lambda: load(config))

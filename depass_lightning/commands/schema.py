@@ -213,6 +213,7 @@ class AnalyzeSettings(CommonSettings):
     attention_path: AttentionPath
     compat: Literal["paper_code"] | None
     states: int | Literal["end"] | None
+    circuit: bool
     compare: list[Annotated[str, Field(min_length=1)]] | None
     timeline: Name | None
     checkpoint: Name | None

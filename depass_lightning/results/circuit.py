@@ -3,53 +3,22 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
+from depass_lightning.results.circuit_edges import CircuitComparison, Edge
 from depass_lightning.results.component import Component, from_columns, to_columns
 from depass_lightning.results.score_file import read_result, write_result
 
 if TYPE_CHECKING:
     import networkx
+    from matplotlib.figure import Figure
 
 INPUTS = ("token", "embedding", "bias")  # nodes that nothing enters
-
-
-class Edge(NamedTuple):
-    """What one node contributes to the target through another at once.
-
-    Attributes:
-        source: the node that writes.
-        reader: the node that reads.
-        path: `value`; or `query` or `key` into a head, under a rule that keeps them apart.
-        score: the contribution, in logits.
-    """
-
-    source: Component
-    reader: Component
-    path: str
-    score: float
-
-
-@dataclass(frozen=True)
-class CircuitComparison:
-    """How a circuit differs from another with the same nodes, such as that of a later checkpoint.
-
-    Attributes:
-        difference: the other's scores and edges less this one's.
-        overlap: of the edges with the largest scores in either, the fraction that both have there.
-        appeared: the edges that only the other has among its largest, the largest first.
-        vanished: the edges that only this one has there.
-    """
-
-    difference: "Circuit"
-    overlap: float
-    appeared: list[Edge]
-    vanished: list[Edge]
 
 
 @dataclass(eq=False)
@@ -74,6 +43,8 @@ class Circuit:
         prompts: the number of prompts that this is the mean of.
         difference: with a corrupted prompt, the same for what each node writes less what it writes there,
             through the frozen maps of this prompt. What enters a node need not sum to its score then.
+        notes: what nodes promote, by label (`logit_lens.describe_nodes`).
+        patterns: heads' attention probabilities `[query][key]`, by label.
         metadata: anything else worth keeping; JSON must be able to hold it.
     """
 
@@ -90,6 +61,8 @@ class Circuit:
     paths: list[str] = field(default_factory=lambda: ["value"])
     prompts: int = 1
     difference: "Circuit | None" = None
+    notes: dict[str, str] = field(default_factory=dict)
+    patterns: dict[str, list[list[float]]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -310,6 +283,8 @@ class Circuit:
             token_ids=[],
             prompts=sum(circuit.prompts for circuit in circuits),
             difference=Circuit.mean(differences) if len(differences) == len(circuits) else None,
+            notes={},
+            patterns={},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -349,6 +324,40 @@ class Circuit:
             edges, scores = tensors["difference_edges"], tensors["difference_scores"]
             circuit.difference = replace(circuit, edges=edges, scores=scores, value=value)
         return circuit
+
+    # Imported where they are drawn, as in `Attribution`.
+
+    def show(self) -> None:
+        """Print what flows into the target as a tree."""
+        from rich.console import Console
+
+        from depass_lightning.reports.circuit_page import circuit_tree
+
+        Console().print(circuit_tree(self))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that shows the circuit: one file, which needs no network.
+
+        Args:
+            path: the page's file.
+        """
+        from depass_lightning.reports.circuit_page import write_circuit_page
+
+        write_circuit_page(path, self, title=f"How {self.target} is computed", subtitle=self.text)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """Draw the largest edges, layers upwards.
+
+        Args:
+            path: the picture's file, with the format as its ending (.png, .svg, .pdf); None writes none.
+        """
+        from depass_lightning.reports.circuit_page import circuit_figure
+        from depass_lightning.reports.figures import save_figure
+
+        figure = circuit_figure(self)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
 
     def to_networkx(self) -> "networkx.MultiDiGraph":
         """Return the circuit as a graph of networkx: a node by its index, an edge by path."""
