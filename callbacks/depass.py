@@ -18,6 +18,7 @@ from typing_extensions import override
 from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.errors import DePassError
+from depass_lightning.monitoring.alarms import Alarms
 from depass_lightning.monitoring.checkpoints import ranks_after_batch, ranks_after_epoch
 from depass_lightning.monitoring.config import Sources
 from depass_lightning.monitoring.discovery import ModelFinder
@@ -58,6 +59,12 @@ class DePassCallback(Callback):
         batch_size: the number of probes in one pass; a batch that fails is halved until the probe to blame is
             found.
         on_error: "log" reports a failing probe and its reason, and training goes on; "raise" ends training.
+        alarms: conditions on scalars, such as "on_target below 0.8 of the reference, twice in a row", see
+            `monitoring/alarms.py`; a mapping has an action for each: "log", "stop" to end training, or a
+            function of the `AlarmEvent`.
+        control: the name of the probe set whose answers should not change: its changes since the first run
+            make the null band of the other sets.
+        scalars: "all" also logs the bootstrap interval of every mean.
         folder: where pages and scores are written, in a folder `depass`; None for the first logger's folder,
             or the trainer's `default_root_dir` without a logger.
         settings: `rule`, by default `auto`, `temperature`, `bias`, `engine` and `attention_path`, as for
@@ -83,6 +90,9 @@ class DePassCallback(Callback):
         faithfulness: int = 4,
         batch_size: int = 8,
         on_error: Literal["log", "raise"] = "log",
+        alarms: Alarms = (),
+        control: str | None = None,
+        scalars: Literal["main", "all"] = "main",
         folder: str | Path | None = None,
         **settings: Unpack[RuleOptions],
     ) -> None:
@@ -100,6 +110,9 @@ class DePassCallback(Callback):
             faithfulness=faithfulness,
             batch_size=batch_size,
             on_error=on_error,
+            alarms=alarms,
+            control=control,
+            scalars=scalars,
             **settings,
         )
         self.tokenizer = tokenizer
@@ -267,7 +280,10 @@ class DePassCallback(Callback):
         """Run every probe set, on all ranks together; once at an optimiser step."""
         if not self.monitor.bound:  # training ends before it has started
             return MonitorResult(trainer.global_step, self.monitor.scalars, new=False)
-        return self.monitor.run(trainer.global_step, record=trainer.state.fn == TrainerFn.FITTING)
+        result = self.monitor.run(trainer.global_step, record=trainer.state.fn == TrainerFn.FITTING)
+        if result.stop:
+            trainer.should_stop = True
+        return result
 
     def _publish(self, trainer: Trainer, result: MonitorResult) -> None:
         """Write the maps and pass everything to the loggers, on rank zero."""

@@ -7,6 +7,7 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from depass_lightning.commands.attribute_task import AttributedTask, attribute_task, resolve_rule
+from depass_lightning.commands.check import Check
 from depass_lightning.commands.circuit_task import run_circuits
 from depass_lightning.commands.compare import compare, load_entry
 from depass_lightning.commands.console import (
@@ -32,7 +33,7 @@ from depass_lightning.errors import DePassError
 
 @command
 def analyze(config: DictConfig) -> int:
-    """Run an analysis and return the exit code: 1 if a prompt was skipped."""
+    """Run an analysis and return the exit code: 1 if a prompt was skipped, or a check failed."""
     check_config(config, AnalyzeSettings)
     if config.sweep_report is not None:
         code = report_sweep(config.sweep_report, console)
@@ -64,11 +65,13 @@ def run(config: DictConfig, folder: Path) -> int:
         return run_circuits(config, folder, load, console)
     if config.study is not None:
         return run_study(config, folder, load, console)
+    check = Check.of(config)
     attributed = attribute_task(config, folder, lambda: load(config))
     if attributed is None:
         return 0
     print_results(attributed.results, console, config.report.shown)
-    return print_skipped(attributed)
+    failed = 0 if check is None else check.run(attributed.results.summary, folder)
+    return max(failed, print_skipped(attributed))
 
 
 def load(config: DictConfig) -> DePass:

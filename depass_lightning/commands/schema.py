@@ -123,10 +123,8 @@ class TrainSettings(CommonSettings):
     export_dtype: DType | None
 
 
-class TaskSettings(StrictSettings):
+class TaskSettings(StrictSettings, extra="forbid"):
     """The prompts."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: Annotated[str, _one_of(tasks.NAMES)]
     size: Count | None = None
@@ -139,10 +137,8 @@ class TaskSettings(StrictSettings):
     sentences: Many | None = None
 
 
-class RuleSettings(StrictSettings):
+class RuleSettings(StrictSettings, extra="forbid"):
     """How a neuron is shared among the components."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: Annotated[str, _one_of((AUTO, *get_args(RuleName), CalibratedRule.name))]
     path: Name | None = None
@@ -161,10 +157,8 @@ class RuleSettings(StrictSettings):
         return self
 
 
-class TargetSettings(StrictSettings):
+class TargetSettings(StrictSettings, extra="forbid"):
     """The target."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     kind: Annotated[str, _one_of(TARGETS)]
     max_new_tokens: Annotated[int, Field(le=MAX_COUNT)] = 1
@@ -174,24 +168,27 @@ class TargetSettings(StrictSettings):
     task_answer: bool = False
 
 
-class ReportSettings(StrictSettings):
+class ReportSettings(StrictSettings, extra="forbid"):
     """The size of the report."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     prompts: Many
     shown: Many
     figures: Many
 
 
-class WatchSettings(StrictSettings):
+class WatchSettings(StrictSettings, extra="forbid"):
     """Whose checkpoints are attributed as they appear, and until when."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     folder: Name | None
     until: Many | None
     poll: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class CheckSettings(StrictSettings, extra="forbid"):
+    """What an analysis is compared with, and the conditions under which it fails."""
+
+    reference: Name | None
+    alarms: list[Name]
 
 
 class AnalyzeSettings(CommonSettings):
@@ -218,6 +215,7 @@ class AnalyzeSettings(CommonSettings):
     timeline: Name | None
     checkpoint: Name | None
     watch: WatchSettings
+    check: CheckSettings
     report: ReportSettings
     sweep_report: Name | None
     open: bool

@@ -10,6 +10,7 @@ from typing import Any
 
 from depass_lightning.commands.console import existing_folder, skip_unreadable
 from depass_lightning.errors import DePassError
+from depass_lightning.monitoring.history import STABLE
 from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import attribution_from_row, read_rows
 
@@ -45,7 +46,13 @@ def write_timelines(folder: str | Path) -> list[Path]:
                     page,
                     frames,
                     title=f"{name}: what the answers relied on during training",
-                    subtitle=f"{len(frames)} steps; choose one with the slider or by a click on a curve",
+                    subtitle="; ".join(
+                        [
+                            f"{len(frames)} steps",
+                            "choose one with the slider or by a click on a curve",
+                            *_stable(probe_set),
+                        ]
+                    ),
                     examples=examples,
                     lines=losses | _curves(probe_set),
                 )
@@ -92,18 +99,33 @@ def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return {name: _finite(points) for name, points in losses.items()}
 
 
-def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return the probe set's curves."""
+def _curves(folder: Path) -> dict[str, list[tuple[float, ...]]]:
+    """Return the probe set's curves, each with its null band, or else with its bootstrap interval."""
+    history, curves = _history(folder), {}
+    for name, curve in history.get("curves", {}).items():
+        if name in LINES:
+            label = f"all probes: {name.replace('_', ' ')}"
+            bands, kind = history["null_bands"].get(name), "null band"
+            if bands is None:
+                bands, kind = history["intervals"].get(name), "95% CI"
+            if bands is None or None in bands:
+                curves[label] = _finite(zip(history["steps"], curve, strict=True))
+            else:
+                rows = zip(history["steps"], curve, bands, strict=True)
+                curves[f"{label}, {kind}"] = [(x, y, *band) for x, y, band in rows if y is not None]
+    return curves
+
+
+def _stable(folder: Path) -> list[str]:
+    """Return from which step the ranks of the scores are stable, if they are."""
+    step = _history(folder).get("stable_from")
+    return [] if step is None else [f"ranks are stable from step {step}, 1 − Spearman below {STABLE}"]
+
+
+def _history(folder: Path) -> dict[str, Any]:
     path = folder / "history.json"
-    if not path.is_file():
-        return {}
     with skip_unreadable(path):
-        history = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            f"all probes: {name.replace('_', ' ')}": _finite(zip(history["steps"], curve, strict=True))
-            for name, curve in history["curves"].items()
-            if name in LINES
-        }
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {}
 
 

@@ -46,7 +46,7 @@ class DePassTrainerCallback(TrainerCallback):
         folder: where pages and scores are written, in a folder `depass`; None for `output_dir`.
         sinks: where runs are logged; None for what `report_to` names, of W&B, TensorBoard and MLflow.
         options: `size`, `source`, `target`, `answer`, `max_overhead`, `faithfulness`, `batch_size`,
-            `on_error`, and the rule's settings, as for `ProbeMonitor`.
+            `on_error`, `alarms`, `control`, `scalars`, and the rule's settings, as for `ProbeMonitor`.
 
     Raises:
         DePassError: an argument is invalid; when training starts, the probes, the model or the tokenizer
@@ -89,7 +89,7 @@ class DePassTrainerCallback(TrainerCallback):
             self._resume(args, state.global_step)
         self._opened = None
         self.monitor.start(state.global_step)
-        self._run(args, state)
+        self._run(args, state, control)
 
     @override
     def on_step_end(
@@ -98,7 +98,7 @@ class DePassTrainerCallback(TrainerCallback):
         """Run at every `every_n_steps`-th step, and at the last one before the Trainer's summary."""
         scheduled = self.every_n_steps and state.global_step % self.every_n_steps == 0
         if control.should_training_stop or (scheduled and self.monitor.due(state.global_step)):
-            self._run(args, state)
+            self._run(args, state, control)
 
     @override
     def on_evaluate(
@@ -108,7 +108,7 @@ class DePassTrainerCallback(TrainerCallback):
         metrics = objects.get("metrics")
         if self.monitor.bound:
             if self.monitor.due(state.global_step):
-                self._run(args, state)
+                self._run(args, state, control)
             scalars = self.monitor.scalars
         else:
             self._bind(objects)
@@ -125,7 +125,7 @@ class DePassTrainerCallback(TrainerCallback):
         if not self.monitor.bound:
             return
         if self.monitor.due(state.global_step):
-            self._run(args, state)
+            self._run(args, state, control)
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
             with whole_file(folder / HISTORY) as path:
@@ -136,7 +136,7 @@ class DePassTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Run on the weights that training ends with, if their step had no run, and release the model."""
-        self._run(args, state)
+        self._run(args, state, control)
         self.monitor.release()
 
     def _bind(self, objects: Mapping[str, Any]) -> None:
@@ -164,10 +164,12 @@ class DePassTrainerCallback(TrainerCallback):
         if saved:
             self.monitor.load_state_dict(saved)
 
-    def _run(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _run(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         result = self.monitor.run(state.global_step)
         if not result.new:
             return
+        if result.stop:
+            control.should_training_stop = True
         state.log_history.append({**result.scalars, "epoch": state.epoch, "step": state.global_step})
         if self._opened is None:
             self._opened = _sinks(args) if state.is_world_process_zero and self.sinks is None else []

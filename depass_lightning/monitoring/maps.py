@@ -80,11 +80,17 @@ def page(result: Result) -> str:
     Args:
         result: the result of a run.
     """
+    ends = result.intervals
     return page_html(
         result.attributions,
         title=f"{result.name}, step {result.step}",
         subtitle=_moved(result),
-        summary={CARDS.get(name, name): value for name, value in result.metrics.items()},
+        summary={
+            CARDS.get(name, name): {"value": value, "low": ends[name][0], "high": ends[name][1]}
+            if name in ends
+            else value
+            for name, value in result.metrics.items()
+        },
         examples=_examples(result),
     )
 

@@ -24,9 +24,10 @@ from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.models.sharding import mixed_precision
+from depass_lightning.monitoring.alarms import AlarmEvent, Alarms, name_alarms, raise_alarms
 from depass_lightning.monitoring.config import Sources, check_settings, fitting, name_sources
 from depass_lightning.monitoring.discovery import ModelFinder, TrackedModel, find_tokenizer
-from depass_lightning.monitoring.history import History
+from depass_lightning.monitoring.history import SCALARS, History
 from depass_lightning.monitoring.maps import page
 from depass_lightning.monitoring.probe_sets import (
     AnswerPart,
@@ -39,14 +40,19 @@ from depass_lightning.monitoring.probe_sets import (
 )
 from depass_lightning.monitoring.publish import publish
 from depass_lightning.monitoring.results import Result, result_of
-from depass_lightning.monitoring.runner import Failure, Outcome, ProbeRunner, isolated
+from depass_lightning.monitoring.runner import (
+    Failure,
+    Outcome,
+    ProbeRunner,
+    isolated,
+    report_failures,
+)
 from depass_lightning.monitoring.sinks import Sink
 from depass_lightning.monitoring.throttle import Throttle
 from depass_lightning.utils.distributed import from_all, from_first, place, sharing
 
 log = logging.getLogger(__name__)
 
-SHOWN = 3  # failed probes that are named
 OVERHEAD = "depass/overhead"
 
 
@@ -61,6 +67,9 @@ class MonitorOptions(RuleOptions, total=False):
     faithfulness: int
     batch_size: int
     on_error: Literal["log", "raise"]
+    alarms: Alarms
+    control: str | None
+    scalars: Literal["main", "all"]
 
 
 @dataclass(frozen=True)
@@ -72,12 +81,16 @@ class MonitorResult:
         scalars: the means of every set by their full names, such as `depass/ioi/value`.
         results: one per probe set and source; empty if the run is not new.
         new: False if this step had a run already, whose scalars these are.
+        events: the alarms that this run has raised.
+        stop: whether one of them ends training.
     """
 
     step: int
     scalars: Mapping[str, float]
     results: Sequence[Result] = ()
     new: bool = True
+    events: Sequence[AlarmEvent] = ()
+    stop: bool = False
 
     @property
     def pages(self) -> dict[str, str]:
@@ -111,6 +124,10 @@ class ProbeMonitor:
         batch_size: the number of probes in one pass; a batch that fails is halved until the probe to blame is
             found.
         on_error: "log" reports a failing probe and its reason; "raise" raises an error.
+        alarms: conditions on scalars, see `monitoring/alarms.py`; a mapping has an action for each: "log",
+            "stop" to end training, or a function of the `AlarmEvent`.
+        control: the probe set whose answers should not change; its changes make the others' null bands.
+        scalars: "all" also logs the bootstrap interval of every mean.
         settings: `rule`, by default `auto`, `temperature`, `bias`, `engine` and `attention_path`, as for
             `DePass.attribute`.
 
@@ -132,19 +149,21 @@ class ProbeMonitor:
         faithfulness: int = 4,
         batch_size: int = 8,
         on_error: Literal["log", "raise"] = "log",
+        alarms: Alarms = (),
+        control: str | None = None,
+        scalars: Literal["main", "all"] = "main",
         **settings: Unpack[RuleOptions],
     ) -> None:
         for name, number in (("size", size), ("batch_size", batch_size)):
             if number < 1:
                 raise DePassError(f"{name} must be at least 1, not {number}")
         if max_overhead is not None and not 0 < max_overhead <= 1:
-            raise DePassError(
-                f"max_overhead is a fraction of the time, above 0 and at most 1; not {max_overhead}"
-            )
+            raise DePassError(f"max_overhead is a fraction of the time, in (0, 1]; not {max_overhead}")
         if faithfulness < 0:
             raise DePassError(f"faithfulness must be a number of probes, 0 for none; not {faithfulness}")
-        if on_error not in ("log", "raise"):
-            raise DePassError(f"on_error must be 'log' or 'raise', not {on_error!r}")
+        for name, value, known in (("on_error", on_error, "log raise"), ("scalars", scalars, "main all")):
+            if value not in known.split():
+                raise DePassError(f"{name} must be {' or '.join(map(repr, known.split()))}, not {value!r}")
         if unknown := sorted(set(settings) - RuleOptions.__annotations__.keys()):
             raise DePassError(
                 f"there is no setting {unknown[0]!r}; there are {', '.join(RuleOptions.__annotations__)}"
@@ -153,6 +172,9 @@ class ProbeMonitor:
         self.probes = name_sets(probes)
         self.size = size
         self.sources = name_sources(source)
+        self.alarms = name_alarms(alarms, (*SCALARS, "failed"), self.probes, control)
+        self.control = control
+        self.logged = scalars
         self.target: TargetKind = target
         self.answer: AnswerPart = answer
         self.faithfulness = faithfulness
@@ -281,13 +303,17 @@ class ProbeMonitor:
         with isolated(self._model.device), self._model.opened(), sharing():
             results = self._results(self._model, step, record)
         scalars = {name: value for result in results for name, value in result.scalars.items()}
+        if self.logged == "all":
+            scalars |= {name: value for result in results for name, value in result.ends.items()}
+        raised = raise_alarms(self.alarms, results, self.control) if record else []
         if record:
             self.throttle.spend(self.throttle.clock() - began)
             if not first:  # of a training that has just started, the first run would be all of the time
                 with sharing():
                     scalars[OVERHEAD] = from_first(lambda: self.throttle.share)
             self.step, self.scalars = step, scalars
-        return MonitorResult(step, scalars, results)
+        stop = any(alarm.action == "stop" for alarm, _ in raised)
+        return MonitorResult(step, scalars, results, events=[event for _, event in raised], stop=stop)
 
     def publish(
         self, result: MonitorResult, sinks: Sequence[Sink], folder: str | Path, step: int | None = None
@@ -337,16 +363,19 @@ class ProbeMonitor:
             shares = from_all(lambda: self._shares(model, 0, 1))[:1]
         else:
             shares = from_all(lambda: self._shares(model, rank, world_size))
-        results = []
-        for name, probes in self.sets.items():
+        results: list[Result] = []
+        control: dict[str, dict[str, list[float]]] = {}
+        for name, probes in sorted(self.sets.items(), key=lambda named: named[0] != self.control):
             outcomes = {i: outcome for share in shares for i, outcome in share[name].items()}
-            self._report(name, step, outcomes, rank)
+            report_failures(name, step, probes, outcomes, self.on_error, rank)
             for index, source in enumerate(self.sources):
                 key = name if len(self.sources) == 1 else f"{name}/{source}"
                 history = self.history.get(key, History())
-                result = result_of(key, step, probes, outcomes, index, history)
+                result = result_of(key, step, probes, outcomes, index, history, control.get(source))
+                if name == self.control:
+                    control[source] = result.changes()
                 if record:
-                    history.add(step, result.metrics, result.scored)
+                    history.add(step, result.metrics, result.scored, result.by_id, result.bands)
                     self.history[key] = history
                 results.append(result)
         return results
@@ -369,18 +398,3 @@ class ProbeMonitor:
             outcomes[name] = dict(zip(share, attributed, strict=True))
         self.batch_size = self._runner.batch_size
         return outcomes
-
-    def _report(self, name: str, step: int, outcomes: Mapping[int, Outcome], rank: int) -> None:
-        """Report the probes that failed, grouped by reason; or raise for the first reason."""
-        failures: dict[str, list[str]] = {}
-        for i, outcome in sorted(outcomes.items()):
-            if isinstance(outcome, Failure):
-                failures.setdefault(outcome.reason, []).append(repr(self.sets[name][i].id))
-        for reason, probes in failures.items():
-            more = f" and {len(probes) - SHOWN} more" if len(probes) > SHOWN else ""
-            some = ", ".join(probes[:SHOWN]) + more
-            message = f"probe{'s' * (len(probes) > 1)} {some} of {name!r} failed at step {step}: {reason}"
-            if self.on_error == "raise":
-                raise DePassError(message)
-            if rank == 0:
-                log.warning(message)

@@ -1,14 +1,24 @@
 """The result of one run of the probes, for one set and one source."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from depass_lightning.faithfulness import Case, Columns
-from depass_lightning.monitoring.history import SCALARS, History, measure, similarities, summarise
+from depass_lightning.monitoring.history import (
+    SCALARS,
+    Band,
+    History,
+    intervals,
+    measure,
+    similarities,
+    summarise,
+)
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.monitoring.runner import Finding, Outcome
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.comparison import Comparison
+
+BANDED = ("value", "probability", "on_target", "similarity_first", "spearman_first")
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class Result:
         rows: the scalars of each probe.
         metrics: the scalars of the set.
         history: the runs so far, this one included.
+        bands: the null bands of its scalars, where there are control prompts.
     """
 
     name: str
@@ -36,6 +47,17 @@ class Result:
     rows: Sequence[dict[str, float]]
     metrics: dict[str, float]
     history: History
+    bands: Mapping[str, Band] = field(default_factory=dict)
+
+    @property
+    def by_id(self) -> dict[str, dict[str, float]]:
+        """The scalars of each probe, by the probes' ids."""
+        return {probe.id: row for probe, row in zip(self.probes, self.rows, strict=True)}
+
+    @property
+    def intervals(self) -> dict[str, Band]:
+        """The bootstrap 95% interval of each mean over the probes."""
+        return intervals(self.rows, list(self.metrics))
 
     @property
     def scored(self) -> dict[str, Attribution]:
@@ -45,7 +67,27 @@ class Result:
     @property
     def scalars(self) -> dict[str, float]:
         """The set's scalars by their full names, as loggers and `trainer.callback_metrics` have them."""
-        return {f"depass/{self.name}/{name}": value for name, value in self.metrics.items()}
+        return _named(self.name, self.metrics) | _named(self.name, self.bands, "_null")
+
+    @property
+    def ends(self) -> dict[str, float]:
+        """The ends of the intervals by their full names: `depass/ioi/value_low`, `depass/ioi/value_high`."""
+        return _named(self.name, self.intervals)
+
+    def changes(self) -> dict[str, list[float]]:
+        """Return each probe's change since its first run of every scalar that has a null band."""
+        return {name: self.history.changes(name, self.by_id) for name in BANDED if name in self.metrics}
+
+
+def _named(result: str, values: Mapping[str, float | Band], suffix: str = "") -> dict[str, float]:
+    """Return scalars, or both ends of ranges, by their full names."""
+    named: dict[str, float] = {}
+    for name, value in values.items():
+        full = f"depass/{result}/{name}{suffix}"
+        named |= (
+            {f"{full}_low": value[0], f"{full}_high": value[1]} if isinstance(value, tuple) else {full: value}
+        )
+    return named
 
 
 def result_of(
@@ -55,6 +97,7 @@ def result_of(
     outcomes: Mapping[int, Outcome],
     index: int,
     history: History,
+    control: Mapping[str, Sequence[float]] | None = None,
 ) -> Result:
     """Measure a source's attributions.
 
@@ -65,6 +108,7 @@ def result_of(
         outcomes: each probe's outcome, by its index in the set.
         index: the source's index.
         history: the runs so far, without this one.
+        control: the control prompts' changes of each scalar since their first run.
     """
     scored = [(probes[i], outcome) for i, outcome in sorted(outcomes.items()) if isinstance(outcome, Finding)]
     asked = [probe for probe, _ in scored]
@@ -77,7 +121,8 @@ def result_of(
     ]
     metrics = summarise(rows, _scalars(probes, rows, history))
     metrics["failed"] = float(len(probes) - len(scored))
-    return Result(name, step, asked, attributions, curves, drifts, rows, metrics, history)
+    bands = history.null_band(metrics, control or {})
+    return Result(name, step, asked, attributions, curves, drifts, rows, metrics, history, bands)
 
 
 def _scalars(

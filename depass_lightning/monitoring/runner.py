@@ -3,17 +3,17 @@
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
-from depass_lightning.errors import reason_of
+from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import Case, Columns, TokenRemoval, evaluate
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 REMOVED = (0, 20, 40, 60, 80, 100)  # percent: coarse, because it is measured often
 ORDERS = 2  # random orders per probe
+SHOWN = 3  # failed probes that are named
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,41 @@ class ProbeRunner:
         curves = evaluate([Case(finding.attributions[i]) for finding, i in places], [removal], self.depass)
         for (finding, i), columns in zip(places, curves, strict=True):
             finding.curves[i] = columns
+
+
+def report_failures(
+    name: str,
+    step: int,
+    probes: Sequence[ProbePrompt],
+    outcomes: Mapping[int, Outcome],
+    on_error: Literal["log", "raise"],
+    rank: int,
+) -> None:
+    """Report the probes that failed, grouped by reason.
+
+    Args:
+        name: the set's name.
+        step: the optimiser step.
+        probes: the whole set.
+        outcomes: each probe's outcome, by its index in the set.
+        on_error: "raise" raises for the first reason.
+        rank: the process; the first one logs.
+
+    Raises:
+        DePassError: a probe failed, and `on_error` is "raise".
+    """
+    failures: dict[str, list[str]] = {}
+    for i, outcome in sorted(outcomes.items()):
+        if isinstance(outcome, Failure):
+            failures.setdefault(outcome.reason, []).append(repr(probes[i].id))
+    for reason, failed in failures.items():
+        more = f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+        some = ", ".join(failed[:SHOWN]) + more
+        message = f"probe{'s' * (len(failed) > 1)} {some} of {name!r} failed at step {step}: {reason}"
+        if on_error == "raise":
+            raise DePassError(message)
+        if rank == 0:
+            log.warning(message)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def write_timeline(
     subtitle: str = "",
     summary: Mapping[str, Any] | None = None,
     examples: Mapping[str, Mapping[str, Any]] | None = None,
-    lines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    lines: Mapping[str, Sequence[tuple[float, ...]]] | None = None,
 ) -> None:
     """Write the page.
 
@@ -54,7 +54,8 @@ def write_timeline(
         subtitle: a sentence below the title.
         summary: numbers shown as cards, see `write_page`.
         examples: what is known of each prompt, by its id, see `write_page`.
-        lines: curves drawn below the slider, such as the loss: `(step, value)`.
+        lines: curves drawn below the slider, such as the loss: `(step, value)`, or with a band around it
+            `(step, value, low, high)`.
 
     Raises:
         DePassError: there are fewer than two frames, or no prompt has the same components in all of them.

@@ -104,9 +104,9 @@ def test_bad_arguments_are_refused(make: Callable[[], Any], message: str) -> Non
 
 def test_history_pads_curves_that_begin_or_end_late() -> None:
     history = History()
-    history.add(0, {"value": 1.0}, {})
-    history.add(5, {"value": 2.0, "on_target": 0.5}, {})
-    history.add(9, {"on_target": 0.7}, {})
+    history.add(0, {"value": 1.0}, {}, {}, {})
+    history.add(5, {"value": 2.0, "on_target": 0.5}, {}, {}, {})
+    history.add(9, {"on_target": 0.7}, {}, {}, {})
     back = History.from_state_dict(history.state_dict())
     assert back.steps == [0, 5, 9]
     assert back.curves["value"] == pytest.approx([1.0, 2.0, math.nan], nan_ok=True)

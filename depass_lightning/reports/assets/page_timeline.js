@@ -77,7 +77,8 @@ function drawTimeline() {
 
 function line(name, points) {
   const xs = [...TIMELINE.steps, ...points.map(([x]) => x)];
-  const ys = points.map(([, y]) => y);
+  const ys = points.flatMap(([, ...y]) => y);
+  const band = points.filter((point) => point.length > 2);
   const parts = ys.every((y) => y >= 0 && y <= 1) && /probability|share|evidence/.test(name);
   const [low, high] = parts ? [0, 1] : [Math.min(0, ...ys), Math.max(0, ...ys)];
   const [first, last] = [Math.min(...xs), Math.max(...xs)];
@@ -87,6 +88,7 @@ function line(name, points) {
   const near = points.reduce((best, point) => (Math.abs(point[0] - current) < Math.abs(best[0] - current) ? point : best));
   const picture = drawing("svg", { viewBox: `0 0 ${LINE.width} ${LINE.height}`, role: "img", "aria-label": `${name} over the steps` },
     drawing("line", { class: "grid", x1: across(first), x2: across(last), y1: down(low), y2: down(low) }),
+    drawing("polygon", { class: "band", points: [...band.map(([x, , y]) => [x, y]), ...band.map(([x, , , y]) => [x, y]).reverse()].map(([x, y]) => `${across(x).toFixed(1)},${down(y).toFixed(1)}`).join(" "), style: "fill: var(--positive); opacity: 0.18" }),
     drawing("polyline", { class: "line", points: points.map(([x, y]) => `${across(x).toFixed(1)},${down(y).toFixed(1)}`).join(" "), style: "stroke: var(--positive)" }),
     drawing("line", { class: "timeline-cursor", x1: across(current), x2: across(current), y1: LINE.top, y2: LINE.height - LINE.bottom }),
     drawing("circle", { cx: across(near[0]), cy: down(near[1]), r: 3.5, style: "fill: var(--positive)" }),
