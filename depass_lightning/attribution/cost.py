@@ -21,7 +21,6 @@ from depass_lightning.engine.attention import propagate_attention
 from depass_lightning.engine.component_groups import DenseGroup
 from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.linear_rules import LinearPaths
-from depass_lightning.engine.memory import Budget
 from depass_lightning.engine.mlp import propagate_mlp
 from depass_lightning.engine.record import Recording, record, recorded_bytes
 from depass_lightning.engine.state import DecomposedState
@@ -149,7 +148,7 @@ def _tried(decoder: Decoder, ids: list[int], settings: Settings, rows: int) -> _
 
         def back() -> None:
             gradient = at_readout(recording, lengths[:, None] - 1, vector, zeros, normed=True)
-            for _ in backward(recording, rule, gradient, layer=recording.layers, first=0):
+            for _ in backward(recording, rule, [gradient], layer=recording.layers, first=0):
                 pass
 
         with alone(decoder.model):
@@ -204,7 +203,9 @@ def _with_bytes(
     recordings, components, most = [], [0], 0
     for batch in batches:
         length = max(len(prompt.ids) for prompt in batch)
-        recordings.append(_recorded(decoder, len(batch), length, settings.budget))
+        recordings.append(
+            _recorded(decoder, len(batch), length, settings.budget.kept(backward=settings.adjoint))
+        )
         most = max(most, len(batch) * length)
         for source in () if settings.adjoint else settings.sources:
             for part in source.per_layer(len(decoder.blocks)):
@@ -229,9 +230,9 @@ def _with_bytes(
     return Estimate(seconds, max(recordings), copies_of_rows * max(components), working)
 
 
-def _recorded(decoder: Decoder, batch: int, length: int, budget: Budget) -> int:
+def _recorded(decoder: Decoder, batch: int, length: int, limit: int) -> int:
     whole = recorded_bytes(decoder, batch, length)
-    if whole <= budget.recording:
+    if whole <= limit:
         return whole
     states = len(decoder.blocks) * batch * length * decoder.hidden_size * decoder.model_dtype.itemsize
     return states + whole // len(decoder.blocks)

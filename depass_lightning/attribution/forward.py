@@ -40,7 +40,8 @@ def record_batch(
         ids.to(decoder.device),
         torch.tensor(lengths, device=decoder.device),
         torch.tensor(sorted(set().union(*positions)), device=decoder.device),
-        keep_everything=recorded_bytes(decoder, *ids.shape) <= settings.budget.recording,
+        keep_everything=recorded_bytes(decoder, *ids.shape)
+        <= settings.budget.kept(backward=settings.adjoint),
     )
 
 

@@ -323,6 +323,27 @@ class Readout:
             recording, self.positions[:, target], self.vectors[:, target], normed=self.normed
         )
 
+    def split(self, count: int) -> "list[Readout]":
+        """Divide the targets.
+
+        Args:
+            count: the targets of each part at most.
+        """
+        tensors = (self.positions, self.vectors, self.constants, self.values)
+        parts = zip(*(tensor.split(count, 1) for tensor in tensors), strict=True)
+        return [
+            replace(self, positions=positions, vectors=vectors, constants=constants, values=values)
+            for positions, vectors, constants, values in parts
+        ]
+
+    def gradients(self, recording: Recording) -> list[TargetGradient]:
+        """Compute the gradient of each target by the state where it is read.
+
+        Args:
+            recording: the recorded pass.
+        """
+        return [self.gradient(recording, target) for target in range(self.positions.shape[1])]
+
     def gradient(self, recording: Recording, target: int) -> TargetGradient:
         """Compute the gradient of each prompt's target by the state where it is read.
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from depass_lightning.attribution.forward import propagate_to
 from depass_lightning.attribution.readout import Readout
 from depass_lightning.attribution.settings import Settings
-from depass_lightning.engine.adjoint import TargetGradient, backward
+from depass_lightning.engine.adjoint import BlockGradients, backward
 from depass_lightning.engine.component_groups import NeuronGroup
 from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.rules import SoftmaxRule
-from depass_lightning.engine.variants.rounding import rounding_scores
+from depass_lightning.engine.variants.rounding import RoundingScores
 from depass_lightning.engine.variants.top_neurons import ApproximationError, TopNeuronApproximation
 from depass_lightning.errors import DePassError
 from depass_lightning.prompts import Prompt
@@ -68,8 +68,26 @@ def score(
         DePassError: a source's components begin after the layer at which the targets are read.
     """
     context = settings.split_context(prompts)
+    if not settings.adjoint:
+        return _scores_together(recording, readout, settings, context)
+    # As many targets at once as fit into working memory.
+    width = 2 * (recording.decoder.hidden_size + recording.decoder.neurons)
+    rows = settings.budget.rows(width, recording.dtype)
+    parts = [
+        _scores_together(recording, part, settings, context)
+        for part in readout.split(max(1, rows // recording.input_ids.numel()))
+    ]
+    by_source = zip(*parts, strict=True)
+    return [Scores(torch.cat([part.values for part in of_source], 1)) for of_source in by_source]
+
+
+def _scores_together(
+    recording: Recording, readout: Readout, settings: Settings, context: SplitContext
+) -> list[Scores]:
+    """Score every source's components for targets that are propagated back, or read, together."""
+    rounding = RoundingScores(settings.rule) if settings.rounding else None
     if settings.adjoint:
-        scores = _scores_backward(recording, readout, settings, context)
+        scores = _scores_backward(recording, readout, settings, context, rounding)
     else:
         scores = [
             _scores_forward(recording, source, readout, settings, context) for source in settings.sources
@@ -77,9 +95,9 @@ def score(
     values = [source_scores.values for source_scores in scores]
     if settings.bias:  # propagated as the first component of each group
         values = [of_source.roll(-1, dims=-1) for of_source in values]
-    if settings.rounding:
-        rounding = _rounding(recording, readout, settings)
-        values = [torch.cat(both, -1) for both in zip(values, rounding, strict=True)]
+    if rounding is not None:
+        groups = _rounding(recording, readout, settings, rounding)
+        values = [torch.cat(both, -1) for both in zip(values, groups, strict=True)]
     return [Scores(of_source, old.errors) for of_source, old in zip(values, scores, strict=True)]
 
 
@@ -197,65 +215,71 @@ def _worst(errors: Sequence[ApproximationError]) -> ApproximationError:
 
 
 def _scores_backward(
-    recording: Recording, readout: Readout, settings: Settings, context: SplitContext
+    recording: Recording,
+    readout: Readout,
+    settings: Settings,
+    context: SplitContext,
+    rounding: RoundingScores | None,
 ) -> list[Scores]:
-    """Propagate each target's gradient back; one sweep gives the scores of all sources."""
+    """Propagate the targets' gradients back together; one sweep gives the scores of all sources."""
     assert isinstance(settings.rule, LinearPaths)
-    by_target = []
-    for target in range(readout.positions.shape[1]):
-        gradient = readout.gradient(recording, target)
-        scores = _swept_back(recording, settings.rule, gradient, readout.layer, settings, context)
-        if settings.attention_path == "control":
-            free = replace(settings.rule, control=1.0)
-            both = _swept_back(recording, free, gradient, readout.layer, settings, context)
-            scores = [all_paths - content for all_paths, content in zip(both, scores, strict=True)]
-        by_target.append(scores)
-    return [Scores(torch.stack(scores, 1)) for scores in zip(*by_target, strict=True)]
+    scores = _swept_back(recording, settings.rule, readout, settings, context, rounding)
+    if settings.attention_path == "control":
+        free = replace(settings.rule, control=1.0)
+        both = _swept_back(recording, free, readout, settings, context, None)
+        scores = [all_paths - content for all_paths, content in zip(both, scores, strict=True)]
+    return [Scores(of_source) for of_source in scores]
 
 
 def _swept_back(
     recording: Recording,
     rule: LinearPaths,
-    gradient: TargetGradient,
-    layer: int,
+    readout: Readout,
     settings: Settings,
     context: SplitContext,
-) -> list[Float[Tensor, "batch group component"]]:
-    """Score the components of all sources by one backward sweep from a layer."""
+    rounding: RoundingScores | None,
+) -> list[Float[Tensor, "batch target group component"]]:
+    """Score the components of all sources, and what is rounded off, by one backward sweep."""
     layers = [source.layers(recording.layers) for source in settings.sources]
     scores: list[list[Tensor]] = [[] for _ in settings.sources]  # from the last block to the first
+    targets = readout.gradients(recording)
     first = min(blocks[0] for blocks in layers)
-    for gradients in backward(recording, rule, gradient, layer=layer, first=first):
-        block = gradients.block.index
+    for gradients in backward(recording, rule, targets, layer=readout.layer, first=first):
+        if rounding is not None:
+            rounding.add(gradients)
+        block = gradients[0].block.index
         for source, blocks, groups in zip(settings.sources, layers, scores, strict=True):
-            if block not in blocks:
-                continue
-            group = source.inside_scores(gradients, context)
-            if group is None:
-                group = source.entry_scores(recording, context, block, gradients.resid_pre)
-            assert group is not None
-            groups.append(group)
+            if block in blocks:
+                by_target = [_group(recording, source, context, of_target) for of_target in gradients]
+                groups.append(torch.stack(by_target, 1))
         del gradients  # and the block's weights, where they are gathered, before the next block's
-    return [torch.stack(groups[::-1], 1) for groups in scores]
+    return [torch.stack(groups[::-1], 2) for groups in scores]
+
+
+def _group(
+    recording: Recording, source: Source, context: SplitContext, gradients: BlockGradients
+) -> Float[Tensor, "batch component"]:
+    """Score the components that begin in a block for one target."""
+    group = source.inside_scores(gradients, context)
+    if group is None:
+        group = source.entry_scores(recording, context, gradients.block.index, gradients.resid_pre)
+    assert group is not None
+    return group
 
 
 def _rounding(
-    recording: Recording, readout: Readout, settings: Settings
+    recording: Recording, readout: Readout, settings: Settings, rounding: RoundingScores
 ) -> list[Float[Tensor, "batch target group 1"]]:
     """Score what the model rounds off, from where each source's groups begin; the logits' own included."""
-    first = min(source.layers(recording.layers)[0] for source in settings.sources)
-    by_target = []
-    for target in range(readout.positions.shape[1]):
-        gradient = readout.gradient(recording, target)
-        read = (gradient.states * recording.state(readout.layer)).sum((1, 2)) + gradient.constants
-        last = readout.values[:, target].to(read) - read  # [batch]
-        sums = rounding_scores(recording, settings.rule, gradient, layer=readout.layer, first=first)
-        by_target.append(
-            [
-                torch.stack(
-                    [sums[layer][source.after_mlp] + last for layer in source.layers(recording.layers)], 1
-                )
-                for source in settings.sources
-            ]
-        )
-    return [torch.stack(groups, 1)[..., None] for groups in zip(*by_target, strict=True)]
+    targets = readout.gradients(recording)
+    if not settings.adjoint:
+        first = min(source.layers(recording.layers)[0] for source in settings.sources)
+        rounding.sweep(recording, targets, layer=readout.layer, first=first)
+    state = recording.state(readout.layer)
+    read = torch.stack([(target.states * state).sum((1, 2)) + target.constants for target in targets], 1)
+    last = readout.values.to(read) - read  # [batch, target]
+    groups = []
+    for source in settings.sources:
+        blocks = source.layers(recording.layers)
+        groups.append(torch.stack([rounding.sums[layer][source.after_mlp] + last for layer in blocks], 2))
+    return [group[..., None] for group in groups]

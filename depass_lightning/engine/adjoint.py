@@ -9,9 +9,10 @@ component is the component times the target's derivative there. From the last bl
 
 Four products a block and no automatic differentiation: about the cost of the plain pass. A rule may also
 go through the up map, and through queries and keys (`engine/control.py`); its weights scale them.
+Several targets are propagated together, so that a block is frozen and its probabilities are computed once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,6 @@ class TargetGradient:
 
     states: Float[Tensor, "batch position hidden"]
     constants: Float[Tensor, "batch"]
-
-    def plus(self, other: "TargetGradient") -> "TargetGradient":
-        """The sum of two, as along two ways to the target."""
-        return TargetGradient(self.states + other.states, self.constants + other.constants)
 
     def of(self, components: Float[Tensor, "batch component position hidden"]) -> Tensor:
         """The scores `[batch, component]` of components that begin here."""
@@ -90,8 +87,7 @@ def read_directions(
     if not normed:
         return vectors
     norm, batch = recording.final_norm, torch.arange(len(positions), device=vectors.device)
-    scale = norm.scale[batch[:, None], positions].flatten()
-    return norm.transposed(vectors.flatten(0, 1), scale).view(vectors.shape)
+    return norm.transposed(vectors, norm.scale[batch[:, None], positions])
 
 
 def at_readout(
@@ -122,99 +118,132 @@ def at_readout(
 
 
 def backward(
-    recording: Recording, rule: LinearPaths, derivative: TargetGradient, *, layer: int, first: int
-) -> Iterator[BlockGradients]:
-    """Take a target's derivative back, block by block.
+    recording: Recording, rule: LinearPaths, targets: Sequence[TargetGradient], *, layer: int, first: int
+) -> Iterator[list[BlockGradients]]:
+    """Take the derivatives of some targets back together, block by block.
 
     Args:
         recording: the recorded pass.
         rule: the linear rule: how much each path counts.
-        derivative: the target's derivative by the state that enters block `layer`.
-        layer: where the target is read; `recording.layers` is after the last block.
+        targets: each target's derivative by the state that enters block `layer`.
+        layer: where the targets are read; `recording.layers` is after the last block.
         first: the first block that is wanted.
 
     Yields:
-        The derivatives of block `layer - 1`, and so on down to block `first`.
+        Each target's derivatives at block `layer - 1`, and so on down to block `first`.
     """
+    after = _Gradients.stacked(targets)
     for index in range(layer - 1, first - 1, -1):
-        with exact(derivative.states.device):
+        with exact(after.states.device):
             block = recording.block(index)
-            neurons = derivative.states @ block.mlp.down.weight
+            neurons = after.states @ block.mlp.down.weight  # [target, batch, position, neuron]
             paths = rule.for_block(index)
-            read = _through_mlp(block.mlp, paths, derivative, neurons)
-            skipped = _before_skip(block.mlp.skip, derivative)
+            read = _through_mlp(block.mlp, paths, after, neurons)
+            skipped = _before_skip(block.mlp.skip, after)
             middle = skipped.plus(read)
             mlp_input = None
             if block.parallel:  # the MLP reads what enters the block
-                mlp_input, middle = read.states, TargetGradient(skipped.states, middle.constants)
-            heads = (middle.states @ block.attention.output.weight).unflatten(2, (block.attention.heads, -1))
+                mlp_input, middle = read.states, _Gradients(skipped.states, middle.constants)
+            heads = (middle.states @ block.attention.output.weight).unflatten(-1, (block.attention.heads, -1))
             attended = _through_attention(recording.decoder, block.attention, paths, middle, heads)
             entry = _before_skip(block.attention.skip, middle).plus(attended)
             if mlp_input is not None:
-                entry = TargetGradient(entry.states + mlp_input, entry.constants)
-        gradients = BlockGradients(block, entry, middle, derivative, mlp_input, heads, neurons)
+                entry = _Gradients(entry.states + mlp_input, entry.constants)
+        gradients = [
+            BlockGradients(
+                block,
+                entry.of_target(target),
+                middle.of_target(target),
+                after.of_target(target),
+                None if mlp_input is None else mlp_input[target],
+                heads[target],
+                neurons[target],
+            )
+            for target in range(len(targets))
+        ]
         del block  # whoever takes the gradients holds its weights
         yield gradients
         del gradients
-        derivative = entry
+        after = entry
 
 
-def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: TargetGradient, neurons: Tensor) -> TargetGradient:
-    """Take a derivative from the MLP's output to its input."""
-    normed, constants = torch.zeros_like(after.states), torch.zeros_like(after.constants)
+@dataclass(frozen=True)
+class _Gradients:
+    """The derivatives of several targets at one place."""
+
+    states: Float[Tensor, "target batch position hidden"]
+    constants: Float[Tensor, "target batch"]
+
+    @classmethod
+    def stacked(cls, targets: Sequence[TargetGradient]) -> "_Gradients":
+        return cls(
+            torch.stack([target.states for target in targets]),
+            torch.stack([target.constants for target in targets]),
+        )
+
+    def of_target(self, target: int) -> TargetGradient:
+        return TargetGradient(self.states[target], self.constants[target])
+
+    def plus(self, other: "_Gradients") -> "_Gradients":
+        """The sum of two, as along two ways to the targets."""
+        return _Gradients(self.states + other.states, self.constants + other.constants)
+
+
+def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: _Gradients, neurons: Tensor) -> _Gradients:
+    """Take derivatives from the MLP's output to its input."""
+    normed, constants = None, torch.zeros_like(after.constants) + _of_constants(after, mlp.bias_terms)
     for linear, slopes in linear_paths(mlp, rule):
-        states, added = _through(linear, mlp.norm, neurons * slopes)
-        normed, constants = normed + states, constants + added
-    return TargetGradient(_before_norm(mlp.norm, normed), constants + _of_constants(after, mlp.bias_terms))
+        by_output = neurons * slopes
+        constants = constants + _of_biases(linear, mlp.norm, by_output)
+        states = by_output @ linear.weight
+        normed = states if normed is None else normed.add_(states)
+    assert normed is not None
+    return _Gradients(mlp.norm.transposed(normed, mlp.norm.scale), constants)
 
 
 def _through_attention(
-    decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: TargetGradient, heads: Tensor
-) -> TargetGradient:
-    """Take a derivative from attention's output to its input."""
-    probabilities, scores = attention.probabilities, None
-    softmax = attention.convolution is None  # a linear mixer has no control path: all goes through its values
-    if rule.control and softmax:
-        output = rule.control * middle.states
-        scores = through_scores(decoder, attention, output, mean=rule.uniform > 0)
-    if rule.value != 1 and softmax:
-        probabilities = rule.value * probabilities
-    if scores is not None and scores.uniform is not None:
-        probabilities = probabilities + rule.uniform * attention.mixture(scores.uniform)
-    values = attention.transposed(heads, probabilities)
-    normed, constants = _through(attention.value, attention.norm, values)
-    constants = constants + _of_constants(middle, attention.bias_terms)
-    entry = TargetGradient(_before_norm(attention.norm, normed), constants)
-    if scores is None:
+    decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: _Gradients, heads: Tensor
+) -> _Gradients:
+    """Take derivatives from attention's output to its input."""
+    mixture, scores = attention.mixture, []
+    if attention.convolution is None:  # a linear mixer has no control path: all goes through its values
+        if rule.control:
+            outputs = list(rule.control * middle.states)
+            scores = through_scores(decoder, attention, outputs, mean=rule.uniform > 0)
+        if rule.value != 1:
+            even = scores[0].uniform if scores else None
+            mixture = mixture.weighted(rule.value, rule.uniform if scores else 0.0, even)
+    values = attention.transposed(heads, mixture)
+    constants = torch.zeros_like(middle.constants) + _of_constants(middle, attention.bias_terms)
+    constants = constants + _of_biases(attention.value, attention.norm, values)
+    states = attention.norm.transposed(values @ attention.value.weight, attention.norm.scale)
+    entry = _Gradients(states, constants)
+    if not scores:
         return entry
-    norm, constants = attention.call.norm, scores.constants
+    norm = attention.call.norm
+    normed = torch.stack([score.normed for score in scores])
+    constants = torch.stack([score.constants for score in scores])
     if norm.probe.bias is not None:
-        constants = constants + scores.normed.sum(1) @ norm.probe.bias
-    return entry.plus(TargetGradient(_before_norm(norm, scores.normed), constants))
+        constants = constants + normed.sum(2) @ norm.probe.bias
+    return entry.plus(_Gradients(norm.transposed(normed, norm.scale), constants))
 
 
-def _of_constants(derivative: TargetGradient, added: Tensor | None) -> Tensor | float:
-    """What a sublayer's constants add to the target."""
-    return 0.0 if added is None else (derivative.states * added).sum((1, 2))
+def _of_constants(gradients: _Gradients, added: Tensor | None) -> Tensor | float:
+    """What a sublayer's constants add to the targets."""
+    return 0.0 if added is None else (gradients.states * added).sum((2, 3))
 
 
-def _through(
-    linear: AffineMap, norm: FrozenNorm, derivative: Float[Tensor, "batch position out"]
-) -> tuple[Float[Tensor, "batch position hidden"], Float[Tensor, "batch"]]:
-    """Take a derivative from a map's output to the normed state; also what the biases of map and norm add."""
+def _of_biases(
+    linear: AffineMap, norm: FrozenNorm, by_output: Float[Tensor, "target batch position out"]
+) -> Tensor | float:
+    """What the biases of a map and of the norm before it add to the targets."""
     added = norm.constant_through(linear)
-    if added is None:
-        return derivative @ linear.weight, derivative.new_zeros(len(derivative))
-    return derivative @ linear.weight, derivative.sum(1) @ added
+    return 0.0 if added is None else by_output.sum(2) @ added
 
 
-def _before_skip(skip: FrozenNorm | None, after: TargetGradient) -> TargetGradient:
-    """Take a derivative back past a sublayer, through a norm on the residual stream where there is one.
+def _before_skip(skip: FrozenNorm | None, after: _Gradients) -> _Gradients:
+    """Take derivatives back past a sublayer, through a norm on the residual stream where there is one.
 
     The norm's bias is counted with the sublayer's other constants.
     """
-    return after if skip is None else TargetGradient(_before_norm(skip, after.states), after.constants)
-
-
-def _before_norm(norm: FrozenNorm, states: Float[Tensor, "batch position hidden"]) -> Tensor:
-    return norm.transposed(states.flatten(0, 1), norm.scale.flatten()).view(states.shape)
+    return after if skip is None else _Gradients(skip.transposed(after.states, skip.scale), after.constants)

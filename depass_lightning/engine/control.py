@@ -5,7 +5,8 @@ Attention moves values by probabilities held fixed, and its queries and keys cho
 key `k` is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])`, and queries and keys share the scores.
 
 1. Call the block's own attention once more as the model called it, with gradients, its values detached.
-   So rotary positions, windows, grouped heads and scales need no second implementation.
+   So rotary positions, windows, grouped heads and scales need no second implementation. Probabilities are
+   recomputed for some queries at a time (`engine/mixture.py`).
 2. Hold norms on queries and keys fixed at their recorded scale, as all norms are.
 3. Take the derivative by the normed state, and what the queries' and keys' biases add.
 
@@ -15,7 +16,7 @@ scores (`engine/score_path.py`).
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from depass_lightning.engine.frozen import AttentionCall, FrozenAttention
 from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.engine.mixture import DenseMixture, Listener, ScoredMixture, implementation, listening
 from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.engine.score_path import OneSide, ScorePath, Side
 from depass_lightning.errors import DePassError
@@ -42,7 +44,8 @@ class ScoreGradient:
         normed: by the normed state that attention reads.
         constants: what the biases of queries and keys (not the norm's) add to the target, and where the mean
             derivative is taken also all else that is constant in scores.
-        uniform: the even mixture over what each query sees, where the mean derivative is taken.
+        uniform: the even mixture over what each query sees, where the mean derivative of eager attention is
+            taken.
     """
 
     normed: Float[Tensor, "batch position hidden"]
@@ -53,11 +56,11 @@ class ScoreGradient:
 def through_scores(
     decoder: Decoder,
     attention: FrozenAttention,
-    output: Float[Tensor, "batch position hidden"],
+    outputs: Sequence[Float[Tensor, "batch position hidden"]],
     *,
     mean: bool = False,
-) -> ScoreGradient:
-    """Take a target's derivative back through a block's attention scores, in the model's own precision.
+) -> list[ScoreGradient]:
+    """Take targets' derivatives back through a block's attention scores, in the model's own precision.
 
     Queries and keys are not linear together: along this path alone a state's product with its derivative
     counts each score twice, once by its query and once by its key.
@@ -65,15 +68,18 @@ def through_scores(
     Args:
         decoder: the model.
         attention: the block's frozen attention.
-        output: the target's derivative by what attention adds to the residual stream.
+        outputs: each target's derivative by what attention adds to the residual stream.
         mean: take the softmax's mean derivative on the line from zero scores.
+
+    Returns:
+        The derivative of each target.
 
     Raises:
         DePassError: a norm inside attention is neither an RMSNorm nor a LayerNorm, or the mean derivative
             cannot be taken.
     """
-    with _called(decoder, attention, output, mean=mean) as call:
-        return call.pull(call.result, call.gradient)
+    with _called(decoder, attention, outputs[0], mean=mean) as call:
+        return [call.pull(call.result, call.gradient(output)) for output in outputs]
 
 
 def through_scores_in_parts(
@@ -99,7 +105,7 @@ def through_scores_in_parts(
         DePassError: as for `through_scores`, or attention does not multiply queries with keys in one product.
     """
     with _called(decoder, attention, output, mean=mean, side=side) as call:
-        (gradient,) = torch.autograd.grad(call.result, call.mixed, call.gradient, retain_graph=True)
+        (gradient,) = torch.autograd.grad(call.result, call.mixed, call.gradient(output), retain_graph=True)
         by_head = gradient.unflatten(-1, (attention.heads, -1))
         return [
             call.pull(call.mixed[0], (by_head * part[..., None].to(by_head)).flatten(-2)) for part in parts
@@ -110,13 +116,17 @@ def through_scores_in_parts(
 class _Call:
     """One call of a block's attention with gradients."""
 
-    output: Tensor  # the target's derivative, in the precision of the result
-    gradient: Tensor  # the same by what attention returns
+    call: AttentionCall
+    like: Tensor  # in the precision of derivatives
     result: Tensor
     mixed: list[Tensor]  # what the output map read
     normed: Tensor
     biases: list[tuple[Tensor, Tensor]]
     uniform: Tensor | None
+
+    def gradient(self, output: Float[Tensor, "batch position hidden"]) -> Tensor:
+        """A derivative by what attention adds to the residual stream, taken back to what it returns."""
+        return _ordinary(self.call.before_post_norm(output).to(self.result))
 
     def pull(self, values: Tensor, gradient: Tensor) -> ScoreGradient:
         """Take a derivative by what was computed back to the normed state and the constants."""
@@ -124,41 +134,43 @@ class _Call:
         back, *others = torch.autograd.grad(
             values, leaves, gradient, materialize_grads=True, retain_graph=True
         )
-        constants = self.output.new_zeros(len(self.output))
+        constants = self.like.new_zeros(len(self.like))
         for (_, bias), by_bias in zip(self.biases, others, strict=True):
             added = _products(by_bias, bias, len(constants), constants.dtype)
             constants = constants + added.to(constants.device)
-        return ScoreGradient(back.to(self.output), constants, self.uniform)
+        return ScoreGradient(back.to(self.like), constants, self.uniform)
 
 
 @contextmanager
 def _called(
-    decoder: Decoder, attention: FrozenAttention, output: Tensor, *, mean: bool, side: Side | None = None
+    decoder: Decoder, attention: FrozenAttention, like: Tensor, *, mean: bool, side: Side | None = None
 ) -> Iterator[_Call]:
     """Call a block's attention as the model called it, with gradients, and everything but scores fixed."""
     with (
-        undisturbed(decoder.model),
+        undisturbed(decoder.model, attention=implementation(decoder)),
         torch.inference_mode(mode=False),
         torch.enable_grad(),
         ExitStack() as stack,
     ):
-        call, dtype = attention.call, output.dtype
-        stack.enter_context(gathered(call.block.attention.module))
+        call, attending = attention.call, attention.call.block.attention
+        stack.enter_context(gathered(attending.module))
         biases: list[tuple[Tensor, Tensor]] = []
         mixed: list[Tensor] = []
-        for module, hook in _hooks(call, dtype, biases):
+        for module, hook in _hooks(call, like.dtype, biases):
             stack.callback(module.register_forward_hook(hook).remove)
         if side is not None:
-            keep = call.block.attention.output.module.register_forward_pre_hook(
+            keep = attending.output.module.register_forward_pre_hook(
                 lambda _module, arguments: mixed.append(arguments[0])
             )
             stack.callback(keep.remove)
-        arguments, keywords, normed = _with_gradient(call)
-        path = ScorePath(call.block.attention.module) if mean else None
-        one_side = None if side is None else OneSide(call.block.attention.module, side)
-        added = [] if path is None else _added_to_scores(keywords, len(output))
+        arguments, keywords, normed = _from_normed(call)
+        path = ScorePath(attending.module) if mean else None
+        stack.enter_context(listening(attending.module, _with_gradient(path, side)))
+        # Eager attention multiplies queries with keys in its code.
+        one_side = None if side is None or decoder.recomputes else OneSide(attending.module, side)
+        added = [] if path is None else _added_to_scores(keywords, len(like))
         with path or nullcontext(), one_side or nullcontext():
-            result = call.block.attention.module(*arguments, **keywords)
+            result = attending.module(*arguments, **keywords)
         result = result[0] if isinstance(result, tuple | list) else result
         if path is not None:
             _check_mean(path, attention)
@@ -167,12 +179,34 @@ def _called(
             biases += [(leaf, once * constant) for leaf, constant in (*path.constants, *added)]
         if one_side is not None and (one_side.products != 1 or len(mixed) != 1):
             raise DePassError(
-                f"queries and keys cannot be told apart: {type(call.block.attention.module).__name__} of "
+                f"queries and keys cannot be told apart: {type(attending.module).__name__} of "
                 f"block {call.block.index} does not multiply them in one product; take rule='half'"
             )
-        uniform = None if path is None or path.uniform is None else path.uniform.to(output)
-        gradient = _ordinary(call.before_post_norm(output).to(result))
-        yield _Call(output, gradient, result, mixed, normed, biases, uniform)
+        uniform = None if path is None or path.uniform is None else path.uniform.to(like)
+        yield _Call(call, like, result, mixed, normed, biases, uniform)
+
+
+def _with_gradient(path: ScorePath | None, side: Side | None) -> Listener:
+    """Have attention mix values such that derivatives reach its queries, keys and sinks.
+
+    Args:
+        path: where the softmax's mean derivative is taken.
+        side: the side that keeps its derivative; None for both.
+    """
+
+    def mix(mixture: ScoredMixture, values: Tensor) -> Tensor:
+        sinks = None
+        if mixture.sinks is not None:
+            constant = mixture.sinks.detach().view(1, -1, 1, 1).expand(len(values), -1, -1, -1)
+            sinks = torch.zeros_like(constant, requires_grad=True)
+            if path is not None:
+                path.constants.append((sinks, constant))
+        if side is not None:
+            fixed = "key" if side == "query" else "query"
+            mixture = replace(mixture, **{fixed: getattr(mixture, fixed).detach()})
+        return mixture.with_gradient(values, sinks, path)
+
+    return mix
 
 
 def _added_to_scores(keywords: dict[str, Any], batch: int) -> list[tuple[Tensor, Tensor]]:
@@ -196,7 +230,10 @@ def _products(gradient: Tensor, constant: Tensor, batch: int, dtype: torch.dtype
 
 def _check_mean(path: ScorePath, attention: FrozenAttention) -> None:
     """Refuse an attention whose softmax was not seen."""
-    if path.uniform is None or path.uniform.shape != attention.probabilities.shape:
+    mixture = attention.mixture
+    if isinstance(mixture, DenseMixture) and (
+        path.uniform is None or path.uniform.shape != mixture.matrix.shape
+    ):
         kind = type(attention.call.block.attention.module).__name__
         raise DePassError(
             f"rule='shap' is not exact here: {kind} of block {attention.call.block.index} does not take one "
@@ -274,7 +311,7 @@ def _frozen(norm: nn.Module, weight: Tensor, dtype: torch.dtype, name: str) -> H
     return hook
 
 
-def _with_gradient(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+def _from_normed(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The call's arguments with the normed state, which comes first or by its name, as a leaf."""
     arguments, keywords = _ordinary(call.arguments), _ordinary(call.keywords)
     states = arguments[0] if arguments else keywords.get("hidden_states")

@@ -26,6 +26,7 @@ from depass_lightning.engine.control import through_scores_in_parts
 from depass_lightning.engine.frozen import FrozenAttention, FrozenBlock, FrozenMLP
 from depass_lightning.engine.isolation import exact
 from depass_lightning.engine.linear_rules import LinearPaths
+from depass_lightning.engine.mixture import DenseMixture, Mixture
 from depass_lightning.engine.mlp import linear_paths
 from depass_lightning.engine.norms import FrozenNorm
 from depass_lightning.engine.record import Recording
@@ -137,7 +138,11 @@ class _Readers:
 
     def before(self, skip: FrozenNorm | None) -> "_Readers":
         """Take them back past a sublayer, through a norm on the residual stream where there is one."""
-        return self if skip is None else _Readers(_before_norm(skip, self.states), self.nodes, self.paths)
+        return (
+            self
+            if skip is None
+            else _Readers(skip.transposed(self.states, skip.scale), self.nodes, self.paths)
+        )
 
 
 class _Sweep:
@@ -157,7 +162,7 @@ class _Sweep:
         self.edges[:, 0, layout.bias, layout.target] = gradient.constants
         readers = self._readers(gradient.states, layout.target, 0)
         entry = gradient.states
-        for gradients in backward(recording, self.rule, gradient, layer=layer, first=0):
+        for (gradients,) in backward(recording, self.rule, [gradient], layer=layer, first=0):
             index = gradients.block.index
             blocks = [gradients.block, *(other.block(index) for other in self.recordings[1:])]
             readers = self._past(blocks, readers, gradients)
@@ -259,7 +264,7 @@ class _Sweep:
             added = mlp.norm.constant_through(linear)
             if added is not None:
                 constants = constants + derivative @ added
-        states = _before_norm(mlp.norm, states)
+        states = mlp.norm.transposed(states, mlp.norm.scale)
         if not self.layout.by_position:
             return states, constants.sum(1)
         return _diagonal(states), constants[0]
@@ -269,17 +274,16 @@ class _Sweep:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield by path what the heads' nodes read, `[node, position, hidden]`, and what is constant."""
         paths = self.rule.for_block(gradients.block.index)
-        probabilities = attention.probabilities
+        mixture = attention.mixture
         if attention.convolution is None:  # a linear mixer has no control path: all goes through its values
-            if paths.value != 1:
-                probabilities = paths.value * probabilities
+            uniform = None
             if paths.control:
-                uniform = None
                 for path, states, constants, even in self._through_scores(attention, paths, gradients):
                     yield path, states, constants
                     uniform = even
-                if uniform is not None:
-                    probabilities = probabilities + paths.uniform * attention.mixture(uniform)
+            if paths.value != 1:
+                mixture = mixture.weighted(paths.value, paths.uniform, uniform)
+        mixture = DenseMixture(mixture.whole())
         states, constants = [], []
         for query in range(self.layout.places):
             heads = gradients.heads
@@ -287,7 +291,7 @@ class _Sweep:
                 heads = torch.zeros_like(heads).index_copy_(
                     1, _index(query, heads), heads[:, query : query + 1]
                 )
-            of_query, constant = _through_values(attention, heads, probabilities)
+            of_query, constant = _through_values(attention, heads, mixture)
             states.append(of_query)
             constants.append(constant)
         yield 0, torch.stack(states, 1).flatten(0, 1), torch.stack(constants, 1).flatten()
@@ -312,7 +316,7 @@ class _Sweep:
             constants = torch.cat([gradient.constants for gradient in parts_back])
             if norm.probe.bias is not None:
                 constants = constants + normed.sum(1) @ norm.probe.bias
-            yield path, _before_norm(norm, normed), constants, parts_back[0].uniform
+            yield path, norm.transposed(normed, norm.scale), constants, parts_back[0].uniform
 
 
 def _head_values(block: FrozenBlock) -> Float[Tensor, "1 position head size"]:
@@ -322,7 +326,7 @@ def _head_values(block: FrozenBlock) -> Float[Tensor, "1 position head size"]:
 
 
 def _through_values(
-    attention: FrozenAttention, heads: Float[Tensor, "1 position head size"], probabilities: Tensor
+    attention: FrozenAttention, heads: Float[Tensor, "1 position head size"], mixture: Mixture
 ) -> tuple[Float[Tensor, "head position hidden"], Float[Tensor, "head"]]:
     """Take each head's derivative by itself back through its values; also what is constant in these.
 
@@ -336,20 +340,15 @@ def _through_values(
     for member in range(members):
         alone = torch.zeros_like(heads)
         alone[:, :, member::members] = heads[:, :, member::members]
-        values = attention.transposed(alone, probabilities)[0].unflatten(1, (groups, -1))
+        values = attention.transposed(alone[None], mixture)[0, 0].unflatten(1, (groups, -1))
         states.append(torch.einsum("ngc,gcd->gnd", values, weight))
         if added is not None:
             constants.append((values * added.unflatten(0, (groups, -1))).sum((0, 2)))
     # [group, member, ...] is the heads' order
-    read = _before_norm(attention.norm, torch.stack(states, 1).flatten(0, 1))
+    read = attention.norm.transposed(torch.stack(states, 1).flatten(0, 1), attention.norm.scale)
     if not constants:
         return read, read.new_zeros(len(read))
     return read, torch.stack(constants, 1).flatten()
-
-
-def _before_norm(norm: FrozenNorm, states: Float[Tensor, "reader position hidden"]) -> Tensor:
-    scale = norm.scale.flatten().repeat(len(states))
-    return norm.transposed(states.flatten(0, 1), scale).view(states.shape)
 
 
 def _diagonal(states: Float[Tensor, "1 position hidden"]) -> Float[Tensor, "position position hidden"]:

@@ -15,6 +15,7 @@ from depass_lightning.engine.frozen import (
     FrozenMLP,
 )
 from depass_lightning.engine.hooks import Capture
+from depass_lightning.engine.mixture import DenseMixture, Mixture
 from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap
@@ -92,10 +93,6 @@ class _Freezer:
         parts, capture, dtype = self.block.attention, self.capture, self.state.dtype
         if parts.mixer is not None:
             return self._mixer(parts.mixer)
-        if capture.probabilities is None:
-            raise DePassError(
-                f"block {self.block.index}: attention returned no probabilities under eager attention"
-            )
         norm = call_norm = self._norm("attention", self.probes.attention)
         value = parts.value.linear(dtype)
         if parts.latent is not None:
@@ -108,12 +105,9 @@ class _Freezer:
         output, added = self._projected(parts.output.linear(dtype), post)
         skip = self._skip(parts, call_norm, post)
         added = self._with_skipped_bias(added, skip, parts.residual)
-        probabilities = capture.probabilities.to(dtype)
-        if post is not None:
-            probabilities = probabilities * post.scale[:, None, :, None]
         return FrozenAttention(
             norm=norm,
-            probabilities=probabilities,
+            mixture=self._mixture(),
             value=value,
             output=output,
             bias_terms=added,
@@ -121,6 +115,17 @@ class _Freezer:
             skip=skip,
             gates=self._gates(),
         )
+
+    def _mixture(self) -> Mixture:
+        """How attention mixes positions."""
+        capture, dtype = self.capture, self.state.dtype
+        if capture.mixture is not None:
+            return capture.mixture.to(dtype)
+        if capture.probabilities is None:
+            raise DePassError(
+                f"block {self.block.index}: attention returned no probabilities under eager attention"
+            )
+        return DenseMixture(capture.probabilities.to(dtype))
 
     def _gates(self) -> Float[Tensor, "batch position channel"] | None:
         """The sigmoid that the heads' mixed values are multiplied with, if there is one."""
@@ -140,10 +145,9 @@ class _Freezer:
         value = parts.value.linear(dtype)
         output, added = self._projected(parts.output.linear(dtype), post)
         skip = self._skip(parts, norm, post)
-        matrix = mixing.matrix if post is None else mixing.matrix * post.scale[:, None, :, None]
         frozen = FrozenAttention(
             norm=replace(norm, probe=replace(norm.probe, bias=None)),
-            probabilities=matrix,
+            mixture=DenseMixture(mixing.matrix),
             value=AffineMap(value.weight, None),
             output=output,
             bias_terms=self._with_skipped_bias(added, skip, parts.residual),

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from depass_lightning.engine.mixture import Mixture
 from depass_lightning.engine.norms import FrozenNorm, past
 from depass_lightning.models.affine import AffineMap, Projection
 from depass_lightning.models.block import Block
@@ -44,8 +45,7 @@ class AttentionCall:
             output: the derivative.
         """
         if self.post_norm is not None:
-            scale = self.post_norm.scale.flatten()
-            output = self.post_norm.transposed(output.flatten(0, 1), scale).view(output.shape)
+            output = self.post_norm.transposed(output, self.post_norm.scale)
         return output * self.block.scale
 
 
@@ -98,11 +98,11 @@ class FrozenAttention:
 
     Grouped queries follow from the shapes: `heads * head_dim` is the output map's width, `key-value heads *
     head_dim` the value map's height. A norm after attention, its scale held fixed, is part of it: its
-    weights are in the output map, its scale at each query in the probabilities.
+    weights are in the output map, its scale multiplies what each query mixes.
 
     Args:
         norm: what it reads the residual stream through.
-        probabilities: of each query for each key; they need not sum to one.
+        mixture: how positions are mixed, before any norm after attention; rows need not sum to one.
         value: the value map.
         output: the output map, without its bias.
         bias_terms: what biases add at each position.
@@ -111,11 +111,11 @@ class FrozenAttention:
             None where the stream passes unchanged.
         gates: factors of the heads' mixed values, side by side; None for none.
         convolution: of a linear mixer, what it does to values before it mixes them; its matrix is in
-            `probabilities`, and its constants are among `bias_terms`.
+            `mixture`, and its constants are among `bias_terms`.
     """
 
     norm: FrozenNorm
-    probabilities: Float[Tensor, "batch head query key"]
+    mixture: Mixture
     value: AffineMap
     output: AffineMap
     bias_terms: Float[Tensor, "batch position hidden"] | None
@@ -127,7 +127,22 @@ class FrozenAttention:
     @property
     def heads(self) -> int:
         """The number of query heads."""
-        return self.probabilities.shape[1]
+        return self.mixture.heads
+
+    @cached_property
+    def probabilities(self) -> Float[Tensor, "batch head query key"]:
+        """The weight of each key for each query, times the scale of a norm after attention; held whole."""
+        post_norm, whole = self.call.post_norm, self.mixture.whole()
+        return whole if post_norm is None else whole * post_norm.scale[:, None, :, None]
+
+    @cached_property
+    def factors(self) -> Float[Tensor, "batch position channel"] | None:
+        """What the heads' mixed values are multiplied with: gates, and a norm's scale after attention."""
+        post_norm, gates = self.call.post_norm, self.gates
+        if post_norm is None:
+            return gates
+        scale = post_norm.scale[..., None]
+        return scale.expand(-1, -1, self.output.weight.shape[1]) if gates is None else gates * scale
 
     @property
     def head_size(self) -> int:
@@ -138,15 +153,6 @@ class FrozenAttention:
     def key_value_heads(self) -> int:
         """The number of value heads, each shared by a group of query heads."""
         return self.value.weight.shape[0] // self.head_size
-
-    def mixture(self, weights: Float[Tensor, "batch head query key"]) -> Tensor:
-        """Scale weights like the recorded probabilities, where a norm follows attention.
-
-        Args:
-            weights: the weight of each key for each query.
-        """
-        post_norm = self.call.post_norm
-        return weights if post_norm is None else weights * post_norm.scale[:, None, :, None]
 
     def head_values(
         self, states: Float[Tensor, "batch position hidden"]
@@ -169,30 +175,33 @@ class FrozenAttention:
     def mixed(
         self, values: Float[Tensor, "batch position channel"]
     ) -> Float[Tensor, "batch position head size"]:
-        """Mix values over positions, and multiply the result with the gates.
+        """Mix values over positions, and multiply the result with gates and a norm's scale.
 
         Args:
             values: the value heads' values side by side, convolved where a mixer does that.
         """
         table = values.unflatten(2, (self.key_value_heads, -1)).transpose(1, 2)
-        table = table.repeat_interleave(self.heads // self.key_value_heads, 1)
-        mixed = (self.probabilities @ table).transpose(1, 2)
-        return mixed if self.gates is None else mixed * self.gates.view(mixed.shape)
+        mixed = self.mixture.mixed(table).transpose(1, 2)
+        return mixed if self.factors is None else mixed * self.factors.unflatten(2, (self.heads, -1))
 
     def transposed(
-        self, heads: Float[Tensor, "batch position head size"], probabilities: Tensor
-    ) -> Float[Tensor, "batch position channel"]:
-        """Take a derivative by the heads' mixed values back to the value heads' values side by side.
+        self, heads: Float[Tensor, "target batch position head size"], mixture: Mixture
+    ) -> Float[Tensor, "target batch position channel"]:
+        """Take derivatives by the heads' mixed values back to the value heads' values side by side.
 
         Args:
-            heads: the derivative.
-            probabilities: what mixed the values.
+            heads: the derivatives of several targets.
+            mixture: what mixed the values.
         """
-        if self.gates is not None:
-            heads = heads * self.gates.view(heads.shape)
-        values = probabilities.transpose(2, 3) @ heads.transpose(1, 2)
-        values = values.unflatten(1, (self.key_value_heads, -1)).sum(2).transpose(1, 2).flatten(2)
-        return values if self.convolution is None else self.convolution.transposed(values)
+        if self.factors is not None:
+            heads = heads * self.factors.unflatten(2, (self.heads, -1))
+        targets = len(heads)
+        # [batch, head, query, target * size] -> [batch, value head, key, target * size]
+        values = mixture.transposed(heads.permute(1, 3, 2, 0, 4).flatten(3), self.key_value_heads)
+        values = values.unflatten(3, (targets, -1)).permute(3, 0, 2, 1, 4).flatten(3)
+        if self.convolution is None:
+            return values
+        return torch.stack([self.convolution.transposed(of_target) for of_target in values])
 
     @property
     def sees(self) -> Bool[Tensor, "batch query key"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from depass_lightning.engine.mixture import ScoredMixture
 from depass_lightning.models.block import Block
 from depass_lightning.models.experts import DenseParts
 
@@ -19,7 +20,9 @@ class Capture:
     """What the hooks of one block recorded.
 
     Args:
-        everything: record all that `freeze` needs; else only what enters and leaves the block.
+        everything: record all that `freeze` needs; else only what enters and leaves the block, and what its
+            attention mixes.
+        mixed_values: what attention mixed in an earlier run of the block, which is not computed again.
     """
 
     everything: bool
@@ -28,6 +31,8 @@ class Capture:
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     probabilities: Tensor | None = None
+    mixture: ScoredMixture | None = None
+    mixed_values: Tensor | None = None
     mixed: dict[str, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
 
@@ -40,6 +45,15 @@ class Capture:
     def left(self) -> Float[Tensor, "batch position hidden"]:
         """The state that left the block."""
         return self.seen["left"]
+
+    def mix(self, mixture: ScoredMixture, values: Tensor) -> Float[Tensor, "batch head query size"]:
+        """Compute what attention mixes, where the block's attention goes through `engine/mixture.py`."""
+        mixed = mixture.mixed(values) if self.mixed_values is None else self.mixed_values
+        if self.everything:
+            self.mixture = mixture
+        else:
+            self.mixed_values = mixed
+        return mixed
 
     def hooks(self, block: Block) -> list[RemovableHandle]:
         """Register the hooks on a block.

@@ -177,15 +177,15 @@ def alone(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
-    """Disable dropout, gradients, autocast and compiled code, and use eager attention, inside the context.
+def undisturbed(model: nn.Module, *, attention: str | None = "eager") -> Iterator[None]:
+    """Disable dropout, gradients, autocast and compiled code, and choose the attention, inside the context.
 
     Each module's training flag and each configuration's attention implementation are restored one by one,
     since a model may mix them.
 
     Args:
         model: the model; it may be compiled or have adapters.
-        eager: use eager attention, which returns its probabilities; else keep the model's implementation.
+        attention: the attention function; `eager` returns its probabilities, None keeps the model's.
     """
     inner = unwrapped(model)
     turns = _turns(inner)
@@ -203,11 +203,11 @@ def undisturbed(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
         _evaluate(inner, stack)
         if "_original_forward" in vars(inner):  # Accelerate's wrapper applies autocast
             _replace(inner, "forward", inner._original_forward, stack)
-        if eager:
+        if attention is not None:
             configs = (getattr(module, "config", None) for module in inner.modules())
             unique = {id(config): config for config in configs if isinstance(config, PretrainedConfig)}
             for config in unique.values():
-                _replace(config, "_attn_implementation_internal", "eager", stack)
+                _replace(config, "_attn_implementation_internal", attention, stack)
         yield
 
 

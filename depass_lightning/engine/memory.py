@@ -26,11 +26,13 @@ class Budget:
     Args:
         working: bytes for the temporary tensors of one attention or MLP step.
         recording: bytes that a recording may hold; beyond that, blocks are run again one at a time.
+        backward: the same for a backward pass, which itself needs little more than the states.
         components: bytes of components that are kept in memory on a CPU; beyond that, they go to a file.
     """
 
     working: int
     recording: int
+    backward: int
     components: int
 
     @classmethod
@@ -51,10 +53,18 @@ class Budget:
             # Inside a training the allocator keeps most of the memory: what it holds unused is free too.
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             # Steps are sized by the whole memory: what is free varies, and with it the last digits would.
-            return cls(working or min(_MOST_BYTES, total // 16), free // 4, free)
+            return cls(working or min(_MOST_BYTES, total // 16), free // 4, free // 4, free)
         if device.type == "cpu":
-            return cls(working or _CPU_BYTES, 4 * 2**30, available() // 2)
-        return cls(working or _SHARED_BYTES, available() // 4, available() // 2)
+            return cls(working or _CPU_BYTES, 4 * 2**30, 2**27, available() // 2)
+        return cls(working or _SHARED_BYTES, available() // 4, available() // 4, available() // 2)
+
+    def kept(self, *, backward: bool) -> int:
+        """The bytes that a recording may hold.
+
+        Args:
+            backward: it is for a backward pass.
+        """
+        return self.backward if backward else self.recording
 
     def rows(self, width: int, dtype: torch.dtype) -> int:
         """The number of rows that may be processed at once.

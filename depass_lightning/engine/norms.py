@@ -126,13 +126,18 @@ class FrozenNorm:
         return (rows * scale[:, None]).mul_(self.probe.weight)
 
     def transposed(
-        self, rows: Float[Tensor, "row hidden"], scale: Float[Tensor, "row"]
-    ) -> Float[Tensor, "row hidden"]:
-        """Take derivatives by the norm's output back to its input; arguments as for calling it."""
-        rows = rows * self.probe.weight
+        self, states: Float[Tensor, "*any hidden"], scale: Float[Tensor, "*any"]
+    ) -> Float[Tensor, "*any hidden"]:
+        """Take derivatives by the norm's output back to its input.
+
+        Args:
+            states: the derivatives.
+            scale: this norm's scale at each of them.
+        """
+        states = states * self.probe.weight
         if self.probe.centred:
-            rows = rows - rows.mean(-1, keepdim=True)
-        return rows.mul_(scale[:, None])
+            states = states - states.mean(-1, keepdim=True)
+        return states.mul_(scale[..., None])
 
     def constant_through(self, linear: AffineMap) -> Tensor | None:
         """Return what a linear map after this norm adds: its bias, and the norm's bias through it."""

@@ -20,6 +20,7 @@ from depass_lightning.engine.freeze import BlockNorms, freeze
 from depass_lightning.engine.frozen import AttentionCall, FrozenBlock
 from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.isolation import undisturbed
+from depass_lightning.engine.mixture import implementation, listening
 from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection
@@ -89,8 +90,9 @@ class Recording:
         return brought(frozen, self.final_state.device)
 
     def _replay(self, block: Block, kept: Capture) -> Capture:
-        capture = Capture(everything=True)
-        with undisturbed(self.decoder.model), ExitStack() as stack:
+        capture = Capture(everything=True, mixed_values=kept.mixed_values)
+        with undisturbed(self.decoder.model, attention=implementation(self.decoder)), ExitStack() as stack:
+            stack.enter_context(listening(block.attention.module, capture.mix))
             for handle in capture.hooks(block):
                 stack.callback(handle.remove)
             block.module(*kept.arguments, **kept.keywords)
@@ -129,7 +131,9 @@ def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
         positions: the number of tokens of the longest.
     """
     hidden, neurons = decoder.hidden_size, decoder.neurons
-    per_position = decoder.heads * positions + 2 * neurons + 5 * hidden
+    # Queries and keys, or the probabilities.
+    mixture = 2 * hidden if decoder.recomputes else decoder.heads * positions
+    per_position = mixture + 2 * neurons + 4 * hidden
     return len(decoder.blocks) * batch * positions * per_position * decoder.model_dtype.itemsize
 
 
@@ -160,10 +164,11 @@ def record(
     def keep_final(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         final["norm"] = (arguments[0], output)
 
-    with undisturbed(decoder.model):
+    with undisturbed(decoder.model, attention=implementation(decoder)):
         probes, final_probe = _probe_norms(decoder)
         with ExitStack() as stack:
             for block, capture in zip(decoder.blocks, captures, strict=True):
+                stack.enter_context(listening(block.attention.module, capture.mix))
                 for handle in capture.hooks(block):
                     stack.callback(handle.remove)
             if decoder.final_norm is not None:

@@ -40,12 +40,14 @@ class ScorePath(TorchFunctionMode):
             attention has been called; None before.
         constants: what scores contain besides products of queries and keys: a leaf of zeros that was added
             to it, and the constant itself.
+        first: the position of the first query, where some of the queries are recomputed.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.uniform: Float[Tensor, "batch head query key"] | None = None
         self.constants: list[tuple[Tensor, Tensor]] = []
+        self.first = 0
         self._parameters = _storages(module)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,10 +77,11 @@ class ScorePath(TorchFunctionMode):
         # Masks are the lowest number of their precision; a probability of zero may also be an underflow.
         visible = scores.detach() > torch.finfo(scores.dtype).min / 2
         # Some masks are only large (-1e4); no query sees what follows it. Columns after the keys are sinks.
-        queries = scores.shape[-2]
-        visible[..., :queries] &= torch.ones(queries, queries, device=scores.device, dtype=torch.bool).tril()
-        even = visible.to(probabilities.dtype) / visible.sum(-1, keepdim=True).clamp_min(1)
-        self.uniform = even[..., : scores.shape[-2]]  # less the column of a sink
+        queries, keys = scores.shape[-2], self.first + scores.shape[-2]
+        visible[..., :keys] &= torch.ones_like(visible[0, 0, :, :keys]).tril(self.first)
+        if queries == keys:
+            even = visible.to(probabilities.dtype) / visible.sum(-1, keepdim=True).clamp_min(1)
+            self.uniform = even[..., :keys]  # less the column of a sink
         return _MeanDerivative.apply(scores, probabilities.detach(), visible)  # type: ignore[return-value]
 
 

@@ -88,7 +88,7 @@ def answers_of(
     for prompt in prompts:
         length = len(prompt.ids) + len(prompt.answer) - 1
         kinds.append(((all(prompt.seen), len(prompt.answer), regime(config, length)), length))
-    with undisturbed(model, eager=False):
+    with undisturbed(model, attention=None):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 

@@ -337,7 +337,7 @@ def check_answers(
 
     lengths = [len(prompt.ids) + len(prompt.answer) - 1 for prompt in prompts]
     kinds = [(decoder.regime(length), length) for length in lengths]
-    with undisturbed(decoder.model, eager=False):
+    with undisturbed(decoder.model, attention=None):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 

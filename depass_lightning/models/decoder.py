@@ -1,6 +1,7 @@
 """A causal language model seen as what the method needs: blocks, norms, linear maps and an unembedding."""
 
 import inspect
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,6 +30,8 @@ class Decoder:
         compute_dtype: the precision that components are carried in; by default float64 for a model in
             float64 and float32 for every other.
         max_positions: the tokens that a prompt may have; by default what the configuration states.
+        recomputes: attention's probabilities are recomputed from queries and keys, where every block's
+            attention goes through the functions of Transformers; else they are those of eager attention.
 
     Raises:
         DePassError: this is no causal language model, it has no weights, the declaration does not name its
@@ -42,6 +45,7 @@ class Decoder:
         *,
         compute_dtype: torch.dtype | None = None,
         max_positions: int | None = None,
+        recomputes: bool = True,
     ) -> None:
         self.model: Any = original(model) if spec.model is None else unwrapped(model)
         owner = type(self.model).__name__
@@ -69,6 +73,14 @@ class Decoder:
             bind(spec, index, module, self.config, f"block {index} of {owner}")
             for index, module in enumerate(modules.children())
         ]
+        self.recomputes = recomputes and all(
+            any(  # the class may be wrapped, as FSDP2 does
+                hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS")
+                for kind in type(block.attention.module).__mro__
+            )
+            for block in self.blocks
+            if block.attention.mixer is None
+        )
         self._compute_dtype = compute_dtype
         places = self._places or {}
         # An index would have to be where the last block is, and accelerate brings it to the first.

@@ -100,8 +100,8 @@ def test_the_allocators_unused_memory_is_free(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated * GIB)
         return Budget.default(cuda)
 
-    assert budget(free=64, reserved=0, allocated=0) == Budget(GIB, 16 * GIB, 64 * GIB)
-    assert budget(free=0, reserved=78, allocated=14) == Budget(GIB, 16 * GIB, 64 * GIB)
+    assert budget(free=64, reserved=0, allocated=0) == Budget(GIB, 16 * GIB, 16 * GIB, 64 * GIB)
+    assert budget(free=0, reserved=78, allocated=14) == Budget(GIB, 16 * GIB, 16 * GIB, 64 * GIB)
     assert budget(free=1, reserved=70, allocated=70).working == GIB, "not by what happens to be free"
 
 
@@ -111,4 +111,4 @@ def test_other_accelerators_get_larger_steps_than_a_processor() -> None:
 
 def test_more_components_than_an_accelerator_holds_are_refused() -> None:
     with pytest.raises(DePassError, match=r"need 4.0 GiB, more than is free on meta; take fewer neurons"):
-        Storage.of(2**20, torch.zeros(1024, device="meta"), Budget(1, 1, 2**32 - 1))
+        Storage.of(2**20, torch.zeros(1024, device="meta"), Budget(1, 1, 1, 2**32 - 1))

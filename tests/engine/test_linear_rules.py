@@ -474,6 +474,7 @@ def test_the_mean_derivative_times_scores_is_what_they_add_to_even_attention(sin
 
 def test_shap_refuses_attention_whose_softmax_it_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     depass = DePass(build("llama"))
+    depass.decoder.recomputes = False
     monkeypatch.setattr(score_path, "SOFTMAX", ())
     with pytest.raises(DePassError, match="LlamaAttention of block 2 does not take one softmax"):
         depass.attribute(input_ids=prompt(6)[None], target=4, rule="shap")

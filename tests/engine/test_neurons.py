@@ -18,6 +18,7 @@ from depass_lightning import Attribution, Contrast, DePass, DePassError, Directi
 from depass_lightning.engine import memory
 from depass_lightning.engine.component_groups import NeuronGroup, NeuronGroupAfterAttention
 from depass_lightning.engine.memory import Budget, Storage
+from depass_lightning.engine.mixture import DenseMixture
 from depass_lightning.engine.variants import top_neurons
 from depass_lightning.errors import DePassWarning
 from tests.reference import twin
@@ -162,7 +163,7 @@ def test_a_broken_mixing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = NeuronGroupAfterAttention.states
 
     def swapped(self: NeuronGroupAfterAttention, components: slice, positions: Tensor) -> Tensor:
-        attention = replace(self.attention, probabilities=self.attention.probabilities.flip(1))
+        attention = replace(self.attention, mixture=DenseMixture(self.attention.mixture.whole().flip(1)))
         return right(replace(self, attention=attention), components, positions)
 
     monkeypatch.setattr(NeuronGroupAfterAttention, "states", swapped)
@@ -227,11 +228,11 @@ def test_near_the_target_nothing_of_the_rows_size_is_made(monkeypatch: pytest.Mo
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(DePassError, match=r"GiB, more than there is .*TMPDIR"):
-        Storage.of(2**40, torch.zeros(4), Budget(1, 1, 1))
+        Storage.of(2**40, torch.zeros(4), Budget(1, 1, 1, 1))
 
 
 def test_the_files_pages_are_given_back() -> None:
-    storage = Storage.of(1000, torch.zeros(8), Budget(1, 1, 1))
+    storage = Storage.of(1000, torch.zeros(8), Budget(1, 1, 1, 1))
     storage.rows.copy_(torch.arange(8000.0).view(1000, 8))
     storage.release_pages()
     assert torch.equal(storage.rows, torch.arange(8000.0).view(1000, 8))

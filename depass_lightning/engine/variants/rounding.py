@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from depass_lightning.engine.adjoint import TargetGradient, backward
+from depass_lightning.engine.adjoint import BlockGradients, TargetGradient, backward
 from depass_lightning.engine.frozen import FrozenBlock, FrozenMLP
 from depass_lightning.engine.linear_rules import LinearPaths
 from depass_lightning.engine.mlp import linear_paths
@@ -35,32 +35,47 @@ class _AttentionOnly(LinearPaths):
         super().__init__(gate=0.0, up=0.0, value=1.0, control=0.0)
 
 
-def rounding_scores(
-    recording: Recording, rule: Rule, derivative: TargetGradient, *, layer: int, first: int
-) -> dict[int, tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]]:
-    """What rounding from each block on adds to a target.
+class RoundingScores:
+    """What rounding from each block on adds to some targets, from the last block to the first.
 
     Args:
-        recording: the recorded pass.
         rule: how neurons are shared.
-        derivative: the target's derivative by the state that enters block `layer`.
-        layer: where the target is read.
-        first: the first block that is wanted.
 
-    Returns:
-        For each block the sum from there to the target, where components begin before its MLP and where they
-        start after it.
+    Attributes:
+        sums: for each block the sums from there to the targets `[batch, target]`, where components begin
+            before its MLP and where they start after it.
     """
-    way = _AttentionOnly() if isinstance(rule, CompetingRule) else rule
-    total = torch.zeros_like(derivative.constants)
-    sums = {}
-    for gradients in backward(recording, way, derivative, layer=layer, first=first):
-        later, total = (
-            total,
-            total + (gradients.resid_post.states * _rounded(gradients.block, rule)).sum((1, 2)),
-        )
-        sums[gradients.block.index] = (total, later)
-    return sums
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.sums: dict[int, tuple[Float[Tensor, "batch target"], Float[Tensor, "batch target"]]] = {}
+
+    def add(self, gradients: Sequence[BlockGradients]) -> None:
+        """Add one block.
+
+        Args:
+            gradients: each target's derivatives there.
+        """
+        block = gradients[0].block
+        rounded = _rounded(block, self.rule)
+        scores = torch.stack([(target.resid_post.states * rounded).sum((1, 2)) for target in gradients], 1)
+        later = self.sums[block.index + 1][0] if block.index + 1 in self.sums else torch.zeros_like(scores)
+        self.sums[block.index] = (later + scores, later)
+
+    def sweep(
+        self, recording: Recording, targets: Sequence[TargetGradient], *, layer: int, first: int
+    ) -> None:
+        """Add all blocks, where components were propagated forward.
+
+        Args:
+            recording: the recorded pass.
+            targets: each target's derivative by the state that enters block `layer`.
+            layer: where the targets are read.
+            first: the first block that is wanted.
+        """
+        paths = self.rule if isinstance(self.rule, LinearPaths) else _AttentionOnly()
+        for gradients in backward(recording, paths, targets, layer=layer, first=first):
+            self.add(gradients)
 
 
 def rounding_states(

@@ -154,7 +154,8 @@ class TopNeuronApproximation:
         rule = _FirstOrder(block.slopes for block in reversed(forward))
         scores = torch.zeros_like(self.group.values[:, 0])
         entry = self.derivative
-        for gradients in backward(self.recording, rule, self.derivative, layer=self.stop, first=self.layer):
+        targets = [self.derivative]
+        for (gradients,) in backward(self.recording, rule, targets, layer=self.stop, first=self.layer):
             coefficients = forward[gradients.block.index - self.layer]
             added = (gradients.activations * coefficients.constants).sum(2)
             scores += (added[:, None] @ coefficients.present.to(added))[:, 0]

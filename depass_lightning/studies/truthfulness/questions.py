@@ -99,7 +99,7 @@ def _replies(depass: DePass, questions: list[_Key], mask: Mask) -> list[Reply]:
         return torch.tensor([[0] * p + row for p, row in zip(padding, values, strict=True)], device=device)
 
     positions = padded([list(range(len(row))) for row in rows])
-    with undisturbed(depass.decoder.model, eager=False):
+    with undisturbed(depass.decoder.model, attention=None):
         logits = depass.decoder.model(
             input_ids=padded(rows),
             attention_mask=padded(seen),

@@ -1,0 +1,308 @@
+"""How attention mixes values over positions: probabilities recomputed for a block of queries at a time.
+
+A pass is recorded under a separate attention function, which keeps queries and keys instead of the
+probabilities of every head and pair of positions, and computes the output by torch's fused kernel where that
+covers the case. What needs probabilities computes them from queries and keys, a block of queries at a time.
+A model whose attention does not go through the functions of Transformers is recorded under eager attention.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from typing_extensions import override
+
+from depass_lightning.engine.score_path import ScorePath
+from depass_lightning.errors import DePassError
+from depass_lightning.models.decoder import Decoder
+
+RECORDED = "depass_recorded"  # the name of the attention function
+POSITIONS = ("position_ids", "cache_position")  # arguments that have acted on queries and keys already
+_CPU_BYTES, _DEVICE_BYTES = 2**22, 2**28  # of a block's probabilities
+
+
+class Mixture(ABC):
+    """A matrix over positions for each head."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """The number of query heads."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "batch head query key"]]]:
+        """Compute the matrix, some queries at a time, with the keys up to the last of these."""
+
+    @abstractmethod
+    def weighted(self, value: float, uniform: float, even: Tensor | None) -> "Mixture":
+        """Weight the recorded mixture and the even one over what each query sees.
+
+        Args:
+            value: the weight of the recorded mixture.
+            uniform: the weight of the even mixture.
+            even: the even mixture, where the recorded one does not recompute it.
+        """
+
+    def whole(self) -> Float[Tensor, "batch head query key"]:
+        """The matrix of all queries."""
+        parts = list(self.blocks())
+        keys = parts[-1][0].stop
+        return torch.cat([nn.functional.pad(part, (0, keys - part.shape[-1])) for _, part in parts], 2)
+
+    def mixed(self, values: Float[Tensor, "batch group key size"]) -> Float[Tensor, "batch head query size"]:
+        """Mix values, which groups of heads share.
+
+        Args:
+            values: `[batch, value head, position, size]`.
+        """
+        parts = []
+        for _, block in self.blocks():
+            grouped = block.to(values).unflatten(1, (values.shape[1], -1)).flatten(2, 3)
+            mixed = grouped @ values[:, :, : block.shape[-1]]  # [batch, group, head of it * query, size]
+            parts.append(mixed.reshape(*block.shape[:3], -1))
+        return torch.cat(parts, 2)
+
+    def transposed(
+        self, heads: Float[Tensor, "batch head query size"], groups: int
+    ) -> Float[Tensor, "batch group key size"]:
+        """Take derivatives by mixed values back to the values.
+
+        Args:
+            heads: the derivatives, of several targets next to each other if there are several.
+            groups: the number of value heads.
+        """
+        total = heads.new_zeros(len(heads), groups, *heads.shape[2:])
+        for queries, block in self.blocks():
+            grouped = block.to(heads).unflatten(1, (groups, -1)).flatten(2, 3)
+            by_group = heads[:, :, queries].unflatten(1, (groups, -1)).flatten(2, 3)
+            total[:, :, : block.shape[-1]] += grouped.mT @ by_group
+        return total
+
+
+@dataclass(frozen=True)
+class DenseMixture(Mixture):
+    """A mixture that is held whole.
+
+    Args:
+        matrix: of each query for each key.
+    """
+
+    matrix: Float[Tensor, "batch head query key"]
+
+    @property
+    @override
+    def heads(self) -> int:
+        return self.matrix.shape[1]
+
+    @override
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, self.matrix.shape[2]), self.matrix
+
+    @override
+    def weighted(self, value: float, uniform: float, even: Tensor | None) -> "DenseMixture":
+        matrix = value * self.matrix
+        return DenseMixture(matrix if even is None else matrix + uniform * even)
+
+
+@dataclass(frozen=True)
+class ScoredMixture(Mixture):
+    """The softmax of scores, recomputed from queries and keys.
+
+    Args:
+        query: the queries, rotated.
+        key: the keys, rotated; groups of heads share them.
+        mask: which keys each query sees, or what is added to its scores; None for all up to its position.
+        scale: what scores are multiplied with.
+        softcap: the scores' soft cap, if any.
+        sinks: each head's constant score that takes part in the softmax and has no value, if any.
+        weight: the weight of the softmax.
+        even: the weight of the even mixture over what each query sees, a sink included.
+    """
+
+    query: Float[Tensor, "batch head query size"]
+    key: Float[Tensor, "batch group key size"]
+    mask: Bool[Tensor, "#batch #head query key"] | Float[Tensor, "#batch #head query key"] | None
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    weight: float = 1.0
+    even: float = 0.0
+
+    @property
+    @override
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    def to(self, dtype: torch.dtype) -> "ScoredMixture":
+        """Compute in another precision."""
+        sinks = None if self.sinks is None else self.sinks.detach().to(dtype)
+        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), sinks=sinks)
+
+    @override
+    def weighted(self, value: float, uniform: float, even: Tensor | None) -> "ScoredMixture":
+        return replace(self, weight=value, even=uniform)
+
+    @override
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for queries in self.queries():
+            yield queries, self.block(queries, self.query[:, :, queries], self.key[:, :, : queries.stop])
+
+    def queries(self) -> list[slice]:
+        """The queries of each block."""
+        batch, heads, count, _ = self.query.shape
+        limit = _CPU_BYTES if self.query.device.type == "cpu" else _DEVICE_BYTES
+        step = max(1, limit // (batch * heads * count * self.query.dtype.itemsize))
+        return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+    def block(
+        self, queries: slice, query: Tensor, key: Tensor, sinks: Tensor | None = None
+    ) -> Float[Tensor, "batch head query key"]:
+        """Compute the probabilities of some queries.
+
+        Args:
+            queries: which.
+            query: these queries.
+            key: the keys up to the last of them.
+            sinks: a constant score of each prompt and head, in place of the recorded ones.
+        """
+        work = torch.promote_types(query.dtype, torch.float32)
+        # [batch, group, head of it * query, key]
+        grouped = (query.to(work) * self.scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        scores = (grouped @ key.to(work).mT).view(*query.shape[:3], key.shape[2])
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if self.mask is None:  # causal: only the last keys are hidden from some of these queries
+            count = queries.stop - queries.start
+            later = torch.ones(count, count, device=query.device, dtype=torch.bool).triu(1)
+            scores[..., queries].masked_fill_(later, -torch.inf)
+        else:
+            mask = self.mask[:, :, queries, : queries.stop]
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        if self.sinks is not None:
+            sinks = self.sinks.view(1, -1, 1, 1) if sinks is None else sinks
+            scores = torch.cat([scores, sinks.to(work).expand(*scores.shape[:3], 1)], -1)
+        keys = slice(0, queries.stop)  # without a sink's column
+        probabilities = torch.softmax(scores, -1)[..., keys]
+        if self.weight == 1 and self.even == 0:
+            return probabilities
+        visible = (scores > torch.finfo(work).min / 2).to(work)
+        even = visible / visible.sum(-1, keepdim=True).clamp_min(1)
+        return self.weight * probabilities + self.even * even[..., keys]
+
+    @override
+    def mixed(self, values: Tensor) -> Tensor:
+        kernel = self.softcap is None and self.sinks is None and self.even == 0 and self.weight == 1
+        kernel &= self.query.shape[-1] == values.shape[-1] and self.query.dtype == values.dtype
+        if not kernel or (self.mask is not None and self.mask.dtype != torch.bool):
+            return super().mixed(values)
+        repeats = self.heads // values.shape[1]
+        key, values = (states.repeat_interleave(repeats, 1) for states in (self.key, values))
+        return nn.functional.scaled_dot_product_attention(
+            self.query, key, values, self.mask, is_causal=self.mask is None, scale=self.scale
+        )
+
+    def with_gradient(
+        self, values: Tensor, sinks: Tensor | None, path: ScorePath | None
+    ) -> Float[Tensor, "batch head query size"]:
+        """Mix values such that derivatives reach queries, keys and sinks, a block of queries at a time.
+
+        Args:
+            values: the values, held fixed.
+            sinks: zeros `[batch, head, 1, 1]` that are added to the sinks, if there are any.
+            path: where the softmax's mean derivative is taken; None for its derivative.
+        """
+        return _ScoreGradients.apply(self, path, values.detach(), self.query, self.key, sinks)  # type: ignore[return-value]
+
+
+class _ScoreGradients(torch.autograd.Function):
+    """Mixed values whose derivatives by queries and keys are computed a block of queries at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, mixture: ScoredMixture, path: Any, values: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.mixture, ctx.path = mixture, path
+        ctx.save_for_backward(values, *leaves)
+        return mixture.mixed(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), mixture = gradients, ctx.mixture
+        values, query, key, sinks = ctx.saved_tensors
+        values = values.repeat_interleave(mixture.heads // values.shape[1], 1)
+        totals = [None if leaf is None else torch.zeros_like(leaf) for leaf in (query, key, sinks)]
+        for queries in mixture.queries():
+            rows, keys = slice(None), slice(0, queries.stop)
+            parts = ((query, queries), (key, keys), (sinks, rows))
+            leaves = [
+                None if leaf is None else leaf[:, :, part].detach().requires_grad_() for leaf, part in parts
+            ]
+            if ctx.path is not None:
+                ctx.path.first = queries.start
+            with torch.enable_grad(), ctx.path or nullcontext():
+                constant = None if leaves[2] is None else leaves[2] + mixture.sinks.detach().view(1, -1, 1, 1)
+                block = mixture.block(queries, leaves[0], leaves[1], constant)
+            by_block = (gradient[:, :, queries] @ values[:, :, keys].mT).to(block)
+            chosen = [leaf for leaf in leaves if leaf is not None]
+            gradients_of_block = iter(torch.autograd.grad(block, chosen, by_block))
+            for total, (_, part) in zip(totals, parts, strict=True):
+                if total is not None:
+                    total[:, :, part] += next(gradients_of_block)
+        return None, None, None, *totals
+
+
+def implementation(decoder: Decoder) -> str:
+    """The attention function that a model is recorded under.
+
+    Args:
+        decoder: the model.
+    """
+    return RECORDED if decoder.recomputes else "eager"
+
+
+Listener = Callable[[ScoredMixture, Tensor], Tensor]
+_LISTENERS: WeakKeyDictionary[nn.Module, Listener] = WeakKeyDictionary()
+
+
+@contextmanager
+def listening(module: nn.Module, listener: Listener) -> Iterator[None]:
+    """Have a function compute what an attention module mixes, inside the context.
+
+    Args:
+        module: the attention module.
+        listener: takes the mixture and the values, and returns `[batch, head, query, size]`.
+    """
+    _LISTENERS[module] = listener
+    try:
+        yield
+    finally:
+        del _LISTENERS[module]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention for Transformers; see `AttentionInterface`."""
+    scale, softcap, sinks = (options.pop(name, None) for name in ("scaling", "softcap", "s_aux"))
+    unknown = [name for name, entry in options.items() if isinstance(entry, Tensor) and name not in POSITIONS]
+    if unknown:
+        raise DePassError(f"{type(module).__name__} passes '{unknown[0]}' to its attention function")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mixture = ScoredMixture(query, key, attention_mask, scale, softcap, sinks)
+    listener = _LISTENERS.get(module, ScoredMixture.mixed)
+    return listener(mixture, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(RECORDED, _attention)
+AttentionMaskInterface.register(RECORDED, sdpa_mask)
