@@ -10,6 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRA := $(VENV)/extra
+TRL := $(VENV)/trl
 MUTATION := $(VENV)/mutation
 MAPPED := $(VENV)/mapped/depass_lightning
 PIP := $(RUN)/python -m pip --disable-pip-version-check
@@ -20,7 +21,7 @@ export PIP_RETRIES ?= 5
 NUMERIC := $(addprefix tests/,engine attribution methods faithfulness linear_probes commands/test_precision.py \
     $(addprefix models/test_,$(addsuffix .py,adapters families families_page rotary)))
 
-.PHONY: help setup smollm2 demo test slow portable quantized mutants lint format families bench clean
+.PHONY: help setup smollm2 demo test slow portable quantized trl mutants lint format families bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -45,6 +46,9 @@ portable: $(READY) ## run the tests of numbers with the kernels of a processor w
 
 quantized: $(EXTRA)/torchao ## run the tests of quantised models; their package stays out of the environment
 	PYTHONPATH=$(EXTRA) $(RUN)/python -m pytest --clean-tree tests/models/test_quantized.py $(ARGS)
+
+trl: $(TRL)/trl ## run the tests of TRL's trainers; their package stays out of the environment
+	PYTHONPATH=$(TRL) $(RUN)/python -m pytest --clean-tree tests/integrations/test_trl.py $(ARGS)
 
 mutants: $(MUTATION)/cosmic_ray ## change one thing after another, and list what no test notices (days; ARGS=<file> for one)
 	PYTHONPATH=$(CURDIR)/$(MUTATION) $(RUN)/python -m tests.mutants $(ARGS)
@@ -85,6 +89,9 @@ $(RUN)/python:
 # Where it is installed, every start of transformers loads it, which takes a while and is not silent.
 $(EXTRA)/torchao: $(READY)
 	$(PIP) install --no-deps --target $(EXTRA) torchao -c $(VENV)/constraints.txt
+
+$(TRL)/trl: $(READY)
+	$(PIP) install --no-deps --target $(TRL) trl -c $(VENV)/constraints.txt
 
 $(MUTATION)/cosmic_ray: $(READY)
 	$(PIP) install --target $(MUTATION) cosmic-ray -c $(VENV)/constraints.txt
