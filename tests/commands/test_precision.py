@@ -28,7 +28,8 @@ def test_half_precision_from_the_command_to_the_page(dtype, tmp_path):
 
 @pytest.mark.parametrize("source", ["heads", "modules", "neurons", "spans"])
 def test_every_source_in_half_precision(source, tmp_path):
-    assert run(tmp_path, "model.dtype=bfloat16", f"source={source}", "task.size=2", "task=known") == 0
+    words = ["model.dtype=bfloat16", f"source={source}", "rule=half", "task.size=2", "task=known"]
+    assert run(tmp_path, *words) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["completeness_max"] < 1e-5
     assert summary["rounding"]["value"] < 0.1
