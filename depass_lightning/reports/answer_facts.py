@@ -1,6 +1,6 @@
 """What reports write of whole answers: the model's own tokens, and what prompt and answer contribute."""
 
-from depass_lightning.reports.numbers import signed
+from depass_lightning.reports.numbers import ordinal, percent, signed, visible
 from depass_lightning.results.attribution import Attribution
 
 PARTS = {
@@ -21,6 +21,21 @@ def prediction_name(attribution: Attribution) -> str:
     if "chosen_log_probability" in attribution.metadata:
         return "the more likely answer"
     return "model's answer begins" if attribution.whole_answer else "next token"
+
+
+def prediction_text(attribution: Attribution) -> str:
+    """Return the model's prediction, and the target's place and probability among what it predicts.
+
+    Args:
+        attribution: the attribution.
+    """
+    text = f"{prediction_name(attribution)} {visible(attribution.prediction)!r}"
+    if attribution.rank is not None:
+        text += f"; the target is the model's {ordinal(attribution.rank)} choice"
+    if attribution.probability is not None:
+        of = ", " if attribution.rank is not None else "; the target's "
+        text += f"{of}probability {percent(attribution.probability)}"
+    return text
 
 
 def answer_facts(attribution: Attribution) -> dict[str, str]:

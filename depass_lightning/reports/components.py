@@ -1,5 +1,6 @@
 """Grids, lists and means of components that are not positions of the text, such as heads and neurons."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,26 @@ def complete(attribution: Attribution) -> bool:
     Those of control paths, which are only a part of it, and of other methods need not.
     """
     return attribution.attention_path == "content" and attribution.method == "depass"
+
+
+def repeats_of(attribution: Attribution) -> dict[int, int]:
+    """Return the numbers of components of the text with the same word, from 1 in the order of the text.
+
+    Args:
+        attribution: the attribution.
+    """
+    names = {
+        i: component.label.strip()
+        for i, component in enumerate(attribution.components)
+        if component.span and any(map(str.isalnum, component.label))
+    }
+    counts, seen = Counter(names.values()), Counter[str]()
+    numbers: dict[int, int] = {}
+    for i, name in sorted(names.items(), key=lambda entry: attribution.positions[entry[0]] or (0, 0)):
+        seen[name] += 1
+        if counts[name] > 1:
+            numbers[i] = seen[name]
+    return numbers
 
 
 def remainders_of(attribution: Attribution) -> list[int]:

@@ -2,9 +2,9 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from depass_lightning.reports.answer_facts import answer_facts, prediction_name
+from depass_lightning.reports.answer_facts import answer_facts, prediction_text
 from depass_lightning.reports.components import asked_for, complete, made
-from depass_lightning.reports.numbers import percent, plain, signed, visible
+from depass_lightning.reports.numbers import plain, signed, visible
 from depass_lightning.reports.prompt_segments import prompt_segments, strengths, unread_words
 from depass_lightning.results.attribution import Attribution
 
@@ -72,11 +72,7 @@ def _rows(attribution: Attribution, top: int) -> list[dict[str, object]]:
 
 def _facts(attribution: Attribution) -> str:
     """Return the model's next token, the target's probability and rank, and the settings, in one line."""
-    facts = [f"{prediction_name(attribution)} {visible(attribution.prediction)!r}"]
-    if attribution.probability is not None:
-        facts.append(f"target's probability {percent(attribution.probability)}")
-    if attribution.rank is not None:
-        facts.append(f"rank {attribution.rank:,}")
+    facts = [prediction_text(attribution)]
     facts += [f"{name} {number}" for name, number in answer_facts(attribution).items()]
     facts.append(f"{made(attribution)}, rule {attribution.rule}")
     if complete(attribution):

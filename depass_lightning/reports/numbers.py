@@ -10,6 +10,7 @@ from typing import Any
 PERCENT_WORDS = frozenset(
     ["accuracy", "chance", "correct", "evidence", "first", "hit", "on", "probability", "rate", "share"]
 )
+LOWER = "lower is better"
 ERROR_WORDS = frozenset(("completeness", "error"))
 
 MEASURES = {
@@ -24,6 +25,20 @@ MEASURES = {
     "on_target": "score on the evidence",
     "seconds_per_prompt": "seconds per prompt",
 }
+DEFINITIONS = {
+    "correct": "The fraction of the prompts whose right answer is the model's most likely next token.",
+    "completeness_max": "How far the scores are from summing to the value, relative to it: rounding only.",
+    "evidence_first": "The fraction of the prompts whose highest score belongs to evidence: a part of the "
+    "prompt that the answer relies on, according to the task.",
+    "patch_top_area": "The area under the answer's probability as the top-scored tokens are removed.",
+    "recover_top_area": "The area under the answer's probability as only the top tokens are kept.",
+    "mask_top_area": "The area under the accuracy as the components with the highest scores are set to zero.",
+    "comprehensiveness": "How much of the answer's probability is lost without the top tokens.",
+    "sufficiency": "How much of the answer's probability is lost with the top tokens alone.",
+}
+LEADING = ("evidence_first", "patch_top_area", "mask_top_area", "correct", "completeness_max")
+"""Measures that a page shows first where they are known: at most `CARDS` of them."""
+CARDS = 3
 PREFIXES = {"kept_": "last token kept", "zero_": "embeddings zeroed"}
 
 # Invisible characters that change the direction of the text around them.
@@ -59,6 +74,14 @@ def percent(fraction: float) -> str:
     if 0 < fraction < 0.001:
         return "<0.1%"
     return f"{fraction:.1%}".replace(".0%", "%")
+
+
+def ordinal(rank: int) -> str:
+    """Write a rank as an ordinal number: first, 2nd, 48th."""
+    if rank == 1:
+        return "first"
+    ending = "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    return f"{rank:,}{ending}"
 
 
 def visible(text: str) -> str:
@@ -108,11 +131,17 @@ class Card:
         label: the measure's name.
         value: the number.
         note: its interval and its chance level; "" without either.
+        definition: what the measure is, in a sentence; "" where its name is enough.
+        leading: whether a page shows it first.
+        random: whether its interval includes its chance level, or is on the wrong side of it.
     """
 
     label: str
     value: str
     note: str = ""
+    definition: str = ""
+    leading: bool = False
+    random: bool = False
 
 
 def curves_of(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +162,7 @@ def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
             its value by `chance`, the ends of its interval, `low` and `high`, and a `note`. Everything else
             (texts, lists, curves, settings) is left out.
     """
+    leading = [key for key in LEADING if key in summary][:CARDS]
     cards = []
     for key, entry in summary.items():
         parts = entry if isinstance(entry, Mapping) else {"value": entry}
@@ -140,14 +170,30 @@ def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
         if not isinstance(value, int | float):
             continue
         notes = []
-        if parts.get("low") is not None:
+        random = no_better_than_random(parts)
+        if random:
+            notes.append("no better than random")
+        if parts.get("low") is not None and parts["low"] < parts["high"]:
             notes.append(f"{_amount(key, parts['low'])} to {_amount(key, parts['high'])}")
         if parts.get("chance") is not None:
             notes.append(f"at random {_amount(key, parts['chance'])}")
         if parts.get("note"):
             notes.append(str(parts["note"]))
-        cards.append(Card(measure_name(key), _amount(key, value), ", ".join(notes)))
+        written = (measure_name(key), _amount(key, value), ", ".join(notes), DEFINITIONS.get(key, ""))
+        cards.append(Card(*written, leading=key in leading, random=random))
     return cards
+
+
+def no_better_than_random(entry: Mapping[str, Any]) -> bool:
+    """Return whether a number's confidence interval includes its chance level, or is on the wrong side of it.
+
+    Args:
+        entry: the number's `value`, `chance`, `low`, `high` and `note`; without an interval it is not judged.
+    """
+    chance, low, high = (entry.get(key) for key in ("chance", "low", "high"))
+    if chance is None or low is None or high is None or low == high:
+        return False
+    return high >= chance if LOWER in str(entry.get("note", "")) else low <= chance
 
 
 def _amount(key: str, value: float) -> str:

@@ -16,6 +16,7 @@ from depass_lightning.reports.components import (
     mean_of,
     placed,
     remainders_of,
+    repeats_of,
     strongest_of,
 )
 from depass_lightning.reports.numbers import bare, visible
@@ -174,7 +175,9 @@ def _components(attribution: Attribution) -> dict[str, Any]:
             texts[i] = text
         names.append(None if visible(name) == text else visible(name))
     scores = [_rounded(score) for score in attribution.scores.tolist()]
-    return {"names": names, "texts": texts, "scores": scores, "spans": attribution.positions}
+    repeats = repeats_of(attribution)
+    data = {"names": names, "texts": texts, "scores": scores, "spans": attribution.positions}
+    return data | ({"repeats": repeats} if repeats else {})
 
 
 def _evidence_ranges(example: Mapping[str, Any]) -> list[tuple[int, int]]:

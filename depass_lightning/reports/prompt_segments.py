@@ -45,7 +45,11 @@ def prompt_segments(attribution: Attribution) -> Iterator[PromptSegment]:
 def unread_words(attribution: Attribution) -> str:
     """Return a note on the words of the prompt that the tokenizer does not know; "" if it knows all."""
     words = [visible(word) for word in attribution.metadata.get("unknown_words", ())]
-    return f"the model's tokenizer does not know {', '.join(map(repr, words))}" if words else ""
+    if not words:
+        return ""
+    bundled = attribution.metadata.get("model") == "tiny"
+    hint = ", so its scores mean little; model=smollm2-135m reads any text" if bundled else ""
+    return f"the model's tokenizer does not know {', '.join(map(repr, words))}{hint}"
 
 
 def full_score(attribution: Attribution) -> float:

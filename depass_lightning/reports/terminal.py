@@ -10,9 +10,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from depass_lightning.reports.answer_facts import answer_facts, prediction_name
-from depass_lightning.reports.components import Grid, asked_for, complete, grid_of, made, remainders_of
-from depass_lightning.reports.numbers import percent, plain, signed, summary_cards, visible
+from depass_lightning.reports.answer_facts import answer_facts, prediction_text
+from depass_lightning.reports.components import (
+    Grid,
+    asked_for,
+    complete,
+    grid_of,
+    made,
+    remainders_of,
+    repeats_of,
+)
+from depass_lightning.reports.numbers import plain, signed, summary_cards, visible
 from depass_lightning.reports.palette import Colour, hexadecimal, mixed
 from depass_lightning.reports.prompt_segments import prompt_segments, strengths, unread_words
 from depass_lightning.results.attribution import Attribution
@@ -25,6 +33,7 @@ GROUNDS: tuple[tuple[Colour, Colour], tuple[Colour, Colour]] = (
     ((146, 100, 78), (200, 66, 0)),
 )
 BAR_WIDTH = 24
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 LEVELS = "·░▒▓█"  # of a heat map's cells, distinguishable without colours
 
 
@@ -45,14 +54,9 @@ def attribution_text(attribution: Attribution, top: int = 8) -> RenderableType:
 
 def _headline(attribution: Attribution) -> Text:
     """Return the target and its value, the model's next token, and the settings."""
-    answer = f"{prediction_name(attribution)} {visible(attribution.prediction)!r}"
-    if attribution.probability is not None:
-        answer += f", target's probability {percent(attribution.probability)}"
-    if attribution.rank is not None:
-        answer += f" (rank {attribution.rank:,})"
     value = f"{visible(attribution.target)} = {signed(attribution.value)}"
     facts = ", ".join(f"{name} {number}" for name, number in answer_facts(attribution).items())
-    lines = [line for line in (answer, facts, unread_words(attribution)) if line]
+    lines = [line for line in (prediction_text(attribution), facts, unread_words(attribution)) if line]
     return Text.assemble((value, "bold"), "\n", "\n".join(lines), "\n", (_settings(attribution), "dim"))
 
 
@@ -115,11 +119,13 @@ def _components(attribution: Attribution, top: int) -> Table:
     table.add_column("score", justify="right")
     table.add_column("", no_wrap=True)
     asked = asked_for(attribution)
-    rows = asked.top(top, absolute=True)
-    strongest = abs(rows[0][1]) if rows else 0.0
-    for name, score in rows:
+    rows, repeats = asked.ranked(top, absolute=True), repeats_of(asked)
+    strongest = abs(asked.scores[rows[0]].item()) if rows else 0.0
+    for i in rows:
+        score, index = asked.scores[i].item(), str(repeats.get(i, "")).translate(SUBSCRIPTS)
         bar = _bar(abs(score) / strongest if strongest else 0.0)
-        table.add_row(_name(name), signed(score), Text(bar, hexadecimal(LETTERS[int(score < 0)])))
+        name = Text.assemble(_name(asked.names[i]), (index, "dim"), overflow="ellipsis", no_wrap=True)
+        table.add_row(name, signed(score), Text(bar, hexadecimal(LETTERS[int(score < 0)])))
     notes = [f"and {left:,} more"] if (left := len(asked) - len(rows)) else []
     if attribution.groups == 1:  # with several groups, each has one
         names = attribution.names

@@ -1,5 +1,6 @@
 """The page: what it holds, what it escapes, and that a browser draws it."""
 
+import html
 import io
 import json
 import re
@@ -259,7 +260,7 @@ def test_a_whole_answer_is_part_of_the_text() -> None:
     shown = io.StringIO()
     Console(width=200, file=shown).print(attribution_text(answer))
     assert "from the answer's earlier tokens" in shown.getvalue()
-    assert "model's answer begins" in attribution_html(answer)
+    assert "model's answer begins" in html.unescape(attribution_html(answer))
 
 
 def test_several_matrices_stand_beside_single_prompts() -> None:

@@ -15,9 +15,20 @@ from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
 from depass_lightning.reports.component_figures import attribution_figure
+from depass_lightning.reports.components import repeats_of
 from depass_lightning.reports.figures import curves_figure, save_figure, tokens_figure
-from depass_lightning.reports.numbers import model_name, percent, plain, signed, summary_cards, visible
+from depass_lightning.reports.numbers import (
+    model_name,
+    ordinal,
+    percent,
+    plain,
+    signed,
+    summary_cards,
+    visible,
+)
+from depass_lightning.reports.page import page_html
 from depass_lightning.reports.palette import DARK, LIGHT, hexadecimal, ink, shade
+from depass_lightning.reports.prompt_segments import unread_words
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
 from tests.reference.attributions import CURVES, Elements, attribution_of, heads, ioi, nasty, neurons
 
@@ -90,6 +101,49 @@ def test_summary_cards_say_what_to_hold_a_number_against() -> None:
         ("complete", "yes"),
     ]
     assert cards[3].note == "90% to 96%, at random 7.1%, known for 5"
+    assert [card.label for card in cards if card.leading] == [
+        "model is right",
+        "completeness error, largest",
+        "evidence ranked first",
+    ]
+    assert all(card.definition for card in cards if card.leading)
+
+
+@pytest.mark.parametrize(
+    ("entry", "marked"),
+    [
+        ({"value": 0.5, "chance": 0.4, "low": 0.3, "high": 0.7}, True),
+        ({"value": 0.5, "chance": 0.4, "low": 0.45, "high": 0.7}, False),
+        ({"value": 0.3, "chance": 0.4, "low": 0.2, "high": 0.35}, True),
+        ({"value": 0.3, "chance": 0.4, "low": 0.2, "high": 0.35, "note": "lower is better"}, False),
+        ({"value": 0.3, "chance": 0.4, "low": 0.2, "high": 0.45, "note": "lower is better"}, True),
+        ({"value": 0.3, "chance": 0.4, "low": 0.3, "high": 0.3}, False),  # a single prompt
+        ({"value": 0.3, "chance": 0.4}, False),
+    ],
+)
+def test_a_figure_no_better_than_random_is_marked(entry: dict[str, Any], marked: bool) -> None:
+    (card,) = summary_cards({"patch_top_area": entry})
+    assert card.random is marked
+    assert ("no better than random" in card.note) is marked
+    page = page_html([ioi()], title="T", summary={"patch_top_area": entry})
+    assert ('<dd class="random">' in page) is marked
+
+
+def test_ranks_are_ordinals() -> None:
+    written = {1: "first", 2: "2nd", 3: "3rd", 4: "4th", 11: "11th", 22: "22nd", 48: "48th", 1001: "1,001st"}
+    assert {rank: ordinal(rank) for rank in written} == written
+
+
+def test_repeated_words_are_numbered_in_the_order_of_the_text() -> None:
+    numbered = repeats_of(ioi())
+    assert {ioi().names[i].strip() for i in numbered} == {"John"}
+    assert sorted(numbered.values()) == [1, 2]
+
+
+def test_unknown_words_of_the_bundled_model_name_a_model_that_reads_them() -> None:
+    unread = {"unknown_words": ("zyzzyva",)}
+    assert "smollm2-135m" in unread_words(ioi(metadata={**unread, "model": "tiny"}))
+    assert unread_words(ioi(metadata=unread)) == "the model's tokenizer does not know 'zyzzyva'"
 
 
 def test_a_models_path_is_shortened() -> None:
@@ -145,9 +199,9 @@ def test_the_terminal_shows_tokens_and_the_strongest_components() -> None:
     shown = printed(attribution_text(ioi(), top=2))
     assert "WhenMary" not in shown
     assert "When Mary and John left, John waved to" in shown
-    assert "next token ' Mary', target's probability 75% (rank 1)" in shown
+    assert "next token ' Mary'; the target is the model's first choice, probability 75%" in shown
     assert re.search(r"Mary +\+3 +█{24}", shown)
-    assert re.search(r"John +−1 +█{8}", shown)
+    assert re.search(r"John₁ +−1 +█{8}", shown)
     assert "and 9 more" in shown
 
 

@@ -36,7 +36,7 @@ function barRow(prompt, view, i, [low, high], hover = light) {
   const row = element(
     "li",
     { "data-component": i },
-    element("span", { class: `name${right ? " right" : ""}`, dir: "auto" }, element("span", {}, bare(nameOf(prompt, view, i)))),
+    element("span", { class: `name${right ? " right" : ""}`, dir: "auto" }, element("span", {}, bare(nameOf(prompt, view, i))), indexOf(view, i)),
     element("span", { class: "track" }, bar, axis),
     element("span", { class: "score" }, signed(score)),
     noteOf(view.names[i]),
@@ -44,6 +44,9 @@ function barRow(prompt, view, i, [low, high], hover = light) {
   row.addEventListener("pointerenter", () => hover(i, row));
   return row;
 }
+
+// The number of a repeated word, in the order of the text.
+const indexOf = (view, i) => (view.repeats?.[i] ? element("sub", { class: "index" }, String(view.repeats[i])) : null);
 
 const noteOf = (name) => (DATA.notes[name] ? element("small", { class: "note", dir: "auto" }, DATA.notes[name]) : null);
 

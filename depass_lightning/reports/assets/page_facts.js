@@ -14,6 +14,6 @@ function factsPanel(prompt) {
     ["tokens", prompt.tokens.length.toLocaleString("en")],
     ...Object.entries(prompt.settings),
   ];
-  const list = facts.filter(([, value]) => value).map(([name, value, look]) => element("div", {}, element("dt", {}, name), element("dd", { class: look }, value)));
+  const list = facts.filter(([, value]) => value).map(([name, value, look]) => element("div", {}, element("dt", {}, name), element("dd", { class: [look, value.length < 24 ? "short" : null].filter(Boolean).join(" ") || null }, value)));
   return element("div", { class: "panel facts-panel" }, element("h2", {}, "In numbers"), element("dl", {}, ...list));
 }

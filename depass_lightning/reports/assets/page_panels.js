@@ -36,11 +36,17 @@ function detailHead(prompt) {
 // Whether the target is the model's next token, which need not be the correct answer; null where that is not shown.
 const firstChoice = (prompt) => (prompt.rank == null || prompt.matrix != null ? null : prompt.rank === 1);
 
+// As `numbers.ordinal` writes them.
+function ordinal(rank) {
+  const ending = rank % 100 > 10 && rank % 100 < 14 ? "th" : { 1: "st", 2: "nd", 3: "rd" }[rank % 10] ?? "th";
+  return rank === 1 ? "first" : `${rank.toLocaleString("en")}${ending}`;
+}
+
 function badges(prompt) {
   const badge = (good, yes, no) =>
     good == null ? null : element("span", { class: `badge ${good ? "good" : "bad"}` }, good ? `✓ ${yes}` : `✗ ${no}`);
   const first = prompt.right != null ? null : firstChoice(prompt);
-  const choices = prompt.predicted === "the more likely answer" ? ["the chosen answer is more likely", "the rejected answer is more likely"] : ["the target is the model's first choice", "the target is not the model's first choice"];
+  const choices = prompt.predicted === "the more likely answer" ? ["the chosen answer is more likely", "the rejected answer is more likely"] : ["the target is the model's first choice", `the target is the model's ${ordinal(prompt.rank ?? 0)} choice`];
   return [badge(prompt.right, "model is right", "model is wrong"), badge(first, ...choices), badge(prompt.first, "evidence ranked first", "evidence not ranked first")].filter(Boolean);
 }
 

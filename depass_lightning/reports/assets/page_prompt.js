@@ -17,8 +17,10 @@ function promptPanel(prompt) {
   );
 }
 
+const LONG = 150; // tokens; longer prompts are set smaller, and their repeated words have no numbers
+
 function promptText(prompt, view, scale) {
-  const long = prompt.tokens.length > 150 ? " long" : "";
+  const long = prompt.tokens.length > LONG ? " long" : "";
   const text = element("div", { class: `prompt${long}`, dir: "auto", tabindex: "0", role: "group", "aria-label": "The prompt; arrow keys choose a component" });
   const componentAt = new Array(prompt.tokens.length).fill(-1);
   const rows = answerRows(prompt);
@@ -70,7 +72,7 @@ function appendPiece(text, prompt, { i, start, end, row, written }) {
   const underline = marks.some((mark) => mark.right) ? " right" : marks.length ? " named" : "";
   const special = prompt.special.includes(start) ? " special" : "";
   const reply = prompt.answer_start != null && start >= prompt.answer_start ? " reply" : "";
-  const piece = element("span", { class: `piece${underline}${special}${reply}`, "data-component": i >= 0 ? i : null, "data-row": row }, shown.replaceAll("↵", "↵\n"));
+  const piece = element("span", { class: `piece${underline}${special}${reply}`, "data-component": i >= 0 ? i : null, "data-row": row }, shown.replaceAll("↵", "↵\n"), i >= 0 && prompt.tokens.length <= LONG ? indexOf(viewOf(prompt), i) : null);
   if (row != null) piece.title = "point at it to see what it rests on, click to keep that";
   text.append(piece);
   return piece;
