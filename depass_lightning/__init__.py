@@ -34,10 +34,12 @@ if TYPE_CHECKING:
         Continuation,
         Contrast,
         Direction,
+        Label,
         LogOdds,
         LogProb,
         Preference,
         ProbeLogit,
+        Reward,
         Token,
     )
     from depass_lightning.utils.sections import Conversation, Documents
@@ -62,6 +64,7 @@ __all__ = [
     "FamilySpec",
     "Generation",
     "Heads",
+    "Label",
     "LogOdds",
     "LogProb",
     "MLPSpec",
@@ -70,6 +73,7 @@ __all__ = [
     "Neurons",
     "Preference",
     "ProbeLogit",
+    "Reward",
     "Spans",
     "Subspace",
     "Token",
@@ -92,7 +96,7 @@ _MODULES = {
     "results.decomposition": "Decomposition",
     "results.generation": "Generation",
     "sources": "Components Heads Module Neurons Spans Subspace Tokens",
-    "targets": "Continuation Contrast Direction LogOdds LogProb Preference ProbeLogit Token",
+    "targets": "Continuation Contrast Direction Label LogOdds LogProb Preference ProbeLogit Reward Token",
     "utils.sections": "Conversation Documents",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}

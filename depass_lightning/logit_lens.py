@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.depass import DePass
 from depass_lightning.engine.isolation import alone
 from depass_lightning.engine.norms import NormParameters
@@ -17,7 +18,6 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.results.circuit import Circuit
 from depass_lightning.results.component import Component
 from depass_lightning.sources import Source, Subspace
-from depass_lightning.utils.tokenization import token_text
 
 CHUNK = 64  # directions whose logits over the whole vocabulary are in memory together
 
@@ -139,5 +139,6 @@ def _norm(decoder: Decoder, norm: nn.Module | None, near: nn.Module) -> NormPara
 
 
 def _words(depass: DePass, tokens: Sequence[int], count: int) -> list[str]:
-    texts = [token_text(token, depass.tokenizer) for token in tokens]
+    names = OutputNames.of(depass.decoder, depass.tokenizer)
+    texts = [names.text_of(token) for token in tokens]
     return list(dict.fromkeys(text.strip() or text for text in texts))[:count]

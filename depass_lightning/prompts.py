@@ -115,7 +115,8 @@ def prompts_of(
             "prompts are text, but there is no tokenizer; use DePass(model, tokenizer) or input_ids"
         )
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return prompts_of_texts(texts, tokenizer, limit, vocabulary)
+    whole = decoder.head.kind != "causal"
+    return prompts_of_texts(texts, tokenizer, limit, vocabulary, whole=whole)
 
 
 def read_length(decoder: Decoder, prompt: Prompt, position: int) -> int:
@@ -138,15 +139,18 @@ def prompts_of_texts(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
     vocabulary: int | None = None,
+    *,
+    whole: bool = False,
 ) -> list[Prompt]:
     """Tokenise prompts, and warn of a doubled BOS token and of unknown words.
 
     Args:
         texts: the prompts.
         tokenizer: the model's tokenizer; the special tokens that it puts before a text are added once, those
-            that it puts after one are not, since the model continues the text.
+            that it puts after one are not where the model continues the text.
         limit: the model's context in tokens, or None where unknown.
         vocabulary: the number of tokens that the model has embeddings for, or None where unknown.
+        whole: whether the model reads whole texts, with the special tokens after them.
 
     Raises:
         DePassError: a prompt is not text, is empty, is longer than the model's context, or has a token that
@@ -163,7 +167,7 @@ def prompts_of_texts(
             raise DePassError(f"{name} is empty; give it at least one token")
         text = formatted(text, tokenizer, name)
         check_beginning(name, text, tokenizer, limit)
-        ids, offsets, start, twice = encode(text, tokenizer, name)
+        ids, offsets, start, twice = encode(text, tokenizer, name, whole=whole)
         doubled += [str(tokenizer.decode(ids[:1]))] if twice else []
         _check_length(name, len(ids), limit, _beyond(sections_of(text), offsets, limit))
         check_vocabulary(name, ids, tokenizer, vocabulary)

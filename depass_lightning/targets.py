@@ -1,4 +1,4 @@
-"""Targets: a token's logit or probability, a whole answer, two answers, a direction or a probe's logit."""
+"""Targets: a token's or label's logit or probability, whole answers, a direction or a probe's logit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,7 +166,7 @@ class Preference:
         return chosen, rejected
 
 
-def _check_choices(name: str, of: str, reduce: str) -> None:
+def _check_choices(name: str, of: str, reduce: str = "sum") -> None:
     for argument, value, known in (("of", of, LogitReading), ("reduce", reduce, Reduction)):
         if value not in get_args(known):
             choices = " or ".join(map(repr, get_args(known)))
@@ -205,8 +205,54 @@ class ProbeLogit:
     position: int = -1
 
 
+@dataclass(frozen=True)
+class Label:
+    """The logit of one label of a classifier, or what is explained of it.
+
+    A classifier of whole texts reads its labels where transformers does: at the last token that is not
+    padding. On a classifier the targets of tokens, and plain names and numbers, refer to labels, too.
+
+    Args:
+        label: the label's name (`config.id2label`) or its index; None for the most likely one.
+        against: the label to compare it with, by the difference of their logits; None for none.
+        of: without `against`, what is explained, as in `Continuation`.
+        position: the token whose label it is, for a classifier of tokens; negative counts from the end.
+
+    Raises:
+        DePassError: `of` is unknown, or given together with `against`.
+    """
+
+    label: str | int | None = None
+    against: str | int | None = None
+    of: LogitReading = "logit"
+    position: int = -1
+
+    def __post_init__(self) -> None:
+        _check_choices("Label", self.of)
+        if self.against is not None and (self.of != "logit" or self.label is None):
+            raise DePassError("Label: against= compares the logits of two named labels; leave of= out")
+
+    @property
+    def logit_target(self) -> "LogitTarget":
+        """The same target as one of logits."""
+        if self.against is not None and self.label is not None:
+            return Contrast(self.label, self.against, self.position)
+        return token_target(self.label, self.of, self.position)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The score of a reward model: a classifier with one output."""
+
+    @property
+    def logit_target(self) -> Token:
+        """The same target as one of logits."""
+        return Token(0)
+
+
 LogitTarget = Token | Contrast | LogOdds | LogProb  # a weighted sum of logits at one position
-Target = LogitTarget | Continuation | Preference | Direction | ProbeLogit
+LabelTarget = Label | Reward
+Target = LogitTarget | LabelTarget | Continuation | Preference | Direction | ProbeLogit
 TargetLike = Target | str | int | None
 # How a known answer's first token is explained.
 AnswerTarget = Literal["contrast", "token", "centred", "log_odds", "logprob"]
@@ -260,8 +306,8 @@ def as_target(target: TargetLike) -> Target:
         return target
     raise DePassError(
         f"target {target!r} is a {type(target).__name__}; pass a token's text or id, Token(...), "
-        "Contrast(...), LogOdds(...), LogProb(...), Continuation(...), Preference(...), Direction(...), "
-        "ProbeLogit(...), or None for the model's own next token"
+        "Contrast(...), LogOdds(...), LogProb(...), Label(...), Reward(), Continuation(...), "
+        "Preference(...), Direction(...), ProbeLogit(...), or None for the model's own next token"
     )
 
 

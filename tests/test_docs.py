@@ -24,6 +24,7 @@ GUIDES = (
     "conversations",
     "which-document",
     "why-this-answer",
+    "why-this-label",
     "chosen-or-rejected",
 )
 SAID = {  # what the pages' own numbers are taken from
@@ -36,6 +37,7 @@ SAID = {  # what the pages' own numbers are taken from
     "conversations": "template       +13.18",
     "which-document": "Travel notes: Anna moved to Lisbon in May.",
     "why-this-answer": "from the answer's earlier tokens",
+    "why-this-label": "most likely label",
     "chosen-or-rejected": "from the chosen answer's tokens",
 }
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.forward import describe_components, record_batch
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.attribution.question import Question
 from depass_lightning.attribution.readout import ModelAnswer, Readout
 from depass_lightning.attribution.scoring import Scores, score
@@ -153,7 +154,7 @@ def _fitting(
     if not places:
         return batch_size
     kept = max(places) - min(places) + 1
-    row = 2 * kept * decoder.vocabulary_size * decoder.model_dtype.itemsize
+    row = 2 * kept * decoder.outputs * decoder.model_dtype.itemsize
     return max(1, min(batch_size, settings.budget.recording // row))
 
 
@@ -192,7 +193,7 @@ def attribute_batch(
         for place in sorted(set(places)):
             targets = [target for target, other in enumerate(places) if other == place]
             asked_there = [[asked[target] for target in targets] for asked in questions]
-            readout = Readout.of(recording, tokenizer, asked_there)  # 2
+            readout = Readout.of(recording, OutputNames.of(decoder, tokenizer), asked_there)  # 2
             scores = score(recording, prompts, readout, settings)  # 3, 4
             for (row, source, index), result in assemble(
                 decoder, asked_there, readout, scores, settings
@@ -288,6 +289,8 @@ def _metadata(decoder: Decoder, prompt: Prompt, settings: Settings) -> dict[str,
         metadata["rule_file"] = settings.rule.path
     if settings.compat:
         metadata["compat"] = settings.compat
+    if decoder.head.labels:
+        metadata["labels"] = True
     return metadata | prompt.notes()
 
 

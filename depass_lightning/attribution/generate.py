@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from depass_lightning.attribution.attribute import attribute_batch, warn_of_gaps
-from depass_lightning.attribution.question import Question, answer_ids
+from depass_lightning.attribution.question import Question, answer_ids, check_continues
 from depass_lightning.attribution.settings import Settings
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError, DePassWarning
@@ -53,6 +53,7 @@ def generate(
             model's context, `generate` refuses an argument, the given continuation is invalid, or the model's
             values are not finite.
     """
+    check_continues(decoder)
     if len(prompts) != 1:
         raise DePassError(f"there are {len(prompts)} prompts; generate from one at a time")
     (source,), (prompt,) = settings.sources, prompts

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.errors import DePassError
 from depass_lightning.targets import Contrast, LogitTarget, LogOdds, LogProb, Token
-from depass_lightning.utils.tokenization import token_id, token_text
 
 
 def finite(value: float, name: str) -> float:
@@ -33,31 +32,26 @@ def finite(value: float, name: str) -> float:
 
 
 def target_ids(
-    target: LogitTarget,
-    prompt: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    vocabulary: int,
-    predicted: int | None = None,
+    target: LogitTarget, prompt: str | None, names: OutputNames, predicted: int | None = None
 ) -> list[int] | None:
     """Return the id of a target's token, and after it those of the tokens that it is compared with.
 
     Args:
         target: the target.
         prompt: the prompt up to the target's position; None if it was passed as ids.
-        tokenizer: the model's tokenizer; required for text.
-        vocabulary: the number of tokens.
+        names: the model's tokens or labels.
         predicted: the model's most likely next token, if it is known.
 
     Returns:
         The ids; None for the model's most likely next token if that is not known.
 
     Raises:
-        DePassError: a token is compared with itself, alternatives are missing or repeated, or `token_id`
-            refuses a token.
+        DePassError: a token is compared with itself, alternatives are missing or repeated, or there is
+            no such token or label.
     """
 
     def resolve(token: str | int) -> int:
-        return token_id(token, prompt, tokenizer, vocabulary, first=target.first)
+        return names.id_of(token, prompt, first=target.first)
 
     token = predicted if target.token is None else resolve(target.token)
     others: list[int] = []
@@ -163,18 +157,16 @@ def true_value(target: LogitTarget, ids: list[int], logits: Float[Tensor, "vocab
     return float(exact[ids[0]] - others.logsumexp(0))
 
 
-def target_name(
-    target: LogitTarget, ids: list[int], tokenizer: PreTrainedTokenizerBase | None, shown: int = 3
-) -> str:
+def target_name(target: LogitTarget, ids: list[int], names: OutputNames, shown: int = 3) -> str:
     """Return the name of a target in results.
 
     Args:
         target: the target.
         ids: its tokens, as `target_ids` finds them.
-        tokenizer: to name tokens by; None shows ids.
+        names: the model's tokens or labels.
         shown: how many alternatives are listed.
     """
-    token, *others = (repr(token_text(token, tokenizer)) for token in ids)
+    token, *others = (repr(names.text_of(token)) for token in ids)
     if isinstance(target, Contrast):
         return f"{token} − {others[0]}"
     if isinstance(target, Token):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.logit_sum import target_ids
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt, continued
@@ -17,10 +18,15 @@ from depass_lightning.sources.base import is_whole
 from depass_lightning.targets import (
     Continuation,
     Direction,
+    LabelTarget,
     LogitTarget,
+    LogOdds,
+    LogProb,
     Preference,
     ProbeLogit,
+    Reward,
     Target,
+    Token,
     token_target,
 )
 from depass_lightning.utils.tokenization import check_vocabulary, continuation, continuation_ids
@@ -91,11 +97,13 @@ class Question:
             return cls(prompt, target, _reads_of_answer(prompt, target), layers)
         if isinstance(target, Preference):
             raise DePassError("a Preference takes two passes of its own; explain it alone, not in a list")
-        position = prompt.resolve_position(target.position)
-        if isinstance(target, LogitTarget):
+        if isinstance(target, LogitTarget | LabelTarget):
+            logit_target = _of_logits(decoder, target)
+            position = _position(decoder, prompt, logit_target)
             text = prompt.text_until(position)
-            ids = target_ids(target, text, tokenizer, decoder.vocabulary_size)
-            return cls(prompt, target, (Read(position, target, ids),), layers)
+            ids = target_ids(logit_target, text, OutputNames.of(decoder, tokenizer))
+            return cls(prompt, target, (Read(position, logit_target, ids),), layers)
+        position = prompt.resolve_position(target.position)
         name = type(target).__name__
         vector, constant = inner_reading(target, decoder.hidden_size)
         layer = layers
@@ -117,6 +125,35 @@ class Question:
     def place(self) -> tuple[int, bool]:
         """The layer, and whether the state is read after the final norm: what targets read together share."""
         return self.layer, self.vector is None
+
+
+def _of_logits(decoder: Decoder, target: LogitTarget | LabelTarget) -> LogitTarget:
+    """Return a target of labels as one of logits, and refuse what the model's outputs do not have."""
+    labels, name, model = decoder.head.labels, type(target).__name__, type(decoder.model).__name__
+    if isinstance(target, LabelTarget):
+        if not labels:
+            raise DePassError(f"{model} predicts tokens and has no labels; explain Token(...), not {name}")
+        if isinstance(target, Reward) and len(labels) > 1:
+            raise DePassError(f"{model} has {len(labels)} labels, not one reward; explain Label(...)")
+        target = target.logit_target
+    shared = isinstance(target, LogOdds | LogProb) or (isinstance(target, Token) and target.centred)
+    if labels and shared and decoder.head.independent:
+        raise DePassError(
+            f"the labels of {model} do not exclude each other, so that {type(target).__name__} has no "
+            "distribution to compare with; explain the label's logit, which is its log-odds"
+        )
+    return target
+
+
+def _position(decoder: Decoder, prompt: Prompt, target: LogitTarget) -> int:
+    """Return where a target is read."""
+    if decoder.head.kind != "sequence":
+        return prompt.resolve_position(target.position)
+    if target.position != -1:
+        raise DePassError(
+            f"{type(decoder.model).__name__} labels a whole text, not its tokens; leave position= out"
+        )
+    return decoder.head.position_of(prompt.ids)
 
 
 def _reads_of_answer(prompt: Prompt, target: Continuation) -> tuple[Read, ...]:
@@ -175,6 +212,22 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
     return vector.detach(), constant
 
 
+def check_continues(decoder: Decoder) -> None:
+    """Refuse a model that continues no text.
+
+    Args:
+        decoder: the model.
+
+    Raises:
+        DePassError: it is a classifier.
+    """
+    if decoder.head.kind != "causal":
+        raise DePassError(
+            f"{type(decoder.model).__name__} continues no text, so there is no answer to explain; take "
+            "Label(...) or Reward()"
+        )
+
+
 def answer_ids(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -190,9 +243,10 @@ def answer_ids(
         answer: the answer as text or ids.
 
     Raises:
-        DePassError: the answer has no tokens, text that the model does not know or ids that do not exist, or
-            is too long for the model's context.
+        DePassError: the model continues no text; or the answer has no tokens, text that the model does not
+            know or ids that do not exist, or is too long for the model's context.
     """
+    check_continues(decoder)
     name = f"the answer {answer!r:.80}"
     if not isinstance(answer, str):
         ids = list(answer)

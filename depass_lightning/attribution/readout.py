@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.logit_sum import LogitSum, finite, target_ids, target_name, true_value
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.attribution.question import Question, Read
 from depass_lightning.engine.adjoint import TargetGradient, at_readout, read_directions
 from depass_lightning.engine.record import Recording
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.targets import Continuation, Direction, LogitTarget
-from depass_lightning.utils.tokenization import continuation, token_text
+from depass_lightning.utils.tokenization import continuation
 
 READS = 64  # sums of logits that share one pass over the unembedding's rows
 SHOWN = 60  # characters of an answer in a target's name
@@ -36,7 +36,8 @@ class ModelAnswer:
         logits: the sums of logits that the target is, one for each position at which it is read; empty for a
             target inside the model.
         probability: the model's probability of the first token, or of the whole answer.
-        rank: its rank among all tokens, from 1 for the most likely; of an answer its lowest-ranked token's.
+        rank: its rank among all tokens or labels, from 1 for the most likely; of an answer its lowest-ranked
+            token's; None for a reward.
         remainder: what the value leaves of a log-probability or log-odds; None for other targets.
         log_probability: the logarithm of the probability, which may be too small for a number.
         predicted: the id of the model's most likely next token; None for a whole answer.
@@ -60,7 +61,7 @@ class ModelAnswer:
         read: Read,
         logits: Float[Tensor, "vocabulary"],
         uncapped: Float[Tensor, "vocabulary"],
-        tokenizer: PreTrainedTokenizerBase | None,
+        names: OutputNames,
     ) -> "ModelAnswer":
         """Read the answer to a question about tokens.
 
@@ -69,7 +70,7 @@ class ModelAnswer:
             read: what is read of it.
             logits: the model's logits at its position.
             uncapped: the same before a soft cap, which is what scores sum to.
-            tokenizer: to name tokens by; None shows ids.
+            names: the model's tokens or labels.
 
         Raises:
             DePassError: the value is not finite.
@@ -77,20 +78,20 @@ class ModelAnswer:
         best, target, ids = int(logits.argmax()), read.target, read.ids
         assert isinstance(target, LogitTarget)
         if ids is None:
-            ids = target_ids(target, prompt.text_until(read.position), tokenizer, len(logits), best)
+            ids = target_ids(target, prompt.text_until(read.position), names, best)
             assert ids is not None
-        name, summed = target_name(target, ids, tokenizer), LogitSum.of(target, ids, logits)
+        name, summed = target_name(target, ids, names), LogitSum.of(target, ids, logits)
         value, true = finite(summed.value(uncapped), name), true_value(target, ids, logits)
         return cls(
             name=name,
             value=value,
-            prediction=token_text(best, tokenizer),
+            prediction=names.text_of(best),
             ids=ids,
             logits=(summed,),
-            probability=float(logits.softmax(-1)[ids[0]]),
-            rank=1 + int((logits > logits[ids[0]]).sum()),
+            probability=float(names.head.probabilities(logits)[ids[0]]),
+            rank=1 + int((logits > logits[ids[0]]).sum()) if len(logits) > 1 else None,
             remainder=None if true is None else true - value,
-            log_probability=float(logits.double().log_softmax(-1)[ids[0]]),
+            log_probability=float(names.head.log_probabilities(logits.double())[ids[0]]),
             predicted=best,
         )
 
@@ -101,7 +102,7 @@ class ModelAnswer:
         target: Continuation,
         reads: Sequence[Read],
         tokens: Sequence["ModelAnswer"],
-        tokenizer: PreTrainedTokenizerBase | None,
+        names: OutputNames,
     ) -> "ModelAnswer":
         """Join the answers for the tokens of a given answer.
 
@@ -110,7 +111,7 @@ class ModelAnswer:
             target: the target.
             reads: where its tokens are read.
             tokens: the model's answer for each of them.
-            tokenizer: to name tokens by; None shows ids.
+            names: the model's tokens or labels.
         """
         weighted = list(zip(reads, tokens, strict=True))
         remainders = [
@@ -118,9 +119,9 @@ class ModelAnswer:
         ]
         log_probability = math.fsum(token.log_probability or 0.0 for token in tokens)
         return cls(
-            name=_name_of(prompt, target, reads, tokenizer),
+            name=_name_of(prompt, target, reads, names),
             value=math.fsum(read.weight * token.value for read, token in weighted),
-            prediction=_greedy_answer(prompt, weighted, tokenizer),
+            prediction=_greedy_answer(prompt, weighted, names),
             ids=[],
             logits=tuple(
                 replace(logits, weights=read.weight * logits.weights)
@@ -139,7 +140,7 @@ class ModelAnswer:
         question: Question,
         value: float,
         logits: Float[Tensor, "vocabulary"],
-        tokenizer: PreTrainedTokenizerBase | None,
+        names: OutputNames,
     ) -> "ModelAnswer":
         """Name the answer to a question about a direction inside the model.
 
@@ -147,18 +148,14 @@ class ModelAnswer:
             question: the question.
             value: the model's value of the target.
             logits: the model's logits at its position.
-            tokenizer: to name tokens by; None shows ids.
+            names: the model's tokens or labels.
         """
         kind = "direction" if isinstance(question.target, Direction) else "probe logit"
-        prediction = token_text(int(logits.argmax()), tokenizer)
+        prediction = names.text_of(int(logits.argmax()))
         return cls(f"{kind} at layer {question.layer}", value, prediction, ids=[])
 
 
-def _greedy_answer(
-    prompt: Prompt,
-    answers: Sequence[tuple[Read, ModelAnswer]],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> str:
+def _greedy_answer(prompt: Prompt, answers: Sequence[tuple[Read, ModelAnswer]], names: OutputNames) -> str:
     """Return how the model's greedy answer begins, up to the first token that differs from the given one.
 
     After that token the given answer no longer shows what the model would generate.
@@ -168,18 +165,18 @@ def _greedy_answer(
     read, token = next(different, answers[-1])
     assert token.predicted is not None
     ids = [*prompt.ids[: read.position + 1], token.predicted]
-    return " ".join(map(str, ids[start:])) if tokenizer is None else continuation(ids, start, tokenizer)
+    if names.tokenizer is None:
+        return " ".join(map(str, ids[start:]))
+    return continuation(ids, start, names.tokenizer)
 
 
-def _name_of(
-    prompt: Prompt, target: Continuation, reads: Sequence[Read], tokenizer: PreTrainedTokenizerBase | None
-) -> str:
+def _name_of(prompt: Prompt, target: Continuation, reads: Sequence[Read], names: OutputNames) -> str:
     """Return an answer's name in results: the text of its explained tokens, and what is explained of them."""
     first, last = reads[0].position + 1, reads[-1].position + 2
-    if tokenizer is None:
+    if names.tokenizer is None:
         text = " ".join(prompt.tokens[first:last])
     else:
-        text = continuation(prompt.ids[:last], first, tokenizer)
+        text = continuation(prompt.ids[:last], first, names.tokenizer)
     shown = repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
     readings = {
         "logit": "",
@@ -216,28 +213,26 @@ def readouts_of(
     return torch.cat(vectors), torch.cat(constants)
 
 
-def _answer(
-    recording: Recording, tokenizer: PreTrainedTokenizerBase | None, row: int, question: Question
-) -> ModelAnswer:
+def _answer(recording: Recording, names: OutputNames, row: int, question: Question) -> ModelAnswer:
     """Read the answer to one prompt's question."""
     places = [recording.kept.index(read.position) for read in question.reads]
     dtype, prompt, reads = recording.dtype, question.prompt, question.reads
     if question.vector is not None:
         state = recording.state(question.layer)[row, question.position]
         value = float(state @ question.vector.to(state)) + question.constant
-        return ModelAnswer.of_vector(question, value, recording.logits[row, places[0]].to(dtype), tokenizer)
+        return ModelAnswer.of_vector(question, value, recording.logits[row, places[0]].to(dtype), names)
     tokens = [
         ModelAnswer.of_token(
             prompt,
             read,
             recording.logits[row, place].to(dtype),
             recording.uncapped[row, place].to(dtype),
-            tokenizer,
+            names,
         )
         for read, place in zip(reads, places, strict=True)
     ]
     if isinstance(question.target, Continuation):
-        return ModelAnswer.of_answer(prompt, question.target, reads, tokens, tokenizer)
+        return ModelAnswer.of_answer(prompt, question.target, reads, tokens, names)
     return tokens[0]
 
 
@@ -269,14 +264,14 @@ class Readout:
     def of(
         cls,
         recording: Recording,
-        tokenizer: PreTrainedTokenizerBase | None,
+        names: OutputNames,
         questions: Sequence[Sequence[Question]],
     ) -> "Readout":
         """Read each question's answer from the recorded pass.
 
         Args:
             recording: the recorded pass.
-            tokenizer: to name tokens by; None shows ids.
+            names: the model's tokens or labels.
             questions: `[batch][target]`, all at one place.
 
         Raises:
@@ -286,7 +281,7 @@ class Readout:
         state = recording.state(layer)
         shape = (len(questions), len(questions[0]))
         rows = [(row, question) for row, several in enumerate(questions) for question in several]
-        answers = [_answer(recording, tokenizer, row, question) for row, question in rows]
+        answers = [_answer(recording, names, row, question) for row, question in rows]
         counts = [len(question.reads) for _, question in rows]
         if normed:
             vectors, constants = readouts_of(

@@ -122,9 +122,14 @@ def validate(decoder: Decoder) -> float:
     numbers = torch.Generator().manual_seed(0)
     ids = torch.randint(0, decoder.vocabulary_size, (1, length), generator=numbers).to(decoder.device)
     last = torch.tensor([[length - 1]], device=decoder.device)
+    head = decoder.head
+    if head.kind == "sequence":
+        last[:] = head.position_of(ids[0].tolist())
     with alone(decoder.model):
         with undisturbed(decoder.model, attention=None):
             expected, _, _ = decoder.logits(ids, last)
+            if head.labels:
+                _check_labels(decoder, ids, expected[:, 0], last)
         with _activations(decoder) as activations:
             recording = record(decoder, ids, torch.tensor([length], device=decoder.device), last)
         limit = tolerance(decoder)
@@ -145,6 +150,19 @@ def tolerance(decoder: Decoder) -> float:
     """
     exact_weights = decoder.model_dtype in (torch.float32, torch.float64)
     return 1e-3 if exact_weights and not decoder.quantised else 1e-1
+
+
+def _check_labels(decoder: Decoder, ids: Tensor, logits: Tensor, position: Tensor) -> None:
+    """Check that a classifier reads its labels at the position, and with the map, that its head states."""
+    whole = decoder.model(input_ids=ids).logits  # [1, label], or [1, position, label]
+    expected = whole if decoder.head.kind == "sequence" else whole[:, position[0, 0]]
+    name = type(decoder.model).__name__
+    _expect(
+        _distance(logits, expected),
+        tolerance(decoder),
+        f"{name} gives other logits than its map to the labels reads from the last hidden state at position "
+        f"{int(position)}",
+    )
 
 
 def _check_block(
@@ -214,7 +232,7 @@ def _check_readout(decoder: Decoder, recording: Recording, limit: float) -> None
     normed = recording.final_norm(states, scale)
     if recording.final_norm.probe.bias is not None:
         normed = normed + recording.final_norm.probe.bias
-    rows, biases = decoder.readout(torch.arange(min(decoder.vocabulary_size, 256), device=normed.device))
+    rows, biases = decoder.readout(torch.arange(min(decoder.outputs, 256), device=normed.device))
     if rows.shape[1] != normed.shape[1]:
         raise DePassError(
             f"the unembedding of {type(decoder.model).__name__} reads {rows.shape[1]} numbers and its last "

@@ -1,12 +1,12 @@
 """The probability and logit of the answer after prompts without some of their tokens."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,6 +14,7 @@ from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import unwrapped
 from depass_lightning.models.families import families_of_class
+from depass_lightning.models.output_heads import OutputHead
 from depass_lightning.models.rotary import regime
 from depass_lightning.utils.batching import in_batches
 
@@ -40,7 +41,7 @@ class AnswerReading(NamedTuple):
         probability: the answer's probability p, of all of its tokens.
         logit: its logit, summed over its tokens.
         log_odds: log p - log(1 - p).
-        rank: its rank among all tokens, from 1 for the most likely; the largest of its tokens'.
+        rank: its rank among all tokens or labels, from 1 for the most likely; the largest of its tokens'.
     """
 
     probability: float
@@ -55,7 +56,7 @@ def answers_of(
     """Return what the model gives each prompt's answer, running prompts of similar length together.
 
     Args:
-        model: the causal LM.
+        model: the causal LM or classifier.
         prompts: the prompts to run.
         batch_size: the number of prompts in one pass.
         progress: show a progress bar.
@@ -63,18 +64,21 @@ def answers_of(
     Raises:
         DePassError: the batch size is less than one.
     """
-    inner = unwrapped(model)
+    inner: Any = unwrapped(model)
+    known = isinstance(inner, PreTrainedModel) and not families_of_class(inner)
+    head = OutputHead.of(inner) if known else OutputHead("causal", inner)
 
     def work(batch: list[int]) -> list[AnswerReading]:
-        logits = _answer_logits(inner, [prompts[i] for i in batch])
-        wanted = torch.tensor([prompts[i].answer for i in batch], device=logits.device)[:, :, None]
+        asked = [prompts[i] for i in batch]
+        logits = _label_logits(inner, head, asked) if head.labels else _answer_logits(inner, asked)
+        wanted = torch.tensor([prompt.answer for prompt in asked], device=logits.device)[:, :, None]
         answers = logits.gather(2, wanted)  # [batch, token, 1]
-        others = logits.scatter(2, wanted, -torch.inf).logsumexp(-1)
-        odds = (answers[:, :, 0] - others).double()  # [batch, token]
+        odds = head.log_odds(logits, wanted).double()  # [batch, token]
         logs = -torch.nn.functional.softplus(-odds).sum(1)
         whole = odds[:, 0] if odds.shape[1] == 1 else logs - torch.log(-torch.expm1(logs))
+        single = head.probabilities(logits[:, 0]).gather(1, wanted[:, 0])[:, 0]
         columns = (
-            logs.exp() if odds.shape[1] > 1 else logits[:, 0].softmax(-1).gather(1, wanted[:, :, 0])[:, 0],
+            logs.exp() if odds.shape[1] > 1 else single,
             answers.sum((1, 2)),
             whole,
             1 + (logits > answers).sum(-1).amax(1),
@@ -87,13 +91,14 @@ def answers_of(
     kinds = []
     for prompt in prompts:
         length = len(prompt.ids) + len(prompt.answer) - 1
-        kinds.append(((all(prompt.seen), len(prompt.answer), regime(config, length)), length))
+        alike = (length,) if head.labels else regime(config, length)  # texts with labels are not padded
+        kinds.append(((all(prompt.seen), len(prompt.answer), alike), length))
     with undisturbed(model, attention=None):
         return in_batches(kinds, batch_size, work, progress, "asking")
 
 
 def _answer_logits(
-    model: nn.Module, prompts: Sequence[AblatedPrompt]
+    model: PreTrainedModel, prompts: Sequence[AblatedPrompt]
 ) -> Float[Tensor, "batch token vocabulary"]:
     """Return the logits of each of the answer's tokens after each prompt, all answers of one length.
 
@@ -124,18 +129,35 @@ def _answer_logits(
         logits = spec.logits(model, torch.tensor(rows, device=device))
         wanted = torch.tensor([range(longest - p - count, longest - p) for p in padding], device=device)
         return logits.gather(1, wanted[:, :, None].expand(-1, -1, logits.shape[2])).float()
-    with ExitStack() as stack:
-        if not bool(seen.all()):
-            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-            stack.callback(embedding.register_forward_hook(_zeroing(seen)).remove)
+    with _zeroed(model, seen):
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=count
         ).logits
     return logits[:, -count:].float()
 
 
-def _zeroing(seen: Tensor) -> Any:
+def _label_logits(
+    model: PreTrainedModel, head: OutputHead, prompts: Sequence[AblatedPrompt]
+) -> Float[Tensor, "batch 1 label"]:
+    """Return a classifier's logits of prompts of one length."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(prompt.ids) for prompt in prompts], device=device)
+    with _zeroed(model, torch.tensor([list(prompt.seen) for prompt in prompts], device=device)):
+        logits = head.label_logits(model, ids, torch.arange(ids.shape[1], device=device))
+    ends = torch.tensor([head.position_of(prompt.ids) for prompt in prompts], device=logits.device)
+    return logits[torch.arange(len(prompts)), ends][:, None].float()
+
+
+@contextmanager
+def _zeroed(model: PreTrainedModel, seen: Bool[Tensor, "batch position"]) -> Iterator[None]:
+    """Set the embeddings of all tokens that are not seen to zero."""
+
     def zero(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return torch.where(seen.to(output.device)[..., None], output, output.new_zeros(()))
 
-    return zero
+    handle = None if bool(seen.all()) else model.get_input_embeddings().register_forward_hook(zero)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.attribution.preference import results_of, with_both_answers
 from depass_lightning.attribution.question import Question, questions_of
 from depass_lightning.attribution.readout import ModelAnswer
@@ -18,7 +19,14 @@ from depass_lightning.methods.model_runs import Batch, as_depass_runs
 from depass_lightning.prompts import IdsLike, prompts_of, read_length
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source, Tokens
-from depass_lightning.targets import Continuation, LogitTarget, Preference, TargetLike, as_targets
+from depass_lightning.targets import (
+    Continuation,
+    LabelTarget,
+    LogitTarget,
+    Preference,
+    TargetLike,
+    as_targets,
+)
 from depass_lightning.utils.batching import in_batches
 
 
@@ -155,8 +163,10 @@ class Baseline(Method):
         for aim in targets:
             if isinstance(aim, list):
                 raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
-            if not isinstance(aim, LogitTarget | Continuation | Preference):
-                raise DePassError(f"{self.name} explains tokens and answers, not {type(aim).__name__}")
+            if not isinstance(aim, LogitTarget | LabelTarget | Continuation | Preference):
+                raise DePassError(
+                    f"{self.name} explains tokens, labels and answers, not {type(aim).__name__}"
+                )
         asked = with_both_answers(decoder, tokenizer, prompts, targets)
         questions = [question for (question,) in questions_of(decoder, tokenizer, *asked, [self.source])]
         tokens = [
@@ -184,14 +194,16 @@ class Baseline(Method):
         self, question: Question, explained: Sequence[tuple[ModelAnswer, Float[Tensor, "group component"]]]
     ) -> Attribution:
         """Name one prompt's scores, of an answer the sum of its tokens'."""
-        prompt, target, tokenizer = question.prompt, question.target, self.depass.tokenizer
-        groups = self.source.describe(prompt, self.depass.decoder)
+        prompt, target, decoder = question.prompt, question.target, self.depass.decoder
+        groups = self.source.describe(prompt, decoder)
         # No baseline scores what is left of the state.
         components = [component for group in groups for component in group if not component.remainder]
         answers = [answer for answer, _ in explained]
-        answer, metadata = answers[0], {"model": self.depass.decoder.name} | prompt.notes()
+        answer, metadata = answers[0], {"model": decoder.name} | prompt.notes()
         if isinstance(target, Continuation):
-            answer = ModelAnswer.of_answer(prompt, target, question.reads, answers, tokenizer)
+            answer = ModelAnswer.of_answer(
+                prompt, target, question.reads, answers, OutputNames.of(decoder, self.depass.tokenizer)
+            )
             metadata["log_probability"] = answer.log_probability
         rows = []
         for read, (_, row) in zip(question.reads, explained, strict=True):
@@ -211,7 +223,7 @@ class Baseline(Method):
             sections=list(prompt.sections),
             source=self.source.kind,
             rule=self.name,
-            layer=self.source.layers(len(self.depass.decoder.blocks))[0],
+            layer=self.source.layers(len(decoder.blocks))[0],
             position=question.position,
             prediction=answer.prediction,
             probability=answer.probability,

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.attribution.question import Question
 from depass_lightning.attribution.readout import ModelAnswer
 from depass_lightning.engine.hooks import Capture
@@ -89,7 +90,7 @@ class Batch:
         questions: list[Question],
     ) -> None:
         self.decoder = decoder
-        self.tokenizer = tokenizer
+        self.names = OutputNames.of(decoder, tokenizer)
         self.questions = questions
         self.prompts = [question.prompt for question in questions]
         ends = [question.position for question in questions]
@@ -152,8 +153,6 @@ class Batch:
     def _read(self, logits: Tensor, uncapped: Tensor) -> list[ModelAnswer]:
         logits, uncapped = logits.to(self.decoder.dtype), uncapped.to(self.decoder.dtype)
         return [
-            ModelAnswer.of_token(
-                question.prompt, question.reads[0], logits[row], uncapped[row], self.tokenizer
-            )
+            ModelAnswer.of_token(question.prompt, question.reads[0], logits[row], uncapped[row], self.names)
             for row, question in enumerate(self.questions)
         ]

@@ -1,4 +1,4 @@
-"""A causal language model seen as what the method needs: blocks, norms, linear maps and an unembedding."""
+"""A language model or classifier seen as what the method needs: blocks, norms, linear maps and outputs."""
 
 import inspect
 import sys
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, features, has_bias, is_quantised, linear_of, rows_of
 from depass_lightning.models.block import bind
+from depass_lightning.models.output_heads import OutputHead
 from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.sharding import check_shards
 from depass_lightning.models.spec import FamilySpec, ModelSpec, configured, submodule
@@ -24,8 +25,8 @@ class Decoder:
     """Binds a family's declaration to one model.
 
     Args:
-        model: a causal language model of transformers or of a declared class, compiled or not, with `peft`
-            adapters or not.
+        model: a causal language model of transformers, a classifier built on one, or a model of a declared
+            class, compiled or not, with `peft` adapters or not.
         spec: its family's declaration (`engine/validate.py` finds and checks it).
         compute_dtype: the precision that components are carried in; by default float64 for a model in
             float64 and float32 for every other.
@@ -56,15 +57,13 @@ class Decoder:
         self.max_positions = _positions(self.config, max_positions)
         inner: nn.Module = self.model
         if spec.model is None:
-            embedding, unembedding = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            self.token_embedding: nn.Module = self.model.get_input_embeddings()
+            self.head = OutputHead.of(self.model)
             inner = self.model.get_decoder()
         else:
-            parts = spec.model.embedding, spec.model.unembedding
-            embedding, unembedding = (submodule(inner, path, owner) for path in parts)
-        if unembedding is None:
-            raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
-        self.token_embedding: nn.Module = embedding
-        self.unembedding: nn.Module = unembedding
+            self.token_embedding = submodule(inner, spec.model.embedding, owner)
+            self.head = OutputHead("causal", submodule(inner, spec.model.unembedding, owner))
+        self.unembedding = self.head.output
         self.final_norm = None if spec.final_norm is None else submodule(inner, spec.final_norm, owner)
         projection = None if spec.final_projection is None else getattr(inner, spec.final_projection, None)
         self.final_projection: nn.Module | None = projection
@@ -184,12 +183,19 @@ class Decoder:
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of rows of the unembedding."""
+        """The number of tokens: the rows of the unembedding, or of a classifier's token embedding."""
+        return len(self.embedding) if self.head.labels else self.outputs
+
+    @property
+    def outputs(self) -> int:
+        """The number of tokens or labels that have a logit."""
         return features(self.unembedding)[1]
 
     @property
     def logit_scale(self) -> float:
-        """What the model multiplies the unembedding's output with."""
+        """What the model multiplies the unembedding's output with; nothing where labels are read."""
+        if self.head.labels:
+            return 1.0
         spec = self.spec
         return configured(self.config, spec.logit_scale) / configured(self.config, spec.logit_divisor)
 
@@ -248,7 +254,7 @@ class Decoder:
     def logits(
         self, input_ids: Tensor, positions: Tensor
     ) -> tuple[Float[Tensor, "batch kept vocabulary"], Float[Tensor, "batch kept vocabulary"], list[int]]:
-        """Run the model once on right-padded ids.
+        """Run the model once on right-padded ids; a classifier's logits are its labels'.
 
         Padding needs no mask there: attention is causal, so no real token sees what follows it.
 
@@ -261,6 +267,9 @@ class Decoder:
             stand at.
         """
         kept: Tensor = positions.unique()
+        if self.head.labels:
+            logits = self.head.label_logits(self.model, input_ids, kept)
+            return logits, logits, kept.tolist()
         seen: list[Tensor] = []
 
         def keep(_module: nn.Module, _arguments: object, output: Tensor) -> None:

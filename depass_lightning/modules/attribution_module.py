@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import ROW_MEASURES, Case, Measure, evaluate
 from depass_lightning.methods import DePassMethod, Method
@@ -19,7 +20,6 @@ from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
 from depass_lightning.targets import AnswerTarget, LogitReading, Reduction, Target, Token
 from depass_lightning.tasks import Example
-from depass_lightning.utils.tokenization import token_id
 
 log = logging.getLogger(__name__)
 
@@ -258,13 +258,12 @@ class AttributionModule(LightningModule):
             rows.append({**row, **known, **self.run})
         return rows
 
-    def _is_answer(self, token: int, answer: str, prompt: str) -> bool:
-        """Whether a token is the answer to a prompt, or the answer's first."""
-        tokenizer = self.depass.tokenizer
-        assert tokenizer is not None
+    def _is_answer(self, output: int, answer: str, prompt: str) -> bool:
+        """Whether a token or label is the answer to a prompt, or the answer's first token."""
+        names = OutputNames.of(self.depass.decoder, self.depass.tokenizer)
         try:
-            return token == token_id(answer, prompt, tokenizer, len(tokenizer), first=True)
-        except DePassError:  # the model has no token for it
+            return output == names.id_of(answer, prompt, first=True)
+        except DePassError:  # the model has no token or label for it
             return False
 
 

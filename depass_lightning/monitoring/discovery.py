@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import device_of
 from depass_lightning.models.families import families_of_class
+from depass_lightning.models.output_heads import has_head
 from depass_lightning.models.sharding import check_shards, is_sharded, opened
 
 ModelFinder = str | Callable[[Any], nn.Module]
@@ -20,7 +21,7 @@ ModelFinder = str | Callable[[Any], nn.Module]
 def find_model(
     module: nn.Module, where: ModelFinder | None = None, trained: Collection[nn.Parameter] = ()
 ) -> nn.Module:
-    """Return the causal language model inside a module, also a compiled or LoRA-wrapped one.
+    """Return the causal language model or classifier inside a module, also a compiled or LoRA-wrapped one.
 
     Args:
         module: the module that is trained.
@@ -57,8 +58,9 @@ def find_model(
     inside = f"inside {type(root).__name__}"
     if not models:
         raise DePassError(
-            f"there is no causal language model of transformers or of a declared class {inside}; hold one as "
-            "a submodule, name it with model='path.to.it', or declare its class (docs/your-own-model.md)"
+            f"there is no causal language model of transformers or of a declared class, and no classifier, "
+            f"{inside}; hold one as a submodule, name it with model='path.to.it', or declare its class "
+            "(docs/your-own-model.md)"
         )
     paths = ", ".join(repr(path) for path in models)
     raise DePassError(f"there are {len(models)} language models {inside}: {paths}; choose with model=...")
@@ -158,11 +160,11 @@ def _checked(tokenizer: Any) -> PreTrainedTokenizerBase:
 
 
 def _outermost_models(root: nn.Module) -> dict[str, nn.Module]:
-    """Return the language models with a head, by path, that are not inside another one."""
+    """Return the language models and classifiers, by path, that are not inside another one."""
     models: dict[str, nn.Module] = {}
     for path, module in root.named_modules():
         inner = any(path.startswith(f"{outer}." if outer else "") for outer in models)
-        with_head = isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+        with_head = isinstance(module, PreTrainedModel) and has_head(module)
         if not inner and (with_head or families_of_class(module)):
             models[path] = module
     return models

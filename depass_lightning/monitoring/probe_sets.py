@@ -190,4 +190,4 @@ def _aimed(target: TargetLike, kind: TargetKind) -> TargetLike:
 
 
 def _is_file(probes: str | Path) -> bool:
-    return isinstance(probes, Path) or Path(probes).suffix in {".json", ".jsonl"}
+    return isinstance(probes, Path) or Path(probes).suffix in {".json", ".jsonl", ".csv", ".parquet"}

@@ -13,13 +13,15 @@ PARTS = {
 
 
 def prediction_name(attribution: Attribution) -> str:
-    """Return what an attribution's prediction is: the next token, or the beginning of an answer.
+    """Return what an attribution's prediction is: the next token, a label, or how an answer begins.
 
     Args:
         attribution: the attribution.
     """
     if "chosen_log_probability" in attribution.metadata:
         return "the more likely answer"
+    if attribution.metadata.get("labels"):
+        return "most likely label"
     return "model's answer begins" if attribution.whole_answer else "next token"
 
 

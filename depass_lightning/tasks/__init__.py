@@ -11,6 +11,7 @@ from depass_lightning.tasks import (
     ioi,
     jsonl,
     known,
+    labelled,
     language,
     longra,
     multilingual,
@@ -29,6 +30,7 @@ _LOADERS = {
     "multilingual": multilingual.load,
     "language": language.load,
     "jsonl": jsonl.load,
+    "labelled": labelled.load,
     "chat": chat.load,
     "rag": rag.load,
 }
@@ -56,8 +58,8 @@ def load(
         size: the number of examples; None uses the task's default.
         seed: the seed of generated prompts, or of their order.
         split: "test", or "train", the split that the bundled model was trained on.
-        path: read the prompts instead of generating them: a JSON or JSON Lines file, a folder that `datasets`
-            saved, or `hub:owner/name` for a public data set.
+        path: read the prompts instead of generating them: a JSON, JSON Lines, CSV or Parquet file, a folder
+            that `datasets` saved, or `hub:owner/name` for a public data set.
         rows: the rows of the task "jsonl" in place of a file.
         language: one language of a multilingual task; None means all.
         kind: one of `rag.KINDS`, for generated questions about documents.

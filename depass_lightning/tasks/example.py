@@ -12,6 +12,7 @@ from depass_lightning.targets import (
     AnswerTarget,
     Continuation,
     Contrast,
+    Label,
     LogitReading,
     LogitTarget,
     Preference,
@@ -23,6 +24,7 @@ from depass_lightning.utils.sections import Section, SectionedText, from_json, s
 from depass_lightning.utils.tokenization import continuation_ids
 
 Span = tuple[int, int]
+ANSWER, LABEL = "answer", "label"  # the property of an example whose answer is a classifier's label
 ROLE = "role"  # marks an example's roles while its prompt is written
 
 _FEATURES = Features(
@@ -115,8 +117,8 @@ class Example:
         tokenizer: PreTrainedTokenizerBase | None = None,
         reading: LogitReading = "logit",
         reduce: Reduction = "sum",
-    ) -> LogitTarget | Continuation | Preference:
-        """Return what to explain of the answer.
+    ) -> LogitTarget | Label | Continuation | Preference:
+        """Return what to explain of the answer, which may be a classifier's label.
 
         Args:
             kind: "contrast", its logit less the foil's, or its logit where there is no foil; "token", its
@@ -130,6 +132,8 @@ class Example:
         if self.answer is None:
             return answer_target(None, kind)
         foil = self.foil if kind == "contrast" else None
+        if self.labels.get(ANSWER) == LABEL:
+            return Label(self.answer, foil, "logit" if kind in ("contrast", "token") else kind)
         replies = [self.answer] if foil is None else [self.answer, foil]
         if tokenizer is not None and any(
             len(continuation_ids(reply, self.prompt, tokenizer)) > 1 for reply in replies

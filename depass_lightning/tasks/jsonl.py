@@ -3,7 +3,7 @@
 `{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` is
 required. Without a target, the model's most likely next token is explained. The target is used unchanged: for
 most models, a word includes its leading space. Rows of conversations, completions, preferences and documents
-are read too (`loading/chat_rows.py`).
+are read too (`loading/chat_rows.py`), and labelled texts (`loading/label_rows.py`).
 """
 
 import re
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from depass_lightning.errors import DePassError
-from depass_lightning.tasks.example import Example, Span, Task
+from depass_lightning.tasks.example import ANSWER, LABEL, Example, Span, Task
 from depass_lightning.tasks.loading.chat_rows import chat_fields, is_chat_row
+from depass_lightning.tasks.loading.label_rows import is_label_row, label_fields
 from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
 from depass_lightning.utils.sections import Conversation
 
@@ -54,7 +55,11 @@ def example_of(row: dict[str, Any], number: int, *, user: bool = False) -> Examp
     Raises:
         DePassError: a field is missing or cannot be used.
     """
-    if is_chat_row(row):
+    labels: dict[str, str] = {}
+    if is_label_row(row):
+        prompt, answer, foil = label_fields(row)
+        labels = {ANSWER: LABEL}
+    elif is_chat_row(row):
         prompt, answer, foil = chat_fields(row, user=user)
     else:
         prompt = text_field(row, "prompt")
@@ -70,7 +75,7 @@ def example_of(row: dict[str, Any], number: int, *, user: bool = False) -> Examp
         raise DePassError(f"evidence must be a list of strings or [start, end] ranges, not {evidence!r}")
     spans = tuple(sorted({span for item in evidence for span in _spans(item, prompt)}))
     roles = {"evidence": spans} if spans else {}
-    return Example(name_field(row, "id", number), prompt, answer, foil, roles, tuple(roles))
+    return Example(name_field(row, "id", number), prompt, answer, foil, roles, tuple(roles), labels=labels)
 
 
 def _spans(item: Any, prompt: str) -> list[Span]:

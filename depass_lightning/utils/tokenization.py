@@ -29,17 +29,20 @@ class Encoded(NamedTuple):
     doubled: bool
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the prompt") -> Encoded:
-    """Tokenise a text that the model continues.
+def encode(
+    text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the prompt", *, whole: bool = False
+) -> Encoded:
+    """Tokenise a text that the model continues, or a whole text that it labels.
 
     Special tokens that the tokenizer puts before a text are added, but not a second time to a text that
     already begins with them. None are added to a formatted conversation, which has those of its template.
-    Special tokens after a text (EOS, [SEP]) are omitted: the model would continue from them.
+    Special tokens after a text (EOS, [SEP]) are omitted where the model continues it.
 
     Args:
         text: the text.
         tokenizer: the model's tokenizer.
         name: the name of the text in error messages.
+        whole: keep the special tokens after the text.
 
     Raises:
         DePassError: the text has a lone surrogate, which tokenizers cannot read.
@@ -54,9 +57,10 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the promp
     # DePass itself refuses prompts longer than the context.
     options: dict[str, Any] = {"return_offsets_mapping": bool(tokenizer.is_fast), "verbose": False}
     plain = tokenizer(str(text), add_special_tokens=False, **options)
-    whole = plain if isinstance(text, SectionedText) and text.formatted else tokenizer(str(text), **options)
-    ids, bare = list(whole["input_ids"]), list(plain["input_ids"])
-    offsets = [tuple(pair) for pair in whole["offset_mapping"]] if tokenizer.is_fast else None
+    formatted = isinstance(text, SectionedText) and text.formatted
+    complete = plain if formatted else tokenizer(str(text), **options)
+    ids, bare = list(complete["input_ids"]), list(plain["input_ids"])
+    offsets = [tuple(pair) for pair in complete["offset_mapping"]] if tokenizer.is_fast else None
     last = len(ids) - len(bare)
     before = next((count for count in range(last + 1) if ids[count : count + len(bare)] == bare), 0)
     end, start = (before + len(bare) if bare else len(ids)), 0
@@ -68,6 +72,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the promp
         offsets = offsets and offsets[:before] + offsets[2 * before :]
     elif offsets and ids[0] == tokenizer.bos_token_id:
         start, offsets[0] = offsets[0][1], (0, 0)  # written in the text: also a special token
+    end = len(ids) if whole else end
     return Encoded(ids[:end], offsets and offsets[:end], start, doubled)
 
 

@@ -28,6 +28,7 @@ from depass_lightning import (
     Tokens,
 )
 from depass_lightning.attribution.forward import record_batch
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.attribution.question import questions_of
 from depass_lightning.attribution.readout import Readout
 from depass_lightning.attribution.scoring import score
@@ -82,7 +83,7 @@ def exact_scores(depass: DePass, ids: Tensor, targets: list[Any], rule: Any) -> 
     (asked,) = questions_of(decoder, None, prompts, [targets], SOURCES)
     texts, positions = [asked[0].prompt], [[read.position for target in asked for read in target.reads]]
     recording = record_batch(decoder, texts, positions, settings)
-    readout = Readout.of(recording, None, [asked])
+    readout = Readout.of(recording, OutputNames.of(decoder, None), [asked])
     return [scores.values[0].flatten(1) for scores in score(recording, texts, readout, settings)]
 
 

@@ -37,7 +37,7 @@ def test_it_finds_the_model(where: Any) -> None:
 
 
 def test_it_says_which_model_it_cannot_choose() -> None:
-    with pytest.raises(DePassError, match="no causal language model of transformers or of a declared class inside Nested"):
+    with pytest.raises(DePassError, match="and no classifier, inside Nested"):
         find_model(Nested(head=torch.nn.Linear(2, 2), body=language_model().model))
     both = Nested(policy=language_model(), reference=language_model())
     with pytest.raises(DePassError, match=r"2 language models .* 'parts.policy', 'parts.reference'; choose"):

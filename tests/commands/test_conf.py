@@ -35,6 +35,7 @@ REQUIRED = {
     ("model", "gguf"): ["model.path=file.gguf"],
     ("source", "subspace"): ["source.path=file.npy"],
     ("task", "jsonl"): ["task.path=file.jsonl"],
+    ("task", "labelled"): ["task.path=file.csv"],
     ("task", "chat"): ["task.path=file.jsonl"],
 }
 

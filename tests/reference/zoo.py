@@ -366,7 +366,7 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
 def derivatives(
     model: Any, ids: Tensor, token: int, foil: int, *, half: bool = False
 ) -> tuple[Tensor, float, float]:
-    """The real model's derivative under a linear rule, without knowledge of its family.
+    """The derivative of a real model or classifier under a linear rule, without knowledge of its family.
 
     Returns:
         Each position's state at the first block times the derivative of the difference of logits by it, the
@@ -386,7 +386,11 @@ def derivatives(
 
     handles = [
         blocks_of(model)[0].register_forward_pre_hook(enter, with_kwargs=True),
-        model.get_output_embeddings().register_forward_hook(leave),
+        *(
+            head.register_forward_hook(leave)
+            for head in [model.get_output_embeddings()]
+            if head is not None  # a classifier has none
+        ),
         *(
             module.register_forward_hook(frozen.activation)
             for module in model.modules()
@@ -402,8 +406,10 @@ def derivatives(
     try:
         with frozen:
             logits = model(ids[None], use_cache=False).logits
-            if getattr(model.config, "final_logit_softcapping", None):
+            if unembedded and getattr(model.config, "final_logit_softcapping", None):
                 logits = unembedded[0]
+            if logits.ndim == 2:  # a classifier's, of its labels
+                logits = logits[:, None]
             value = logits[0, -1, token] - logits[0, -1, foil]
     finally:
         for handle in handles:

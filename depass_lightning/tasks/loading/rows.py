@@ -1,10 +1,15 @@
 """Read task files and public data sets row by row; a bad row is skipped."""
 
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.example import Example, Task
@@ -122,18 +127,21 @@ def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
     """Return every row's number, value and error; the number is the line in JSON Lines, else counts from 1.
 
     Args:
-        path: a JSON file (a list of objects), a JSON Lines file (one object per line), a `.txt` file (one
-            prompt per line), a folder that `Dataset.save_to_disk` wrote, or `hub:owner/name` for a public
-            data set (`hub.py`).
+        path: a JSON file (a list of objects), a JSON Lines file (one object per line), a CSV file with a
+            header (.csv), a Parquet file (.parquet), a `.txt` file (one prompt per line), a folder that
+            `Dataset.save_to_disk` wrote, or `hub:owner/name` for a public data set (`hub.py`).
 
     Raises:
-        DePassError: there is no such file or data set, or the file is neither JSON nor JSON Lines.
+        DePassError: there is no such file or data set, or the file has none of these layouts.
     """
     if str(path).startswith(HUB):
         return [(number, row, "") for number, row in enumerate(hub_rows(str(path)), start=1)]
     path = Path(path)
     if path.is_dir():
         return [(number, row, "") for number, row in enumerate(saved_rows(path), start=1)]
+    if path.suffix in (".csv", ".parquet"):
+        rows = _csv(path) if path.suffix == ".csv" else _parquet(path)
+        return [(number, row, "") for number, row in enumerate(rows, start=1)]
     text = read_text(path, "a JSON or JSON Lines file")
     if path.suffix == ".txt":
         return [(n, {"prompt": line}, "") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -145,6 +153,30 @@ def read_rows(path: str | Path) -> list[tuple[int, Any, str]]:
         why = f"line {rows[0][0]}: {rows[0][2]}" if rows else "it is empty"
         raise DePassError(f"{path} is neither a JSON list nor JSON Lines ({why}); write one object per line")
     return rows
+
+
+def _csv(path: Path) -> list[Row]:
+    """Read a CSV file; an empty cell is a missing value, and a cell beyond the header refuses the file."""
+    reader = csv.DictReader(io.StringIO(read_text(path, "a CSV file"), newline=""), restkey="")
+    try:
+        rows = [{key: cell or None for key, cell in row.items()} for row in reader]
+    except csv.Error as error:
+        raise DePassError(f"{path} is not valid CSV at line {reader.line_num}: {error}") from error
+    longer = next((number for number, row in enumerate(rows, start=1) if row.get("")), None)
+    if longer is not None:
+        raise DePassError(
+            f"row {longer} of {path} has more cells than its header names; put cells with commas in quotes"
+        )
+    return rows
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except FileNotFoundError:
+        raise DePassError(f"no file {path}; give the path of a Parquet file (path=)") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DePassError(f"{path} is not a readable Parquet file ({error})") from error
 
 
 def _json_list(text: str, path: Path) -> list[Any]:

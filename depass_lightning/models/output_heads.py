@@ -1,0 +1,147 @@
+"""What reads a model's outputs from its last hidden state: an unembedding, or a classifier's score map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depass_lightning.errors import DePassError
+from depass_lightning.models.affine import features
+
+HeadKind = Literal["causal", "sequence", "token"]
+CLASSES: dict[str, HeadKind] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
+MAPS = ("score", "classifier")  # names of a classifier's last map
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The map from the last hidden state to tokens or to labels.
+
+    Args:
+        kind: `causal`, the next token at each position; `sequence`, the labels of a whole text, read at one
+            position; `token`, the labels of each position.
+        output: the map, with a row for each token or label.
+        labels: the labels' names, in the order of the rows; empty for tokens.
+        independent: whether labels do not exclude each other, as in a multi-label classifier or the one score
+            of a reward model: the probability is then each label's sigmoid.
+        padding: the id of the padding token, if the configuration has one.
+    """
+
+    kind: HeadKind
+    output: nn.Module
+    labels: tuple[str, ...] = ()
+    independent: bool = False
+    padding: int | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "OutputHead":
+        """Find a model's output head.
+
+        Args:
+            model: a Hugging Face language model or classifier.
+
+        Raises:
+            DePassError: the model has no head, or its labels are not those of its configuration.
+        """
+        owner, kind = type(model).__name__, _kind(model)
+        if kind == "causal":
+            unembedding = model.get_output_embeddings()
+            if unembedding is None:
+                raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
+            return cls(kind, unembedding)
+        output = next((getattr(model, name) for name in MAPS if hasattr(model, name)), None)
+        if not isinstance(output, nn.Module):
+            raise DePassError(f"{owner} has no map to its labels named {' or '.join(MAPS)}")
+        config: Any = model.config
+        names = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
+        if len(names) != features(output)[1]:
+            raise DePassError(
+                f"{owner} gives {features(output)[1]} numbers, but its configuration names {len(names)} "
+                "labels (id2label); set them to the labels that it was trained on"
+            )
+        independent = len(names) == 1 or config.problem_type == "multi_label_classification"
+        return cls(kind, output, names, independent, config.get_text_config().pad_token_id)
+
+    def position_of(self, ids: Sequence[int]) -> int:
+        """The position that a sequence classifier reads: the last token that is not padding.
+
+        The rule is that of transformers, which compares ids: of a text that ends with the padding token, such
+        as where that is the end-of-text token too, the token before it is read.
+
+        Args:
+            ids: a text's token ids.
+        """
+        if self.padding is None:
+            return len(ids) - 1
+        return max((place for place, token in enumerate(ids) if token != self.padding), default=0)
+
+    def label_logits(
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch position"], positions: Int[Tensor, "kept"]
+    ) -> Float[Tensor, "batch kept label"]:
+        """Run a classifier on right-padded ids, and read its labels' logits at some positions.
+
+        The decoder and the head are called one after the other: classifiers refuse batches where their
+        configuration has no padding token.
+
+        Args:
+            model: the model.
+            input_ids: the token ids.
+            positions: the positions.
+        """
+        states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.output(states[:, positions.to(states.device)])
+
+    def probabilities(self, logits: Float[Tensor, "*rows output"]) -> Float[Tensor, "*rows output"]:
+        """The outputs' probabilities.
+
+        Args:
+            logits: the logits of all outputs.
+        """
+        return logits.sigmoid() if self.independent else logits.softmax(-1)
+
+    def log_probabilities(self, logits: Float[Tensor, "*rows output"]) -> Float[Tensor, "*rows output"]:
+        """The logarithms of `probabilities`, however small these are.
+
+        Args:
+            logits: the logits of all outputs.
+        """
+        return nn.functional.logsigmoid(logits) if self.independent else logits.log_softmax(-1)
+
+    def log_odds(self, logits: Float[Tensor, "*rows output"], wanted: Int[Tensor, "*rows 1"]) -> Tensor:
+        """The log-odds of one output a row: against all others, or against its own absence.
+
+        Args:
+            logits: the logits of all outputs.
+            wanted: the output's index.
+        """
+        chosen = logits.gather(-1, wanted)[..., 0]
+        if self.independent:
+            return chosen
+        return chosen - logits.scatter(-1, wanted, -torch.inf).logsumexp(-1)
+
+
+def kind_of(names: Sequence[str]) -> HeadKind:
+    """Return the kind of head that the names of a model's class and its bases, or its architectures, state.
+
+    Args:
+        names: the names.
+    """
+    kinds: list[HeadKind] = [kind for name in names for end, kind in CLASSES.items() if name.endswith(end)]
+    return kinds[0] if kinds else "causal"
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Return whether a model has an output head, and is not just the decoder inside one that has.
+
+    Args:
+        model: a model of transformers.
+    """
+    return _kind(model) != "causal" or model.get_output_embeddings() is not None
+
+
+def _kind(model: PreTrainedModel) -> HeadKind:
+    return kind_of([base.__name__ for base in type(model).__mro__])
