@@ -260,7 +260,8 @@ def test_only_lightnings_own_files_import_lightning() -> None:
 
 
 def test_modules_are_the_mixers_of_a_hybrid_model() -> None:
-    probes = DataLoader([{"input_ids": torch.arange(3, 9), "target": torch.tensor(7)}])
+    rows: Any = [{"input_ids": torch.arange(3, 9), "target": torch.tensor(7)}]
+    probes = DataLoader(rows)
     kinds = {}
     for family in ("llama", "lfm2"):
         monitor = ProbeMonitor(build(family), tokenizer(), probes, source="modules", faithfulness=0)

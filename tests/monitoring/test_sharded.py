@@ -7,19 +7,31 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from depass_lightning import DePass, Heads, Neurons
+from depass_lightning.callbacks import DePassCallback
 from depass_lightning.models import sharding
 from depass_lightning.monitoring.monitor import ProbeMonitor
 from depass_lightning.monitoring.runner import ProbeRunner
 from depass_lightning.utils.distributed import sharing
 from tests.callbacks.test_callback import same
 from tests.reference.models import prompt
-from tests.reference.training import PROMPTS, Inside, language_model, loader, tokenizer
+from tests.reference.training import (
+    PROMPTS,
+    Inside,
+    OwnModule,
+    fit,
+    language_model,
+    loader,
+    tokenizer,
+    trainer,
+)
 from tests.reference.zoo import build
 from tests.utils.test_distributed import on_processes
 
@@ -171,3 +183,35 @@ def test_a_batch_that_fails_on_one_rank_is_halved_on_all(
 
     first, second = on_processes(tmp_path, 2, work)
     assert first == second == [1, [5, 2, 1, 1, 3, 1, 2, 1, 1], 1]
+
+
+class Sharded(OwnModule):
+    def configure_model(self) -> None:
+        lm: Any = self.inside.lm
+        if not isinstance(lm, FSDPModule):
+            shard(lm, "model.layers")
+
+
+@pytest.mark.slow
+def test_lightnings_model_parallel_strategy_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(rank: int) -> Any:
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("GROUP_RANK", 0)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        trained = []
+        for callbacks in ([], [DePassCallback(list(PROMPTS), every_n_steps=2, faithfulness=0)]):
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            options = {"devices": 2, "strategy": strategy, "plugins": [TorchElasticEnvironment()]}
+            module = Sharded()
+            with sharing(False):
+                fit(trainer(tmp_path / str(len(callbacks)), callbacks, **options), module)
+            weights = {name: value.to_local() for name, value in module.state_dict().items()}
+            trained.append((module.losses, weights))
+        history = callbacks[0].history["probes"].as_json()
+        return same(*trained), history, is_as_found(module)
+
+    first, second = on_processes(tmp_path, 2, work)
+    assert first == second
+    assert first[0] is True, first
