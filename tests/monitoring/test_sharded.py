@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -183,6 +183,30 @@ def test_a_batch_that_fails_on_one_rank_is_halved_on_all(
 
     first, second = on_processes(tmp_path, 2, work)
     assert first == second == [1, [5, 2, 1, 1, 3, 1, 2, 1, 1], 1]
+
+
+@pytest.mark.slow
+def test_the_root_group_may_be_around_the_model(tmp_path: Path) -> None:
+    """As where Accelerate shards a model with adapters: the embedding's group is that of the `PeftModel`."""
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(3)
+        targets = ["v_proj", "down_proj"]
+        return peft.get_peft_model(
+            language_model(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        )
+
+    def work(_rank: int) -> Any:
+        with sharing(False):
+            models = [adapted(), shard(adapted(), "base_model.model.model.layers")]
+            monitors = [ProbeMonitor(model, tokenizer(), list(PROMPTS), faithfulness=0) for model in models]
+            values = [monitor.run(0).scalars["depass/probes/value"] for monitor in monitors]
+        return values, is_as_found(models[1])
+
+    for (whole, sharded), as_found in on_processes(tmp_path, 2, work):
+        assert sharded == pytest.approx(whole, abs=1e-6)
+        assert as_found
 
 
 class Sharded(OwnModule):
