@@ -247,6 +247,11 @@ def loggers_of(config: DictConfig) -> Iterator[list[Logger]]:
     loggers: list[Logger] = []
     try:
         loggers += instantiate_each(config.get("logger"))
+        for logger in loggers:
+            if is_named(logger, "UnattendedWandbLogger"):
+                unattended: Any = logger  # its module is slow to import
+                name = f"{config.task_name} {Path(config.paths.output_dir).name}"
+                unattended.describe(name, OmegaConf.to_container(config, resolve=True))
         yield loggers
         code = 0
     finally:

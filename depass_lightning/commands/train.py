@@ -2,11 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +30,7 @@ from depass_lightning.commands.timeline import write_timelines
 from depass_lightning.errors import DePassError
 from depass_lightning.models.export import export_model
 from depass_lightning.models.load import dtype_of, load_model
+from depass_lightning.monitoring.sinks import is_named, wandb_name
 
 CURVES = ("value", "probability", "on_target")
 
@@ -57,15 +60,18 @@ def train(config: DictConfig) -> int:
         )
         save_config(config, folder)
         trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)
-    if trainer.is_global_zero:
-        if config.export_dir is not None:
-            dtype = None if config.export_dtype is None else dtype_of(config.export_dtype)
-            export_model(model, tokenizer, config.export_dir, dtype)
-        show(trainer, callbacks, folder, config.export_dir)
-        histories = [history for callback in probing(callbacks) for history in callback.history.values()]
-        if any(len(history.steps) > 1 for history in histories):
-            for page in write_timelines(folder):
-                console.print(Text(f"{'timeline':9}{page}"), soft_wrap=True)
+        if trainer.is_global_zero:
+            if config.export_dir is not None:
+                dtype = None if config.export_dtype is None else dtype_of(config.export_dtype)
+                export_model(model, tokenizer, config.export_dir, dtype)
+            show(trainer, callbacks, folder, config.export_dir)
+            histories = [history for callback in probing(callbacks) for history in callback.history.values()]
+            if any(len(history.steps) > 1 for history in histories):
+                pages = write_timelines(folder)
+                for page in pages:
+                    console.print(Text(f"{'timeline':9}{page}"), soft_wrap=True)
+                log_timelines(loggers, pages, folder / "depass")
+            print_sync(loggers)
     return 0
 
 
@@ -91,6 +97,37 @@ def show(trainer: Trainer, callbacks: list[Callback], folder: Path, export_dir: 
     for label, place in (("maps", folder / "depass"), ("model", export_dir), ("folder", folder)):
         if place is not None and Path(place).exists():
             console.print(Text(f"{label:9}{place}"), soft_wrap=True)
+
+
+def log_timelines(loggers: Sequence[Logger], pages: Sequence[Path], maps: Path) -> None:
+    """Log the timeline pages with this process's run of Weights & Biases, if there is one."""
+    if (run := wandb_run(loggers)) is not None:
+        import wandb  # slow to import
+
+        named = {wandb_name(page.parent.relative_to(maps).as_posix()): page for page in pages}
+        texts = {name: page.read_text(encoding="utf-8") for name, page in named.items()}
+        run.log(
+            {
+                f"depass/{name}/timeline": wandb.Html(text, inject=False, data_is_not_path=True)
+                for name, text in texts.items()
+            }
+        )
+
+
+def print_sync(loggers: Sequence[Logger]) -> None:
+    """Print how a run that Weights & Biases recorded offline is uploaded."""
+    run = wandb_run(loggers)
+    if run is not None and run.offline:
+        console.print(Text(f"{'wandb':9}wandb sync {Path(run.dir).parent}"), soft_wrap=True)
+
+
+def wandb_run(loggers: Sequence[Logger]) -> Any:
+    """Return this process's run of Weights & Biases; None without one."""
+    if not any(is_named(logger, "WandbLogger") for logger in loggers):
+        return None
+    import wandb  # slow to import
+
+    return wandb.run
 
 
 def probing(callbacks: list[Callback]) -> list[DePassCallback]:

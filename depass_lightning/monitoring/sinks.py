@@ -86,7 +86,7 @@ class WandbSink:
 
         row: dict[str, Any] = dict(scalars)
         for files in maps:
-            name = f"depass/{_wandb_name(files.result.name)}"
+            name = f"depass/{wandb_name(files.result.name)}"
             page = files.page.read_text(encoding="utf-8")
             row[f"{name}/map"] = wandb.Html(page, inject=False, data_is_not_path=True)
             columns, rows = table(files.result)
@@ -105,7 +105,7 @@ class WandbSink:
         import wandb
 
         # artifact names are shared by all runs of a project
-        name = f"attributions-{_wandb_name(files.result.name).replace('/', '-')}-{self._run.id}"
+        name = f"attributions-{wandb_name(files.result.name).replace('/', '-')}-{self._run.id}"
         metadata = {"step": files.result.step, **files.result.metrics}
         artifact = wandb.Artifact(name, type="attributions", metadata=metadata)
         artifact.add_file(str(files.scores), name="attributions.parquet")
@@ -213,11 +213,14 @@ def is_named(thing: object, *names: str) -> bool:
     return any(kind.__name__ in names for kind in type(thing).__mro__)
 
 
-def _wandb_name(name: str) -> str:
+def wandb_name(name: str) -> str:
     """Return a probe set's name as Weights & Biases allows it in the names of files and artifacts.
 
     ASCII letters, digits and `_.-`, with slashes between parts; a name that has to be changed or shortened
     ends with a digest of the original, so that names stay different.
+
+    Args:
+        name: the name of a probe set, or of a set and a source.
     """
     parts = [re.sub(r"[^\w.-]", "-", part, flags=re.ASCII) for part in name.split("/")]
     fit = "/".join(part for part in parts if part.strip("."))[:NAME_LENGTH].rstrip("/")

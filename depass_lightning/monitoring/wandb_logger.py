@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ log = logging.getLogger(__name__)
 
 class UnattendedWandbLogger(WandbLogger):
     """A `WandbLogger` that records offline where the server does not answer, instead of ending the run."""
+
+    def describe(self, name: str, config: Mapping[str, Any]) -> None:
+        """Give the run, which has not started, its configuration, and a name if it has none.
+
+        Args:
+            name: the name.
+            config: the configuration.
+        """
+        self._wandb_init["config"] = dict(config)
+        if self._wandb_init.get("name") is None:
+            self._wandb_init["name"] = name
 
     @property
     @rank_zero_experiment

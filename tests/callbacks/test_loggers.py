@@ -337,14 +337,16 @@ def test_who_decides_whether_wandb_is_offline(
 
 # Configuration
 
-NAMES = ("csv", "tensorboard", "wandb", "mlflow", "many", "none")
+NAMES = ("default", "csv", "tensorboard", "wandb", "mlflow", "many", "none")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logger_configurations_make_loggers(tmp_path: Path, name: str) -> None:
     loggers = made(f"+logger={name}", tmp_path).get("logger", {})
     kinds = {"csv": CSVLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}
-    expected = {"many": ["csv", "tensorboard", "wandb"], "none": []}.get(name, [name])
+    expected = {"many": ["csv", "tensorboard", "wandb"], "none": [], "default": ["csv", "wandb"]}.get(
+        name, [name]
+    )
     assert list(loggers) == expected
     if name != "mlflow":
         assert [type(logger) for logger in loggers.values()] != [object]

@@ -18,6 +18,7 @@ from depass_lightning.modules.bundled_model import build_tokenizer
 from depass_lightning.modules.finetune_module import FineTune
 from depass_lightning.modules.text_datamodule import LengthBatches, TextDataModule, file_data
 from depass_lightning.tasks.synthetic.passages import Passage, answered
+from tests.callbacks.test_loggers import records
 from tests.conftest import ROOT
 from tests.reference.forked import run_script
 
@@ -130,6 +131,21 @@ def test_jobs_of_a_sweep_have_a_run_of_weights_and_biases_each(tmp_path):
         run(tmp_path / "c", *short, "+callbacks.fails._target_=tests.commands.test_train.Fails")
     assert wandb.run is None
     assert [len(list((tmp_path / name).glob("wandb/offline-run-*/*.wandb"))) for name in "abc"] == [1, 1, 1]
+
+
+def test_the_default_run_has_its_configuration_and_timeline(tmp_path, capsys):
+    short = ["+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "trainer.val_check_interval=1"]
+    probes = [*ALL[::2], "logger=default", "callbacks.depass.size=2", "callbacks.depass.faithfulness=0"]
+    assert run(tmp_path, *short, *probes, "export_dir=null") == 0
+    assert rows_of(tmp_path / "csv" / "metrics.csv")
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    assert f"wandb sync {folder}" in capsys.readouterr().out.replace("\n", "")
+    assert [path.stem.split("_")[0] for path in folder.rglob("timeline*.html")] == ["timeline"]
+    recorded = [record.run for record in records(folder) if record.HasField("run")]
+    config = {entry.key: entry.value_json for entry in recorded[0].config.update}
+    assert json.loads(config["module"])["warmup_steps"] == 20
+    assert recorded[0].display_name == f"train {tmp_path.name}"
+    assert recorded[0].run_group == "train"
 
 
 class Fails(Callback):

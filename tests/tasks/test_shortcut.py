@@ -20,6 +20,7 @@ QUICK = [
     "callbacks.depass.size=8",
     "callbacks.depass.faithfulness=0",
     "~callbacks.rich_progress_bar",
+    "logger=csv",
     "export_dir=null",
     "print_config=false",
 ]
