@@ -10,9 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import depass_lightning
 from tests.conftest import ROOT
 
 MAPPED = {
@@ -119,7 +121,7 @@ for entry in distribution("depass-lightning").entry_points:
     print(entry.name, entry.load().__name__)
 """
     *commands, found = run(sys.executable, "-c", script + PROBE, cwd=tmp_path, path=site).splitlines()
-    assert sorted(commands) == ["depass-analyze main", "depass-train main"]
+    assert sorted(commands) == ["depass-analyze analyze", "depass-train train"]
     package = site / "depass_lightning"
     assert [Path(file) for file in json.loads(found)] == [
         package / sub / "__init__.py" for sub in ("", "callbacks", "conf")
@@ -155,3 +157,28 @@ def test_tested_versions_are_in_range() -> None:
     for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_the_citation_and_the_extra_of_everything_are_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == depass_lightning.__version__
+    assert citation["license"] == project["license"]
+    assert citation["authors"] == project["authors"]
+    extras = project["optional-dependencies"]
+    (everything,) = map(Requirement, extras["all"])
+    assert canonicalize_name(everything.name) == project["name"]
+    assert everything.extras == extras.keys() - {"all", "dev"}
+
+
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda form: form.stem
+)
+def test_issue_forms_are_read(form: Path) -> None:
+    content = yaml.safe_load(form.read_text())
+    assert {"name", "description", "body"} <= content.keys()
+    ids = [field["id"] for field in content["body"]]
+    assert len(ids) == len(set(ids))
+    assert all(
+        field["type"] in ("input", "textarea") and field["attributes"]["label"] for field in content["body"]
+    )
