@@ -7,6 +7,7 @@ from typing import Literal, TypedDict, Unpack
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.forward import record_batch
+from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.attribution.question import Question, questions_of
 from depass_lightning.attribution.readout import Readout
 from depass_lightning.attribution.settings import RulePath, Settings, settings_of
@@ -78,7 +79,7 @@ def circuit_of(
     positions = sorted({read.position for read in question.reads})
     with alone(decoder.model):
         recordings = [record_batch(decoder, [prompt], [positions], settings) for prompt in pair]
-        readout = Readout.of(recordings[0], tokenizer, [[question]])
+        readout = Readout.of(recordings[0], OutputNames.of(decoder, tokenizer), [[question]])
         layout = _layout(decoder, question, settings, len(pair), options.get("by_position", False))
         state = recordings[0].final_state
         budget = settings.budget.components // SHARE

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depass_lightning import Circuit, Contrast, DePass, DePassError, Direction, Heads, Module, Token, Tokens
@@ -198,6 +199,19 @@ def test_the_difference_of_two_runs() -> None:
     same = depass.circuit(input_ids=ids[None], target=TARGET, corrupted=ids[None]).difference
     assert same is not None
     assert not same.edges.any()
+
+
+def test_all_edges_take_three_plain_passes_and_a_product() -> None:
+    """By the operations that torch counts, the recorded pass included."""
+    depass = DePass.from_pretrained("tiny")
+    ids = torch.arange(3, 23)[None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        depass.model(ids)
+    plain = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        circuit = depass.circuit(input_ids=ids, target=TARGET)
+    product = len(circuit.nodes) ** 2 * 20 * depass.decoder.hidden_size
+    assert counter.get_total_flops() < 3 * plain + product
 
 
 def test_coarser_nodes_and_a_target_inside() -> None:
