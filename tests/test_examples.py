@@ -69,6 +69,7 @@ def test_lora_moves_the_score_onto_the_subject_and_leaves_an_adapter(
 
 def test_forgetting_shows_in_the_probes_of_what_was_known(tmp_path: Path) -> None:
     quick = ["trainer.max_epochs=4", "callbacks.depass.size=8", "callbacks.depass.faithfulness=0"]
+    quick += ["callbacks.depass.rule=softmax"]  # as in docs/training.md
     plain = ["logger=csv", "~callbacks.rich_progress_bar", "export_dir=null", "print_config=false"]
     with initialize_config_module("depass_lightning.conf", version_base="1.3"):
         config = compose("train", overrides=["experiment=forgetting", *quick, *plain])
