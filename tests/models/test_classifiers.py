@@ -7,19 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from depass_lightning import Continuation, Contrast, DePass, DePassError, Label, LogProb, Reward, tasks
+from depass_lightning.callbacks import DePassCallback
 from depass_lightning.depass import DePass as Loaded
 from depass_lightning.methods import make_method
 from depass_lightning.models.load import TINY, load_model
 from depass_lightning.storage import read_rows
 from tests.commands.test_analyze import run
 from tests.reference.models import SMALL, distance, padded, prompt, randomise, stay_in_float64
+from tests.reference.training import trainer
 from tests.reference.zoo import derivatives
 
 KINDS: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": {}, "opt": {}, "gemma2": {}, "glm4": {}}
@@ -245,3 +249,53 @@ def test_an_analysis_of_a_classifier(folder: Path, tmp_path: Path) -> None:
     assert first["patch_top"][0] == pytest.approx(float(chances[1]), abs=1e-5), "nothing is removed yet"
     assert first["correct"] == (float(chances[1]) > 0.5)
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_an_adapter_trains_a_copy_of_the_head(folder: Path) -> None:
+    """As TRL trains reward models: LoRA on the decoder, and `score` saved with the adapter."""
+    peft = pytest.importorskip("peft")
+    depass = Loaded.from_pretrained(str(folder))
+    adapted = peft.get_peft_model(
+        depass.model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"])
+    )
+    randomise(adapted, 3)
+    adapted.eval()
+    one = DePass(adapted, depass.tokenizer).attribute("Mary and John went to the pool.", Label("positive"))
+    assert abs(one.value - float(own_logits(adapted, torch.tensor(one.token_ids))[1])) < 1e-4
+    assert one.completeness < 1e-5
+
+
+class Classify(pl.LightningModule):
+    """Somebody's own training of a classifier."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_the_callback_watches_a_classifier(folder: Path, tmp_path: Path) -> None:
+    depass = Loaded.from_pretrained(str(folder))
+    text = str(ROWS[0]["text"])
+    before = depass.attribute(text, Label("positive", against="negative"))
+    callback = DePassCallback(
+        probes=write(ROWS[:2], tmp_path / "reviews.csv"), every_n_steps=2, folder=tmp_path, on_error="raise"
+    )
+    depass.model.train()
+    row = {"input_ids": torch.tensor(before.token_ids), "labels": torch.tensor(1)}
+    trainer(tmp_path, [callback], max_steps=2).fit(
+        Classify(depass.model, depass.tokenizer),
+        DataLoader([row] * 4, batch_size=2),  # type: ignore[arg-type]
+    )
+    history = callback.history["reviews"]
+    assert history.steps == [0, 2]
+    assert history.curves["value"][1] != history.curves["value"][0]
+    assert all(error < 1e-5 for error in history.curves["completeness"])
+    after = depass.attribute(text, Label("positive", against="negative"))
+    assert after.value > before.value, "it learns the label that it is shown"
+    assert (tmp_path / "depass" / "reviews" / "step-000002.html").exists()
