@@ -41,6 +41,7 @@ def write_timelines(folder: str | Path) -> list[Path]:
         steps += len(frames)
         if len(frames) > 1:
             page, name = probe_set / "timeline.html", probe_set.relative_to(maps).as_posix()
+            curves, stable = _curves(probe_set)
             with skip_unreadable(page):
                 write_timeline(
                     page,
@@ -50,11 +51,11 @@ def write_timelines(folder: str | Path) -> list[Path]:
                         [
                             f"{len(frames)} steps",
                             "choose one with the slider or by a click on a curve",
-                            *_stable(probe_set),
+                            *stable,
                         ]
                     ),
                     examples=examples,
-                    lines=losses | _curves(probe_set),
+                    lines=losses | curves,
                 )
                 pages.append(page)
     if not steps:
@@ -99,34 +100,30 @@ def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return {name: _finite(points) for name, points in losses.items()}
 
 
-def _curves(folder: Path) -> dict[str, list[tuple[float, ...]]]:
-    """Return the probe set's curves, each with its null band, or else with its bootstrap interval."""
-    history, curves = _history(folder), {}
-    for name, curve in history.get("curves", {}).items():
-        if name in LINES:
-            label = f"all probes: {name.replace('_', ' ')}"
-            bands, kind = history["null_bands"].get(name), "null band"
-            if bands is None:
-                bands, kind = history["intervals"].get(name), "95% CI"
-            if bands is None or None in bands:
-                curves[label] = _finite(zip(history["steps"], curve, strict=True))
-            else:
-                rows = zip(history["steps"], curve, bands, strict=True)
-                curves[f"{label}, {kind}"] = [(x, y, *band) for x, y, band in rows if y is not None]
-    return curves
-
-
-def _stable(folder: Path) -> list[str]:
-    """Return from which step the ranks of the scores are stable, if they are."""
-    step = _history(folder).get("stable_from")
-    return [] if step is None else [f"ranks are stable from step {step}, 1 − Spearman below {STABLE}"]
-
-
-def _history(folder: Path) -> dict[str, Any]:
+def _curves(folder: Path) -> tuple[dict[str, list[tuple[float, ...]]], list[str]]:
+    """Return the curves of a probe set, each with its null band or else its interval, and the stable step."""
     path = folder / "history.json"
+    if not path.is_file():
+        return {}, []
     with skip_unreadable(path):
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {}
+        history, curves = json.loads(path.read_text(encoding="utf-8")), {}
+        for name, curve in history["curves"].items():
+            if name in LINES:
+                label = f"all probes: {name.replace('_', ' ')}"
+                points = list(zip(history["steps"], curve, strict=True))
+                for key, kind in (("null_bands", "null band"), ("intervals", "95% CI")):
+                    bands = history.get(key, {}).get(name, [None])
+                    if None not in bands:
+                        curves[f"{label}, {kind}"] = [
+                            (x, y, *band) for (x, y), band in zip(points, bands, strict=True) if y is not None
+                        ]
+                        break
+                else:
+                    curves[label] = _finite(points)
+        step = history.get("stable_from")
+        stable = [] if step is None else [f"ranks are stable from step {step}, 1 − Spearman below {STABLE}"]
+        return curves, stable
+    return {}, []
 
 
 def _finite(points: Any) -> list[tuple[float, float]]:
