@@ -198,7 +198,7 @@ def test_what_python_cannot_read_costs_only_its_row(tmp_path):
         good | {"prompt": "The \ud83d sky is"},
         good | {"id": "\udc00"},
         good | {"foil": " \ud800"},
-        good | {"\ud800": 1, "target": None},
+        good | {"\ud800": 1, "target": 3},
         "[" * 50_000 + "]" * 50_000,
         '{"prompt": "a", "target": ' + "1" * 5001 + "}",
         good | {"evidence": {"a": [1]}},
