@@ -98,14 +98,14 @@ def test_alarms_log_call_and_stop(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         every_n_steps=1,
         faithfulness=0,
         control="control",
-        alarms={"mine/rank above 0": called.append, "similarity_first below 1, twice in a row": "stop"},
+        alarms={"mine/rank above 0": called.append, "similarity_first below 0.9999, twice in a row": "stop"},
     )
     training = trainer(tmp_path, [probes], max_epochs=3)
     fit(training, OwnModule())
     steps = probes.history["mine"].steps
     assert steps[-1] == training.global_step == 2  # the second run after the first
     assert [(event.name, event.step) for event in called] == [("mine", 0)]
-    assert any("alarm of 'mine': similarity_first below 1" in line for line in caplog.messages)
+    assert any("alarm of 'mine': similarity_first below 0.9999" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
