@@ -14,12 +14,10 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,6 +106,19 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table in Markdown, each row as soon as it is measured.
+
+    Args:
+        title: of the table.
+        columns: their names.
+        rows: measures a row when the next one is asked for.
+    """
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
 def peak_bytes(tokens: int, name: str) -> int:
     """Return the growth of a fresh process's peak memory while it runs one case."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -148,10 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
     options = parser.parse_args()
-    table = Table(
-        title=f"random Llama, {LAYERS} layers, {HIDDEN} hidden, float32, {torch.get_num_threads()} threads"
-    )
-    for column in (
+    columns = [
         "tokens",
         "plain s",
         "naive s",
@@ -159,13 +167,10 @@ def main() -> None:
         "8 at once, per prompt",
         "times faster",
         "8 at once",
-    ):
-        table.add_column(column, justify="right")
-    for column in ("plain forwards", "error", "naive peak", "depass peak", "estimated s", "estimated bytes"):
-        table.add_column(column, justify="right")
-    for tokens in options.tokens:
-        table.add_row(*measure(tokens, options))
-    Console(width=180).print(table)
+    ]
+    columns += ["plain forwards", "error", "naive peak", "depass peak", "estimated s", "estimated bytes"]
+    title = f"random Llama, {LAYERS} layers, {HIDDEN} hidden, float32, {torch.get_num_threads()} threads"
+    print_rows(title, columns, (measure(tokens, options) for tokens in options.tokens))
 
 
 def measure(tokens: int, options: argparse.Namespace) -> list[str]:

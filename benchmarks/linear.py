@@ -16,14 +16,27 @@ The random Llama of `engine.py`, with interleaved runs and medians; only the rat
 import argparse
 import os
 import statistics
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
-from engine import HEADS, HIDDEN, LAYERS, NEURONS, VOCABULARY, _normed, random_llama, timed
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.engine import (
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    NEURONS,
+    VOCABULARY,
+    _normed,
+    peak_growth,
+    print_rows,
+    random_llama,
+    timed,
+)
 from depass_lightning import Attribution, DePass, Heads, Neurons, Token, Tokens
 from depass_lightning.engine.frozen import FrozenAttention, FrozenMLP
 from depass_lightning.engine.record import Recording, record
@@ -144,22 +157,17 @@ def heads_row(tokens: int, repeats: int) -> list[str]:
 
 def adjoint_row(tokens: int, repeats: int) -> list[str]:
     """Return one line of the table of backward passes; recording times are subtracted round by round."""
-    seconds = interleaved(adjoint_cases(tokens), repeats)
+    work = adjoint_cases(tokens)
+    work["plain"]()
+    growth, states = peak_growth(work["tokens"]), LAYERS * tokens * HIDDEN * 4
+    seconds = interleaved(work, repeats)
     plain = statistics.median(seconds["plain"])
     row = [str(tokens), f"{plain:.3f}", f"{statistics.median(seconds['recording']) / plain:.2f}"]
     for name in ("tokens", "everything"):
         pairs = zip(seconds[name], seconds["recording"], strict=True)
         backward = [total - recording for total, recording in pairs]
         row += [f"{statistics.median(times) / plain:.2f}" for times in (seconds[name], backward)]
-    return row
-
-
-def table(title: str, *columns: str) -> Table:
-    """Return an empty table of right-aligned columns."""
-    empty = Table(title=title)
-    for column in columns:
-        empty.add_column(column, justify="right")
-    return empty
+    return [*row, f"{growth / 1e6:.0f}", f"{growth / states:.1f}"]
 
 
 def main() -> None:
@@ -171,29 +179,20 @@ def main() -> None:
     parser.add_argument("--adjoint", type=int, nargs="*", default=[32, 128], help="and for the adjoint")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    console = Console(width=130)
-    console.print(
+    print(
         f"random Llama, {LAYERS} layers, {HIDDEN} hidden, {NEURONS} neurons, {HEADS} heads, float32, "
         f"{torch.get_num_threads()} threads; load at the start {os.getloadavg()[0]:.1f}"
     )
     if options.heads:
-        heads = table(
-            "all heads of all layers, softmax rule",
-            *("tokens", "naive loop s", "loop s", "sweep s"),
-            *("times faster than naive loop", "than loop", "error"),
-        )
-        for tokens in options.heads:
-            heads.add_row(*heads_row(tokens, options.repeats))
-        console.print(heads)
+        columns = ["tokens", "naive loop s", "loop s", "sweep s"]
+        columns += ["times faster than naive loop", "than loop", "error"]
+        rows = (heads_row(tokens, options.repeats) for tokens in options.heads)
+        print_rows("all heads of all layers, softmax rule", columns, rows)
     if options.adjoint:
-        adjoint = table(
-            "one backward pass, taylor rule; in plain forward passes",
-            *("tokens", "plain s", "recording", "tokens' scores", "without recording"),
-            *("and all heads and neurons", "without recording"),
-        )
-        for tokens in options.adjoint:
-            adjoint.add_row(*adjoint_row(tokens, options.repeats * 3))
-        console.print(adjoint)
+        columns = ["tokens", "plain s", "recording", "tokens' scores", "without recording"]
+        columns += ["and all heads and neurons", "without recording", "MB grown", "times the states"]
+        rows = (adjoint_row(tokens, options.repeats * 3) for tokens in options.adjoint)
+        print_rows("one backward pass, taylor rule; in plain forward passes", columns, rows)
 
 
 if __name__ == "__main__":

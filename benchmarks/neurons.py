@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.engine import VOCABULARY, peak_growth, random_llama, timed
+from benchmarks.engine import VOCABULARY, peak_growth, print_rows, random_llama, timed
 from depass_lightning import Attribution, DePass, Neurons, Token
 from depass_lightning.engine.record import record
 
@@ -175,8 +173,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     depass, prompts = load(options)
-    table = Table(title=f"neurons, float32, {torch.get_num_threads()} threads")
-    for column in (
+    columns = [
         "tokens",
         "layer",
         "",
@@ -186,13 +183,14 @@ def main() -> None:
         "Spearman",
         "reported",
         "peak MiB",
-    ):
-        table.add_column(column, justify="right")
-    for prompt, ids in enumerate(prompts):
-        for layer in options.layers:
-            for row in rows(depass, options, prompt, ids, layer):
-                table.add_row(*row)
-    Console(width=130).print(table)
+    ]
+    measured = (
+        row
+        for prompt, ids in enumerate(prompts)
+        for layer in options.layers
+        for row in rows(depass, options, prompt, ids, layer)
+    )
+    print_rows(f"neurons, float32, {torch.get_num_threads()} threads", columns, measured)
 
 
 if __name__ == "__main__":

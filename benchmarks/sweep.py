@@ -25,10 +25,12 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from engine import VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.engine import VOCABULARY, random_llama
 from depass_lightning import DePass, Token
 from depass_lightning.storage import RunStore
 

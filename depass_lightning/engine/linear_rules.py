@@ -53,8 +53,7 @@ class LinearPaths:
 
     def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:
         """What is multiplied with a factor (`z`, or the up map's value) to give `a`; zero where it is."""
-        nonzero = factor != 0
-        return torch.where(nonzero, neurons / torch.where(nonzero, factor, 1), 0)
+        return torch.where(factor != 0, neurons / factor, 0)
 
 
 @dataclass(frozen=True)
