@@ -163,6 +163,9 @@ def _called(
                 lambda _module, arguments: mixed.append(arguments[0])
             )
             stack.callback(keep.remove)
+        projected: list[Tensor] = []  # attention's output, before any norm that its module has
+        after = attending.output.module.register_forward_hook(lambda *seen: projected.append(seen[2]))
+        stack.callback(after.remove)
         arguments, keywords, normed = _from_normed(call)
         path = ScorePath(attending.module) if mean else None
         stack.enter_context(listening(attending.module, _with_gradient(path, side)))
@@ -170,8 +173,8 @@ def _called(
         one_side = None if side is None or decoder.recomputes else OneSide(attending.module, side)
         added = [] if path is None else _added_to_scores(keywords, len(like))
         with path or nullcontext(), one_side or nullcontext():
-            result = attending.module(*arguments, **keywords)
-        result = result[0] if isinstance(result, tuple | list) else result
+            attending.module(*arguments, **keywords)
+        (result,) = projected
         if path is not None:
             _check_mean(path, attention)
             # A score is counted half by its query and half by its key, its constants once.
@@ -231,9 +234,10 @@ def _products(gradient: Tensor, constant: Tensor, batch: int, dtype: torch.dtype
 def _check_mean(path: ScorePath, attention: FrozenAttention) -> None:
     """Refuse an attention whose softmax was not seen."""
     mixture = attention.mixture
-    if isinstance(mixture, DenseMixture) and (
+    unseen = isinstance(mixture, DenseMixture) and (
         path.uniform is None or path.uniform.shape != mixture.matrix.shape
-    ):
+    )
+    if unseen or attention.call.block.attention.scaled_heads:  # sinks that are no part of the softmax
         kind = type(attention.call.block.attention.module).__name__
         raise DePassError(
             f"rule='shap' is not exact here: {kind} of block {attention.call.block.index} does not take one "

@@ -35,6 +35,8 @@ class BlockNorms:
     behind_attention: NormParameters | None
     mlp: NormParameters | None
     after_mlp: NormParameters | None
+    heads: NormParameters | None
+    neurons: NormParameters | None
 
     @classmethod
     def of(cls, block: Block, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "BlockNorms":
@@ -51,12 +53,15 @@ class BlockNorms:
             return None if norm is None else NormParameters.of(norm, attention.module, size, expects, dtype)
 
         attention, mlp = block.attention, block.mlp
+        inner = None if mlp.dense is None else mlp.dense.inner_norm
         return cls(
             attention=probe(attention.norm),
             latent=None if attention.latent is None else probe(attention.latent[1], attention.value.shape[1]),
             behind_attention=probe(attention.post_norm),
             mlp=probe(mlp.norm),
             after_mlp=probe(mlp.post_norm),
+            heads=probe(attention.inner_norm, attention.output.shape[1]),
+            neurons=None if inner is None else probe(inner, mlp.width),
         )
 
 
@@ -95,6 +100,9 @@ class _Freezer:
             return self._mixer(parts.mixer)
         norm = call_norm = self._norm("attention", self.probes.attention)
         value = parts.value.linear(dtype)
+        if parts.value_scale != 1:
+            bias = None if value.bias is None else value.bias * parts.value_scale
+            value = AffineMap(value.weight * parts.value_scale, bias)
         if parts.latent is not None:
             # Values are `W norm(V x)`: the norm's scale fixed, one map, whose scale joins the outer norm's.
             inner = parts.latent[0].linear(dtype)
@@ -102,19 +110,49 @@ class _Freezer:
             weight = (value.weight * scaled.probe.weight) @ inner.weight
             value, norm = AffineMap(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
         post = self._post("attention post-norm", self.probes.behind_attention)
-        output, added = self._projected(parts.output.linear(dtype), post)
+        read, scale = self._after_norm(parts.output.linear(dtype), "heads", self.probes.heads)
+        if parts.output_bias is not None:
+            bias = parts.output_bias.detach().to(read.weight)
+            read = AffineMap(read.weight, bias if read.bias is None else read.bias + bias)
+        output, added = self._projected(read, post)
         skip = self._skip(parts, call_norm, post)
-        added = self._with_skipped_bias(added, skip, parts.residual)
-        return FrozenAttention(
+        gates = self._gates()
+        if scale is not None:
+            scale = scale[..., None].expand(-1, -1, parts.output.shape[1])  # [batch, position, channel]
+            gates = scale if gates is None else gates * scale
+        frozen = FrozenAttention(
             norm=norm,
             mixture=self._mixture(),
             value=value,
             output=output,
-            bias_terms=added,
+            bias_terms=self._with_skipped_bias(added, skip, parts.residual),
             call=AttentionCall(self.block, *capture.attention_call, call_norm, post),
             skip=skip,
-            gates=self._gates(),
+            gates=gates,
         )
+        return self._with_scaled_heads(frozen) if parts.scaled_heads else frozen
+
+    def _with_scaled_heads(self, frozen: FrozenAttention) -> FrozenAttention:
+        """Put each head's factor at each position, fitted to the input of the output map, among the gates."""
+        values, constants = replace(frozen, call=replace(frozen.call, post_norm=None)).head_values(self.state)
+        values = values if constants is None else values + constants  # [batch, position, head, size]
+        recorded = self.capture.seen["heads"].to(values).view(values.shape)
+        tiny = torch.finfo(values.dtype).tiny
+        fitted = (recorded * values).sum(-1) / values.square().sum(-1).clamp_min(tiny)
+        scale = fitted.repeat_interleave(values.shape[3], 2)  # [batch, position, channel]
+        return replace(frozen, gates=scale if frozen.gates is None else frozen.gates * scale)
+
+    def _after_norm(
+        self, linear: AffineMap, name: str, probe: NormParameters | None
+    ) -> tuple[AffineMap, Float[Tensor, "batch position"] | None]:
+        """A map with the weights of the norm that it reads through, and that norm's scale."""
+        if probe is None:
+            return linear, None
+        norm = self._norm(name, probe)
+        weight = linear.weight * probe.weight
+        if probe.centred:
+            weight = weight - weight.mean(1, keepdim=True)
+        return AffineMap(weight, norm.constant_through(linear)), norm.scale
 
     def _mixture(self) -> Mixture:
         """How attention mixes positions."""
@@ -132,14 +170,15 @@ class _Freezer:
         parts = self.block.attention
         if parts.gate is None:
             return None
-        seen = parts.gate.of(self.capture.seen["attention gate"]).to(self.state.dtype).sigmoid()
+        seen = parts.gate.of(self.capture.seen["attention gate"]).to(self.state.dtype)
+        seen = getattr(torch.nn.functional, parts.gate_activation)(seen)
         seen = seen.view(*self.state.shape[:2], -1)  # [batch, position, head or channel]
         return seen.repeat_interleave(parts.output.shape[1] // seen.shape[2], 2)
 
     def _mixer(self, mixer: Mixer) -> FrozenAttention:
         """A linear mixer in attention's place."""
         parts, dtype = self.block.attention, self.state.dtype
-        mixing = mixer.mixing(self.capture.mixed, dtype)
+        mixing = mixer.mixing({**self.capture.mixed, "state": ((), self.state)}, dtype)
         norm = self._norm("attention", self.probes.attention)
         post = self._post("attention post-norm", self.probes.behind_attention)
         value = parts.value.linear(dtype)
@@ -181,6 +220,9 @@ class _Freezer:
         if parts.dense is not None:
             gates, neurons = self._recorded(parts.dense, "")
             gate, down = parts.dense.gate.linear(dtype), parts.dense.down.linear(dtype)
+            down, scale = self._after_norm(down, "neurons", self.probes.neurons)
+            if scale is not None:
+                neurons = self.capture.norms["neurons"][0].view(neurons.shape).to(dtype) * scale[..., None]
             up_projection, normed = parts.dense.up, self.capture.seen["gate input"]
             added = routed = None
         else:
@@ -244,6 +286,7 @@ class _Freezer:
         """What the residual stream itself goes through past a sublayer, if anything."""
         if parts.residual_weight is not None:
             weight = whole(parts.residual_weight).detach().to(self.state)
+            weight = weight.expand(self.state.shape[-1])
             return FrozenNorm(NormParameters(weight, None, False), torch.ones_like(self.state[..., 0]))
         return {"none": None, "norm": norm, "post_norm": post}[parts.residual]
 
@@ -302,7 +345,8 @@ class _Experts:
         states, indices, weights = self.capture.seen["experts"]
         count = states.numel() // states.shape[-1]
         routed = torch.zeros(count, self.parts.count, device=states.device, dtype=self.dtype)
-        return routed.scatter_add_(1, indices.view(count, -1), weights.view(count, -1).to(self.dtype))
+        weights = weights.reshape(count, -1).to(self.dtype) * self.parts.scale
+        return routed.scatter_add_(1, indices.view(count, -1), weights)
 
     def frozen(self) -> tuple[Tensor, Tensor, AffineMap, AffineMap, Tensor | None]:
         """Pre-activations, neurons, the gate map, the down map, and what experts' biases add."""

@@ -65,8 +65,8 @@ class Capture:
             The handles that remove them.
         """
         handles = [
-            block.module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            block.module.register_forward_hook(self._leave),
+            block.entry.register_forward_pre_hook(self._enter, with_kwargs=True),
+            block.exit.register_forward_hook(self._leave),
         ]
         if block.attention.in_mask is not None:
             hook = _zeroed_argument(block.attention.in_mask)
@@ -83,6 +83,8 @@ class Capture:
             "attention post-norm": attention.post_norm,
             "mlp": mlp.norm,
             "mlp post-norm": mlp.post_norm,
+            "heads": attention.inner_norm,
+            "neurons": None if mlp.dense is None else mlp.dense.inner_norm,
         }
         handles += [
             norm.register_forward_hook(self._norm(name)) for name, norm in norms.items() if norm is not None
@@ -98,6 +100,8 @@ class Capture:
                 module.register_forward_hook(self._mixed(name))
                 for name, module in attention.mixer.recorded.items()
             ]
+        if attention.scaled_heads:
+            handles.append(attention.output.module.register_forward_pre_hook(self._input("heads")))
         if attention.gate is not None:
             handles.append(attention.gate.module.register_forward_hook(self._output("attention gate")))
         if mlp.dense is not None:
@@ -113,7 +117,7 @@ class Capture:
     def _dense(self, parts: DenseParts, name: str) -> list[RemovableHandle]:
         return [
             parts.gate.module.register_forward_hook(self._output(f"{name}gate")),
-            parts.down.module.register_forward_pre_hook(self._input(f"{name}down")),
+            parts.reader.register_forward_pre_hook(self._input(f"{name}down")),
         ]
 
     def _enter(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -132,7 +136,7 @@ class Capture:
         self.attention_call = arguments, keywords
 
     def _returned(self, _module: nn.Module, _arguments: Any, _keywords: Any, output: Any) -> None:
-        self.probabilities = output[1]
+        self.probabilities = output[1] if isinstance(output, tuple | list) and len(output) > 1 else None
 
     def _asked(self, probabilities: Callable[..., Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, keywords: Any, _output: Any) -> None:

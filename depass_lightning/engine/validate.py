@@ -283,7 +283,8 @@ def _activations(decoder: Decoder) -> Iterator[list[_Activations]]:
         for block, activations in zip(decoder.blocks, watched, strict=True):
             if block.mlp.dense is None:
                 continue
-            stack.callback(block.mlp.dense.down.module.register_forward_pre_hook(activations.down).remove)
+            reader = block.mlp.dense.inner_norm or block.mlp.dense.reader
+            stack.callback(reader.register_forward_pre_hook(activations.down).remove)
             for module in _elementwise(block):
                 stack.callback(module.register_forward_hook(activations.keep).remove)
         yield watched

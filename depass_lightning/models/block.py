@@ -9,12 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from depass_lightning.errors import DePassError
-from depass_lightning.models.affine import Projection, features, has_bias, is_quantised
+from depass_lightning.models.affine import Projection, device_of, features, has_bias, is_quantised
 from depass_lightning.models.experts import DenseParts, ExpertsParts
 from depass_lightning.models.mixers import MIXERS, Mixer
+from depass_lightning.models.mixers.absent import NoMixing
 from depass_lightning.models.spec import (
     AttentionSpec,
     FamilySpec,
+    HeadSpec,
     MLPSpec,
     ResidualNorm,
     configured,
@@ -40,6 +42,11 @@ class AttentionParts:
         gate: the map to the gates, one for each head or for each of the output map's inputs.
         mixer: what mixes positions in attention's place, if this is none.
         probabilities: gives them, where the module does not return them.
+        inner_norm: the norm before the output map, if any.
+        output_bias: what is added after the output map, besides its own bias.
+        value_scale: a factor of the values.
+        gate_activation: what follows the map to the gates; see `AttentionSpec`.
+        scaled_heads: heads have factors besides their probabilities; see `AttentionSpec`.
     """
 
     module: nn.Module
@@ -54,7 +61,12 @@ class AttentionParts:
     residual_weight: Tensor | None
     gate: Projection | None
     mixer: Mixer | None
-    probabilities: Callable[..., Tensor] | None
+    probabilities: Callable[..., Tensor] | None = None
+    inner_norm: nn.Module | None = None
+    output_bias: Tensor | None = None
+    value_scale: float = 1.0
+    gate_activation: str = "sigmoid"
+    scaled_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class Block:
         mlp: its second sublayer.
         parallel: the MLP reads what enters the block.
         scale: what both sublayers' outputs are multiplied with.
+        ends: the modules that are called first and last, where the model does not call `module` itself.
     """
 
     index: int
@@ -130,6 +143,17 @@ class Block:
     mlp: MLPParts
     parallel: bool
     scale: float
+    ends: tuple[nn.Module, nn.Module] | None = None
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module whose input is the state that enters the block."""
+        return self.module if self.ends is None else self.ends[0]
+
+    @property
+    def exit(self) -> nn.Module:
+        """The module whose output is the state that leaves the block."""
+        return self.module if self.ends is None else self.ends[1]
 
     @property
     def has_biases(self) -> bool:
@@ -145,6 +169,8 @@ class Block:
             *(part.module for parts in mlp.every_dense for part in (parts.gate, parts.down)),
         ]
         if any(module is not None and has_bias(module) for module in modules):
+            return True
+        if attention.output_bias is not None:
             return True
         if attention.mixer is not None and attention.mixer.has_biases:
             return True
@@ -184,13 +210,77 @@ def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: st
         attention=_attention(
             spec.attention,
             module,
-            config.num_attention_heads,
+            config,
             owner,
             None if spec.model is None else spec.attention.probabilities,
         ),
-        mlp=_mlp(spec.mlp, module, owner),
+        mlp=_mlp(spec.mlp, module, config, owner),
         parallel=spec.parallel,
         scale=configured(config, spec.residual_scale),
+    )
+
+
+def bind_head(
+    spec: HeadSpec, index: int, norm: nn.Module | None, module: nn.Module, sizes: tuple[int, int]
+) -> Block:
+    """Bind what is between a decoder and its unembedding as a block without attention.
+
+    Args:
+        spec: the declaration.
+        index: the block's number.
+        norm: the decoder's final norm, if it has one.
+        module: the module that has the map, the activation and the norm.
+        sizes: the size of the residual stream, and the number of heads of other blocks.
+
+    Raises:
+        DePassError: the module lacks a declared one, or its output has another size than the stream.
+    """
+    owner = type(module).__name__
+    dense, last = submodule(module, spec.dense, owner), submodule(module, spec.norm, owner)
+    hidden = sizes[0]
+    same = nn.Linear(hidden, hidden, bias=False, device=device_of(dense))
+    nn.init.eye_(same.weight)
+    if features(dense) != (hidden, hidden):
+        raise DePassError(
+            f"{owner} maps the {hidden} numbers of the residual stream to {features(dense)[1]}; a decomposed "
+            "pass needs as many"
+        )
+    first = module if norm is None else norm
+    return Block(
+        index=index,
+        module=module if norm is None else nn.Sequential(norm, module),
+        attention=_absent_attention(first, sizes),
+        mlp=MLPParts(
+            module=module,
+            norm=norm,
+            post_norm=last,
+            dense=DenseParts(Projection(dense), None, Projection(same), follows=last),
+            experts=None,
+            residual="none",
+            residual_weight=torch.zeros(()),
+        ),
+        parallel=False,
+        scale=1.0,
+        ends=(first, last),
+    )
+
+
+def _absent_attention(module: nn.Module, sizes: tuple[int, int]) -> AttentionParts:
+    """What is bound in attention's place where a block has none; it adds zero."""
+    mixer = NoMixing(sizes)
+    return AttentionParts(
+        module=module,
+        norm=None,
+        post_norm=None,
+        value=mixer.value,
+        latent=None,
+        output=mixer.output,
+        heads=mixer.heads,
+        in_mask=None,
+        residual="none",
+        residual_weight=None,
+        gate=None,
+        mixer=mixer,
     )
 
 
@@ -211,7 +301,7 @@ def _parameter(module: nn.Module, name: str | None, owner: str) -> Tensor | None
 def _attention(
     spec: AttentionSpec,
     module: nn.Module,
-    heads: int,
+    config: Any,
     owner: str,
     probabilities: Callable[..., Tensor] | None,
 ) -> AttentionParts:
@@ -220,6 +310,9 @@ def _attention(
     inside = submodule(module, mixers[0] if mixers else spec.module, owner)
     if mixers:
         return _mixer(spec, module, inside, names[mixers[0]], owner)
+    # The decoder of an encoder-decoder, or single blocks, may have other heads than the configuration says.
+    stated = getattr(inside, "num_heads", None)
+    heads = stated if isinstance(stated, int) else config.num_attention_heads
     output = Projection(submodule(inside, spec.output, owner))
     size = output.shape[1] // heads
     value = submodule(inside, spec.value, owner)
@@ -242,12 +335,17 @@ def _attention(
         gate=_gate(inside, spec.gate, heads, size, owner),
         mixer=None,
         probabilities=probabilities,
+        inner_norm=_optional(inside, spec.inner_norm, owner),
+        output_bias=None if spec.output_bias is None else getattr(inside, spec.output_bias, None),
+        value_scale=configured(config, spec.value_scale),
+        gate_activation=spec.gate_activation,
+        scaled_heads=spec.scaled_heads,
     )
 
 
 def _gate(inside: nn.Module, name: str | None, heads: int, size: int, owner: str) -> Projection | None:
     """The map to attention's gates, which may be a part of the query map."""
-    if name is None:
+    if name is None or getattr(inside, name, inside) is None:  # of some configurations
         return None
     gate = submodule(inside, name, owner)
     outputs = features(gate)[1]
@@ -299,7 +397,7 @@ def _value_rows(spec: AttentionSpec, outputs: int, heads: int, size: int, owner:
     return everything.view(groups, -1)[:, -size:].flatten()
 
 
-def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
+def _mlp(spec: MLPSpec, module: nn.Module, config: Any, owner: str) -> MLPParts:
     inside = submodule(module, spec.module, owner)
     experts = None
     names = spec.experts
@@ -309,11 +407,15 @@ def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
             module=submodule(inside, names.module, owner),
             shared=None if shared is None else _dense(spec, shared, f"{owner}'s shared expert"),
             shared_gate=None if names.shared_gate is None else submodule(inside, names.shared_gate, owner),
+            scale=configured(config, names.scale),
         )
+    post_norm = _optional(module, spec.post_norm, owner)
+    if names is not None and experts is not None and names.post_norm is not None:
+        post_norm = submodule(inside, names.post_norm, owner)
     return MLPParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
-        post_norm=_optional(module, spec.post_norm, owner),
+        post_norm=post_norm,
         dense=_dense(spec, inside, owner) if experts is None else None,
         experts=experts,
         residual=spec.residual,
@@ -324,8 +426,11 @@ def _mlp(spec: MLPSpec, module: nn.Module, owner: str) -> MLPParts:
 def _dense(spec: MLPSpec, inside: nn.Module, owner: str) -> DenseParts:
     gate = submodule(inside, spec.gate, owner)
     down = Projection(submodule(inside, spec.down, owner))
+    norm = _optional(inside, spec.inner_norm, owner)
     if spec.up == spec.gate:
         half = features(gate)[1] // 2
-        return DenseParts(Projection(gate, slice(0, half)), Projection(gate, slice(half, 2 * half)), down)
+        return DenseParts(
+            Projection(gate, slice(0, half)), Projection(gate, slice(half, 2 * half)), down, norm
+        )
     up = _optional(inside, spec.up, owner)
-    return DenseParts(Projection(gate), None if up is None else Projection(up), down)
+    return DenseParts(Projection(gate), None if up is None else Projection(up), down, norm)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, features, has_bias, is_quantised, linear_of, rows_of
-from depass_lightning.models.block import bind
+from depass_lightning.models.block import bind, bind_head
 from depass_lightning.models.output_heads import OutputHead
 from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.sharding import check_shards
@@ -59,7 +59,8 @@ class Decoder:
         if spec.model is None:
             self.token_embedding: nn.Module = self.model.get_input_embeddings()
             self.head = OutputHead.of(self.model)
-            inner = self.model.get_decoder()
+            path = spec.decoder
+            inner = self.model.get_decoder() if path is None else submodule(self.model, path, owner)
         else:
             self.token_embedding = submodule(inner, spec.model.embedding, owner)
             self.head = OutputHead("causal", submodule(inner, spec.model.unembedding, owner))
@@ -72,6 +73,12 @@ class Decoder:
             bind(spec, index, module, self.config, f"block {index} of {owner}")
             for index, module in enumerate(modules.children())
         ]
+        if spec.head is not None and not self.head.labels:
+            norm, self.final_norm = self.final_norm, None
+            head = submodule(self.model, spec.head.module, owner)
+            self.blocks.append(
+                bind_head(spec.head, len(self.blocks), norm, head, (self.hidden_size, self.heads))
+            )
         self.recomputes = recomputes and all(
             any(  # the class may be wrapped, as FSDP2 does
                 hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS")
@@ -84,7 +91,7 @@ class Decoder:
         places = self._places or {}
         # An index would have to be where the last block is, and accelerate brings it to the first.
         spread = len({place for place in places.values() if place not in ("cpu", "disk")}) > 1
-        takes = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        takes = "logits_to_keep" in inspect.signature(self.model.forward).parameters and spec.head is None
         self._takes_logits_to_keep = takes and not spread
 
     @staticmethod

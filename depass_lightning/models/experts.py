@@ -13,11 +13,26 @@ from depass_lightning.models.affine import AffineMap, Projection, base_of, param
 
 @dataclass(frozen=True)
 class DenseParts:
-    """The maps of an MLP; see `MLPSpec`."""
+    """The maps of an MLP, and the norm of its neurons; see `MLPSpec`.
+
+    Args:
+        gate: the map to the pre-activations.
+        up: the map to the second factor, if there is one.
+        down: the map from the neurons.
+        inner_norm: the norm before that map, if any.
+        follows: the module that reads the neurons where `down`, the identity, is no part of the model.
+    """
 
     gate: Projection
     up: Projection | None
     down: Projection
+    inner_norm: nn.Module | None = None
+    follows: nn.Module | None = None
+
+    @property
+    def reader(self) -> nn.Module:
+        """The module whose input are the neurons."""
+        return self.follows or self.down.module
 
 
 @dataclass(frozen=True)
@@ -28,11 +43,13 @@ class ExpertsParts:
         module: the experts, called with states, indices and weights.
         shared: the MLP that every position goes through, if there is one.
         shared_gate: the map whose sigmoid scales the shared MLP's output.
+        scale: a factor of the experts' output.
     """
 
     module: nn.Module
     shared: DenseParts | None
     shared_gate: nn.Module | None
+    scale: float = 1.0
 
     @property
     def count(self) -> int:
@@ -42,7 +59,12 @@ class ExpertsParts:
     @property
     def transposed(self) -> bool:
         """Whether the weights are stored `[expert, in, out]`."""
-        return hasattr(base_of(self.module), "gate_up_proj_bias")
+        return bool(getattr(base_of(self.module), "is_transposed", False))
+
+    @property
+    def _interleaved(self) -> bool:
+        """Whether gates and ups take turns among their outputs."""
+        return not getattr(base_of(self.module), "is_concatenated", True)
 
     @property
     def has_biases(self) -> bool:
@@ -91,12 +113,12 @@ class ExpertsParts:
     @property
     def gate_rows(self) -> slice:
         """Where gates stand among the outputs of gates and ups together."""
-        return slice(0, None, 2) if self.transposed else slice(0, self.width)
+        return slice(0, None, 2) if self._interleaved else slice(0, self.width)
 
     @property
     def up_rows(self) -> slice:
         """Where ups stand among the outputs of gates and ups together."""
-        return slice(1, None, 2) if self.transposed else slice(self.width, 2 * self.width)
+        return slice(1, None, 2) if self._interleaved else slice(self.width, 2 * self.width)
 
     def activated(self, gate_up: Tensor) -> Tensor:
         """One expert's neurons from its gates and ups, by the module's own code.

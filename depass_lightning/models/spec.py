@@ -37,8 +37,13 @@ class AttentionSpec:
         residual: which of its norms is on the residual stream itself: none; `norm`, so that its output is
             added to the normed stream; or `post_norm`, of the sum of the stream and its output.
         residual_weight: the block's parameter that the residual stream is multiplied with past it.
-        gate: the map, inside `module`, whose sigmoid heads' outputs are multiplied with: one output for each
-            of theirs or for each head; or the query map, where it gives each head's queries, then its gates.
+        value_scale: the configuration's name for a factor of the values, or a function of it.
+        gate: the map, inside `module`, whose activation heads' outputs are multiplied with: one output for
+            each of theirs or for each head; or the query map, where it gives each head's queries, then gates.
+        gate_activation: what follows that map.
+        inner_norm: the norm of the heads' outputs side by side, inside `module`, before the output map.
+        scaled_heads: each head's output has a factor that its probabilities lack, as some attention sinks.
+        output_bias: a parameter of `module` that is added to the output map's output.
         mixers: linear mixers that blocks may have in its place: the module's name, and its kind in
             `models/mixers`.
         probabilities: a function of `module` and the arguments of its call that returns the probabilities
@@ -56,7 +61,12 @@ class AttentionSpec:
     in_mask: str | None = None
     residual: ResidualNorm = "none"
     residual_weight: str | None = None
+    value_scale: str | Callable[[Any], float] | None = None
     gate: str | None = None
+    gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
+    inner_norm: str | None = None
+    scaled_heads: bool = False
+    output_bias: str | None = None
     mixers: tuple[tuple[str, str], ...] = ()
     probabilities: Callable[..., Tensor] = seen_probabilities
 
@@ -69,11 +79,15 @@ class ExpertsSpec:
         module: the experts, which are called with states, the chosen experts' indices and their weights.
         shared: an MLP that every position goes through, named inside like the family's dense MLP.
         shared_gate: the map whose sigmoid the shared MLP's output is multiplied with.
+        scale: the configuration's name for a factor of the experts' output.
+        post_norm: the norm of what experts and shared MLP give together, inside the MLP.
     """
 
     module: str = "experts"
     shared: str | None = None
     shared_gate: str | None = None
+    scale: str | None = None
+    post_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ class MLPSpec:
         up: the map whose output the activation is multiplied with; None for an MLP without a gate. The same
             name as `gate` where one map gives both, the gate first.
         down: the map that the neurons' values go through, back into the residual stream.
+        inner_norm: the norm of the neurons' values, inside `module`, before that map.
         experts: the family's blocks may have a mixture of experts in place of these.
         residual: which of its norms is on the residual stream itself; see `AttentionSpec`.
         residual_weight: the block's parameter that the residual stream is multiplied with past it.
@@ -99,9 +114,27 @@ class MLPSpec:
     gate: str = "gate_proj"
     up: str | None = "up_proj"
     down: str = "down_proj"
+    inner_norm: str | None = None
     experts: ExpertsSpec | None = None
     residual: ResidualNorm = "none"
     residual_weight: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Names of what a model has between its decoder and its unembedding: a map, an activation and a norm.
+
+    It is bound as one more block, with an MLP alone, whose output replaces the residual stream.
+
+    Args:
+        module: the module that has them, inside the model.
+        dense: the map, inside `module`.
+        norm: the norm, inside `module`.
+    """
+
+    module: str
+    dense: str = "dense"
+    norm: str = "LayerNorm"
 
 
 def _always(_config: Any) -> bool:
@@ -147,8 +180,10 @@ class FamilySpec:
             the class, or its name with its module's.
         blocks: the list of blocks, inside the decoder that `model.get_decoder()` returns, or inside a model
             that is not of transformers.
+        decoder: the decoder inside the model, where `model.get_decoder()` returns something else.
         final_norm: the norm before the unembedding, inside the same decoder; None where there is none.
         final_projection: a linear map before the unembedding, inside the same decoder, where a model has one.
+        head: what else is before the unembedding, if anything.
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block.
         parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
@@ -162,13 +197,15 @@ class FamilySpec:
 
     model_types: tuple[str | type[nn.Module], ...]
     blocks: str = "layers"
+    decoder: str | None = None
     final_norm: str | None = "norm"
     final_projection: str | None = None
+    head: HeadSpec | None = None
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     mlp: MLPSpec = field(default_factory=MLPSpec)
     parallel: bool = False
     residual_scale: str | Callable[[Any], float] | None = None
-    logit_scale: str | None = None
+    logit_scale: str | Callable[[Any], float] | None = None
     logit_divisor: str | None = None
     when: Callable[[Any], bool] = _always
     model: ModelSpec | None = None

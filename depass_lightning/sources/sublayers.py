@@ -129,7 +129,9 @@ class Module(_Blockwise):
     @override
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         layers = self.layers(len(decoder.blocks))
-        mixers = [layer for layer in layers if decoder.blocks[layer].attention.mixer is not None]
+        mixers = [
+            layer for layer in layers if (mixer := decoder.blocks[layer].attention.mixer) and mixer.mixes
+        ]
         if self.module == "attention" and mixers:
             raise DePassError(
                 f"Module('attention'): block {mixers[0]} has a linear mixer in attention's place; take "

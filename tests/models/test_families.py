@@ -57,6 +57,8 @@ KINDS = (
     "opt-350m",
     "bloom-normed",
     "qwen3_5",
+    "bitnet",
+    "bert",
 )
 SOURCES: dict[str, Any] = {
     "tokens in the middle": Tokens(1),
@@ -69,9 +71,24 @@ SOURCES: dict[str, Any] = {
 }
 
 
-def lean(choices: Sequence[str], chosen: str) -> list[tuple[str, str]]:
-    """Every choice for the families that all tests run on, and one for the others."""
-    return [(name, choice) for name in ALL for choice in choices if name in FIRST or choice == chosen]
+def lean(choices: Sequence[str], chosen: str, quick: Sequence[str] = KINDS) -> list[Any]:
+    """Every choice for the families that all tests run on, and one for the others; one of a few is quick."""
+    return [
+        pytest.param(
+            name,
+            choice,
+            marks=[] if name in quick and choice == chosen else [pytest.mark.slow],
+            id=f"{name}-{choice}",
+        )
+        for name in ALL
+        for choice in choices
+        if name in FIRST or choice == chosen
+    ]
+
+
+def few(names: Sequence[str]) -> list[Any]:
+    """All families, those that are not one of a kind marked as slow."""
+    return [pytest.param(name, marks=[] if name in KINDS else [pytest.mark.slow]) for name in names]
 
 
 def rename(model: Any, kind: str) -> None:
@@ -106,7 +123,7 @@ class Rounded(TorchDispatchMode):
 ALIBI = {"full", "pow", "cat", "unsqueeze", "mul", "repeat", "view", "_to_copy"}
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", few(FIRST))
 def test_models_in_float64_compute_in_float64(name: str) -> None:
     """Whatever float32 is left, as in a softmax, depends on lengths and on the processor."""
     model = build(name, dtype=torch.float64)
@@ -115,7 +132,7 @@ def test_models_in_float64_compute_in_float64(name: str) -> None:
     assert rounded.operations <= (ALIBI if ZOO[name][0] in ("bloom", "falcon") else set())
 
 
-@pytest.mark.parametrize(("name", "rule"), lean(LINEAR, "half"))
+@pytest.mark.parametrize(("name", "rule"), lean(LINEAR, "half", ALL))
 def test_token_scores_are_the_real_models_derivatives(name: str, rule: Rule) -> None:
     model, ids = build(name, dtype=torch.float64), prompt(9)
     tokens, biases, value = derivatives(model, ids, 5, 7, half=rule == "half")
@@ -156,7 +173,7 @@ def test_every_layers_components_add_up(name: str, rule: RuleName) -> None:
         assert distance(states[layer], expected[0]) < 1e-10
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", few(FIRST))
 def test_scores_add_up_in_float32(name: str) -> None:
     depass, ids = DePass(build(name)), prompt(9)[None]
     rules: tuple[RuleName, ...] = ("softmax", "max", "taylor", "half", "shap")

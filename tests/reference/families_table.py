@@ -203,11 +203,21 @@ def completeness(model: nn.Module) -> tuple[float, float]:
     return max(own.completeness for own in found), max(rounding, default=0.0)
 
 
-def table() -> str:
-    """The table of all families in Markdown."""
-    rows = [row_of(name) for name in ALL]
-    lines = [TEXTS + ERRORS, ("---",) * len(TEXTS + ERRORS), *(tuple(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(known: str = "", names: Iterable[str] = ALL) -> str:
+    """The table of all families in Markdown.
+
+    Args:
+        known: an earlier table, whose other rows are kept.
+        names: the families to measure.
+    """
+    kept = {line.split(" | ")[0].removeprefix("| "): line for line in known.splitlines()}
+    kept |= {name: _line(row_of(name).values()) for name in names}
+    columns = TEXTS + ERRORS
+    return "\n".join([_line(columns), _line(["---"] * len(columns)), *(kept[name] for name in ALL)])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def refused() -> str:
@@ -234,7 +244,7 @@ def types() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"families": table, "types": types, "refused": refused}
+SECTIONS: dict[str, Callable[[], str]] = {"types": types, "refused": refused}
 
 
 def section(text: str, name: str) -> str:
@@ -253,10 +263,14 @@ def main() -> None:
     """Write the sections into the page, whose other text stays."""
     parser = argparse.ArgumentParser(description="Measure every family, and write the table of its page.")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page; by default docs/families.md")
-    page: Path = parser.parse_args().page
+    parser.add_argument("--names", nargs="*", default=ALL, help="measure these only, and keep other rows")
+    options = parser.parse_args()
+    page: Path = options.page
     text = page.read_text(encoding="utf-8")
-    for name, made in SECTIONS.items():
-        text = text.replace(f"\n{section(text, name)}\n<!-- /{name}", f"\n{made()}\n<!-- /{name}")
+    sections = {name: made() for name, made in SECTIONS.items()}
+    sections["families"] = table(section(text, "families"), options.names)
+    for name, made in sections.items():
+        text = text.replace(f"\n{section(text, name)}\n<!-- /{name}", f"\n{made}\n<!-- /{name}")
     page.write_text(text, encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Emu3ForCausalLM, PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.models.bloom.modeling_bloom import BloomGelu
 
@@ -199,7 +199,110 @@ ZOO |= {
     "glm4_moe_lite": ("glm4_moe_lite", LATENT | {"n_group": 1, "num_experts_per_tok": 3}),
     "lfm2_moe": ("lfm2_moe", CONVOLUTION | EXPERTS | {"num_dense_layers": 1}),
 }
+# Decoders of encoder-decoders, alone.
+DECODER = {
+    "d_model": 36,
+    "decoder_layers": 3,
+    "encoder_layers": 1,
+    "decoder_attention_heads": 6,
+    "encoder_attention_heads": 6,
+    "decoder_ffn_dim": 44,
+    "encoder_ffn_dim": 44,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "pad_token_id": 0,
+}
+ZOO |= {
+    **{name: (name, DECODER) for name in ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")},
+    **{name: (name, DECODER) for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus")},
+    "whisper": ("whisper", DECODER | {"max_target_positions": 64}),
+    "emu3": ("emu3_text_model", {"pad_token_id": 0}),
+    "granite_swa": ("granite_swa", GRANITE | WINDOW),
+    "granitemoe_swa": ("granitemoe_swa", EXPERTS | GRANITE | WINDOW | {"shared_intermediate_size": 24}),
+    "hyperclovax": ("hyperclovax", GRANITE),
+    "kolibri1": ("kolibri1", EXPERTS | HEAD | WINDOW | {"shared_expert_intermediate_size": 24}),
+    "cohere_compass": (
+        "cohere_compass_text",
+        WINDOW
+        | {"logit_scale": 0.4}
+        | {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    ),
+    "cohere2_moe": (
+        "cohere2_moe",
+        EXPERTS
+        | WINDOW
+        | {"logit_scale": 0.4, "num_shared_experts": 1}
+        | {"shared_expert_combination_strategy": "sum", "first_k_dense_replace": 1},
+    ),
+    "gpt-sw3": ("gpt-sw3", GPT | {"n_inner": 44}),
+    "flint": ("flint", EXPERTS | HEAD | WINDOW | {"shared_expert_intermediate_size": 24}),
+    "aria": ("aria_text", {"moe_num_experts": 5, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "deepseek_v32": ("deepseek_v32", LATENT | {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}),
+    "glm_moe_dsa": ("glm_moe_dsa", LATENT | {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}),
+    "axk1": ("axk1", LATENT),
+    "youtu": ("youtu", LATENT),
+    "bitnet": ("bitnet", {}),
+    "laguna": (
+        "laguna",
+        EXPERTS
+        | HEAD
+        | WINDOW
+        | {"shared_expert_intermediate_size": 24, "moe_routed_scaling_factor": 1.7}
+        | {"num_attention_heads_per_layer": [6, 4, 6], "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        LATENT | HEAD | WINDOW | {"v_head_dim": 8, "num_key_value_heads": 1, "attention_bias": True},
+    ),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
+    "ctrl": ("ctrl", GPT | {"dff": 44}),
+    "lfm3": ("lfm3", CONVOLUTION | WINDOW | HEAD),
+}
+# Encoders that are configured as decoders.
+BERT = {"is_decoder": True, "pad_token_id": 0, "num_key_value_heads": 6, "hidden_act": "gelu"}
+TINY_VISION = {
+    "hidden_size": 8,
+    "output_channels": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+    "mlp_dim": 8,
+    "global_attn_indexes": [0],
+}
+TEXT = SMALL | {"pad_token_id": 0}
+ZOO |= {
+    **{name: (name, BERT) for name in ("bert", "bert-generation", "big_bird", "ernie", "megatron-bert")},
+    **{name: (name, BERT) for name in ("roformer", "roberta", "camembert", "data2vec-text")},
+    **{name: (name, BERT) for name in ("xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm")},
+    "roc_bert": ("roc_bert", BERT | {"pronunciation_vocab_size": 61, "shape_vocab_size": 61}),
+    "rembert": ("rembert", BERT | {"output_embedding_size": 36, "input_embedding_size": 20}),
+    "electra": ("electra", BERT | {"embedding_size": 36}),
+    "git": ("git", BERT | {"vision_config": TINY_VISION}),
+    "modernbert-decoder": (
+        "modernbert-decoder",
+        {
+            "pad_token_id": 0,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "mlp_bias": True,
+            "classifier_bias": True,
+            "norm_bias": True,
+        },
+    ),
+    "fuyu": (
+        "fuyu",
+        {
+            "text_config": TEXT | {"model_type": "persimmon", "num_key_value_heads": 6, "hidden_size": 48},
+            "patch_size": 2,
+        },
+    ),
+    "got_ocr2": ("got_ocr2", {"text_config": TEXT | {"model_type": "qwen2"}, "vision_config": TINY_VISION}),
+}
 ALL = tuple(ZOO)
+# Decoders with images around them, which AutoModelForCausalLM builds from the whole's configuration alone.
+INSIDE: dict[str, Any] = {"emu3_text_model": Emu3ForCausalLM}
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -214,7 +317,8 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **cha
     kind, settings = ZOO[name]
     config = AutoConfig.for_model(kind, **(SMALL | settings | changes))
     config._experts_implementation = "eager"  # the grouped kernel takes no float64
-    model = AutoModelForCausalLM.from_config(config)
+    inside = INSIDE.get(kind)
+    model = AutoModelForCausalLM.from_config(config) if inside is None else inside(config)
     randomise(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for own, buffer in model.named_buffers():
@@ -230,7 +334,7 @@ ACTIVATIONS = tuple(
     {own[0] if isinstance(own, tuple) else own for own in ACT2CLS.values()} | {nn.SiLU, nn.GELU, BloomGelu}
 )
 PRODUCTS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
-HELD = (torch.rsqrt, torch.softmax, nn.functional.softmax, Tensor.softmax)
+HELD = (torch.rsqrt, nn.functional.softplus, torch.softmax, nn.functional.softmax, Tensor.softmax)
 SIGMOIDS = (torch.sigmoid, nn.functional.sigmoid, Tensor.sigmoid)
 
 
@@ -264,6 +368,9 @@ class Frozen(Double):
             if self._among(first, self.slopes) or self._among(second, self.slopes):
                 self.activated.append(result)
             return result
+        if function is nn.functional.gelu:  # not of a module, as in a head
+            z = args[0]
+            return z * (super().__torch_function__(function, types, args, kwargs) / z).detach()
         if function is nn.functional.silu:  # not of a module, as after a mixer's convolution
             result = args[0] * torch.sigmoid(args[0].detach())
             if result.requires_grad:

@@ -55,9 +55,11 @@ class Mixer(ABC):
         heads: the number of heads.
         recorded: the modules whose inputs and outputs `mixing` reads.
         convolution: the module that has the convolution's weights.
+        mixes: whether there is anything to mix.
     """
 
     kind: ClassVar[str]
+    mixes: ClassVar[bool] = True
     value: Projection
     output: Projection
     heads: int

@@ -1,0 +1,1 @@
+"""The declarations of decoder families, by what their blocks are built of."""

@@ -1,0 +1,53 @@
+"""Decoders with linear mixers in attention's place in some blocks."""
+
+from dataclasses import replace
+
+from depass_lightning.models.declarations.mixtures import GRANITE_MOE
+from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
+
+_QWEN_HYBRID = FamilySpec(
+    ("qwen3_5", "qwen3_5_text"),
+    attention=AttentionSpec(gate="q_proj", mixers=(("linear_attn", "gated_delta"),)),
+)
+_LFM2 = FamilySpec(
+    ("lfm2", "lfm2_moe"),
+    final_norm="embedding_norm",
+    attention=AttentionSpec(norm="operator_norm", output="out_proj", mixers=(("conv", "short_convolution"),)),
+    mlp=MLPSpec(module="feed_forward", norm="ffn_norm", gate="w1", up="w3", down="w2", experts=ExpertsSpec()),
+)
+_MAMBA2 = AttentionSpec(mixers=(("mamba", "state_space"),))
+
+HYBRIDS: list[FamilySpec] = [
+    _QWEN_HYBRID,
+    replace(
+        _QWEN_HYBRID,
+        model_types=("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
+    ),
+    _LFM2,
+    replace(
+        _LFM2,
+        model_types=("lfm3",),
+        attention=replace(_LFM2.attention, output="o_proj", gate="g_proj", post_norm="post_operator_norm"),
+        mlp=replace(_LFM2.mlp, post_norm="post_ffn_norm"),
+    ),
+    FamilySpec(
+        ("bamba",),
+        final_norm="final_layernorm",
+        attention=_MAMBA2,
+        mlp=MLPSpec(module="feed_forward", norm="pre_ff_layernorm"),
+    ),
+    replace(
+        GRANITE_MOE,
+        model_types=("granitemoehybrid",),
+        attention=_MAMBA2,
+        when=lambda config: config.num_local_experts > 0,
+    ),
+    replace(
+        GRANITE_MOE,
+        model_types=("granitemoehybrid",),
+        attention=_MAMBA2,
+        mlp=replace(GRANITE_MOE.mlp, module="shared_mlp", experts=None),
+        when=lambda config: config.num_local_experts == 0,
+    ),
+]
