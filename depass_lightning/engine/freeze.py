@@ -181,8 +181,9 @@ class _Freezer:
         mixing = mixer.mixing({**self.capture.mixed, "state": ((), self.state)}, dtype)
         norm = self._norm("attention", self.probes.attention)
         post = self._post("attention post-norm", self.probes.behind_attention)
-        value = parts.value.linear(dtype)
-        output, added = self._projected(parts.output.linear(dtype), post)
+        device = self.state.device  # the maps of an absent one are on none of the model's
+        value = parts.value.linear(dtype).to(device)
+        output, added = self._projected(parts.output.linear(dtype).to(device), post)
         skip = self._skip(parts, norm, post)
         frozen = FrozenAttention(
             norm=replace(norm, probe=replace(norm.probe, bias=None)),
@@ -215,6 +216,8 @@ class _Freezer:
     def mlp(self) -> FrozenMLP:
         """Its MLP."""
         parts, dtype = self.block.mlp, self.state.dtype
+        if parts.absent:
+            return self._no_mlp()
         norm = self._norm("mlp", self.probes.mlp)
         post = self._post("mlp post-norm", self.probes.after_mlp)
         if parts.dense is not None:
@@ -251,6 +254,22 @@ class _Freezer:
             normed=normed.view(self.state.shape),
             experts=routed,
             skip=skip,
+        )
+
+    def _no_mlp(self) -> FrozenMLP:
+        """What is in an MLP's place where a block has none: one neuron, of the value zero."""
+        dense, zeros = self.block.mlp.dense, self.state.new_zeros(*self.state.shape[:2], 1)
+        assert dense is not None
+        gate, down = (part.linear(self.state.dtype).to(zeros.device) for part in (dense.gate, dense.down))
+        return FrozenMLP(
+            norm=FrozenNorm.nothing(self.state),
+            gate=gate,
+            up_projection=None,
+            down=down,
+            bias_terms=None,
+            pre_activations=zeros + 1,
+            activations=zeros,
+            normed=self.state,
         )
 
     def _norm(self, name: str, probe: NormParameters | None) -> FrozenNorm:

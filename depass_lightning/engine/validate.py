@@ -195,6 +195,8 @@ def _check_gate(
 ) -> None:
     """Check that the gate map gives what the activation function reads, and the up map the other factor."""
     mlp = frozen.mlp
+    if block.mlp.absent:
+        return
     read = frozen.resid_pre if frozen.parallel else frozen.resid_mid
     normed = mlp.norm(read.flatten(0, 1), mlp.norm.scale.flatten())
     constant = mlp.norm.constant_through(mlp.gate)

@@ -23,6 +23,7 @@ class _Attention(TokenBaseline):
 
     @override
     def score(self, batch: Batch) -> Tensor:
+        batch.decoder.check_attention(self.name)
         seen: list[Tensor] = []
 
         def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:

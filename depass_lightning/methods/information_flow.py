@@ -42,6 +42,7 @@ class InformationFlow(TokenBaseline):
         batch.values()
         lengths = torch.tensor([len(ids) for ids in batch.rows], device=batch.ids.device)
         recording = record(batch.decoder, batch.ids, lengths, batch.positions[:, None])
+        batch.decoder.check_attention(self.name)
         layers = [_routes(recording.block(layer)) for layer in range(recording.layers)]
         rows = torch.arange(len(batch.ids), device=batch.ids.device)
         return self.summed(batch, rolled_out(layers)[rows, batch.positions])
@@ -51,8 +52,8 @@ def _routes(block: FrozenBlock) -> Float[Tensor, "batch query key"]:
     """Return what part of each position's state after attention comes from each position."""
     if block.attention.gates is not None:
         raise DePassError(
-            f"information_flow: attention of block {block.index} has gates or is a linear mixer, so its "
-            "heads do not write mixtures of values; choose another method"
+            f"information_flow: attention of block {block.index} has gates, so its heads do not write "
+            "mixtures of values; choose another method"
         )
     attention, state = block.attention, past(block.attention.skip, block.resid_pre)
     batch, positions, _ = state.shape

@@ -62,6 +62,7 @@ class ValueZeroing(TokenBaseline):
 
     def _distances(self, batch: Batch, row: int, start: int) -> Float[Tensor, "layer query key"]:
         """Return the distances of one prompt, for the keys from `start` on that fit into one pass."""
+        batch.decoder.check_attention(self.name)
         decoder, length = batch.decoder, len(batch.rows[row])
         keys = torch.arange(start, min(start + self.rows, length), device=batch.ids.device)
         ids = batch.ids[row, :length].expand(1 + len(keys), -1)  # row 0 stays as it is

@@ -1,7 +1,7 @@
 """One decoder block as its family declares it, bound to the modules of the model at hand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ class MLPParts:
         experts: or its experts.
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
         residual_weight: what the residual stream is multiplied with past it, if anything.
+        absent: the block has no MLP.
     """
 
     module: nn.Module
@@ -90,6 +91,7 @@ class MLPParts:
     experts: ExpertsParts | None
     residual: ResidualNorm
     residual_weight: Tensor | None
+    absent: bool = False
 
     @property
     def every_dense(self) -> list[DenseParts]:
@@ -204,17 +206,26 @@ def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: st
     Raises:
         DePassError: the block lacks a declared submodule.
     """
+    only = None if spec.sublayer is None else spec.sublayer(module)
+    parts, mlp = spec.attention, spec.mlp
+    if only == "mlp":
+        assert mlp is not None
+        inside = _mlp(mlp, module, config, owner)
+        down = inside.every_dense[0].down
+        attention = _absent_attention(module, (down.shape[0], config.num_attention_heads))
+    else:
+        parts = replace(parts, mixers=()) if only == "attention" else parts
+        probabilities = None if spec.model is None else parts.probabilities
+        attention = _attention(parts, module, config, owner, probabilities)
+        absent = mlp is None or only is not None
+        inside = (
+            _absent_mlp(module, attention.output.shape[0]) if absent else _mlp(mlp, module, config, owner)
+        )
     return Block(
         index=index,
         module=module,
-        attention=_attention(
-            spec.attention,
-            module,
-            config,
-            owner,
-            None if spec.model is None else spec.attention.probabilities,
-        ),
-        mlp=_mlp(spec.mlp, module, config, owner),
+        attention=attention,
+        mlp=inside,
         parallel=spec.parallel,
         scale=configured(config, spec.residual_scale),
     )
@@ -284,6 +295,24 @@ def _absent_attention(module: nn.Module, sizes: tuple[int, int]) -> AttentionPar
     )
 
 
+def _absent_mlp(module: nn.Module, hidden: int) -> MLPParts:
+    """What is bound in an MLP's place where a block has none: one neuron that adds zero."""
+    maps = nn.Linear(hidden, 1, bias=False), nn.Linear(1, hidden, bias=False)
+    for linear in maps:
+        nn.init.zeros_(linear.weight)
+    gate, down = (Projection(linear) for linear in maps)
+    return MLPParts(
+        module=module,
+        norm=None,
+        post_norm=None,
+        dense=DenseParts(gate, None, down),
+        experts=None,
+        residual="none",
+        residual_weight=None,
+        absent=True,
+    )
+
+
 def _optional(module: nn.Module, path: str | None, owner: str) -> nn.Module | None:
     return None if path is None else submodule(module, path, owner)
 
@@ -337,7 +366,7 @@ def _attention(
         probabilities=probabilities,
         inner_norm=_optional(inside, spec.inner_norm, owner),
         output_bias=None if spec.output_bias is None else getattr(inside, spec.output_bias, None),
-        value_scale=configured(config, spec.value_scale),
+        value_scale=1.0 if spec.value_scale is None else float(getattr(inside, spec.value_scale, 1.0)),
         gate_activation=spec.gate_activation,
         scaled_heads=spec.scaled_heads,
     )

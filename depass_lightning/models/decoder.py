@@ -172,8 +172,25 @@ class Decoder:
 
     @property
     def heads(self) -> int:
-        """The number of query heads of a block."""
-        return self.config.num_attention_heads
+        """The number of query heads of a block with attention, or of the first mixer's where none has."""
+        parts = [block.attention for block in self.blocks]
+        return next((part.heads for part in parts if part.mixer is None), parts[0].heads)
+
+    def check_attention(self, method: str) -> None:
+        """Refuse what reads attention's probabilities or values, where a block mixes positions otherwise.
+
+        Args:
+            method: its name.
+
+        Raises:
+            DePassError: a block has a linear mixer, or no attention.
+        """
+        for block in self.blocks:
+            if block.attention.mixer is not None:
+                raise DePassError(
+                    f"{method}: block {block.index} of {type(self.model).__name__} has no attention "
+                    f"probabilities ({block.attention.mixer.kind}); choose another method, such as 'depass'"
+                )
 
     @property
     def neurons(self) -> int:

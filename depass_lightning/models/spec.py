@@ -37,7 +37,7 @@ class AttentionSpec:
         residual: which of its norms is on the residual stream itself: none; `norm`, so that its output is
             added to the normed stream; or `post_norm`, of the sum of the stream and its output.
         residual_weight: the block's parameter that the residual stream is multiplied with past it.
-        value_scale: the configuration's name for a factor of the values, or a function of it.
+        value_scale: the attribute of `module` that is a factor of the values.
         gate: the map, inside `module`, whose activation heads' outputs are multiplied with: one output for
             each of theirs or for each head; or the query map, where it gives each head's queries, then gates.
         gate_activation: what follows that map.
@@ -61,7 +61,7 @@ class AttentionSpec:
     in_mask: str | None = None
     residual: ResidualNorm = "none"
     residual_weight: str | None = None
-    value_scale: str | Callable[[Any], float] | None = None
+    value_scale: str | None = None
     gate: str | None = None
     gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
     inner_norm: str | None = None
@@ -185,7 +185,8 @@ class FamilySpec:
         final_projection: a linear map before the unembedding, inside the same decoder, where a model has one.
         head: what else is before the unembedding, if anything.
         attention: the attention sublayer of every block.
-        mlp: the MLP sublayer of every block.
+        mlp: the MLP sublayer of every block; None where blocks have none.
+        sublayer: what a block has, where each has one sublayer alone.
         parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
         residual_scale: the configuration's name for the factor of both sublayers' outputs, or a function
             of the configuration.
@@ -202,7 +203,8 @@ class FamilySpec:
     final_projection: str | None = None
     head: HeadSpec | None = None
     attention: AttentionSpec = field(default_factory=AttentionSpec)
-    mlp: MLPSpec = field(default_factory=MLPSpec)
+    mlp: MLPSpec | None = field(default_factory=MLPSpec)
+    sublayer: Callable[[Any], Literal["attention", "mixer", "mlp"]] | None = None
     parallel: bool = False
     residual_scale: str | Callable[[Any], float] | None = None
     logit_scale: str | Callable[[Any], float] | None = None

@@ -32,6 +32,7 @@ from depass_lightning import (
 )
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.engine.validate import validate
+from depass_lightning.methods import make_method
 from depass_lightning.models import families
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.spec import ExpertsSpec
@@ -58,7 +59,6 @@ KINDS = (
     "bloom-normed",
     "qwen3_5",
     "bitnet",
-    "bert",
 )
 SOURCES: dict[str, Any] = {
     "tokens in the middle": Tokens(1),
@@ -297,6 +297,18 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "no weight on the stream": ("doge", {"residual_weight": None}, "block 0 of .*add up"),
     "no shared expert": ("hunyuan_v1_moe", {"experts": ExpertsSpec()}, "block 0 of .*add up"),
     "values of another layout": ("codegen", "values", "block 0 of .*add up"),
+    "no norm before the output map": ("bitnet", "inner norm", "block 0 of .*"),
+    "no norm of the neurons": ("bitnet", {"inner_norm": None}, "block 0 of .*MLP"),
+    "no factors of the heads": ("granite_swa", "heads", "block 0 of .*"),
+    "gates of another activation": ("laguna", "softplus", "block 0 of .*"),
+    "no factor of the values": ("mimo_v2_flash", "value scale", "block 0 of .*"),
+    "no bias after the output map": ("gpt_neox_japanese", "output bias", "block 2 of .*"),
+    "no transform before the unembedding": ("bert", "head", "unembedding"),
+    "no factor of the experts": (
+        "laguna",
+        {"experts": ExpertsSpec(shared="shared_experts")},
+        "block 1 of .*",
+    ),
     "no projection before the unembedding": ("opt-350m", "projection", "unembedding"),
 }
 
@@ -316,9 +328,16 @@ def test_wrong_declarations_are_caught(case: str) -> None:
         "gates": {"attention": replace(spec.attention, gate=None)},
         "mixer": {"attention": replace(spec.attention, mixers=(("mamba", "gated_delta"),))},
         "projection": {"final_projection": None},
+        "inner norm": {"attention": replace(spec.attention, inner_norm=None)},
+        "heads": {"attention": replace(spec.attention, scaled_heads=False)},
+        "softplus": {"attention": replace(spec.attention, gate_activation="sigmoid")},
+        "value scale": {"attention": replace(spec.attention, value_scale=None)},
+        "output bias": {"attention": replace(spec.attention, output_bias=None)},
+        "head": {"head": None},
     }
     wrong = replace(spec, **(changes[change] if isinstance(change, str) else {}))
     if isinstance(change, dict):
+        assert spec.mlp is not None
         wrong = replace(spec, mlp=replace(spec.mlp, **change))
     assert validate(Decoder(model, spec)) < 1e-5
     with pytest.raises(DePassError, match=said):
@@ -368,7 +387,7 @@ def test_a_family_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("mamba", "linear attention"), ("bert", "an encoder")],
+    [("rwkv", "linear attention"), ("albert", "an encoder"), ("deepseek_v4", "several residual streams")],
 )
 def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) -> None:
     model = build("llama")
@@ -377,7 +396,9 @@ def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) ->
         DePass(model)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "bamba", "granitemoehybrid-dense", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", ["lfm2", "bamba", "granitemoehybrid-dense", "qwen3_next", "nemotron_h", "mamba", "bert"]
+)
 def test_mixers_in_both_engines(name: str) -> None:
     """Their values' and convolutions' biases, gates and matrices, for components that begin at any place."""
     depass = DePass(build(name, dtype=torch.float64))
@@ -402,6 +423,15 @@ def test_heads_of_mixers_and_of_attention_are_told_apart() -> None:
         depass.attribute(input_ids=ids, source=Heads())
     with pytest.raises(DePassError, match=r"block 0 has a linear mixer.*Module\('mixer'\)"):
         depass.attribute(input_ids=ids, source=Module("attention"))
+
+
+@pytest.mark.parametrize(
+    "method", ["mean_attention", "attention_rollout", "value_zeroing", "information_flow"]
+)
+def test_methods_of_attention_refuse_mixers(method: str) -> None:
+    depass, ids = DePass(build("bamba")), prompt(9)[None]
+    with pytest.raises(DePassError, match=f"{method}: block 0 of BambaForCausalLM has no attention"):
+        make_method(method, depass).attribute(input_ids=ids, target=TARGET)
 
 
 def test_experts_that_are_not_routed_to_take_no_part() -> None:

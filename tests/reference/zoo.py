@@ -199,6 +199,17 @@ ZOO |= {
     "glm4_moe_lite": ("glm4_moe_lite", LATENT | {"n_group": 1, "num_experts_per_tok": 3}),
     "lfm2_moe": ("lfm2_moe", CONVOLUTION | EXPERTS | {"num_dense_layers": 1}),
 }
+TINY = {
+    "hidden_size": 8,
+    "output_channels": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+    "mlp_dim": 8,
+    "global_attn_indexes": [0],
+}
 # Decoders of encoder-decoders, alone.
 DECODER = {
     "d_model": 36,
@@ -258,19 +269,53 @@ ZOO |= {
     "ctrl": ("ctrl", GPT | {"dff": 44}),
     "lfm3": ("lfm3", CONVOLUTION | WINDOW | HEAD),
 }
+ZOO |= {
+    "dots3_note": (
+        "dots3_note_text",
+        LATENT
+        | {"layer_types": ["full_attention", "full_attention", "full_attention"]}
+        | {"shared_experts_intermediate_size": 20, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
+    ),
+    "moshi": ("moshi", {"ffn_dim": 44, "head_dim": 6, "num_codebooks": 2, "pad_token_id": 0}),
+    "phi4_multimodal": (
+        "phi4_multimodal",
+        {
+            "pad_token_id": 0,
+            "vision_config": TINY,
+            "audio_config": {"hidden_size": 8, "intermediate_size": 8, "num_blocks": 1}
+            | {"num_attention_heads": 2, "ext_pw_out_channel": 8, "nemo_conv_channels": 8},
+        },
+    ),
+}
+MAMBA = {"state_size": 5, "expand": 2, "conv_kernel": 3, "time_step_rank": 4, "use_bias": True}
+ZOO |= {
+    "mamba": ("mamba", MAMBA),
+    "falcon_mamba": ("falcon_mamba", MAMBA),
+    "mamba2": ("mamba2", MAMBA | {"num_heads": 8, "head_dim": 9, "n_groups": 2}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 9,
+            "n_groups": 2,
+            "ssm_state_size": 7,
+            "conv_kernel": 3,
+            "head_dim": 10,
+            "use_bias": True,
+            "mlp_bias": True,
+            "pad_token_id": 0,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        EXPERTS
+        | {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"mamba_d_state": 5, "mamba_d_conv": 3, "mamba_expand": 2, "mamba_dt_rank": 4, "pad_token_id": 0},
+    ),
+}
 # Encoders that are configured as decoders.
 BERT = {"is_decoder": True, "pad_token_id": 0, "num_key_value_heads": 6, "hidden_act": "gelu"}
-TINY_VISION = {
-    "hidden_size": 8,
-    "output_channels": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 16,
-    "mlp_dim": 8,
-    "global_attn_indexes": [0],
-}
 TEXT = SMALL | {"pad_token_id": 0}
 ZOO |= {
     **{name: (name, BERT) for name in ("bert", "bert-generation", "big_bird", "ernie", "megatron-bert")},
@@ -279,7 +324,7 @@ ZOO |= {
     "roc_bert": ("roc_bert", BERT | {"pronunciation_vocab_size": 61, "shape_vocab_size": 61}),
     "rembert": ("rembert", BERT | {"output_embedding_size": 36, "input_embedding_size": 20}),
     "electra": ("electra", BERT | {"embedding_size": 36}),
-    "git": ("git", BERT | {"vision_config": TINY_VISION}),
+    "git": ("git", BERT | {"vision_config": TINY}),
     "modernbert-decoder": (
         "modernbert-decoder",
         {
@@ -298,7 +343,7 @@ ZOO |= {
             "patch_size": 2,
         },
     ),
-    "got_ocr2": ("got_ocr2", {"text_config": TEXT | {"model_type": "qwen2"}, "vision_config": TINY_VISION}),
+    "got_ocr2": ("got_ocr2", {"text_config": TEXT | {"model_type": "qwen2"}, "vision_config": TINY}),
 }
 ALL = tuple(ZOO)
 # Decoders with images around them, which AutoModelForCausalLM builds from the whole's configuration alone.
@@ -348,6 +393,7 @@ class Frozen(Double):
     def __init__(self, *, half: bool = False) -> None:
         super().__init__()
         self.half = half
+        self.gate_is_next = False  # Mamba's gate has the next SiLU, with the values' projection as its input
         self.slopes: list[Tensor] = []
         self.activated: list[Tensor] = []
 
@@ -373,6 +419,9 @@ class Frozen(Double):
             return z * (super().__torch_function__(function, types, args, kwargs) / z).detach()
         if function is nn.functional.silu:  # not of a module, as after a mixer's convolution
             result = args[0] * torch.sigmoid(args[0].detach())
+            if self.gate_is_next:
+                self.gate_is_next = False
+                return result.detach()
             if result.requires_grad:
                 self.activated.append(result)
             return result
@@ -383,6 +432,9 @@ class Frozen(Double):
             self.slopes.append(result.detach())
             return self.slopes[-1]
         return result
+
+    def selected(self, _module: nn.Module, _inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        self.gate_is_next = True
 
     def activation(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         z = inputs[0]
@@ -442,6 +494,9 @@ def mixer_values(model: nn.Module) -> dict[nn.Module, Tensor]:
                 values[inner.in_proj_qkv] = torch.arange(2 * inner.key_dim, inner.conv_dim)
         elif kind.endswith("ShortConv"):
             values[inner.in_proj] = torch.arange(72, 108)
+        elif "x_proj" in parts:
+            values[inner.in_proj] = torch.arange(inner.intermediate_size)
+            values[inner.x_proj] = torch.zeros(0, dtype=torch.long)
         elif "D" in dict(module.named_parameters(recurse=False)):
             values[inner.in_proj] = torch.arange(inner.intermediate_size, 2 * inner.intermediate_size)
     return values
@@ -504,6 +559,11 @@ def derivatives(
             if isinstance(module, ACTIVATIONS)
         ),
         *(module.register_forward_hook(hold(rows)) for module, rows in mixer_values(model).items()),
+        *(
+            module.register_forward_hook(frozen.selected)
+            for name, module in model.named_modules()
+            if name.endswith("x_proj")
+        ),
         *(
             module.register_forward_pre_hook(hold_gate)
             for module in model.modules()

@@ -22,6 +22,11 @@ DENSE: list[FamilySpec] = [
     FamilySpec(("hunyuan_v1_dense", "seed_oss", "ministral", "ministral3", "cwm")),
     FamilySpec(("internlm3", "iquestcoder", "emu3", "emu3_text_model")),
     FamilySpec(("vaultgemma",), mlp=MLPSpec(norm="pre_feedforward_layernorm")),
+    FamilySpec(
+        ("moshi",),
+        attention=AttentionSpec(value="v_proj.linear", output="o_proj.linear"),
+        mlp=MLPSpec(gate="fc1", up="fc1", down="fc2"),
+    ),
     FamilySpec(("glm",), mlp=FUSED),
     FamilySpec(("nanochat",), mlp=replace(PLAIN, gate="fc1", down="fc2")),
     FamilySpec(

@@ -1,6 +1,7 @@
 """Decoders with linear mixers in attention's place in some blocks."""
 
 from dataclasses import replace
+from typing import Any, Literal
 
 from depass_lightning.models.declarations.mixtures import GRANITE_MOE
 from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
@@ -17,7 +18,43 @@ _LFM2 = FamilySpec(
 )
 _MAMBA2 = AttentionSpec(mixers=(("mamba", "state_space"),))
 
+_MAMBA = FamilySpec(
+    ("mamba", "falcon_mamba"),
+    final_norm="norm_f",
+    attention=AttentionSpec(norm="norm", mixers=(("mixer", "selective_scan"),)),
+    mlp=None,
+)
+
+
+def _nemotron(block: Any) -> Literal["attention", "mixer", "mlp"]:
+    kinds: dict[str, Literal["attention", "mixer"]] = {
+        "full_attention": "attention",
+        "linear_attention": "mixer",
+    }
+    return kinds.get(block.block_type, "mlp")
+
+
 HYBRIDS: list[FamilySpec] = [
+    _MAMBA,
+    replace(
+        _MAMBA,
+        model_types=("mamba2",),
+        attention=AttentionSpec(norm="norm", mixers=(("mixer", "state_space"),)),
+    ),
+    FamilySpec(
+        ("nemotron_h",),
+        final_norm="norm_f",
+        attention=AttentionSpec(module="mixer", norm="norm", mixers=(("mixer", "state_space"),)),
+        mlp=MLPSpec(module="mixer", norm="norm", gate="up_proj", up=None),
+        sublayer=_nemotron,
+        when=lambda config: "moe" not in config.layers_block_type,
+    ),
+    FamilySpec(
+        ("jamba",),
+        final_norm="final_layernorm",
+        attention=AttentionSpec(mixers=(("mamba", "selective_scan"),)),
+        mlp=MLPSpec(module="feed_forward", norm="pre_ff_layernorm", experts=ExpertsSpec()),
+    ),
     _QWEN_HYBRID,
     replace(
         _QWEN_HYBRID,

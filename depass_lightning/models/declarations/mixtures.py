@@ -1,7 +1,6 @@
 """Mixtures of experts, with the routing held fixed."""
 
 from dataclasses import replace
-from typing import Any
 
 from depass_lightning.models.declarations.dense import LATENT
 from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
@@ -26,11 +25,6 @@ _GRANITE_MOE_SWA = replace(
 _SHARED = MLPSpec(experts=ExpertsSpec(shared="shared_experts"))
 
 
-def _value_scale(config: Any) -> float:
-    scale = config.attention_value_scale
-    return 1.0 if scale is None else scale
-
-
 MIXTURES: list[FamilySpec] = [
     FamilySpec(
         ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "phimoe", "mellum"),
@@ -47,13 +41,22 @@ MIXTURES: list[FamilySpec] = [
     ),
     FamilySpec(("aria_text",), mlp=_SHARED),
     FamilySpec(
+        ("dots3_note", "dots3_note_text"),
+        attention=replace(
+            LATENT,
+            gate="g_proj",
+            value_scale="kv_lora_scale",
+        ),
+        mlp=_SHARED,
+    ),
+    FamilySpec(
         ("laguna",),
         attention=AttentionSpec(gate="g_proj", gate_activation="softplus"),
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts", scale="moe_routed_scaling_factor")),
     ),
     FamilySpec(
         ("mimo_v2_flash",),
-        attention=AttentionSpec(value_scale=_value_scale),
+        attention=AttentionSpec(value_scale="v_scale"),
         mlp=MLPSpec(experts=ExpertsSpec()),
     ),
     FamilySpec(
