@@ -94,7 +94,8 @@ class Capture:
         ]
         if attention.mixer is None:
             hook = self._returned if attention.probabilities is None else self._asked(attention.probabilities)
-            handles.append(attention.module.register_forward_hook(hook, with_kwargs=True))
+            weighing = attention.weights or attention.module
+            handles.append(weighing.register_forward_hook(hook, with_kwargs=True))
         else:
             handles += [
                 module.register_forward_hook(self._mixed(name))

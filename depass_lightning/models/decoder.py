@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, features, has_bias, is_quantised, linear_of, rows_of
-from depass_lightning.models.block import bind, bind_head
+from depass_lightning.models.binding import bind, bind_head
 from depass_lightning.models.output_heads import OutputHead
 from depass_lightning.models.rotary import Regime, is_rotary, regime
 from depass_lightning.models.sharding import check_shards

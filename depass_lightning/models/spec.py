@@ -44,6 +44,7 @@ class AttentionSpec:
         inner_norm: the norm of the heads' outputs side by side, inside `module`, before the output map.
         scaled_heads: each head's output has a factor that its probabilities lack, as some attention sinks.
         output_bias: a parameter of `module` that is added to the output map's output.
+        weights: the module, inside `module`, that returns the probabilities, where `module` does not.
         mixers: linear mixers that blocks may have in its place: the module's name, and its kind in
             `models/mixers`.
         probabilities: a function of `module` and the arguments of its call that returns the probabilities
@@ -67,6 +68,7 @@ class AttentionSpec:
     inner_norm: str | None = None
     scaled_heads: bool = False
     output_bias: str | None = None
+    weights: str | None = None
     mixers: tuple[tuple[str, str], ...] = ()
     probabilities: Callable[..., Tensor] = seen_probabilities
 

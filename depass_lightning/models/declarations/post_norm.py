@@ -89,6 +89,7 @@ POST_NORM: list[FamilySpec] = [
         _BERT,
         model_types=("git",),
         head=None,
+        attention=replace(_BERT.attention, weights="self"),
         when=lambda _config: True,
     ),
     replace(
