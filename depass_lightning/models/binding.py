@@ -47,10 +47,10 @@ def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: st
         parts = replace(parts, mixers=()) if only == "attention" else parts
         probabilities = None if spec.model is None else parts.probabilities
         attention = _attention(parts, module, config, owner, probabilities)
-        absent = mlp is None or only is not None
-        inside = (
-            _absent_mlp(module, attention.output.shape[0]) if absent else _mlp(mlp, module, config, owner)
-        )
+        if mlp is None or only is not None:
+            inside = _absent_mlp(module, attention.output.shape[0])
+        else:
+            inside = _mlp(mlp, module, config, owner)
     return Block(
         index=index,
         module=module,

@@ -177,10 +177,7 @@ class Decoder:
         return next((part.heads for part in parts if part.mixer is None), parts[0].heads)
 
     def check_attention(self, method: str) -> None:
-        """Refuse what reads attention's probabilities or values, where a block mixes positions otherwise.
-
-        Args:
-            method: its name.
+        """Refuse a method, by its name, that reads attention's probabilities where a block has none.
 
         Raises:
             DePassError: a block has a linear mixer, or no attention.

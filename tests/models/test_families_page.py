@@ -17,6 +17,7 @@ MEASURED = ("gpt2", "gpt_neox", "gemma2", "olmo2", "qwen3_moe", "gpt_oss", "deep
 LIMITS = dict(zip(ERRORS, (1e-10, 1e-6, 1e-5, 1e-5, 0.1, 1e-4), strict=True))
 # With images around the decoder that is measured.
 INSIDE_ANOTHER = {
+    "dots3_note": "dots3_note_text",
     "emu3": "emu3_text_model",
     "gemma3": "gemma3_text",
     "qwen3_5": "qwen3_5_text",

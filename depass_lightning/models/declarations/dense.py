@@ -20,7 +20,7 @@ DENSE: list[FamilySpec] = [
     # no mention: the former are read from the modules, the rest acts only through the probabilities.
     FamilySpec(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "ernie4_5", "helium")),
     FamilySpec(("hunyuan_v1_dense", "seed_oss", "ministral", "ministral3", "cwm")),
-    FamilySpec(("internlm3", "iquestcoder", "emu3", "emu3_text_model")),
+    FamilySpec(("internlm3", "iquestcoder", "emu3", "emu3_text_model", "got_ocr2")),
     FamilySpec(("vaultgemma",), mlp=MLPSpec(norm="pre_feedforward_layernorm")),
     FamilySpec(
         ("moshi",),
