@@ -226,8 +226,7 @@ def settings_of(
     chosen: dict[str, Any] = {**DEFAULTS, **options}
     engine, bias, path = chosen["engine"], chosen["bias"], chosen["attention_path"]
     check_choices(bias=bias, compat=compat, engine=engine, attention_path=path)
-    name = chosen["rule"]
-    if name == AUTO:
+    if (name := chosen["rule"]) == AUTO:
         (name,) = {automatic_rule(source, compat, engine, path) for source in sources}
     rule = rule_named(name, chosen["temperature"], chosen["score_weight"])
     if isinstance(rule, CalibratedRule):
@@ -242,11 +241,12 @@ def settings_of(
     if parallel is not None:
         _check_parallel(decoder, sources, compat)
     drops = compat == "paper_code" or bias == "drop"
+    by_score = isinstance(rule, LinearPaths) and rule.uniform > 0 and decoder.adds_to_scores
     return Settings(
         sources=tuple(sources),
         rule=rule,
         rule_name=name,
-        bias_mode="none" if not decoder.has_biases else "drop" if drops else "component",
+        bias_mode="none" if not (decoder.has_biases or by_score) else "drop" if drops else "component",
         keeps_constants=bias == "component",
         # Rounding error can only be separated when the scores are complete.
         rounding=decoder.rounds and compat is None and rule.complete and path == "content",

@@ -167,7 +167,8 @@ def _called(
         after = attending.output.module.register_forward_hook(lambda *seen: projected.append(seen[2]))
         stack.callback(after.remove)
         arguments, keywords, normed = _from_normed(call)
-        path = ScorePath(attending.module) if mean else None
+        bias = keywords.get("position_bias")
+        path = ScorePath(attending.module, attention.heads, bias) if mean else None
         stack.enter_context(listening(attending.module, _with_gradient(path, side)))
         # Eager attention multiplies queries with keys in its code.
         one_side = None if side is None or decoder.recomputes else OneSide(attending.module, side)
@@ -204,10 +205,16 @@ def _with_gradient(path: ScorePath | None, side: Side | None) -> Listener:
             sinks = torch.zeros_like(constant, requires_grad=True)
             if path is not None:
                 path.constants.append((sinks, constant))
+        added, mask = None, mixture.mask
+        if path is not None and mask is not None and mask.is_floating_point():
+            added = torch.zeros(
+                len(values), 1, 1, 1, dtype=mask.dtype, device=mask.device, requires_grad=True
+            )
+            path.constants.append((added, torch.ones_like(added)))
         if side is not None:
             fixed = "key" if side == "query" else "query"
             mixture = replace(mixture, **{fixed: getattr(mixture, fixed).detach()})
-        return mixture.with_gradient(values, sinks, path)
+        return mixture.with_gradient(values, sinks, added, path)
 
     return mix
 

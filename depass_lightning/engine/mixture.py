@@ -163,7 +163,12 @@ class ScoredMixture(Mixture):
         return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
     def block(
-        self, queries: slice, query: Tensor, key: Tensor, sinks: Tensor | None = None
+        self,
+        queries: slice,
+        query: Tensor,
+        key: Tensor,
+        sinks: Tensor | None = None,
+        added: Tensor | float = 0.0,
     ) -> Float[Tensor, "batch head query key"]:
         """Compute the probabilities of some queries.
 
@@ -172,6 +177,7 @@ class ScoredMixture(Mixture):
             query: these queries.
             key: the keys up to the last of them.
             sinks: a constant score of each prompt and head, in place of the recorded ones.
+            added: `[batch, 1, 1, 1]` how much more of what the mask adds to scores is added.
         """
         work = torch.promote_types(query.dtype, torch.float32)
         # [batch, group, head of it * query, key]
@@ -185,7 +191,11 @@ class ScoredMixture(Mixture):
             scores[..., queries].masked_fill_(later, -torch.inf)
         else:
             mask = self.mask[:, :, queries, : queries.stop]
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            scores = (
+                scores.masked_fill(~mask, -torch.inf)
+                if mask.dtype == torch.bool
+                else scores + mask * (1 + added)
+            )
         if self.sinks is not None:
             sinks = self.sinks.view(1, -1, 1, 1) if sinks is None else sinks
             scores = torch.cat([scores, sinks.to(work).expand(*scores.shape[:3], 1)], -1)
@@ -210,16 +220,18 @@ class ScoredMixture(Mixture):
         )
 
     def with_gradient(
-        self, values: Tensor, sinks: Tensor | None, path: ScorePath | None
+        self, values: Tensor, sinks: Tensor | None, added: Tensor | None, path: ScorePath | None
     ) -> Float[Tensor, "batch head query size"]:
         """Mix values such that derivatives reach queries, keys and sinks, a block of queries at a time.
 
         Args:
             values: the values, held fixed.
             sinks: zeros `[batch, head, 1, 1]` that are added to the sinks, if there are any.
+            added: zeros `[batch, 1, 1, 1]`, how much more of a mask's numbers is added to scores; None for a
+                mask that only hides.
             path: where the softmax's mean derivative is taken; None for its derivative.
         """
-        return _ScoreGradients.apply(self, path, values.detach(), self.query, self.key, sinks)  # type: ignore[return-value]
+        return _ScoreGradients.apply(self, path, values.detach(), self.query, self.key, sinks, added)  # type: ignore[return-value]
 
 
 class _ScoreGradients(torch.autograd.Function):
@@ -234,12 +246,12 @@ class _ScoreGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), mixture = gradients, ctx.mixture
-        values, query, key, sinks = ctx.saved_tensors
+        values, query, key, sinks, added = ctx.saved_tensors
         values = values.repeat_interleave(mixture.heads // values.shape[1], 1)
-        totals = [None if leaf is None else torch.zeros_like(leaf) for leaf in (query, key, sinks)]
+        totals = [None if leaf is None else torch.zeros_like(leaf) for leaf in (query, key, sinks, added)]
         for queries in mixture.queries():
             rows, keys = slice(None), slice(0, queries.stop)
-            parts = ((query, queries), (key, keys), (sinks, rows))
+            parts = ((query, queries), (key, keys), (sinks, rows), (added, rows))
             leaves = [
                 None if leaf is None else leaf[:, :, part].detach().requires_grad_() for leaf, part in parts
             ]
@@ -247,7 +259,8 @@ class _ScoreGradients(torch.autograd.Function):
                 ctx.path.first = queries.start
             with torch.enable_grad(), ctx.path or nullcontext():
                 constant = None if leaves[2] is None else leaves[2] + mixture.sinks.detach().view(1, -1, 1, 1)
-                block = mixture.block(queries, leaves[0], leaves[1], constant)
+                more = 0.0 if leaves[3] is None else leaves[3]
+                block = mixture.block(queries, leaves[0], leaves[1], constant, more)
             by_block = (gradient[:, :, queries] @ values[:, :, keys].mT).to(block)
             chosen = [leaf for leaf in leaves if leaf is not None]
             gradients_of_block = iter(torch.autograd.grad(block, chosen, by_block))

@@ -10,7 +10,8 @@ Attention is called as the model calls it; a torch function mode changes what de
 1. the softmax's derivative becomes `M`, by Gauss-Legendre quadrature;
 2. a soft cap's `tanh` is held at its ratio of output to input;
 3. norms are held at their scale;
-4. what scores contain besides products of queries and keys (attention sinks) has a derivative too.
+4. what scores contain besides products of queries and keys (attention sinks, a bias of positions) has a
+   derivative too.
 """
 
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from depass_lightning.models.probabilities import SOFTMAX
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 SUMS_OF_PRODUCTS = (torch.baddbmm, Tensor.baddbmm)
+SUMS = (torch.add, Tensor.add, Tensor.__add__)
 Side = Literal["query", "key"]
 NODES = 16  # of the quadrature; on real models 6 are exact to 2e-3 of a target's value, 12 to 2e-5
 
@@ -34,6 +36,8 @@ class ScorePath(TorchFunctionMode):
 
     Args:
         module: the attention module.
+        heads: the number of its heads.
+        position_bias: `[head, #query, key]` what the module adds to every prompt's scores, if anything.
 
     Attributes:
         uniform: `[batch, head, query, key]` the even mixture over the positions that each query sees, once
@@ -43,8 +47,9 @@ class ScorePath(TorchFunctionMode):
         first: the position of the first query, where some of the queries are recomputed.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, heads: int, position_bias: Tensor | None = None) -> None:
         super().__init__()
+        self.heads, self.position_bias = heads, position_bias
         self.uniform: Float[Tensor, "batch head query key"] | None = None
         self.constants: list[tuple[Tensor, Tensor]] = []
         self.first = 0
@@ -56,6 +61,8 @@ class ScorePath(TorchFunctionMode):
         if function is torch.cat:
             (tensors, *rest) = args
             return function([self._with_leaf(tensor) for tensor in tensors], *rest, **kwargs)
+        if function in SUMS and self.position_bias is not None and _is_part(args[1], self.position_bias):
+            return function(args[0], self._constant(args[1].expand(len(args[0]), *args[1].shape)))
         result = function(*args, **kwargs)
         if function in SOFTMAX:
             return self._softmax(args[0] if args else kwargs["input"], result)
@@ -69,6 +76,10 @@ class ScorePath(TorchFunctionMode):
         """Give a parameter that is joined to the scores (an attention sink) a derivative for each prompt."""
         if tensor.untyped_storage().data_ptr() not in self._parameters:
             return tensor
+        return self._constant(tensor)
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """Hold what is added to the scores fixed, with a derivative."""
         leaf = torch.zeros_like(tensor, requires_grad=True)
         self.constants.append((leaf, tensor.detach()))
         return tensor.detach() + leaf
@@ -78,9 +89,10 @@ class ScorePath(TorchFunctionMode):
         visible = scores.detach() > torch.finfo(scores.dtype).min / 2
         # Some masks are only large (-1e4); no query sees what follows it. Columns after the keys are sinks.
         queries, keys = scores.shape[-2], self.first + scores.shape[-2]
-        visible[..., :keys] &= torch.ones_like(visible[0, 0, :, :keys]).tril(self.first)
+        visible[..., :keys] &= visible.new_ones(queries, keys).tril(self.first)
         if queries == keys:
             even = visible.to(probabilities.dtype) / visible.sum(-1, keepdim=True).clamp_min(1)
+            even = even if even.ndim == 4 else even.unflatten(0, (-1, self.heads))
             self.uniform = even[..., :keys]  # less the column of a sink
         return _MeanDerivative.apply(scores, probabilities.detach(), visible)  # type: ignore[return-value]
 
@@ -119,6 +131,14 @@ class OneSide(TorchFunctionMode):
 
     def _is_weight(self, factor: Tensor) -> bool:
         return factor.untyped_storage().data_ptr() in self._parameters
+
+
+def _is_part(tensor: Any, whole: Tensor) -> bool:
+    """Whether something is a view of a tensor."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    )
 
 
 def _storages(module: nn.Module) -> set[int]:

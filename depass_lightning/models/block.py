@@ -1,5 +1,6 @@
 """One decoder block as its family declares it, bound to the modules of the model at hand."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -170,6 +171,16 @@ class Block:
         if attention.mixer is not None and attention.mixer.has_biases:
             return True
         return mlp.experts is not None and mlp.experts.has_biases
+
+    @property
+    def adds_to_scores(self) -> bool:
+        """Whether attention's scores contain constants, such as sinks or ALiBi's slopes."""
+        module = self.attention.module
+        arguments = inspect.signature(module.forward).parameters
+        own = any(True for _ in module.parameters(recurse=False))
+        return self.attention.mixer is None and (
+            own or not arguments.keys().isdisjoint(("alibi", "position_bias"))
+        )
 
     @property
     def quantised(self) -> bool:

@@ -166,6 +166,11 @@ class Decoder:
         return has_bias(self.unembedding) or any(block.has_biases for block in self.blocks)
 
     @property
+    def adds_to_scores(self) -> bool:
+        """Whether any attention scores contain constants."""
+        return any(block.adds_to_scores for block in self.blocks)
+
+    @property
     def hidden_size(self) -> int:
         """The size of the residual stream."""
         return self.blocks[0].attention.output.shape[0]

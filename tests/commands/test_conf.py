@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.depass import DePass
@@ -81,7 +81,9 @@ def composed(command, overrides, folder):
     with open_dict(config):
         del config["hydra"]
     try:
-        return OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        assert isinstance(resolved, DictConfig)
+        return resolved
     finally:
         HydraConfig.instance().cfg = None
 

@@ -460,7 +460,7 @@ def test_the_mean_derivative_times_scores_is_what_they_add_to_even_attention(sin
     seen = torch.ones(5, 5 + sink, dtype=torch.bool).tril() | (torch.arange(5 + sink) == 5)
     scores = scores.masked_fill(~seen, torch.finfo(torch.float64).min).requires_grad_()
     values = torch.randn(2, 3, 5, 5 + sink, generator=generator, dtype=torch.float64)
-    path = score_path.ScorePath(torch.nn.Linear(1, 1))
+    path = score_path.ScorePath(torch.nn.Linear(1, 1), heads=3)
     with path:
         probabilities = torch.nn.functional.softmax(scores, dim=-1)
     assert torch.equal(probabilities, scores.softmax(-1))

@@ -60,6 +60,12 @@ KINDS = (
     "qwen3_5",
     "bitnet",
 )
+ADDING = (
+    "mpt",
+    "xglm",
+    "doge",
+    "falcon-rw",
+)  # a bias of positions, scores of 3 dimensions, a dynamic mask, ALiBi
 SOURCES: dict[str, Any] = {
     "tokens in the middle": Tokens(1),
     "heads": Heads(),
@@ -181,6 +187,21 @@ def test_scores_add_up_in_float32(name: str) -> None:
         assert completeness(depass.attribute(input_ids=ids, target=TARGET, rule=rule)[0]) < 1e-5
     for source in (Heads(), Module("mlp")):
         assert completeness(depass.attribute(input_ids=ids, target=TARGET, source=source)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in (*KINDS, *ADDING) else [pytest.mark.slow]) for name in ALL],
+)
+def test_shap_is_complete(name: str) -> None:
+    """What is added to attention's scores is a constant, whatever the module that adds it."""
+    rows = torch.stack([prompt(7), prompt(7).flip(0)])
+    depass = DePass(build(name, dtype=torch.float64), compute_dtype=torch.float64)
+    results = depass.attribute(input_ids=rows, target=TARGET, rule="shap")
+    for row, result in zip(rows, results, strict=True):
+        (alone,) = depass.attribute(input_ids=row[None], target=TARGET, rule="shap")
+        assert completeness(result) < 1e-6
+        assert distance(result.scores, alone.scores) < 1e-9
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
