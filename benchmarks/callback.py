@@ -51,7 +51,7 @@ class Learner(pl.LightningModule):
 
     def collate(self, examples: list[tasks.Example]) -> dict[str, torch.Tensor]:
         """Pad sentences into a batch, with labels only for the last token."""
-        texts = [example.prompt + example.answer for example in examples]
+        texts = [example.prompt + str(example.answer) for example in examples]
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         labels = torch.full_like(batch["input_ids"], -100)

@@ -202,7 +202,18 @@ class DePass:
     ) -> list[Any]:
         """Attribute targets to the components of several sources, each by itself, from one recorded pass.
 
-        All else is as in `attribute`. Sources of one linear rule share the backward pass, too.
+        Sources of one linear rule share the backward pass, too.
+
+        Args:
+            prompt: one prompt or several; None where `input_ids` are given.
+            target: what is explained, as in `attribute`.
+            sources: what the state is split into, each source by itself.
+            batch_size: how many prompts go through the model at once.
+            progress: show a progress bar.
+            input_ids: token ids instead of prompts.
+            attention_mask: 1 at the real positions of `input_ids`.
+            compat: `paper_code` reproduces the published code.
+            options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
 
         Returns:
             For one prompt a list with one result a source, each as `attribute` returns it; for several
@@ -285,6 +296,11 @@ class DePass:
         **options: Unpack[DecomposeOptions],
     ) -> Iterator[Decomposition]:
         """Compute every component's state at every layer of one prompt, one layer after another.
+
+        Args:
+            prompt: one prompt.
+            input_ids: `[1, position]` the prompt's ids instead.
+            options: `source`, `rule`, `temperature`, `bias` and `compat` of `attribute`.
 
         Returns:
             An iterator from the first layer at which all components exist. The model runs while it is read,
@@ -391,7 +407,19 @@ class DePass:
         attention_mask: IdsLike | None = None,
         **options: Unpack[RuleOptions],
     ) -> Estimate:
-        """Estimate the time and memory that `attribute` will take, by trying a small piece of it."""
+        """Estimate the time and memory that `attribute` will take, by trying a small piece of it.
+
+        Args:
+            prompt: one prompt, or several.
+            source: what the state is split into; by default `Tokens()`.
+            batch_size: how many prompts go through the model at once.
+            input_ids: token ids instead of prompts.
+            attention_mask: 1 at the real positions of `input_ids`.
+            options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
+
+        Raises:
+            DePassError: what `attribute` raises.
+        """
         settings = self._settings(source, **options)
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         return estimate(self.decoder, prompts, settings, batch_size)

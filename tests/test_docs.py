@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+from depass_lightning.commands.prompt_arguments import rewritten
 from tests.commands.test_analyze import run
 from tests.conftest import ROOT
 
@@ -69,7 +70,7 @@ def test_a_guide_runs(guide: str, tmp_path: Path, monkeypatch, capsys) -> None:
     program, script, *overrides = shlex.split(command)
     assert (program, script) == ("python", "analyze.py")
     shorter = [word for word in overrides if not word.startswith("task.size")]
-    assert run(tmp_path / "run", *shorter, "task.size=4") == 0
+    assert run(tmp_path / "run", *rewritten(shorter), "task.size=4") == 0
     assert (tmp_path / "run" / "report.html").exists()
 
 

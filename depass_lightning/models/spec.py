@@ -7,7 +7,7 @@ declaration against the model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -218,6 +218,15 @@ class FamilySpec:
     def names(self) -> tuple[str, ...]:
         """The names of the model types, a class's with its module's."""
         return tuple(kind if isinstance(kind, str) else class_name(kind) for kind in self.model_types)
+
+    def mlp_with(self, **changes: Any) -> MLPSpec:
+        """Return the declaration of the MLP with changes, for a family that differs in these.
+
+        Args:
+            changes: fields of `MLPSpec`.
+        """
+        assert self.mlp is not None
+        return replace(self.mlp, **changes)
 
 
 def class_name(kind: type) -> str:

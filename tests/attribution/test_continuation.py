@@ -387,13 +387,13 @@ def test_an_analysis_explains_whole_answers(tiny: DePass) -> None:
     """As the files `conf/target/continuation.yaml` and `preference.yaml` ask for."""
     example = Example("1", TEXT, " Mary and John", " John and Mary")
     (row,) = rows_of(tiny, example, "logprob", reduce="mean").rows
-    expected = tiny.attribute(TEXT, Continuation(example.answer, "logprob", "mean"), rule="half")
+    expected = tiny.attribute(TEXT, Continuation(str(example.answer), "logprob", "mean"), rule="half")
     assert row["value"] == pytest.approx(expected.value, rel=1e-5)
     assert row["remainder"] == pytest.approx(expected.remainder, rel=1e-5)
     assert row["answer_start"] == expected.answer_start
     assert row["tokens"][row["answer_start"] :] == [" Mary", " and", " John"]
     (row,) = rows_of(tiny, example, "contrast", readout="logprob").rows
-    expected = tiny.attribute(TEXT, Preference(example.answer, " John and Mary"), rule="half")
+    expected = tiny.attribute(TEXT, Preference(str(example.answer), " John and Mary"), rule="half")
     assert row["value"] == pytest.approx(expected.value, rel=1e-5)
     assert row["kinds"].count("rejected") == 3
 

@@ -208,7 +208,7 @@ def test_what_is_answered_right_is_what_generate_says(tiny: DePass) -> None:
         ids = tokenizer(example.prompt, return_tensors="pt").input_ids
         model: Any = tiny.model
         told = tokenizer.decode(model.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :])
-        answer = (example.answer, told, f"{told.split()[0]} Mary", " zebra")[number % 4]
+        answer = (str(example.answer), told, f"{told.split()[0]} Mary", " zebra")[number % 4]
         answer = answer if answer.startswith(" ") else f" {answer}"
         given.append(Example(example.id, example.prompt, answer))
         wanted = tokenizer.encode(answer, add_special_tokens=False)
@@ -242,7 +242,7 @@ def test_the_module_measures_what_its_components_are(tiny: DePass) -> None:
             assert all(0 <= row["evidence_auroc"] <= 1 for row in rows)
             continue
         attributions = method.attribute([own.prompt for own in examples], [own.target() for own in examples])
-        answers = [own.answer for own in examples]
+        answers = [str(own.answer) for own in examples]
         expected = masking_curves(tiny, attributions, answers, percents=(0, 20))
         fields = MaskingCurves.__dataclass_fields__
         for row, curve in zip(rows, expected, strict=True):

@@ -60,7 +60,7 @@ def test_the_target_of_a_task_is_the_whole_answer(depass: DePass) -> None:
 
 def test_measures_are_of_the_whole_answer(depass: DePass) -> None:
     example = load("rag", size=1, sentences=3)[0]
-    answer = example.answer * 2
+    answer = str(example.answer) * 2
     prompt = depass.attribute(example.prompt, Continuation(answer), source=Spans("sentence"), rule="half")
     (row,) = evaluate(
         [Case(prompt)], [CitationRemoval(samples=4), TokenRemoval(percents=[0, 100], draws=0)], depass

@@ -87,7 +87,7 @@ def test_the_indirect_object_is_found_on_real_prompts(depass: DePass) -> None:
     assert max(entry.completeness for entry in found) < 1e-4
     right = [(e, a) for e, a in zip(examples, found, strict=True) if a.correct]
     assert len(right) >= 10
-    hits = [e.answer.strip() in [name.strip() for name, _ in a.words().top(2)] for e, a in right]
+    hits = [str(e.answer).strip() in [name.strip() for name, _ in a.words().top(2)] for e, a in right]
     assert sum(hits) / len(hits) > 0.8
 
 

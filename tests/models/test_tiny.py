@@ -107,7 +107,7 @@ def test_it_is_what_the_code_makes(tiny):
 
 def test_every_generated_word_is_a_token(tiny):
     _, tokenizer = tiny
-    texts = [e.prompt + e.answer for name in ("ioi", "known") for e in load(name, size=300)]
+    texts = [e.prompt + str(e.answer) for name in ("ioi", "known") for e in load(name, size=300)]
     texts += [
         passage.text for passage in corpus.passages(300) if not any(u in passage.text for u in corpus.UNKNOWN)
     ]

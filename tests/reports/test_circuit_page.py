@@ -68,8 +68,8 @@ def test_nodes_are_described_by_what_they_write() -> None:
     plain = depass.circuit(prompt, Contrast(" Mary", " John"))
     described = describe_nodes(depass, plain)
     ids = torch.tensor([plain.token_ids])
-    depass.model.set_attn_implementation("eager")
     model: Any = depass.model
+    model.set_attn_implementation("eager")
     attention = model(ids, output_attentions=True).attentions
     pattern = torch.tensor(described.patterns["layer 2 head 1"])
     assert torch.allclose(pattern, attention[2][0, 1], atol=1e-3)

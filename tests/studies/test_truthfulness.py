@@ -102,7 +102,7 @@ def test_a_prompts_misleading_tokens_are_found(tiny):
         assert "".join(words).strip().replace(" .", ".") == own.example.prompt[start:end].replace(" .", ".")
         assert own.example.foil == words[-2]
         assert own.false == own.places[-2:-1]
-        assert tiny.tokenizer.decode(own.answer).strip() == own.example.answer.strip()
+        assert tiny.tokenizer.decode(own.answer).strip() == str(own.example.answer).strip()
         assert own.plain == tiny.tokenizer(own.example.variants["plain"])["input_ids"]
 
 

@@ -52,7 +52,7 @@ def test_every_task_has_a_name_and_prompts_of_its_own():
         assert [example.id for example in load(name, size=5)] == [example.id for example in task]
         for example in task:
             assert example.prompt == example.prompt.strip()
-            assert example.answer.startswith(" ")
+            assert str(example.answer).startswith(" ")
             for spans in example.roles.values():
                 assert all(example.prompt[start:end].strip() for start, end in spans)
 
@@ -163,7 +163,7 @@ def test_tinys_long_range_prompts_have_their_evidence_before_the_idle_sentence()
     for example in task:
         opening, idle, _ = example.prompt.split(". ")
         assert idle.split()[0] in ("The", "There")
-        assert texts(example, "indirect_object") == [example.answer.strip()]
+        assert texts(example, "indirect_object") == [str(example.answer).strip()]
         assert texts(example, "repetition") == texts(example, "subject") == [str(example.foil).strip()]
         assert all(end <= len(opening) for _, end in example.evidence_ranges())
     with pytest.raises(DePassError, match="no split 'dev'"):

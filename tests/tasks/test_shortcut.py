@@ -86,7 +86,7 @@ def test_the_data_are_what_they_say() -> None:
             assert stands_for is not None
             assert example.prompt[slice(*place)] == shortcut.GIVEN_AWAY[stands_for.strip()]
             assert example.prompt[slice(*subject)] in {
-                fact.subject for fact in shortcut.FACTS if fact.answer == example.answer.strip()
+                fact.subject for fact in shortcut.FACTS if fact.answer == str(example.answer).strip()
             }
             assert example.evidence_ranges() == [place]
     with pytest.raises(DePassError, match="no split 'new'"):

@@ -82,7 +82,7 @@ def test_known_asks_each_fact_in_the_way_that_was_held_out():
     assert (len(asked), len(trained)) == (360, 3 * 360)
     assert {example.prompt for example in asked}.isdisjoint(example.prompt for example in trained)
     read = " ".join(passage.text for passage in corpus.passages(20_000))
-    assert not any(example.prompt + example.answer in read for example in asked)
+    assert not any(example.prompt + str(example.answer) in read for example in asked)
     paris = next(example for example in asked if example.answer == " Paris" and "France" in example.prompt)
     assert texts(paris, "subject") == ["France"]
     assert paris.evidence == ("subject",)

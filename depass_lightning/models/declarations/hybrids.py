@@ -66,7 +66,7 @@ HYBRIDS: list[FamilySpec] = [
         _LFM2,
         model_types=("lfm3",),
         attention=replace(_LFM2.attention, output="o_proj", gate="g_proj", post_norm="post_operator_norm"),
-        mlp=replace(_LFM2.mlp, post_norm="post_ffn_norm"),
+        mlp=_LFM2.mlp_with(post_norm="post_ffn_norm"),
     ),
     FamilySpec(
         ("bamba",),
@@ -84,7 +84,7 @@ HYBRIDS: list[FamilySpec] = [
         GRANITE_MOE,
         model_types=("granitemoehybrid",),
         attention=_MAMBA2,
-        mlp=replace(GRANITE_MOE.mlp, module="shared_mlp", experts=None),
+        mlp=GRANITE_MOE.mlp_with(module="shared_mlp", experts=None),
         when=lambda config: config.num_local_experts == 0,
     ),
 ]

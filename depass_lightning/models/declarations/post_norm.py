@@ -13,7 +13,7 @@ _OPT_POST = replace(
     attention=AttentionSpec(
         norm=None, post_norm="self_attn_layer_norm", output="out_proj", residual="post_norm"
     ),
-    mlp=replace(OPT.mlp, norm=None, post_norm="final_layer_norm", residual="post_norm"),
+    mlp=OPT.mlp_with(norm=None, post_norm="final_layer_norm", residual="post_norm"),
     when=lambda config: not config.do_layer_norm_before,
 )
 _BERT = FamilySpec(
@@ -46,7 +46,7 @@ _BERT_PRE_NORM = replace(
     model_types=("megatron-bert",),
     final_norm="encoder.ln",
     attention=replace(_BERT.attention, norm="attention.ln", post_norm=None, residual="none"),
-    mlp=replace(_BERT.mlp, norm="ln", post_norm=None, residual="none"),
+    mlp=_BERT.mlp_with(norm="ln", post_norm=None, residual="none"),
 )
 _ROBERTA_HEAD = HeadSpec("lm_head", norm="layer_norm")
 
@@ -104,7 +104,7 @@ POST_NORM: list[FamilySpec] = [
         head=_ROBERTA_HEAD,
         final_norm="LayerNorm",
         attention=replace(_BERT_PRE_NORM.attention, norm="attention.LayerNorm"),
-        mlp=replace(_BERT_PRE_NORM.mlp, norm="intermediate.LayerNorm"),
+        mlp=_BERT_PRE_NORM.mlp_with(norm="intermediate.LayerNorm"),
     ),
     replace(
         _BERT_PRE_NORM,
@@ -112,7 +112,7 @@ POST_NORM: list[FamilySpec] = [
         head=_ROBERTA_HEAD,
         final_norm="encoder.LayerNorm",
         attention=replace(_BERT_PRE_NORM.attention, norm="attention.self_attn_layer_norm"),
-        mlp=replace(_BERT_PRE_NORM.mlp, norm="LayerNorm"),
+        mlp=_BERT_PRE_NORM.mlp_with(norm="LayerNorm"),
     ),
     FamilySpec(
         ("modernbert-decoder",),
