@@ -177,9 +177,9 @@ class Block:
         """Whether attention's scores contain constants, such as sinks or ALiBi's slopes."""
         module = self.attention.module
         arguments = inspect.signature(module.forward).parameters
-        own = any(True for _ in module.parameters(recurse=False))
+        sinks = any(True for _ in module.parameters(recurse=False))
         return self.attention.mixer is None and (
-            own or not arguments.keys().isdisjoint(("alibi", "position_bias"))
+            sinks or not arguments.keys().isdisjoint(("alibi", "position_bias"))
         )
 
     @property

@@ -59,15 +59,13 @@ class Decoder:
         if spec.model is None:
             self.token_embedding: nn.Module = self.model.get_input_embeddings()
             self.head = OutputHead.of(self.model)
-            path = spec.decoder
-            inner = self.model.get_decoder() if path is None else submodule(self.model, path, owner)
+            inner = submodule(inner, spec.decoder, owner) if spec.decoder else self.model.get_decoder()
         else:
             self.token_embedding = submodule(inner, spec.model.embedding, owner)
             self.head = OutputHead("causal", submodule(inner, spec.model.unembedding, owner))
         self.unembedding = self.head.output
         self.final_norm = None if spec.final_norm is None else submodule(inner, spec.final_norm, owner)
-        projection = None if spec.final_projection is None else getattr(inner, spec.final_projection, None)
-        self.final_projection: nn.Module | None = projection
+        self.final_projection: nn.Module | None = getattr(inner, spec.final_projection or "", None)
         modules = submodule(inner, spec.blocks, owner)
         self.blocks = [
             bind(spec, index, module, self.config, f"block {index} of {owner}")
@@ -161,9 +159,8 @@ class Decoder:
     @property
     def has_biases(self) -> bool:
         """Whether any constant enters the residual stream, so that a bias component exists."""
-        if self.final_norm is not None and has_bias(self.final_norm):
-            return True
-        return has_bias(self.unembedding) or any(block.has_biases for block in self.blocks)
+        ends = [self.unembedding] if self.final_norm is None else [self.unembedding, self.final_norm]
+        return any(map(has_bias, ends)) or any(block.has_biases for block in self.blocks)
 
     @property
     def adds_to_scores(self) -> bool:

@@ -70,7 +70,7 @@ def test_bytes_grow_with_the_prompt_and_not_where_scores_are_taken_back() -> Non
     short, long = (depass.estimate(input_ids=prompt(length)[None]) for length in (8, 32))
     rows, hidden = 32 * 33 // 2, 36
     assert long.components == rows * hidden * 4
-    assert long.recording > 4 * short.recording
+    assert long.recording >= 4 * short.recording
     assert long.bytes == long.recording + long.components + long.working
     back = depass.estimate(input_ids=prompt(32)[None], rule="taylor")
     assert back.components == 0

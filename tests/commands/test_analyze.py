@@ -289,7 +289,7 @@ def jsonl(folder, *rows):
         (["target=generation", "compat=paper_code"], "compat='paper_code' explains no generated tokens"),
         (["target=generation", "target.max_new_tokens=0"], "max_new_tokens is 0"),
         (["faithfulness.percents=[0,120]"], "percents must rise"),
-        (["task=jsonl"], "task.path has to be given"),
+        (["task=jsonl"], "the jsonl task reads a file; give its path"),
         (["task=jsonl", "task.path=nowhere.jsonl"], "no file nowhere.jsonl"),
         (["model=gguf", "model.path=nowhere.gguf"], "nowhere.gguf"),
         (["model=llama2-7b"], "ask for access at https://huggingface.co/meta-llama/Llama-2-7b-hf"),

@@ -194,7 +194,11 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("sources", "message"),
-    [([], r"list of sources is empty"), ("tokens", r"source 't' is a str"), ([Tokens], r"is a ABCMeta")],
+    [
+        ([], r"list of sources is empty"),
+        ("tokens", r"source 't' is unknown; there are tokens"),
+        ([Tokens], r"is a ABCMeta"),
+    ],
 )
 def test_bad_sources_are_named(sources: Any, message: str) -> None:
     with pytest.raises(DePassError, match=message):

@@ -24,7 +24,7 @@ def test_states_are_kept(tmp_path, layer, options, to):
     source = Spans("word") if options else Tokens()
     for path, example in zip(files, task, strict=True):
         alone = depass.decompose(
-            example.prompt, source=source, rule="max" if options else "softmax", to_layer=to
+            example.prompt, source=source, rule="max" if options else "half", to_layer=to
         )
         read = read_states(path)
         assert (read.components, read.layer) == (alone.components, alone.layer)

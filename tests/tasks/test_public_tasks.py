@@ -44,9 +44,9 @@ def write(path, rows):
 
 
 def test_every_task_has_a_name_and_prompts_of_its_own():
-    expected = "ioi known counterfact truthfulqa longra multilingual language jsonl chat rag"
+    expected = "ioi known counterfact truthfulqa longra multilingual language jsonl labelled chat rag"
     assert tuple(expected.split()) == NAMES
-    for name in set(NAMES) - {"jsonl", "chat"}:  # which read files
+    for name in set(NAMES) - {"jsonl", "labelled", "chat"}:  # which read files
         task = load(name, size=5)
         assert task.name == name
         assert [example.id for example in load(name, size=5)] == [example.id for example in task]
