@@ -48,7 +48,7 @@ class Wrapped(OwnModule):
 # Lightning warns of the part in evaluation mode
 pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module")
 
-KINDS = ("lora", "compiled", pytest.param("compiled in place", marks=pytest.mark.slow))
+KINDS = ("lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("compiled", "compiled in place")))
 
 
 @pytest.fixture(autouse=True)

@@ -182,7 +182,7 @@ class Kill(TrainerCallback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("kind", ["plain", "lora"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_resumed_run_keeps_its_curves_and_its_reference(tmp_path: Path, kind: str) -> None:
     options = {"max_steps": 8, "eval_steps": 3, "save_strategy": "steps", "save_steps": 4}
 

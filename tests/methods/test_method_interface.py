@@ -68,7 +68,9 @@ def names(method: Any) -> str:
     return f"{method.name} of {method.source.kind}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.slow] * (family != "llama")) for family in FAMILIES]
+)
 def test_a_batch_gives_what_single_prompts_give(family: str) -> None:
     """And DePass's own names, values and predictions, in every family, padded on either side."""
     model = zoo.build(family, dtype=torch.float64)

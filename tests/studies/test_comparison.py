@@ -108,6 +108,7 @@ def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
     assert any("Ahead of DePass" in note or "No method is ahead" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_heads_and_neurons(depass: DePass, tmp_path: Path) -> None:
     listed: dict[Components, tuple[str, ...]] = {"heads": HEAD_METHODS, "neurons": NEURON_METHODS}
     for components, methods in listed.items():
@@ -163,6 +164,7 @@ def test_only_prompts_that_are_answered_right_are_compared_on(depass: DePass, tm
         study.run(depass, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_target_is_that_of_the_study(depass: DePass, tmp_path: Path, monkeypatch) -> None:
     explained, original = [], DePassMethod.attribute
 
