@@ -85,7 +85,7 @@ class RunStore:
     def damaged(self) -> list[Path]:
         """Return damaged files, and missing files of states."""
         tables = [path for path in self._tables() if not _intact(path)]
-        return [*tables, *(state_path(self.states, index) for index in self._lost(tables))]
+        return [*tables, *self._states_of(self._lost(tables))]
 
     def tidy(self) -> list[Path]:
         """Remove unfinished and damaged files, and rows whose states are damaged or missing.
@@ -99,7 +99,7 @@ class RunStore:
         for path in damaged:
             path.unlink()
         if lost := self._lost():
-            damaged += [state_path(self.states, index) for index in lost]
+            damaged += self._states_of(lost)
             for path in self._tables():
                 self._leave_out(path, lost)
         remove_halves(self.path.parent)
@@ -229,6 +229,10 @@ class RunStore:
         for path in self._single:  # after a crash before this, rows exist twice; the merge keeps one
             path.unlink()
         self._single = []
+
+    def _states_of(self, indices: Sequence[int]) -> list[Path]:
+        """Return the files of the states of rows' prompts."""
+        return [state_path(self.states, prompt) for prompt in sorted({i // self.rows for i in indices})]
 
     def _lost(self, without: Sequence[Path] = ()) -> list[int]:
         """Return the indices of rows whose prompt's states are missing or damaged.

@@ -359,21 +359,6 @@ def test_prompts_that_are_done_leave_the_other_batches_as_they_were():
     assert sorted(index for batch in loader for index in batch.indices) == [3, 4, 5, 6]
 
 
-def test_many_shards_become_few(tmp_path):
-    """A shard a batch, packed as they grow in number: nothing is lost, nothing is there twice."""
-    from depass_lightning.storage.run_store import PACKED
-
-    run_store = RunStore(tmp_path)
-    for index in range(2 * PACKED + 3):
-        run_store.add(0, [{"index": index, "id": str(index)}], [], 1)
-    assert len(list(run_store.shards.iterdir())) == 2 + 3
-    assert run_store.counted() == 2 * PACKED + 3
-    assert run_store.done() == set(range(2 * PACKED + 3))
-    run_store.merge(range(2 * PACKED + 3))
-    assert [row["id"] for row in read_rows(run_store.path)] == [str(i) for i in range(2 * PACKED + 3)]
-    assert not run_store.shards.exists()
-
-
 def test_every_process_says_how_far_it_is(tmp_path, caplog):
     caplog.set_level("INFO", "depass_lightning")
     assert run(tmp_path, *QUICK, "log_every=0") == 0
