@@ -37,6 +37,9 @@ from depass_lightning.storage import RunStore
 ANALYZE = Path(__file__).resolve().parent.parent / "analyze.py"
 
 
+SAMPLED = 0.1  # seconds between two looks at the run
+
+
 def sweep(prompts: int, processes: int) -> dict[str, float]:
     """Run `analyze.py`, and return prompts per second and memory.
 
@@ -55,15 +58,18 @@ def sweep(prompts: int, processes: int) -> dict[str, float]:
         run_store, memory = RunStore(f"{folder}/run"), []
         while process.poll() is None:
             memory.append((time.perf_counter(), run_store.counted(), _resident(process)))
-            time.sleep(0.1)
+            time.sleep(SAMPLED)
         if process.returncode:
             raise SystemExit(Path(folder, "log").read_text())
         started = next(i for i, (_, done, _) in enumerate(memory) if done)
+        reached = max(
+            done for _, done, _ in memory
+        )  # merging removes the shards, perhaps before they are counted
         tenth, most = (
-            next(i for i, (_, done, _) in enumerate(memory) if done >= part * prompts) for part in (0.1, 0.9)
+            next(i for i, (_, done, _) in enumerate(memory) if done >= part * reached) for part in (0.1, 0.9)
         )
         ended = max(i for i, (_, done, _) in enumerate(memory) if done)
-        seconds = memory[ended][0] - memory[started][0]
+        seconds = max(SAMPLED, memory[ended][0] - memory[started][0])
         return {
             "prompts/s": (memory[ended][1] - memory[started][1]) / seconds,
             "MB at a tenth": memory[tenth][2] / 2**20,

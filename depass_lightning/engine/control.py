@@ -325,16 +325,19 @@ def _frozen(norm: nn.Module, weight: Tensor, dtype: torch.dtype, name: str) -> H
 def _from_normed(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """The call's arguments with the normed state, which comes first or by its name, as a leaf."""
     arguments, keywords = _ordinary(call.arguments), _ordinary(call.keywords)
-    states = arguments[0] if arguments else keywords.get("hidden_states")
-    if not isinstance(states, Tensor):
+    states, attention = arguments[0] if arguments else keywords.get("hidden_states"), call.block.attention
+    # BERT's pre-norm variants have the norm inside: their attention is called with the state before it.
+    if not isinstance(states, Tensor) or any(part is attention.norm for part in attention.module.modules()):
         raise DePassError(
-            f"block {call.block.index}: {type(call.block.attention.module).__name__} is not called with the "
-            "normed state first or as hidden_states; its control path cannot be taken"
+            f"block {call.block.index}: {type(attention.module).__name__} is not called with the normed "
+            "state first or as hidden_states, so that queries and keys cannot be followed; take rule='half'"
         )
     normed = states.detach().requires_grad_()
-    if arguments:
-        return (normed, *arguments[1:]), keywords, normed
-    return arguments, keywords | {"hidden_states": normed}, normed
+    if not arguments:
+        return arguments, keywords | {"hidden_states": normed}, normed
+    # CTRL's attention is called with the same state for queries, keys and values.
+    same = [argument is call.arguments[0] for argument in call.arguments]
+    return tuple(normed if it else other for it, other in zip(same, arguments, strict=True)), keywords, normed
 
 
 def _ordinary(value: Any) -> Any:

@@ -197,7 +197,7 @@ class Decoder:
         return max(block.mlp.width for block in self.blocks)
 
     def regime(self, length: int) -> Regime:
-        """Name the rotary frequencies of a prompt: only prompts of one name may share a batch.
+        """Name what the model chooses by a prompt's length: only prompts of one name may share a batch.
 
         Args:
             length: the prompt's tokens.

@@ -30,13 +30,15 @@ def is_rotary(config: Any) -> bool:
 
 
 def regime(config: Any, length: int) -> Regime:
-    """Name the frequencies that a model chooses for a prompt alone; equal names mean equal frequencies.
+    """Name what a model chooses for a prompt alone; prompts of one name may be padded to one batch.
+
+    Frequencies depend on the length; a sparse attention's choice of keys (DeepSeek's) depends on padding.
 
     Args:
         config: the configuration of a model's decoder.
         length: the prompt's number of tokens.
     """
-    names = []
+    names = [length] if getattr(config, "index_topk", None) else []
     context = getattr(config, "max_position_embeddings", 0)
     for settings in _settings(config):
         kind = settings.get("rope_type", settings.get("type"))

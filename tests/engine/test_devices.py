@@ -68,7 +68,12 @@ SOURCES = (Tokens(), Spans([(0, 2)], unit="token"), Heads(), Neurons(1), Module(
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in zoo.ZOO]
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in zoo.ZOO
+        if name != "kolibri1"  # on a GPU its router calls a product that no CPU has
+    ],
 )
 def test_a_family(name: str) -> None:
     expected = scores(DePass(zoo.build(name)), "cpu")
