@@ -67,6 +67,7 @@ def test_lora_moves_the_score_onto_the_subject_and_leaves_an_adapter(
     assert adapted.attribute("The capital of France is").completeness < 1e-4
 
 
+@pytest.mark.slow
 def test_forgetting_shows_in_the_probes_of_what_was_known(tmp_path: Path) -> None:
     quick = ["trainer.max_epochs=4", "callbacks.depass.size=8", "callbacks.depass.faithfulness=0"]
     quick += ["callbacks.depass.rule=softmax"]  # as in docs/training.md

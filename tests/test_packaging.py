@@ -114,6 +114,7 @@ def test_wheel_holds_the_tree(checkout: Path, wheel: Path) -> None:
     assert not foreign
 
 
+@pytest.mark.slow
 def test_wheel_imports_and_has_its_commands(site: Path, tmp_path: Path) -> None:
     script = """
 from importlib.metadata import distribution

@@ -62,8 +62,9 @@ def in_a_process(rank, world, port, folder, budget, families, rules):
     [
         (2, None, ["llama"], ["softmax", "half"]),
         pytest.param(2, None, ["llama", "gpt2", "gptj"], RULES, marks=pytest.mark.slow),
-        (3, 1500, ["gpt2"], RULES[:4]),
-        (11, None, ["llama"], ["softmax"]),
+        (3, 1500, ["gpt2"], RULES[:1]),
+        pytest.param(3, 1500, ["gpt2"], RULES[:4], marks=pytest.mark.slow),
+        pytest.param(11, None, ["llama"], ["softmax"], marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_processes_gives_the_scores_of_one(tmp_path, world, budget, families, rules):

@@ -253,6 +253,7 @@ def test_a_prompt_has_its_split_by_its_text() -> None:
         sampled([], "fresh")
 
 
+@pytest.mark.slow
 def test_methods_are_compared_with_true_ablation(depass: DePass, tmp_path: Path) -> None:
     """On held-out prompts, against another method than DePass, and the numbers are kept."""
     study = MethodComparison(
