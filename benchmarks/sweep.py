@@ -61,14 +61,14 @@ def sweep(prompts: int, processes: int) -> dict[str, float]:
             time.sleep(SAMPLED)
         if process.returncode:
             raise SystemExit(Path(folder, "log").read_text())
-        started = next(i for i, (_, done, _) in enumerate(memory) if done)
-        reached = max(
-            done for _, done, _ in memory
-        )  # merging removes the shards, perhaps before they are counted
+        # A run of a few prompts may be over between two looks: its rate is 0, not measured.
+        started = next((i for i, (_, done, _) in enumerate(memory) if done), 0)
+        # Merging removes the shards, perhaps before the last ones are counted.
+        reached = max(done for _, done, _ in memory)
         tenth, most = (
             next(i for i, (_, done, _) in enumerate(memory) if done >= part * reached) for part in (0.1, 0.9)
         )
-        ended = max(i for i, (_, done, _) in enumerate(memory) if done)
+        ended = max((i for i, (_, done, _) in enumerate(memory) if done), default=0)
         seconds = max(SAMPLED, memory[ended][0] - memory[started][0])
         return {
             "prompts/s": (memory[ended][1] - memory[started][1]) / seconds,
