@@ -7,7 +7,7 @@ EarlyStopping read them, and to the loggers; rank zero publishes the maps.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,15 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from depass_lightning.attribution.automatic_rule import AUTO
-from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.errors import DePassError
-from depass_lightning.monitoring.alarms import Alarms
+from depass_lightning.models.sharding import WAY_OUT
 from depass_lightning.monitoring.checkpoints import ranks_after_batch, ranks_after_epoch
-from depass_lightning.monitoring.config import Sources
 from depass_lightning.monitoring.discovery import ModelFinder
 from depass_lightning.monitoring.history import History
-from depass_lightning.monitoring.monitor import MonitorResult, ProbeMonitor
-from depass_lightning.monitoring.probe_sets import AnswerPart, ProbeSource, TargetKind
+from depass_lightning.monitoring.monitor import MonitorOptions, MonitorResult, ProbeMonitor
+from depass_lightning.monitoring.probe_sets import ProbeSource
 from depass_lightning.monitoring.sinks import is_named, sinks_of
 
 SHARDED = ("FSDPStrategy",)  # others are refused by the type of their parameters
@@ -37,38 +35,16 @@ class DePassCallback(Callback):
     never twice at one optimiser step. With `trainer.validate` it runs once, and does not change the history.
 
     Args:
-        probes: a task or its name ("ioi"), a file of JSON lines, a DataLoader (see
-            `monitoring/dataloader_prompts.py`), a list of `(prompt, target)` or of `Example`; or a mapping
-            from names to such sets.
-        size: the maximum number of probes of each set.
-        source: what the states are split into: a source or its name ("tokens", "heads", ...), or several in a
-            list or a mapping from names; several share one pass and are logged separately. None for
-            `Tokens()`.
-        target: what is explained: "contrast", each probe's target, against its foil where it has one;
-            "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
-            others; "logprob", its log-probability; "own", the model's most likely next token.
-        answer: of an answer of several tokens in a task, "whole" explains all of them, "first" the first one.
+        probes: a task, a file, a DataLoader, a list, or a mapping from names to these; see `ProbeMonitor`.
         tokenizer: the model's tokenizer; None for the `tokenizer` of the LightningModule or the data module,
             or the one that the model's name loads.
         model: where the language model is: the path of an attribute of the LightningModule, or a function of
             the LightningModule. None searches for it.
         every_n_steps: also run after every this many optimiser steps.
-        max_overhead: the largest fraction of the wall time that the probes may take; to stay below it, runs
-            are skipped, except the first and the last. None for no limit.
-        faithfulness: the number of probes of each set for which token removal is measured.
-        batch_size: the number of probes in one pass; a batch that fails is halved until the probe to blame is
-            found.
-        on_error: "log" reports a failing probe and its reason, and training goes on; "raise" ends training.
-        alarms: conditions on scalars, such as "on_target below 0.8 of the reference, twice in a row", see
-            `monitoring/alarms.py`; a mapping has an action for each: "log", "stop" to end training, or a
-            function of the `AlarmEvent`.
-        control: the name of the probe set whose answers should not change: its changes since the first run
-            make the null band of the other sets.
-        scalars: "all" also logs the bootstrap interval of every mean.
         folder: where pages and scores are written, in a folder `depass`; None for the first logger's folder,
             or the trainer's `default_root_dir` without a logger.
-        settings: `rule`, by default `auto`, `temperature`, `bias`, `engine` and `attention_path`, as for
-            `DePass.attribute`.
+        options: `size`, `source`, `target`, `answer`, `max_overhead`, `faithfulness`, `batch_size`,
+            `on_error`, `alarms`, `control`, `scalars`, and the rule's settings, as for `ProbeMonitor`.
 
     Raises:
         DePassError: an argument is invalid; when training starts, the probes, the model or the tokenizer
@@ -79,42 +55,15 @@ class DePassCallback(Callback):
         self,
         probes: ProbeSource | Mapping[str, ProbeSource] = "ioi",
         *,
-        size: int = 16,
-        source: Sources = None,
-        target: TargetKind = "contrast",
-        answer: AnswerPart = "whole",
         tokenizer: PreTrainedTokenizerBase | None = None,
         model: ModelFinder | None = None,
         every_n_steps: int | None = None,
-        max_overhead: float | None = None,
-        faithfulness: int = 4,
-        batch_size: int = 8,
-        on_error: Literal["log", "raise"] = "log",
-        alarms: Alarms = (),
-        control: str | None = None,
-        scalars: Literal["main", "all"] = "main",
         folder: str | Path | None = None,
-        **settings: Unpack[RuleOptions],
+        **options: Unpack[MonitorOptions],
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise DePassError(f"every_n_steps must be at least 1, not {every_n_steps}")
-        self.monitor = ProbeMonitor(
-            None,
-            None,
-            probes,
-            size=size,
-            source=source,
-            target=target,
-            answer=answer,
-            max_overhead=max_overhead,
-            faithfulness=faithfulness,
-            batch_size=batch_size,
-            on_error=on_error,
-            alarms=alarms,
-            control=control,
-            scalars=scalars,
-            **settings,
-        )
+        self.monitor = ProbeMonitor(None, None, probes, **options)
         self.tokenizer = tokenizer
         self.model = model
         self.every_n_steps = every_n_steps
@@ -160,8 +109,7 @@ class DePassCallback(Callback):
         if is_named(trainer.strategy, *SHARDED):
             raise DePassError(
                 f"{type(trainer.strategy).__name__} shards the model's weights over ranks, but "
-                "DePassCallback needs all of them on every rank; train with strategy='ddp', or attribute the "
-                "checkpoints as they appear: python analyze.py watch.folder=<the training's output folder>"
+                f"DePassCallback needs all of them on every rank; {WAY_OUT}"
             )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         others = [other for other in callbacks if other is not self and isinstance(other, DePassCallback)]

@@ -222,7 +222,7 @@ class DePass:
         Raises:
             DePassError: the list of sources is empty, or what `attribute` raises.
         """
-        parts = [as_source(source) if isinstance(source, str) else source for source in sources]
+        parts = [as_source(source) for source in sources]
         settings = settings_by_rule(
             self.decoder,
             parts,

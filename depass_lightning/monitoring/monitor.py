@@ -19,13 +19,13 @@ from typing import Any, Literal, Unpack
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.attribution.attribute import settings_by_rule
 from depass_lightning.attribution.automatic_rule import AUTO
 from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.models.sharding import mixed_precision
 from depass_lightning.monitoring.alarms import AlarmEvent, Alarms, name_alarms, raise_alarms
-from depass_lightning.monitoring.config import Sources, check_settings, fitting, name_sources
 from depass_lightning.monitoring.discovery import ModelFinder, TrackedModel, find_tokenizer
 from depass_lightning.monitoring.history import SCALARS, History
 from depass_lightning.monitoring.maps import page
@@ -40,14 +40,9 @@ from depass_lightning.monitoring.probe_sets import (
 )
 from depass_lightning.monitoring.publish import publish
 from depass_lightning.monitoring.results import Result, result_of
-from depass_lightning.monitoring.runner import (
-    Failure,
-    Outcome,
-    ProbeRunner,
-    isolated,
-    report_failures,
-)
+from depass_lightning.monitoring.runner import Failure, Outcome, ProbeRunner, isolated, report_failures
 from depass_lightning.monitoring.sinks import Sink
+from depass_lightning.monitoring.sources import Sources, fitting, name_sources
 from depass_lightning.monitoring.throttle import Throttle
 from depass_lightning.utils.distributed import from_all, from_first, place, sharing
 
@@ -353,7 +348,7 @@ class ProbeMonitor:
     def _make_runner(self, model: TrackedModel) -> ProbeRunner:
         depass = DePass(model.model, self._tokenizer)
         sources = fitting(depass, list(self.sources.values()))
-        check_settings(depass, sources, self.settings)
+        settings_by_rule(depass.decoder, sources, **self.settings)  # checks them before training begins
         return ProbeRunner(depass, model.device, sources, self.batch_size, model.sharded, self.settings)
 
     def _results(self, model: TrackedModel, step: int, record: bool) -> list[Result]:

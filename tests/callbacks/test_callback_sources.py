@@ -11,7 +11,7 @@ from depass_lightning import DePass, DePassError, Heads, Tokens
 from depass_lightning.attribution import scoring
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.engine.rule_files import rule_content
-from depass_lightning.monitoring.config import name_sources
+from depass_lightning.monitoring.sources import name_sources
 from depass_lightning.storage import read_attributions
 from depass_lightning.tasks import Example
 from tests.reference.training import PROMPTS, OwnModule, fit, trainer
