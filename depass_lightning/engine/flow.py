@@ -15,7 +15,7 @@ that enter one, with its constants' (the bias node's), where the rule is complet
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -138,11 +138,7 @@ class _Readers:
 
     def before(self, skip: FrozenNorm | None) -> "_Readers":
         """Take them back past a sublayer, through a norm on the residual stream where there is one."""
-        return (
-            self
-            if skip is None
-            else _Readers(skip.transposed(self.states, skip.scale), self.nodes, self.paths)
-        )
+        return self if skip is None else replace(self, states=skip.transposed(self.states, skip.scale))
 
 
 class _Sweep:
@@ -288,9 +284,8 @@ class _Sweep:
         for query in range(self.layout.places):
             heads = gradients.heads
             if self.layout.by_position:
-                heads = torch.zeros_like(heads).index_copy_(
-                    1, _index(query, heads), heads[:, query : query + 1]
-                )
+                heads = torch.zeros_like(heads)
+                heads[:, query] = gradients.heads[:, query]
             of_query, constant = _through_values(attention, heads, mixture)
             states.append(of_query)
             constants.append(constant)
@@ -357,7 +352,3 @@ def _diagonal(states: Float[Tensor, "1 position hidden"]) -> Float[Tensor, "posi
     rows = states.new_zeros(len(places), *states.shape[1:])
     rows[places, places] = states[0]
     return rows
-
-
-def _index(number: int, like: Tensor) -> Int[Tensor, "1"]:
-    return torch.tensor([number], device=like.device)

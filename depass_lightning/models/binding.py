@@ -96,8 +96,6 @@ def bind_head(
             norm=norm,
             post_norm=last,
             dense=DenseParts(Projection(dense), None, Projection(same), follows=last),
-            experts=None,
-            residual="none",
             residual_weight=torch.zeros(()),
         ),
         parallel=False,
@@ -110,18 +108,7 @@ def _absent_attention(module: nn.Module, sizes: tuple[int, int]) -> AttentionPar
     """What is bound in attention's place where a block has none; it adds zero."""
     mixer = NoMixing(sizes)
     return AttentionParts(
-        module=module,
-        norm=None,
-        post_norm=None,
-        value=mixer.value,
-        latent=None,
-        output=mixer.output,
-        heads=mixer.heads,
-        in_mask=None,
-        residual="none",
-        residual_weight=None,
-        gate=None,
-        mixer=mixer,
+        module=module, value=mixer.value, output=mixer.output, heads=mixer.heads, mixer=mixer
     )
 
 
@@ -131,16 +118,7 @@ def _absent_mlp(module: nn.Module, hidden: int) -> MLPParts:
     for linear in maps:
         nn.init.zeros_(linear.weight)
     gate, down = (Projection(linear) for linear in maps)
-    return MLPParts(
-        module=module,
-        norm=None,
-        post_norm=None,
-        dense=DenseParts(gate, None, down),
-        experts=None,
-        residual="none",
-        residual_weight=None,
-        absent=True,
-    )
+    return MLPParts(module=module, dense=DenseParts(gate, None, down), absent=True)
 
 
 def _optional(module: nn.Module, path: str | None, owner: str) -> nn.Module | None:
@@ -192,7 +170,6 @@ def _attention(
         residual=spec.residual,
         residual_weight=_parameter(module, spec.residual_weight, owner),
         gate=_gate(inside, spec.gate, heads, size, owner),
-        mixer=None,
         probabilities=probabilities,
         weights=_optional(inside, spec.weights, owner),
         inner_norm=_optional(inside, spec.inner_norm, owner),
@@ -229,15 +206,11 @@ def _mixer(
         norm=_optional(module, spec.norm, owner),
         post_norm=_optional(module, spec.post_norm, owner),
         value=mixer.value,
-        latent=None,
         output=mixer.output,
         heads=mixer.heads,
-        in_mask=None,
         residual=spec.residual,
         residual_weight=_parameter(module, spec.residual_weight, owner),
-        gate=None,
         mixer=mixer,
-        probabilities=None,
     )
 
 
@@ -266,7 +239,7 @@ def _mlp(spec: MLPSpec, module: nn.Module, config: Any, owner: str) -> MLPParts:
         experts = ExpertsParts(
             module=submodule(inside, names.module, owner),
             shared=None if shared is None else _dense(spec, shared, f"{owner}'s shared expert"),
-            shared_gate=None if names.shared_gate is None else submodule(inside, names.shared_gate, owner),
+            shared_gate=_optional(inside, names.shared_gate, owner),
             scale=configured(config, names.scale),
         )
     post_norm = _optional(module, spec.post_norm, owner)

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from depass_lightning.models.affine import Projection, has_bias, is_quantised
 from depass_lightning.models.experts import DenseParts, ExpertsParts
 from depass_lightning.models.mixers import Mixer
-from depass_lightning.models.spec import (
-    ResidualNorm,
-)
+from depass_lightning.models.spec import ResidualNorm
 
 
 @dataclass(frozen=True)
@@ -22,12 +20,12 @@ class AttentionParts:
 
     Args:
         module: returns the probabilities second.
-        norm: what it reads the residual stream through, if there is one.
-        post_norm: the norm after its output, if any.
         value: the value map, which reads `latent` if there is one.
-        latent: the map to the latent and the norm after it.
         output: the output map.
         heads: the number of query heads.
+        norm: what it reads the residual stream through, if there is one.
+        post_norm: the norm after its output, if any.
+        latent: the map to the latent and the norm after it.
         in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
         residual_weight: what the residual stream is multiplied with past it, if anything.
@@ -43,17 +41,17 @@ class AttentionParts:
     """
 
     module: nn.Module
-    norm: nn.Module | None
-    post_norm: nn.Module | None
     value: Projection
-    latent: tuple[Projection, nn.Module] | None
     output: Projection
     heads: int
-    in_mask: str | None
-    residual: ResidualNorm
-    residual_weight: Tensor | None
-    gate: Projection | None
-    mixer: Mixer | None
+    norm: nn.Module | None = None
+    post_norm: nn.Module | None = None
+    latent: tuple[Projection, nn.Module] | None = None
+    in_mask: str | None = None
+    residual: ResidualNorm = "none"
+    residual_weight: Tensor | None = None
+    gate: Projection | None = None
+    mixer: Mixer | None = None
     probabilities: Callable[..., Tensor] | None = None
     weights: nn.Module | None = None
     inner_norm: nn.Module | None = None
@@ -79,12 +77,12 @@ class MLPParts:
     """
 
     module: nn.Module
-    norm: nn.Module | None
-    post_norm: nn.Module | None
-    dense: DenseParts | None
-    experts: ExpertsParts | None
-    residual: ResidualNorm
-    residual_weight: Tensor | None
+    norm: nn.Module | None = None
+    post_norm: nn.Module | None = None
+    dense: DenseParts | None = None
+    experts: ExpertsParts | None = None
+    residual: ResidualNorm = "none"
+    residual_weight: Tensor | None = None
     absent: bool = False
 
     @property

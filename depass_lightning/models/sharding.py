@@ -121,12 +121,12 @@ def opened(model: nn.Module, around: nn.Module | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         for group in {id(group): group for group in (*outer, *groups)}.values():
             group.reshard()  # a forward pass leaves the root's weights gathered, in the policy's precision
-        units: list[nn.Module] = [group for group in groups if group is not model]
         for group in groups:
             _disable(group, stack)
-        _gather(_outside(model, units), stack)
-        for unit in units:
-            _gather_when_called(unit, [inner for inner in units if inner is not unit], stack)
+        _gather(_outside_groups(model), stack)
+        for group in groups:
+            if group is not model:
+                _gather_when_called(group, stack)
         yield
 
 
@@ -143,25 +143,26 @@ def _gather(modules: Iterable[nn.Module], stack: ExitStack) -> None:
             module._parameters[name] = tied[id(parameter)]
 
 
-def _outside(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-    """The modules inside a module that are in no unit inside it."""
+def _outside_groups(module: nn.Module) -> list[nn.Module]:
+    """The modules inside a module that are in none of the groups inside it."""
     parts = list(module.modules())
-    inner = {id(part) for unit in units if any(unit is part for part in parts) for part in unit.modules()}
+    groups = (part for part in parts if isinstance(part, FSDPModule) and part is not module)
+    inner = {id(part) for group in groups for part in group.modules()}
     return [part for part in parts if id(part) not in inner]
 
 
-def _gather_when_called(unit: nn.Module, units: list[nn.Module], stack: ExitStack) -> None:
-    """Gather a unit's weights during its forward passes until the stack is closed."""
+def _gather_when_called(group: nn.Module, stack: ExitStack) -> None:
+    """Gather a group's weights during its forward passes until the stack is closed."""
     running = stack.enter_context(ExitStack())
 
     def enter(*_hook: Any) -> None:
-        _gather(_outside(unit, units), running)
+        _gather(_outside_groups(group), running)
 
     def leave(*_hook: Any) -> None:
         running.close()
 
-    stack.callback(unit.register_forward_pre_hook(enter).remove)
-    stack.callback(unit.register_forward_hook(leave, always_call=True).remove)
+    stack.callback(group.register_forward_pre_hook(enter).remove)
+    stack.callback(group.register_forward_hook(leave, always_call=True).remove)
 
 
 def _disable(group: nn.Module, stack: ExitStack) -> None:
