@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 from depass_lightning.engine.frozen import AttentionCall, FrozenAttention
 from depass_lightning.engine.isolation import undisturbed
-from depass_lightning.engine.mixture import DenseMixture, Listener, ScoredMixture, implementation, listening
+from depass_lightning.engine.mixture import (
+    RECORDED,
+    DenseMixture,
+    Listener,
+    ScoredMixture,
+    implementation,
+    listening,
+)
 from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.engine.score_path import OneSide, ScorePath, Side
 from depass_lightning.errors import DePassError
@@ -171,7 +178,9 @@ def _called(
         path = ScorePath(attending.module, attention.heads, bias) if mean else None
         stack.enter_context(listening(attending.module, _with_gradient(path, side)))
         # Eager attention multiplies queries with keys in its code.
-        one_side = None if side is None or decoder.recomputes else OneSide(attending.module, side)
+        one_side = (
+            None if side is None or implementation(decoder) == RECORDED else OneSide(attending.module, side)
+        )
         added = [] if path is None else _added_to_scores(keywords, len(like))
         with path or nullcontext(), one_side or nullcontext():
             attending.module(*arguments, **keywords)

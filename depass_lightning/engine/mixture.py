@@ -273,10 +273,15 @@ class _ScoreGradients(torch.autograd.Function):
 def implementation(decoder: Decoder) -> str:
     """The attention function that a model is recorded under.
 
+    Eager attention in half precision rounds scores and probabilities. Such a model is recorded as it is: under
+    a fused kernel, components would sum to states with other rounding errors than the model's.
+
     Args:
         decoder: the model.
     """
-    return RECORDED if decoder.recomputes else "eager"
+    own = getattr(decoder.config, "_attn_implementation", None)
+    rounded = own == "eager" and decoder.model_dtype.itemsize < torch.float32.itemsize
+    return RECORDED if decoder.recomputes and not rounded else "eager"
 
 
 Listener = Callable[[ScoredMixture, Tensor], Tensor]

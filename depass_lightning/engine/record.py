@@ -20,7 +20,7 @@ from depass_lightning.engine.freeze import BlockNorms, freeze
 from depass_lightning.engine.frozen import AttentionCall, FrozenBlock
 from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.isolation import undisturbed
-from depass_lightning.engine.mixture import implementation, listening
+from depass_lightning.engine.mixture import RECORDED, implementation, listening
 from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection
@@ -132,7 +132,7 @@ def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
     """
     hidden, neurons = decoder.hidden_size, decoder.neurons
     # Queries and keys, or the probabilities.
-    mixture = 2 * hidden if decoder.recomputes else decoder.heads * positions
+    mixture = 2 * hidden if implementation(decoder) == RECORDED else decoder.heads * positions
     per_position = mixture + 2 * neurons + 4 * hidden
     return len(decoder.blocks) * batch * positions * per_position * decoder.model_dtype.itemsize
 
