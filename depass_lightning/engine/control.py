@@ -176,7 +176,7 @@ def _called(
         arguments, keywords, normed = _from_normed(call)
         bias = keywords.get("position_bias")
         path = ScorePath(attending.module, attention.heads, bias) if mean else None
-        stack.enter_context(listening(attending.module, _with_gradient(path, side)))
+        stack.enter_context(listening(attending.mixing, _with_gradient(path, side)))
         # Eager attention multiplies queries with keys in its code.
         one_side = (
             None if side is None or implementation(decoder) == RECORDED else OneSide(attending.module, side)

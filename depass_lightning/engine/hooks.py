@@ -94,8 +94,7 @@ class Capture:
         ]
         if attention.mixer is None:
             hook = self._returned if attention.probabilities is None else self._asked(attention.probabilities)
-            weighing = attention.weights or attention.module
-            handles.append(weighing.register_forward_hook(hook, with_kwargs=True))
+            handles.append(attention.mixing.register_forward_hook(hook, with_kwargs=True))
         else:
             handles += [
                 module.register_forward_hook(self._mixed(name))

@@ -273,8 +273,8 @@ class _ScoreGradients(torch.autograd.Function):
 def implementation(decoder: Decoder) -> str:
     """The attention function that a model is recorded under.
 
-    Eager attention in half precision rounds scores and probabilities. Such a model is recorded as it is: under
-    a fused kernel, components would sum to states with other rounding errors than the model's.
+    Eager attention in half precision rounds scores and probabilities. Such a model is recorded as it is: with
+    a fused kernel, components would sum to states with other rounding errors.
 
     Args:
         decoder: the model.

@@ -92,7 +92,7 @@ class Recording:
     def _replay(self, block: Block, kept: Capture) -> Capture:
         capture = Capture(everything=True, mixed_values=kept.mixed_values)
         with undisturbed(self.decoder.model, attention=implementation(self.decoder)), ExitStack() as stack:
-            stack.enter_context(listening(block.attention.module, capture.mix))
+            stack.enter_context(listening(block.attention.mixing, capture.mix))
             for handle in capture.hooks(block):
                 stack.callback(handle.remove)
             block.module(*kept.arguments, **kept.keywords)
@@ -168,7 +168,7 @@ def record(
         probes, final_probe = _probe_norms(decoder)
         with ExitStack() as stack:
             for block, capture in zip(decoder.blocks, captures, strict=True):
-                stack.enter_context(listening(block.attention.module, capture.mix))
+                stack.enter_context(listening(block.attention.mixing, capture.mix))
                 for handle in capture.hooks(block):
                     stack.callback(handle.remove)
             if decoder.final_norm is not None:

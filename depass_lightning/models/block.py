@@ -60,6 +60,11 @@ class AttentionParts:
     gate_activation: str = "sigmoid"
     scaled_heads: bool = False
 
+    @property
+    def mixing(self) -> nn.Module:
+        """The module that computes probabilities and mixes values."""
+        return self.weights or self.module
+
 
 @dataclass(frozen=True)
 class MLPParts:

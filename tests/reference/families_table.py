@@ -32,7 +32,7 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.families import REFUSED, supported_model_types
 from tests.conftest import ROOT
 from tests.reference.models import Double, distance, prompt
-from tests.reference.zoo import ALL, EXACT, ZOO, build, derivatives
+from tests.reference.zoo import ALL, ZOO, build, derivatives
 
 PAGE = ROOT / "docs" / "families.md"
 TARGET = Contrast(5, 7)
@@ -47,10 +47,7 @@ def row_of(name: str) -> dict[str, str]:
     Args:
         name: one of `tests.reference.zoo.ALL`.
     """
-    errors = measured(name)
-    return described(name) | {
-        column: f"{errors[column]:.0e}" if column in errors else "" for column in ERRORS
-    }
+    return described(name) | {column: f"{error:.0e}" for column, error in measured(name).items()}
 
 
 def described(name: str) -> dict[str, str]:
@@ -141,9 +138,6 @@ def _other(decoder: Decoder) -> Iterable[str]:
 def measured(name: str) -> dict[str, float]:
     """The errors of a family."""
     exact = build(name, dtype=torch.float64)
-    if name in EXACT:
-        found = state_error(exact), score_error(exact), validate(DePass(build(name)).decoder)
-        return dict(zip((*ERRORS[:2], ERRORS[-1]), found, strict=True))
     plain, half = build(name), build(name, dtype=torch.bfloat16)
     rounded, rounding = completeness(half)
     errors = (

@@ -346,7 +346,6 @@ ZOO |= {
     "got_ocr2": ("got_ocr2", {"text_config": TEXT | {"model_type": "qwen2"}, "vision_config": TINY}),
 }
 ALL = tuple(ZOO)
-EXACT = ALL[ALL.index("bart") :]  # measured in float64, and by the check, alone
 # Decoders with images around them, which AutoModelForCausalLM builds from the whole's configuration alone.
 INSIDE: dict[str, Any] = {"emu3_text_model": Emu3ForCausalLM}
 

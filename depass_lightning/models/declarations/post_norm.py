@@ -17,7 +17,7 @@ _OPT_POST = replace(
     when=lambda config: not config.do_layer_norm_before,
 )
 _BERT = FamilySpec(
-    ("bert", "ernie", "roc_bert", "roformer", "big_bird"),
+    ("bert", "ernie", "roc_bert", "roformer"),
     blocks="encoder.layer",
     final_norm=None,
     head=HeadSpec("cls.predictions.transform"),
@@ -27,6 +27,7 @@ _BERT = FamilySpec(
         post_norm="attention.output.LayerNorm",
         value="self.value",
         output="output.dense",
+        weights="self",
         residual="post_norm",
     ),
     mlp=MLPSpec(
@@ -82,6 +83,7 @@ POST_NORM: list[FamilySpec] = [
     ),
     # Encoders that are configured as decoders.
     _BERT,
+    replace(_BERT, model_types=("big_bird",), attention=replace(_BERT.attention, weights=None)),
     replace(_BERT, model_types=("rembert",), head=HeadSpec("cls.predictions")),
     replace(_BERT, model_types=("electra",), head=HeadSpec("generator_predictions")),
     replace(_BERT, model_types=("bert-generation",), head=None),
@@ -89,7 +91,6 @@ POST_NORM: list[FamilySpec] = [
         _BERT,
         model_types=("git",),
         head=None,
-        attention=replace(_BERT.attention, weights="self"),
         when=lambda _config: True,
     ),
     replace(
