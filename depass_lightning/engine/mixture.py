@@ -279,8 +279,8 @@ def implementation(decoder: Decoder) -> str:
     Args:
         decoder: the model.
     """
-    own = getattr(decoder.config, "_attn_implementation", None)
-    rounded = own == "eager" and decoder.model_dtype.itemsize < torch.float32.itemsize
+    configured = getattr(decoder.config, "_attn_implementation", None)
+    rounded = configured == "eager" and decoder.model_dtype.itemsize < torch.float32.itemsize
     return RECORDED if decoder.recomputes and not rounded else "eager"
 
 
