@@ -1,6 +1,6 @@
 """Logit lens: the tokens that neurons and directions promote through the unembedding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -83,13 +83,7 @@ def notes_on(depass: DePass, source: Source, components: Sequence[Component]) ->
             directions[component.label] = norm.direction(column)
         elif component.kind == "subspace" and index is not None and len(bases[index]) == 1:
             directions[component.label] = bases[index][0]
-    if not directions:
-        return {}
-    rows = torch.stack([direction.to(decoder.device, torch.float32) for direction in directions.values()])
-    return {
-        label: f"promotes {', '.join(up)}; demotes {', '.join(down)}"
-        for label, (up, down) in zip(directions, promoted_tokens(depass, rows), strict=True)
-    }
+    return _notes(depass, directions)
 
 
 def describe_nodes(depass: DePass, circuit: Circuit, edges: int = 60) -> Circuit:
@@ -105,7 +99,7 @@ def describe_nodes(depass: DePass, circuit: Circuit, edges: int = 60) -> Circuit
     decoder, place = depass.decoder, circuit.position
     ids = torch.tensor([circuit.token_ids[: place + 1]], device=decoder.device)
     nodes = [node for node in circuit.prune(edges=edges).nodes if node.kind in ("head", "mlp")]
-    states: list[Tensor] = []
+    states: dict[str, Tensor] = {}
     patterns: dict[str, list[list[float]]] = {}
     with alone(decoder.model):
         lengths = torch.tensor([place + 1], device=decoder.device)
@@ -115,20 +109,26 @@ def describe_nodes(depass: DePass, circuit: Circuit, edges: int = 60) -> Circuit
             assert node.layer is not None
             block, position = blocks[node.layer], place if node.span is None else node.span[0]
             if node.kind == "mlp":
-                states.append(block.mlp_output[0, position])
+                states[node.label] = block.mlp_output[0, position]
                 continue
             values, _ = block.attention.head_values(block.resid_pre)
-            states.append(block.attention.head_outputs(values)[0, node.index or 0, position])
+            states[node.label] = block.attention.head_outputs(values)[0, node.index or 0, position]
             if block.attention.convolution is None:
                 weights = block.attention.probabilities[0, node.index or 0]  # [query, key]
                 weights = weights / weights.sum(-1, keepdim=True)
                 patterns[node.label] = [[round(float(weight), 3) for weight in row] for row in weights]
-    words = promoted_tokens(depass, torch.stack(states)) if states else []
-    notes = {
-        node.label: f"promotes {', '.join(up)}; demotes {', '.join(down)}"
-        for node, (up, down) in zip(nodes, words, strict=True)
+    return replace(circuit, notes=_notes(depass, states), patterns=patterns)
+
+
+def _notes(depass: DePass, directions: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what each labelled direction promotes and demotes, in words."""
+    if not directions:
+        return {}
+    rows = torch.stack([row.to(depass.decoder.device, depass.decoder.dtype) for row in directions.values()])
+    return {
+        label: f"promotes {', '.join(up)}; demotes {', '.join(down)}"
+        for label, (up, down) in zip(directions, promoted_tokens(depass, rows), strict=True)
     }
-    return replace(circuit, notes=notes, patterns=patterns)
 
 
 def _norm(decoder: Decoder, norm: nn.Module | None, near: nn.Module) -> NormParameters:

@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement
 
 from omegaconf import DictConfig
 
-from depass_lightning.commands.console import print_stderr
+from depass_lightning.commands.shell import print_stderr
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.alarms import Alarm
 from depass_lightning.utils.atomic_files import whole_file

@@ -7,9 +7,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from depass_lightning import tasks
-from depass_lightning.commands.attribute_task import rule_options
-from depass_lightning.commands.console import first_process, print_stderr
+from depass_lightning.commands.attribute_task import rule_options, task_of
+from depass_lightning.commands.shell import first_process, print_stderr
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.logit_lens import describe_nodes
@@ -43,7 +42,7 @@ def run_circuits(
     options = {
         name: value for name, value in rule_options(config).items() if name in ("rule", "score_weight")
     }
-    task = tasks.load(**config.task)
+    task = task_of(config)
     depass = load(config)
     task = task.formatted(depass.tokenizer)
     circuits: list[Circuit] = []
@@ -62,22 +61,22 @@ def run_circuits(
         by_role.append(circuit.by_role(_roles(depass, example, circuit.position)))
     if not circuits:
         raise DePassError(f"none of {len(task)} prompts has a circuit; the first: {skipped[0]['reason']}")
-    _write(folder, [describe_nodes(depass, circuits[0]), *circuits[1:]], by_role, task.name)
+    mean = _write(folder, [describe_nodes(depass, circuits[0]), *circuits[1:]], by_role, task.name)
     numbers = {
         "prompts": len(circuits),
         "skipped": skipped,
         "completeness": max(circuit.completeness for circuit in circuits),
     }
     write_json(folder / "summary.json", numbers)
-    Circuit.load(folder / "circuit.safetensors").show()
+    mean.show()
     console.print(Text(f"page     {folder / 'report.html'}\nfolder   {folder}"), soft_wrap=True)
     if skipped:
         print_stderr(f"{len(skipped)} prompts were skipped, listed in {folder / 'summary.json'}", "red")
     return int(bool(skipped))
 
 
-def _write(folder: Path, circuits: list[Circuit], by_role: list[Circuit], task: str) -> None:
-    """Write the mean with its page and figure, and the page of the first prompt."""
+def _write(folder: Path, circuits: list[Circuit], by_role: list[Circuit], task: str) -> Circuit:
+    """Write the mean with its page and figure, and the page of the first prompt; return the mean."""
     first = circuits[0]
     several = len(circuits) > 1
     mean = Circuit.mean(by_role) if several else first
@@ -87,6 +86,7 @@ def _write(folder: Path, circuits: list[Circuit], by_role: list[Circuit], task: 
     write_circuit_page(folder / "report.html", mean, title=title, subtitle=mean.text)
     if several:
         first.to_html(folder / "first.html")
+    return mean
 
 
 def _roles(depass: DePass, example: Example, position: int) -> dict[int, str]:

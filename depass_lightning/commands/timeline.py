@@ -42,18 +42,13 @@ def write_timelines(folder: str | Path) -> list[Path]:
         if len(frames) > 1:
             page, name = probe_set / "timeline.html", probe_set.relative_to(maps).as_posix()
             curves, stable = _curves(probe_set)
+            steps_shown = f"{len(frames)} steps; choose one with the slider or by a click on a curve"
             with skip_unreadable(page):
                 write_timeline(
                     page,
                     frames,
                     title=f"{name}: what the answers relied on during training",
-                    subtitle="; ".join(
-                        [
-                            f"{len(frames)} steps",
-                            "choose one with the slider or by a click on a curve",
-                            *stable,
-                        ]
-                    ),
+                    subtitle="; ".join((steps_shown, *stable)),
                     examples=examples,
                     lines=losses | curves,
                 )

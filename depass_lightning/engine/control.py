@@ -269,7 +269,7 @@ def _hooks(
 ) -> list[tuple[nn.Module, Hook]]:
     """What holds values and inner norms fixed, and leaves a gradient at every other bias in `biases`."""
     parts = call.block.attention
-    kept = _beside_values(parts.value)
+    kept = _outside_values(parts.value)
 
     def detached(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         if kept is None:
@@ -281,7 +281,7 @@ def _hooks(
 
     def without_gates(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         assert parts.gate is not None
-        queries, fixed = _beside_values(parts.gate), output.detach()
+        queries, fixed = _outside_values(parts.gate), output.detach()
         return fixed if queries is None else torch.where(queries.to(output.device), output, fixed)
 
     def at_bias(module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ def _hooks(
     return hooks
 
 
-def _beside_values(value: Projection) -> Tensor | None:
+def _outside_values(value: Projection) -> Tensor | None:
     """Which outputs of the value map's module are no values; None where all are."""
     if value.rows is None:
         return None

@@ -32,7 +32,7 @@ class BlockNorms:
 
     attention: NormParameters | None
     latent: NormParameters | None
-    behind_attention: NormParameters | None
+    after_attention: NormParameters | None
     mlp: NormParameters | None
     after_mlp: NormParameters | None
     heads: NormParameters | None
@@ -57,7 +57,7 @@ class BlockNorms:
         return cls(
             attention=probe(attention.norm),
             latent=None if attention.latent is None else probe(attention.latent[1], attention.value.shape[1]),
-            behind_attention=probe(attention.post_norm),
+            after_attention=probe(attention.post_norm),
             mlp=probe(mlp.norm),
             after_mlp=probe(mlp.post_norm),
             heads=probe(attention.inner_norm, attention.output.shape[1]),
@@ -109,7 +109,7 @@ class _Freezer:
             scaled = self._norm("latent", self.probes.latent)
             weight = (value.weight * scaled.probe.weight) @ inner.weight
             value, norm = AffineMap(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
-        post = self._post("attention post-norm", self.probes.behind_attention)
+        post = self._post("attention post-norm", self.probes.after_attention)
         read, scale = self._after_norm(parts.output.linear(dtype), "heads", self.probes.heads)
         if parts.output_bias is not None:
             bias = parts.output_bias.detach().to(read.weight)
@@ -180,7 +180,7 @@ class _Freezer:
         parts, dtype = self.block.attention, self.state.dtype
         mixing = mixer.mixing({**self.capture.mixed, "state": ((), self.state)}, dtype)
         norm = self._norm("attention", self.probes.attention)
-        post = self._post("attention post-norm", self.probes.behind_attention)
+        post = self._post("attention post-norm", self.probes.after_attention)
         device = self.state.device  # the maps of an absent one are on none of the model's
         value = parts.value.linear(dtype).to(device)
         output, added = self._projected(parts.output.linear(dtype).to(device), post)

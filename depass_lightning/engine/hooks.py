@@ -89,9 +89,7 @@ class Capture:
         handles += [
             norm.register_forward_hook(self._norm(name)) for name, norm in norms.items() if norm is not None
         ]
-        handles += [
-            attention.module.register_forward_pre_hook(self._call, with_kwargs=True),
-        ]
+        handles.append(attention.module.register_forward_pre_hook(self._call, with_kwargs=True))
         if attention.mixer is None:
             hook = self._returned if attention.probabilities is None else self._asked(attention.probabilities)
             handles.append(attention.mixing.register_forward_hook(hook, with_kwargs=True))

@@ -8,9 +8,9 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.declarations.classic import CLASSIC
 from depass_lightning.models.declarations.dense import DENSE
 from depass_lightning.models.declarations.hybrids import HYBRIDS
+from depass_lightning.models.declarations.litgpt import LITGPT
 from depass_lightning.models.declarations.mixtures import MIXTURES
 from depass_lightning.models.declarations.post_norm import POST_NORM
-from depass_lightning.models.litgpt import LITGPT
 from depass_lightning.models.spec import FamilySpec, class_name
 
 FAMILIES: list[FamilySpec] = [*LITGPT, *DENSE, *CLASSIC, *POST_NORM, *MIXTURES, *HYBRIDS]

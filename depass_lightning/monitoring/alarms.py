@@ -137,9 +137,7 @@ class Alarm:
             band: the null band.
         """
         limit = self.limit(reference)
-        low, high = band or (limit, limit)
-        if not self.beyond:
-            low = high = limit
+        low, high = band if self.beyond and band else (limit, limit)
         return value > max(limit, high) if self.above else value < min(limit, low)
 
     def event(

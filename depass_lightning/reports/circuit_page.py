@@ -46,7 +46,7 @@ def write_circuit_page(
             for edge in largest
         ],
         "paths": circuit.paths,
-        "heads": 1 + max((node.index or 0 for node in circuit.nodes if node.layer is not None), default=0),
+        "heads": _columns(circuit),
         "tokens": [visible(token) for token in circuit.tokens],
         "total": circuit.edge_count,
         "value": circuit.value,
@@ -84,20 +84,19 @@ def _node_data(circuit: Circuit, node: Component, score: float) -> dict[str, Any
     return {name: value for name, value in known.items() if value is not None}
 
 
-def circuit_figure(circuit: Circuit, edges: int = DRAWN) -> Figure:
+def circuit_figure(circuit: Circuit) -> Figure:
     """Draw a circuit's largest edges: layers upwards, tokens along the bottom.
 
     Args:
         circuit: the circuit.
-        edges: the number of edges at most.
     """
-    small = circuit.prune(edges=edges)
+    small = circuit.prune(edges=DRAWN)
     layers = sorted({node.layer for node in small.nodes if node.layer is not None})
     places = _places(small, layers)
     figure = Figure(figsize=(8, 2 + 0.45 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     largest = max((abs(edge.score) for edge in small.top(1)), default=1.0)
-    for edge in small.top(edges)[::-1]:
+    for edge in small.top(DRAWN)[::-1]:
         strength = abs(edge.score) / largest
         colour = hexadecimal(LIGHT.positive if edge.score > 0 else LIGHT.negative)
         ends = places[id(edge.source)], places[id(edge.reader)]
@@ -125,9 +124,14 @@ def circuit_figure(circuit: Circuit, edges: int = DRAWN) -> Figure:
     return figure
 
 
+def _columns(circuit: Circuit) -> int:
+    """Return the number of columns that heads are drawn in."""
+    return 1 + max((node.index or 0 for node in circuit.nodes if node.layer is not None), default=0)
+
+
 def _places(circuit: Circuit, layers: list[int]) -> dict[int, tuple[float, float]]:
     """Return where each node is drawn: heads across by number, an MLP at the right and a little higher."""
-    heads = 1 + max((node.index or 0 for node in circuit.nodes if node.layer is not None), default=0)
+    heads = _columns(circuit)
     inputs = [node for node in circuit.nodes if node.kind in INPUTS]
     places = {id(node): ((number + 0.5) / len(inputs), 0.0) for number, node in enumerate(inputs)}
     for node in circuit.nodes:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +25,6 @@ TYPES = {
 SCHEMA = 1  # of Neuronpedia's attribution graphs
 
 
-def edges_of(circuit: "Circuit") -> Iterator[tuple[int, int, str, float]]:
-    """Yield the indices of both nodes, the path and the score of each edge that is not zero.
-
-    Args:
-        circuit: the circuit.
-    """
-    for path, start, end in circuit.edges.nonzero().tolist():
-        yield start, end, circuit.paths[path], float(circuit.edges[path, start, end])
-
-
 def graph_of(circuit: "Circuit") -> "networkx.MultiDiGraph":
     """Return a circuit as a graph: nodes by index, edges by path, with scores.
 
@@ -47,8 +36,9 @@ def graph_of(circuit: "Circuit") -> "networkx.MultiDiGraph":
         places = {"layer": node.layer, "index": node.index, "position": node.span and node.span[0]}
         known = {name: place for name, place in places.items() if place is not None}
         graph.add_node(index, label=node.label, kind=node.kind, score=score, **known)
-    for start, end, path, score in edges_of(circuit):
-        graph.add_edge(start, end, key=path, path=path, weight=score)
+    for path, start, end in circuit.edges.nonzero().tolist():
+        name = circuit.paths[path]
+        graph.add_edge(start, end, key=name, path=name, weight=float(circuit.edges[path, start, end]))
     return graph
 
 

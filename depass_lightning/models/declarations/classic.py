@@ -40,6 +40,14 @@ def _falcon(config: Any) -> str:
     return "one norm" if config.new_decoder_architecture or config.parallel_attn else "sequential"
 
 
+_GPTJ = FamilySpec(
+    ("gptj",),
+    blocks="h",
+    final_norm="ln_f",
+    attention=replace(_BEFORE, output="out_proj"),
+    mlp=MLPSpec(norm="ln_1", gate="fc_in", up=None, down="fc_out"),
+    parallel=True,
+)
 _NEOX = FamilySpec(
     ("gpt_neox",),
     final_norm="final_layer_norm",
@@ -85,21 +93,11 @@ CLASSIC: list[FamilySpec] = [
         mlp=MLPSpec(norm="input_layernorm", gate="fc1", up=None, down="fc2"),
         parallel=True,
     ),
-    FamilySpec(
-        ("gptj",),
-        blocks="h",
-        final_norm="ln_f",
-        attention=replace(_BEFORE, output="out_proj"),
-        mlp=MLPSpec(norm="ln_1", gate="fc_in", up=None, down="fc_out"),
-        parallel=True,
-    ),
-    FamilySpec(
-        ("codegen",),
-        blocks="h",
-        final_norm="ln_f",
-        attention=replace(_BEFORE, value="qkv_proj", layout="quarters", output="out_proj"),
-        mlp=MLPSpec(norm="ln_1", gate="fc_in", up=None, down="fc_out"),
-        parallel=True,
+    _GPTJ,
+    replace(
+        _GPTJ,
+        model_types=("codegen",),
+        attention=replace(_GPTJ.attention, value="qkv_proj", layout="quarters"),
     ),
     FamilySpec(("stablelm",), mlp=MLPSpec(norm="input_layernorm"), parallel=True, when=_is_parallel),
     FamilySpec(("stablelm",), when=lambda config: not _is_parallel(config)),

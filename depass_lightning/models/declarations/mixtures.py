@@ -17,11 +17,6 @@ GRANITE_MOE = FamilySpec(
     residual_scale="residual_multiplier",
     logit_divisor="logits_scaling",
 )
-_GRANITE_MOE_SWA = replace(
-    GRANITE_MOE,
-    model_types=("granitemoe_swa",),
-    attention=AttentionSpec(scaled_heads=True),
-)
 _SHARED = MLPSpec(experts=ExpertsSpec(shared="shared_experts"))
 
 
@@ -31,7 +26,7 @@ MIXTURES: list[FamilySpec] = [
         mlp=MLPSpec(experts=ExpertsSpec()),
     ),
     FamilySpec(
-        ("glm4_moe", "dots1", "exaone_moe", "solar_open", "ernie4_5_moe", "hy_v3"),
+        ("glm4_moe", "dots1", "exaone_moe", "solar_open", "ernie4_5_moe", "hy_v3", "aria_text"),
         mlp=_SHARED,
     ),
     FamilySpec(
@@ -39,14 +34,9 @@ MIXTURES: list[FamilySpec] = [
         attention=AttentionSpec(post_norm="post_self_attn_layernorm"),
         mlp=replace(_SHARED, post_norm="post_mlp_layernorm"),
     ),
-    FamilySpec(("aria_text",), mlp=_SHARED),
     FamilySpec(
         ("dots3_note", "dots3_note_text"),
-        attention=replace(
-            LATENT,
-            gate="g_proj",
-            value_scale="kv_lora_scale",
-        ),
+        attention=replace(LATENT, gate="g_proj", value_scale="kv_lora_scale"),
         mlp=_SHARED,
     ),
     FamilySpec(
@@ -76,7 +66,7 @@ MIXTURES: list[FamilySpec] = [
     FamilySpec(("flint",), mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert"))),
     FamilySpec(("hunyuan_v1_moe",), mlp=MLPSpec(experts=ExpertsSpec(shared="shared_mlp"))),
     GRANITE_MOE,
-    _GRANITE_MOE_SWA,
+    replace(GRANITE_MOE, model_types=("granitemoe_swa",), attention=AttentionSpec(scaled_heads=True)),
     FamilySpec(
         ("qwen2_moe",),
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),

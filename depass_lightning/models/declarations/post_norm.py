@@ -57,7 +57,6 @@ POST_NORM: list[FamilySpec] = [
     replace(
         _OPT_POST,
         model_types=("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr"),
-        final_norm=None,
         when=lambda _config: True,
     ),
     FamilySpec(
