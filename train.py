@@ -1,4 +1,4 @@
-"""Train a language model, and see what it bases its answers on meanwhile: `python train.py --help`."""
+"""Train a language model, and see what its answers rely on meanwhile: `python train.py --help`."""
 
 from depass_lightning.commands.main import train
 

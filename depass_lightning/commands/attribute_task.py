@@ -39,6 +39,7 @@ from depass_lightning.methods import DePassMethod, Method, make_method
 from depass_lightning.modules.attribution_module import AttributionModule, Explained
 from depass_lightning.modules.prompt_datamodule import PromptData
 from depass_lightning.monitoring.sinks import is_named
+from depass_lightning.reports.numbers import model_name
 from depass_lightning.sources import Source
 from depass_lightning.storage import (
     Manifest,
@@ -160,14 +161,27 @@ def _attribute(
             "seconds": time.perf_counter() - started,
             **describe(config, depass, trainer, fingerprint),
         },
-        title=f"What {config.model.name} bases its answers on",
-        subtitle=f"{task.name}, {len(task):,} prompt{'s' * (len(task) != 1)}, target: {config.target.kind}",
+        title=f"What {model_name(config.model.name)} relies on",
+        subtitle=subtitle_of(config, task),
         size=config.report,
         notes=functools.partial(notes_on, depass, source),
         generated=generates,
     )
     log_results(loggers, results)
     return AttributedTask(results, skipped, writer.run_store.skipped_path, len(task) + len(task.skipped))
+
+
+def subtitle_of(config: DictConfig, task: Task) -> str:
+    """Return the page's subtitle: the prompts, a file's by its name, and the target."""
+    name = Path(config.task.path).name if config.task.get("path") else task.name
+    named = [] if typed(config) else [name]
+    counted = [f"{len(task):,} prompts"] if len(task) > 1 else []
+    return ", ".join([*named, *counted, f"target: {config.target.kind}"])
+
+
+def typed(config: DictConfig) -> bool:
+    """Return whether the prompts are typed: their targets are then to be explained, and need not be right."""
+    return bool(config.task.get("rows"))
 
 
 def task_of(config: DictConfig) -> Task:
@@ -264,6 +278,7 @@ def attribution_module(
         states=config.states,
         run={"model": config.model.name, "fingerprint": fingerprint},
         trial=trials([example.prompt for example in task]),
+        judged=not typed(config),
     )
 
 

@@ -17,7 +17,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from depass_lightning.models.folder import fault_of_file
-from depass_lightning.reports.numbers import measure_name
+from depass_lightning.reports.numbers import amount, measure_name
 from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import attribution_from_row, write_json
 from depass_lightning.utils.atomic_files import safe_name
@@ -70,7 +70,7 @@ def compare(
     subtitle = f"{config.task.name}, {len(labels)} models"
     write_timeline(page, frames, title=title, subtitle=subtitle, examples=examples)
     console.print(_table(rows))
-    console.print(Text(f"page     {page}\nfolder   {folder}"), soft_wrap=True)
+    console.print(Text(f"\npage     {page}\nfolder   {folder}"), soft_wrap=True)
     return 0
 
 
@@ -175,6 +175,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        values = (row.get(name) for name in names)
-        table.add_row(Text(row["model"]), *("" if value is None else f"{value:.3f}" for value in values))
+        values = [row.get(name) for name in names]
+        shown = ["" if v is None else amount(name, v) for name, v in zip(names, values, strict=True)]
+        table.add_row(Text(row["model"]), *shown)
     return table

@@ -123,7 +123,7 @@ def print_results(results: Results, console: Console, prompts: int = 6) -> None:
         console.print(attribution_text(shown[0], top=5))
         console.print()
         if len(shown) > 1:
-            console.print(attributions_table(shown))
+            console.print(attributions_table(shown, width=console.width))
     console.print(summary_table(_shown(results.summary)))
     console.print()
     if results.page is not None:
@@ -203,7 +203,7 @@ def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
     named = [name for name, spans in roles.items() if set(spans) <= set(evidence)]
     return {
         "id": row["id"],
-        "answer": row["answer"],
+        "answer": None if row["correct"] is None else row["answer"],  # typed targets need not be right
         "roles": roles,
         "evidence": named or evidence,
         "evidence_first": row["evidence_first"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from depass_lightning.utils.atomic_files import read_limited
 
 SHOWN = 40  # prompts on the page, at most
 MAPS = 1200  # attributions of these prompts in all runs, at most
+HEADING = 8  # characters of a line of a heading, at least
 BATCH_ROWS = 64  # rows in memory at a time
 CONFIG_BYTES = 2**18
 SUMMARY_BYTES = 2**26
@@ -344,8 +346,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         if any(row.get(name) is not None for row in rows):
             label = measure_name(name)
             cells = ["" if row.get(name) is None else write(row[name]) for row in rows]
-            # In a narrow terminal, headings and names wrap, but numbers do not.
-            table.add_column(label, justify="right", min_width=max(map(len, [*cells, *label.split()])))
+            # In a narrow terminal names wrap, and headings do in any; numbers are never cut.
+            heading = textwrap.fill(label, max(HEADING, *map(len, [*cells, *label.split()])))
+            table.add_column(heading, justify="right", no_wrap=True)
             columns.append(cells)
     for place, row in enumerate(rows):
         settings = (Text("" if row.get(name) is None else str(row[name])) for name in axes)

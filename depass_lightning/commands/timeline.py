@@ -11,6 +11,7 @@ from typing import Any
 from depass_lightning.commands.console import existing_folder, skip_unreadable
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.history import STABLE
+from depass_lightning.reports.numbers import measure_name
 from depass_lightning.reports.timeline_page import Frame, write_timeline
 from depass_lightning.storage import attribution_from_row, read_rows
 
@@ -104,7 +105,7 @@ def _curves(folder: Path) -> tuple[dict[str, list[tuple[float, ...]]], list[str]
         history, curves = json.loads(path.read_text(encoding="utf-8")), {}
         for name, curve in history["curves"].items():
             if name in LINES:
-                label = f"all probes: {name.replace('_', ' ')}"
+                label = f"all probes: {measure_name(name)}"
                 points = list(zip(history["steps"], curve, strict=True))
                 for key, kind in (("null_bands", "null band"), ("intervals", "95% CI")):
                     bands = history.get(key, {}).get(name, [None])

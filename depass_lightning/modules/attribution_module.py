@@ -109,6 +109,7 @@ class AttributionModule(LightningModule):
         run: columns that all rows share: `model`, its name, and `fingerprint`, that of its weights.
         trial: prompts to try at the start. The first that can be attributed is enough; if none can be, as
             with a wrong setting, the run ends at once.
+        judged: whether the examples' answers are known to be right, and the model's are compared with them.
 
     Raises:
         DePassError: a method other than DePass would have to explain generated tokens or give states, or
@@ -124,6 +125,7 @@ class AttributionModule(LightningModule):
         states: int | Literal["end"] | None = None,
         run: Mapping[str, Any] | None = None,
         trial: Sequence[str] = (),
+        judged: bool = True,
     ) -> None:
         super().__init__()
         explained = explained or Explained()
@@ -137,6 +139,7 @@ class AttributionModule(LightningModule):
         self.model = None if self.depass.decoder.placed else self.depass.model  # Lightning moves it
         self.method = method
         self.explained = explained
+        self.judged = judged
         self.measures = (*ROW_MEASURES, *measures)
         self.states = states
         self.run = dict(run or {})
@@ -226,7 +229,7 @@ class AttributionModule(LightningModule):
         rows = []
         measured = evaluate(cases, self.measures, self.depass)
         for index, example, case, columns in zip(indices, examples, cases, measured, strict=True):
-            if example.answer is None:
+            if example.answer is None or not self.judged:
                 columns.pop("correct", None)  # nothing is known to be right
             elif own_token:
                 columns["correct"] = self._is_answer(case.target_ids[0], example.answer, example.prompt)

@@ -174,12 +174,12 @@ def summary_cards(summary: Mapping[str, Any]) -> list[Card]:
         if random:
             notes.append("no better than random")
         if parts.get("low") is not None and parts["low"] < parts["high"]:
-            notes.append(f"{_amount(key, parts['low'])} to {_amount(key, parts['high'])}")
+            notes.append(f"{amount(key, parts['low'])} to {amount(key, parts['high'])}")
         if parts.get("chance") is not None:
-            notes.append(f"at random {_amount(key, parts['chance'])}")
+            notes.append(f"at random {amount(key, parts['chance'])}")
         if parts.get("note"):
             notes.append(str(parts["note"]))
-        written = (measure_name(key), _amount(key, value), ", ".join(notes), DEFINITIONS.get(key, ""))
+        written = (measure_name(key), amount(key, value), ", ".join(notes), DEFINITIONS.get(key, ""))
         cards.append(Card(*written, leading=key in leading, random=random))
     return cards
 
@@ -196,8 +196,13 @@ def no_better_than_random(entry: Mapping[str, Any]) -> bool:
     return high >= chance if LOWER in str(entry.get("note", "")) else low <= chance
 
 
-def _amount(key: str, value: float) -> str:
-    """Write one value of a summary in the unit that follows from its name."""
+def amount(key: str, value: float) -> str:
+    """Write one value of a summary in the unit that follows from its name.
+
+    Args:
+        key: the measure's name.
+        value: its value.
+    """
     words = set(key.lower().split("_"))
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -240,9 +240,9 @@ def rendered(template: str, scripts: Iterable[str], data: Mapping[str, Any], **v
 def _settings(attribution: Attribution, without: Iterable[str] = ()) -> dict[str, str]:
     """Return an attribution's settings as text, except those named."""
     plain_values = {
-        k: f"{v:.5g}" if isinstance(v, float) else str(v)
+        k: f"{v:.5g}".replace("-", "−") if isinstance(v, float) else str(v)
         for k, v in attribution.metadata.items()
-        if isinstance(v, str | int | float)
+        if isinstance(v, str | int | float) and not isinstance(v, bool)
     }
     how = {"source": made(attribution), "rule": attribution.rule}
     if attribution.method != "depass":
@@ -250,13 +250,28 @@ def _settings(attribution: Attribution, without: Iterable[str] = ()) -> dict[str
     if attribution.attention_path != "content":
         how["attention_path"] = attribution.attention_path
     settings = {"model": model_name(plain_values.pop("model", "unnamed"))} | how | plain_values
-    return {name.replace("_", " "): visible(value) for name, value in settings.items() if name not in without}
+    written = {setting_name(name): visible(value) for name, value in settings.items()}
+    return {name: value for name, value in written.items() if name not in without}
+
+
+def setting_name(key: str) -> str:
+    """Return a setting's name for a reader.
+
+    Args:
+        key: its name in an attribution's metadata.
+    """
+    return key.replace("_", " ").replace("log probability", "log-probability")
 
 
 def _shared_settings(attributions: Sequence[Attribution]) -> dict[str, str]:
     """Return the settings that all prompts of the page have in common."""
     first, *others = [_settings(attribution) for attribution in attributions]
-    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return {
+        key: value
+        for key, value in first.items()
+        # A log-probability is a prompt's number, also where there is one prompt.
+        if "log-probability" not in key and all(other.get(key) == value for other in others)
+    }
 
 
 def _names(examples: Sequence[Mapping[str, Any]]) -> list[str]:

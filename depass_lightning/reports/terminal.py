@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from depass_lightning.reports.answer_facts import answer_facts, prediction_text
+from depass_lightning.reports.answer_facts import answer_facts, prediction_name, prediction_text
 from depass_lightning.reports.components import (
     Grid,
     asked_for,
@@ -33,6 +33,8 @@ GROUNDS: tuple[tuple[Colour, Colour], tuple[Colour, Colour]] = (
     ((146, 100, 78), (200, 66, 0)),
 )
 BAR_WIDTH = 24
+RELIES_ON = 22  # characters of a component's name in a table of prompts
+NARROW = 110  # characters; a table of prompts in a narrower terminal leaves out their texts
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 LEVELS = "·░▒▓█"  # of a heat map's cells, distinguishable without colours
 
@@ -138,7 +140,12 @@ def _components(attribution: Attribution, top: int) -> Table:
 
 def _name(name: str) -> Text:
     """Return a component's name without a token's leading space."""
-    return Text(visible(name.strip(" ") or name), overflow="ellipsis", no_wrap=True)
+    return _cut(visible(name.strip(" ") or name))
+
+
+def _cut(text: str) -> Text:
+    """Return a text that is cut where there is no room for it."""
+    return Text(text, overflow="ellipsis", no_wrap=True)
 
 
 def _bar(part: float) -> str:
@@ -148,7 +155,10 @@ def _bar(part: float) -> str:
 
 
 def attributions_table(
-    attributions: Sequence[Attribution], ids: Sequence[str] | None = None, limit: int = 20
+    attributions: Sequence[Attribution],
+    ids: Sequence[str] | None = None,
+    limit: int = 20,
+    width: int | None = None,
 ) -> Table:
     """Return one row per prompt: the target, its value, and the component that it relies on most.
 
@@ -156,33 +166,49 @@ def attributions_table(
         attributions: the attributions, in order.
         ids: their names; by default their numbers.
         limit: the maximum number of rows; the rest are counted below the table.
+        width: of the terminal, in characters; a narrow one has no room for the prompts.
     """
+    narrow = width is not None and width < NARROW
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     table.add_column("", style="dim", no_wrap=True)
-    table.add_column("prompt")  # the only column that may wrap is cut first in a narrow terminal
-    table.add_column("target", no_wrap=True)
+    # Columns that may wrap are cut first where there is no room, so that numbers stay whole.
+    if not narrow:
+        table.add_column("prompt")
+    shared = _shared_beginning([visible(attribution.target) for attribution in attributions])
+    table.add_column(shared or "target")
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("next token (✓ target)", no_wrap=True)
+    names = {prediction_name(attribution) for attribution in attributions}
+    table.add_column(f"{names.pop() if len(names) == 1 else 'prediction'}\n(✓ target)", no_wrap=True)
     table.add_column("relies on", no_wrap=True)
     for number, attribution in enumerate(attributions[:limit]):
         name = str(number) if ids is None else ids[number]
-        table.add_row(Text(name), *_row(attribution))
+        table.add_row(Text(name), *_row(attribution, shared)[int(narrow) :])
     if len(attributions) > limit:
         table.caption = f"and {len(attributions) - limit:,} more"
         table.caption_justify = "left"
     return table
 
 
-def _row(attribution: Attribution) -> tuple[Text, ...]:
-    """Return one attribution as cells: prompt, target, value, next token, strongest component."""
+def _shared_beginning(targets: Sequence[str]) -> str:
+    """Return what is read of all targets, "linear log-probability of "; "" where they differ."""
+    beginnings = {beginning + of for beginning, of, _ in (target.partition(" of ") for target in targets)}
+    shared = beginnings.pop() if len(beginnings) == 1 else ""
+    return shared if shared.endswith(" of ") else ""
+
+
+def _row(attribution: Attribution, shared: str) -> tuple[Text, ...]:
+    """Return one attribution as cells: prompt, target, value, prediction, strongest component."""
     token = Text(visible(attribution.prediction.strip(" ")))
     if attribution.correct is not None:
         token.append(" ✓" if attribution.correct else " ✗", "green" if attribution.correct else "red")
-    strongest = asked_for(attribution).top(1)
-    relies_on = f"{_name(strongest[0][0]).plain} {signed(strongest[0][1])}" if strongest else "nothing"
+    relies_on = "nothing"
+    for name, score in asked_for(attribution).top(1):
+        short = _name(name)
+        short.truncate(RELIES_ON, overflow="ellipsis")
+        relies_on = f"{short.plain} {signed(score)}"
     return (
-        Text(visible(attribution.text or "".join(attribution.tokens)), overflow="ellipsis", no_wrap=True),
-        Text(visible(attribution.target)),
+        _cut(visible(attribution.text or "".join(attribution.tokens))),
+        _cut(visible(attribution.target).removeprefix(shared)),
         Text(signed(attribution.value)),
         token,
         Text(relies_on),

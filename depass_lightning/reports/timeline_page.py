@@ -65,8 +65,9 @@ def write_timeline(
             f"a training timeline needs two steps or more; there {'is' if frames else 'are'} {len(frames)}"
         )
     ids = _common(frames)
-    # Whether the model is right changes with the step, and an example has it for one step only.
-    known = [{"id": id} | dict((examples or {}).get(id, {})) | {"correct": None} for id in ids]
+    # These change with the step, and an example has them for one step only.
+    changing = {"correct": None, "evidence_first": None}
+    known = [{"id": id} | dict((examples or {}).get(id, {})) | changing for id in ids]
     by_prompt = [[frame.attributions[id] for frame in frames] for id in ids]
     data = {
         "labels": [visible(frame.label) for frame in frames],

@@ -370,7 +370,7 @@ class Attribution:
         """
         from depass_lightning.reports.page import write_page
 
-        write_page(path, [self], title=f"What the model bases {self.target} on")
+        write_page(path, [self], title=f"What the model relies on for {self.target}")
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
         """Draw the tokens coloured by score, a map of layers and heads, or bars.

@@ -125,4 +125,4 @@ class Attributions(Sequence[Attribution]):
     def _title(self) -> str:
         few = self.targets[:3]
         more = f" and {len(self) - 3} more" if len(self) > 3 else ""
-        return f"What the model bases {', '.join(few)}{more} on"
+        return f"What the model relies on for {', '.join(few)}{more}"

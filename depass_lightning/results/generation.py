@@ -92,7 +92,7 @@ class Generation(Attributions):
 
     def _title(self) -> str:
         text = self.continuation
-        return f"What the model bases {text if len(text) < 60 else text[:58] + '…'!r} on"
+        return f"What the model relies on for {text if len(text) < 60 else text[:58] + '…'!r}"
 
 
 def _passed_on(

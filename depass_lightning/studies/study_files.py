@@ -16,7 +16,7 @@ Example:
     >>> found = {"depass": [0.9, 0.4], "random": [0.9, 0.7]}
     >>> Experiment(
     ...     name="paper_tokens",
-    ...     title="Which tokens does the answer rest on?",
+    ...     title="Which tokens does the answer rely on?",
     ...     model="tiny",
     ...     data="ioi",
     ...     prompts=100,
@@ -144,7 +144,9 @@ def terminal_table(experiment: StudyResult, width: int | None = None) -> Table:
     table.caption = Text(visible(told) + (f" · {' and '.join(left)} on the page" if left else ""), "dim")
     for column in shown:
         numbers = all(not isinstance(row.get(column), str) for row in experiment.table)
-        table.add_column(column.replace("_", " "), justify="right" if numbers else "left")
+        table.add_column(
+            column.replace("_", " "), justify="right" if numbers else "left", no_wrap=not numbers
+        )  # names are never cut
     for row in zip(*(cells[column] for column in shown), strict=True):
         table.add_row(*map(Text, row))
     return table

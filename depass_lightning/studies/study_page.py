@@ -56,7 +56,9 @@ def experiment_html(experiment: StudyResult) -> str:
         title=visible(experiment.title),
         facts={name: visible(value) for name, value in facts.items()},
         settings={
-            name.replace("_", " "): visible(_setting(value)) for name, value in experiment.settings.items()
+            name.replace("_", " "): visible(_setting(value))
+            for name, value in experiment.settings.items()
+            if value not in (None, [], (), {})  # what is not set
         },
         columns=[
             (
@@ -100,6 +102,10 @@ def _address(figure: Figure) -> str:
 
 def _setting(value: Any) -> str:
     """Write a setting's value for a reader."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
+        return ", ".join(value)
     if isinstance(value, (Mapping, list, tuple)):
         return json.dumps(value, ensure_ascii=False, default=str)
     return plain(value) if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +39,12 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": folder / "moved", "checkpoint": folder / "moved.ckpt"}
 
 
-def test_models_are_compared_on_the_same_prompts(tmp_path: Path, changed: dict[str, Path]) -> None:
+def test_models_are_compared_on_the_same_prompts(
+    tmp_path: Path, changed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     models = f"compare=[tiny,{changed['folder']},{changed['checkpoint']}]"
     assert run(tmp_path, models, *FEW) == 0
+    assert re.search(r"\n tiny +100% ", capsys.readouterr().out)
     first, second, third = json.loads((tmp_path / "compare.json").read_text())["models"]
     assert [own["model"] for own in (first, second, third)] == ["tiny", "moved", "moved.ckpt"]
     assert second["from"] == str(changed["folder"])

@@ -121,14 +121,16 @@ def test_names_are_those_of_the_configuration() -> None:
         assert instantiate(OmegaConf.load(options[name]), _convert_="all") == source
 
 
-def test_without_an_answer_nothing_is_called_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("answer", [None, " John"])
+def test_a_typed_target_is_not_called_right_or_wrong(
+    answer: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
     config = composed(
         [
             "prompt=When Mary and John went to the store, John gave a drink to",
+            *([] if answer is None else [f"target={answer}"]),
             "open=true",
             "print_config=false",
             "trainer.accelerator=cpu",
@@ -138,7 +140,11 @@ def test_without_an_answer_nothing_is_called_right(
         config.paths.output_dir = config.paths.work_dir = str(tmp_path)
     analysis.analyze(config)
     (row,) = read_rows(tmp_path / "attributions")
-    assert (row["target"], row["answer"], row["correct"]) == ("' Mary'", None, None)
+    assert (row["target"], row["answer"], row["correct"]) == (repr(answer or " Mary"), answer, None)
     assert "correct" not in json.loads((tmp_path / "summary.json").read_text())
     assert "right" not in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "<h1>What tiny relies on</h1>" in page
+    assert '<p class="subtitle">target: contrast</p>' in page
+    assert '"answer":""' in page  # the target may be wrong
     assert opened == [(tmp_path / "report.html").as_uri()]

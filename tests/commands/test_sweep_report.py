@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -276,6 +277,15 @@ def test_a_name_says_what_differs_from_the_defaults() -> None:
     assert sweep_report.labelled(tokens) == "tokens"
     assert sweep_report.labelled(tokens | {"layer": 3}) == "tokens layer=3"
     assert sweep_report.labelled({"_target_": "gone.Source", "layer": 3, "path": None}) == "source layer=3"
+
+
+def test_a_narrow_terminal_has_every_number(copied: Path) -> None:
+    rows = [row for run in sweep_report.find_runs(copied) for row in sweep_report.read_runs(run, copied)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(sweep_report.sweep_table([row | {"seconds": 97.5, "patch_top_area": None} for row in rows]))
+    shown = console.export_text()
+    assert shown.count(" 97.5") == len(rows)
+    assert "seconds" in shown
 
 
 def test_the_command_reports(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

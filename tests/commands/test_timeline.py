@@ -68,6 +68,13 @@ def test_every_steps_scores_and_answers_are_in_the_page(tmp_path: Path) -> None:
     assert [prompt["id"] for prompt in data_of(page)["prompts"]] == ["a"]
 
 
+def test_what_an_example_has_of_one_step_is_not_shown_for_all(tmp_path: Path) -> None:
+    known = {"a": {"evidence": [(5, 9)], "evidence_first": True, "correct": True}}
+    (prompt,) = data_of(page_of(tmp_path, frames(), examples=known))["prompts"]
+    assert (prompt["first"], prompt["right"]) == (None, None)
+    assert prompt["share"] is not None
+
+
 def test_a_report_is_no_timeline(tmp_path: Path) -> None:
     ioi().to_html(tmp_path / "page.html")
     assert data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["timeline"] is None

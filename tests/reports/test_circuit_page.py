@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from rich.console import Console
 from depass_lightning import Circuit, Contrast, DePass
 from depass_lightning.logit_lens import describe_nodes, promoted_tokens
 from depass_lightning.reports.circuit_page import circuit_tree
-from tests.results.test_circuit import circuit
+from tests.reports.test_page import drawn
+from tests.results.test_circuit import NODES, circuit
 
 
 def page_data(page: Path) -> dict[str, object]:
@@ -97,3 +99,13 @@ def test_small_circuits_are_drawn_too(edges: int, tmp_path: Path) -> None:
     small.to_html(tmp_path / "a.html")
     small.plot(tmp_path / "a.png")
     assert len(page_data(tmp_path / "a.html")["edges"]) == edges  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_browser_numbers_repeated_tokens(tmp_path: Path) -> None:
+    first, second = (replace(node, label="Ann") for node in NODES[:2])
+    circuit(nodes=[first, second, *NODES[2:]]).to_html(tmp_path / "a.html")
+    body = drawn(tmp_path, "a.html")
+    assert "<title>Ann₁: +1.00</title>" in body
+    assert "Ann₂ → layer 0 head 0" in body
+    assert ">bias<" in body

@@ -166,6 +166,16 @@ def test_settings_that_differ_stand_with_their_prompt() -> None:
     assert "rule" not in Elements(page.split("<main", 1)[0]).text
 
 
+def test_settings_are_written_for_a_reader_once() -> None:
+    known = {"score_weight": 0.5, "labels": True, "log_probability": -0.25}
+    page = page_html([ioi(metadata=known)], title="T")
+    head = Elements(page.split("<main", 1)[0]).text
+    assert "score weight 0.5" in " ".join(head.split())
+    assert "labels" not in head
+    assert "probability" not in head
+    assert data_of(page)["prompts"][0]["settings"] == {"log-probability": "−0.25"}
+
+
 def test_equal_ids_are_told_apart() -> None:
     page = page_html([ioi()] * 3, title="T", examples=[{"id": "a"}, {"id": "b"}, {"id": "a"}])
     assert [prompt["id"] for prompt in data_of(page)["prompts"]] == ["a", "b", "a (2)"]
@@ -229,7 +239,7 @@ def test_a_generation_is_one_matrix_that_repeats_nothing(tmp_path: Path) -> None
     found = generated()
     found.to_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "What the model bases" in Elements(page).text
+    assert "What the model relies on for" in Elements(page).text
     data = data_of(page)
     first, second, third = data["prompts"]
     assert data["matrices"] == [{"name": "matrix", "rows": [0, 3]}]
@@ -303,7 +313,8 @@ setTimeout(() => go("pointermove", at, over), 200);
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
 def test_a_browser_draws_a_matrix_whose_rows_can_be_chosen(tmp_path: Path) -> None:
-    write_matrix_page(tmp_path / "page.html", generated(), title="Generated")
+    examples = [{"id": f"mine/{row}", "matrix": "mine", "row": name} for row, name in enumerate(["John", "waved", "to"])]
+    write_page(tmp_path / "page.html", generated(), title="Generated", examples=examples)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     body = drawn(tmp_path, "page.html")
     assert body.count('class="matrix-row"') == 3
@@ -311,6 +322,7 @@ def test_a_browser_draws_a_matrix_whose_rows_can_be_chosen(tmp_path: Path) -> No
     assert chosen_rows(body) == [True, False, False]
     assert "piece answer" in body  # the generated token, in the text
     assert 'class="answer"' not in body  # a single-token answer needs no text of its own
+    assert "<strong>mine, token 1</strong>" in body
     # What a reader does, by a script that the page itself would not allow.
     used = page.replace("http-equiv", "data-off").replace("</body>", f"<script>{USED}</script></body>")
     (tmp_path / "used.html").write_text(used, encoding="utf-8")

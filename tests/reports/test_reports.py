@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,22 @@ def test_the_table_cuts_the_prompt_before_the_numbers() -> None:
     assert shown.count("+2.50") == 4
     assert "Mary +3" in shown
     assert "and 2 more" in shown
+
+
+def test_a_narrow_table_keeps_numbers_and_reads_a_shared_target_once() -> None:
+    long = [
+        ioi(target=f"linear log-probability of ' {name}'", prediction=" Mary", value=-2.5)
+        for name in ("Mary", "Bartholomew the Younger")
+    ]
+    for attribution in long:
+        attribution.components[1] = replace(
+            attribution.components[1], label="a sentence of many words and more"
+        )
+    shown = printed(attributions_table(long, width=70), width=70)
+    assert "linear log-probability of" in " ".join(shown.split())
+    assert re.search(r"' Mary' +−2\.50 +Mary", shown)
+    assert "a sentence of many wo… +" in shown
+    assert "John left" not in shown  # no room for the prompt
 
 
 def test_the_summary_in_the_terminal() -> None:

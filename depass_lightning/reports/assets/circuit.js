@@ -90,7 +90,15 @@ function draw() {
 }
 
 const path = (edge) => (DATA.paths.length > 1 && edge[1] !== last ? ` (${DATA.paths[edge[2]]})` : "");
-const name = (i) => DATA.nodes[i].label.trim() || DATA.nodes[i].label;
+// Repeated tokens are numbered, in the order of the text.
+const names = DATA.nodes.map((node, i) => {
+  const label = node.label.trim() || node.label;
+  const same = (other) => other.kind === "token" && other.label.trim() === label;
+  if (node.kind !== "token" || !/[\p{L}\p{N}]/u.test(label) || DATA.nodes.filter(same).length < 2) return label;
+  const number = DATA.nodes.slice(0, i + 1).filter(same).length;
+  return label + String(number).replace(/\d/g, (digit) => "₀₁₂₃₄₅₆₇₈₉"[digit]);
+});
+const name = (i) => names[i];
 
 function node(i, x, y, crowded, used, width) {
   const of = DATA.nodes[i], input = INPUTS.includes(of.kind);
@@ -111,7 +119,7 @@ function node(i, x, y, crowded, used, width) {
       graph, name(i).slice(0, 15));
   } else if (input) make("text", { x, y: y + 22, "text-anchor": "middle" }, graph, name(i).slice(0, 15));
   else if (i === last) make("text", { x: x + 14, y: y + 4 }, graph, name(i).slice(0, width / 16));
-  else if (!crowded || width > 700) {
+  else if (!crowded || width > 700 || (of.position == null && width > 40 * (DATA.heads + 1))) {
     make("text", { class: "axis", x: x + 9, y: y - 6 }, graph, of.kind === "mlp" ? "MLP" : `H${of.index ?? ""}`);
   }
 }

@@ -13,7 +13,8 @@ function componentsPanel(prompt) {
   const shown = rows.map((i) => view.scores[i]);
   const low = Math.min(0, ...shown);
   const high = Math.max(0, ...shown);
-  const bars = element("ol", { class: "bars" }, ...rows.map((i) => barRow(prompt, view, i, [low, high])));
+  const long = rows.some((i) => nameOf(prompt, view, i).length > 18);
+  const bars = element("ol", { class: long ? "bars long" : "bars" }, ...rows.map((i) => barRow(prompt, view, i, [low, high])));
   bars.addEventListener("pointerleave", hideTip);
   return element(
     "div",

@@ -28,9 +28,15 @@ function detailHead(prompt) {
     step(-1, "←", "Previous prompt"),
     step(1, "→", "Next prompt"),
     element("span", { class: "place" }, place < 0 ? "not in the list" : `${place + 1} of ${count}`),
-    element("strong", {}, prompt.id),
+    element("strong", {}, headingOf(prompt)),
     ...badges(prompt),
   );
+}
+
+// A row of a run's generation is named by the prompt and its place there.
+function headingOf(prompt) {
+  const name = listName(prompt);
+  return prompt.id.startsWith(`${name}/`) ? `${name}, token ${Number(prompt.id.slice(name.length + 1)) + 1}` : prompt.id;
 }
 
 // Whether the target is the model's next token, which need not be the correct answer; null where that is not shown.

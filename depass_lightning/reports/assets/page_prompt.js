@@ -31,10 +31,11 @@ function promptText(prompt, view, scale) {
     const i = componentAt[start];
     end = start + 1;
     while (i >= 0 && componentAt[end] === i) end++;
-    place = placeOf(text, prompt, start) ?? place;
+    const begun = placeOf(text, prompt, start);
+    place = begun ?? place;
     const written = i < 0 ? prompt.tokens[start] : textOf(prompt, view, i);
     const row = rows.find((row) => start <= PROMPTS[row].target_position && PROMPTS[row].target_position < end);
-    pieces.push({ i, start, end, row, node: appendPiece(place, prompt, { i, start, end, row, written }) });
+    pieces.push({ i, start, end, row, node: appendPiece(place, prompt, { i, start, end, row, written, begins: begun != null }) });
     const given = prompt.target_position != null || prompt.answer_start != null;
     if (!given && start <= prompt.position && prompt.position < end) appendAnswer(answerPlace(text, place, prompt), prompt);
   }
@@ -64,10 +65,10 @@ function answerRows(prompt) {
   return PROMPTS.map((_, row) => row).slice(first, end).filter((row) => PROMPTS[row].target_position != null);
 }
 
-// One component in the text, without its leading spaces, so that the text stays readable.
-function appendPiece(text, prompt, { i, start, end, row, written }) {
+// One component in the text, with its leading spaces before it, or without them where a section begins.
+function appendPiece(text, prompt, { i, start, end, row, written, begins }) {
   const shown = written.replace(/^ +/, "");
-  text.append(written.slice(0, written.length - shown.length));
+  if (!begins) text.append(written.slice(0, written.length - shown.length));
   const marks = prompt.marks.filter((mark) => mark.tokens.some((t) => start <= t && t < end));
   const underline = marks.some((mark) => mark.right) ? " right" : marks.length ? " named" : "";
   const special = prompt.special.includes(start) ? " special" : "";
@@ -94,7 +95,8 @@ function paint({ i, start, end, node }, prompt, view, scale) {
 function appendAnswer(text, prompt) {
   const wrong = prompt.rank != null && prompt.rank > 1;
   const title = wrong ? "the model's next token, not the target" : "the model's next token";
-  text.append(" ", element("span", { class: `answer${wrong ? " wrong" : ""}`, title }, bare(prompt.prediction)));
+  const begins = text.lastElementChild?.className === "section-name";
+  text.append(begins ? "" : " ", element("span", { class: `answer${wrong ? " wrong" : ""}`, title }, bare(prompt.prediction)));
 }
 
 function walk(event) {

@@ -111,7 +111,7 @@ function changesPanel(prompt) {
   changes.sort((a, b) => Math.abs(b.by) - Math.abs(a.by));
   const row = ({ i, before, by }) =>
     element("li", { "data-component": i, onpointerenter: (event) => light(i, event.currentTarget), onpointerleave: hideTip },
-      element("span", { class: "name", dir: "auto" }, bare(nameOf(prompt, view, i))),
+      element("span", { class: "name", dir: "auto" }, bare(nameOf(prompt, view, i)), indexOf(view, i)),
       element("span", { class: "from" }, `${signed(before)} → ${signed(view.scores[i])}`),
       element("span", { class: by < 0 ? "against" : "for" }, signed(by)),
     );

@@ -199,7 +199,7 @@ class MethodComparison:
         panels, table = compare_rows(runs, against=self.against)
         experiment = StudyResult(
             name=f"paper_{self.components}",
-            title=f"Which {self.components} does the answer rest on?",
+            title=f"Which {self.components} does the answer rely on?",
             model=depass.decoder.name,
             data=f"{task.name}, {data_name(self.path) or 'the bundled model’s own'}",
             prompts=len(examples),
