@@ -21,35 +21,33 @@ REFUSED = {
         {"minimax", "falcon_h1", "zamba", "zamba2", "rwkv", "recurrent_gemma", "kimi_linear", "xlstm"}
         | {"bailing_hybrid", "olmo_hybrid"}
     ),
-    "several residual streams that each block mixes, where components are split in one": frozenset(
+    "several residual streams that each block mixes": frozenset(
         {"deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text", "gemma3n", "gemma3n_text", "inkling2_text"}
     ),
     "a third sublayer in its blocks, or values that another block computes": frozenset(
         {"gemma4", "gemma4_text", "gemma4_assistant", "gemma4_unified", "gemma4_unified_text"}
         | {"gemma4_unified_assistant", "longcat_flash", "xmod"}
     ),
-    "blocks that are run several times, with another recurrence around them": frozenset({"hrm_text"}),
-    "norms that a gate of what they read multiplies, or residual streams with biases": frozenset(
-        {"axk2", "zaya"}
-    ),
-    "residual streams that each sublayer scales by another factor": frozenset({"beam"}),
-    "convolutions after its sublayers, which mix positions a second time": frozenset({"inkling_text"}),
-    "attention that takes differences of heads": frozenset({"diffllama"}),
-    "output maps of attention that a router chooses for each position": frozenset({"jetmoe"}),
-    "values that are clamped, which is no linear map": frozenset({"dbrx"}),
+    "blocks that are applied repeatedly, inside an outer recurrence": frozenset({"hrm_text"}),
+    "norms multiplied by a gate of their input, or residual streams with biases": frozenset({"axk2", "zaya"}),
+    "a residual stream that each sublayer scales by a different factor": frozenset({"beam"}),
+    "convolutions after its sublayers, which also mix positions": frozenset({"inkling_text"}),
+    "attention that subtracts one head's probabilities from another's": frozenset({"diffllama"}),
+    "attention output maps that a router selects for each position": frozenset({"jetmoe"}),
+    "values that are clamped, which is not linear": frozenset({"dbrx"}),
     "experts whose inputs the router scales, so that their pre-activations depend on it": frozenset(
         {"llama4", "llama4_text"}
     ),
-    "an activation that clamps both of a gated MLP's factors": frozenset({"minimax_m3_vl_text"}),
-    "bytes that are joined to patches, which are no tokens of a prompt": frozenset({"blt"}),
-    "learnt positions before every prompt, which are no tokens of it": frozenset({"cpmant"}),
-    "blocks that read another modality through cross-attention, and are left out without it": frozenset(
+    "an activation that clamps both factors of a gated MLP": frozenset({"minimax_m3_vl_text"}),
+    "bytes that are grouped into patches instead of tokens": frozenset({"blt"}),
+    "learned embeddings before the prompt's tokens": frozenset({"cpmant"}),
+    "blocks that read another modality by cross-attention and are skipped without it": frozenset(
         {"mllama", "musicgen", "musicgen_melody"}
     ),
     "attention that is not causal, or reads several streams of a prompt": frozenset(
         {"xlnet", "xlm", "prophetnet", "reformer"}
     ),
-    "recordings that only its processor prepares": frozenset({"moss_transcribe_diarize"}),
+    "audio input that only its processor prepares": frozenset({"moss_transcribe_diarize"}),
     "an encoder, not a causal decoder": frozenset(
         {"bert", "roberta", "distilbert", "deberta", "deberta-v2", "electra", "albert", "xlm-roberta", "t5"}
         | {"mt5", "umt5", "m2m_100", "modernbert"}
