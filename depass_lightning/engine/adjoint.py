@@ -31,7 +31,7 @@ from depass_lightning.models.decoder import AffineMap, Decoder
 
 @dataclass(frozen=True)
 class TargetGradient:
-    """A target's derivative by the residual stream at one place.
+    """A target's derivative with respect to the residual stream at one point.
 
     Args:
         states: `[batch, position, hidden]` the derivative.
@@ -52,12 +52,13 @@ class BlockGradients:
 
     Args:
         block: the frozen block.
-        resid_pre: by the state that enters it.
-        resid_mid: by the state between its attention and its MLP.
-        resid_post: by the state that leaves it.
-        mlp_input: through the MLP of a parallel block, by the state that enters it; None in other blocks.
-        heads: by each head's mixed values, `[batch, position, head, size]`.
-        activations: by each neuron's value.
+        resid_pre: with respect to the state that enters it.
+        resid_mid: with respect to the state between its attention and its MLP.
+        resid_post: with respect to the state that leaves it.
+        mlp_input: through the MLP of a parallel block, with respect to the state that enters it; None in
+            other blocks.
+        heads: with respect to each head's mixed values, `[batch, position, head, size]`.
+        activations: with respect to each neuron's value.
     """
 
     block: FrozenBlock
@@ -76,7 +77,7 @@ def read_directions(
     *,
     normed: bool,
 ) -> Float[Tensor, "batch read hidden"]:
-    """Return the derivative of what is read at some positions by the state there.
+    """Return the derivative of what is read at some positions with respect to the state there.
 
     Args:
         recording: the recorded pass.
@@ -120,12 +121,12 @@ def at_readout(
 def backward(
     recording: Recording, rule: LinearPaths, targets: Sequence[TargetGradient], *, layer: int, first: int
 ) -> Iterator[list[BlockGradients]]:
-    """Take the derivatives of some targets back together, block by block.
+    """Propagate the derivatives of several targets back together, block by block.
 
     Args:
         recording: the recorded pass.
         rule: the linear rule: how much each path counts.
-        targets: each target's derivative by the state that enters block `layer`.
+        targets: each target's derivative with respect to the state that enters block `layer`.
         layer: where the targets are read; `recording.layers` is after the last block.
         first: the first block that is wanted.
 
@@ -161,7 +162,7 @@ def backward(
             )
             for target in range(len(targets))
         ]
-        del block  # whoever takes the gradients holds its weights
+        del block  # its weights live as long as the caller holds the gradients
         yield gradients
         del gradients
         after = entry
@@ -169,7 +170,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Gradients:
-    """The derivatives of several targets at one place."""
+    """The derivatives of several targets at one point of the residual stream."""
 
     states: Float[Tensor, "target batch position hidden"]
     constants: Float[Tensor, "target batch"]
@@ -185,12 +186,12 @@ class _Gradients:
         return TargetGradient(self.states[target], self.constants[target])
 
     def plus(self, other: "_Gradients") -> "_Gradients":
-        """The sum of two, as along two ways to the targets."""
+        """The sum of the derivatives along two paths to the targets."""
         return _Gradients(self.states + other.states, self.constants + other.constants)
 
 
 def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: _Gradients, neurons: Tensor) -> _Gradients:
-    """Take derivatives from the MLP's output to its input."""
+    """Propagate derivatives from the MLP's output back to its input."""
     normed, constants = None, torch.zeros_like(after.constants) + _of_constants(after, mlp.bias_terms)
     for linear, slopes in linear_paths(mlp, rule):
         by_output = neurons * slopes
@@ -204,9 +205,9 @@ def _through_mlp(mlp: FrozenMLP, rule: LinearPaths, after: _Gradients, neurons: 
 def _through_attention(
     decoder: Decoder, attention: FrozenAttention, rule: LinearPaths, middle: _Gradients, heads: Tensor
 ) -> _Gradients:
-    """Take derivatives from attention's output to its input."""
+    """Propagate derivatives from attention's output back to its input."""
     mixture, scores = attention.mixture, []
-    if attention.convolution is None:  # a linear mixer has no control path: all goes through its values
+    if attention.convolution is None:  # a linear mixer has no control path, only values
         if rule.control:
             outputs = list(rule.control * middle.states)
             scores = through_scores(decoder, attention, outputs, mean=rule.uniform > 0)
@@ -242,7 +243,7 @@ def _of_biases(
 
 
 def _before_skip(skip: FrozenNorm | None, after: _Gradients) -> _Gradients:
-    """Take derivatives back past a sublayer, through a norm on the residual stream where there is one.
+    """Propagate derivatives back along the residual stream, through a norm on it if there is one.
 
     The norm's bias is counted with the sublayer's other constants.
     """

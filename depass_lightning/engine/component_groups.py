@@ -146,10 +146,10 @@ class NeuronGroup(ComponentGroup):
     def gradient_of_values(
         self, gradient: Float[Tensor, "batch position hidden"]
     ) -> Float[Tensor, "batch position neuron"]:
-        """Turn a gradient by the state into one by each neuron's value.
+        """Return the gradient with respect to each neuron's value, from that with respect to the state.
 
         Args:
-            gradient: the gradient by the state.
+            gradient: the gradient with respect to the state.
         """
         if len(self.columns) == 1:
             return gradient @ self.columns[0].T

@@ -1,14 +1,15 @@
 """Attention's control path: how a target depends on queries and keys (Jantsch et al., arXiv 2603.19742).
 
 Attention moves values by probabilities held fixed, and its queries and keys choose these: with the values
-`v` held fixed and `g` a target's derivative by a head's output, the derivative by the score of query `n` for
-key `k` is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])`, and queries and keys share the scores.
+`v` held fixed and `g` a target's derivative with respect to a head's output, the derivative with respect to
+the score of query `n` for key `k` is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])`, and queries and keys
+share the scores.
 
 1. Call the block's own attention once more as the model called it, with gradients, its values detached.
    So rotary positions, windows, grouped heads and scales need no second implementation. Probabilities are
    recomputed for some queries at a time (`engine/mixture.py`).
 2. Hold norms on queries and keys fixed at their recorded scale, as all norms are.
-3. Take the derivative by the normed state, and what the queries' and keys' biases add.
+3. Take the derivative with respect to the normed state, and what the queries' and keys' biases add.
 
 A rule with a weight for even attention takes the softmax's mean derivative instead of the one at the recorded
 scores (`engine/score_path.py`).
@@ -48,11 +49,10 @@ class ScoreGradient:
     """A target's derivative through a block's attention scores.
 
     Args:
-        normed: by the normed state that attention reads.
-        constants: what the biases of queries and keys (not the norm's) add to the target, and where the mean
-            derivative is taken also all else that is constant in scores.
-        uniform: the even mixture over what each query sees, where the mean derivative of eager attention is
-            taken.
+        normed: with respect to the normed state that attention reads.
+        constants: what the biases of queries and keys (not the norm's) add to the target; with the mean
+            derivative, also everything else that is constant in scores.
+        uniform: the even mixture over what each query sees, for the mean derivative of eager attention.
     """
 
     normed: Float[Tensor, "batch position hidden"]
@@ -67,7 +67,7 @@ def through_scores(
     *,
     mean: bool = False,
 ) -> list[ScoreGradient]:
-    """Take targets' derivatives back through a block's attention scores, in the model's own precision.
+    """Propagate targets' derivatives back through a block's attention scores, in the model's precision.
 
     Queries and keys are not linear together: along this path alone a state's product with its derivative
     counts each score twice, once by its query and once by its key.
@@ -75,7 +75,7 @@ def through_scores(
     Args:
         decoder: the model.
         attention: the block's frozen attention.
-        outputs: each target's derivative by what attention adds to the residual stream.
+        outputs: each target's derivative with respect to what attention adds to the residual stream.
         mean: take the softmax's mean derivative on the line from zero scores.
 
     Returns:
@@ -98,18 +98,18 @@ def through_scores_in_parts(
     *,
     mean: bool = False,
 ) -> list[ScoreGradient]:
-    """Take parts of a target's derivative back through a block's queries alone, or its keys alone.
+    """Propagate parts of a target's derivative back through a block's queries alone, or its keys alone.
 
     Args:
         decoder: the model.
         attention: the block's frozen attention.
-        output: the target's derivative by what attention adds to the residual stream.
-        parts: factors of the derivative by each head's mixed values.
+        output: the target's derivative with respect to what attention adds to the residual stream.
+        parts: factors for the derivative with respect to each head's mixed values, one set for each part.
         side: `query` or `key`; the other one is held fixed.
-        mean: as for `through_scores`. What is constant in scores is counted half on each side.
+        mean: as for `through_scores`. Half of what is constant in scores is counted on each side.
 
     Raises:
-        DePassError: as for `through_scores`, or attention does not multiply queries with keys in one product.
+        DePassError: as for `through_scores`, or attention does not multiply queries and keys in one product.
     """
     with _called(decoder, attention, output, mean=mean, side=side) as call:
         (gradient,) = torch.autograd.grad(call.result, call.mixed, call.gradient(output), retain_graph=True)
@@ -124,7 +124,7 @@ class _Call:
     """One call of a block's attention with gradients."""
 
     call: AttentionCall
-    like: Tensor  # in the precision of derivatives
+    like: Tensor  # has the precision and device of derivatives
     result: Tensor
     mixed: list[Tensor]  # what the output map read
     normed: Tensor
@@ -132,11 +132,11 @@ class _Call:
     uniform: Tensor | None
 
     def gradient(self, output: Float[Tensor, "batch position hidden"]) -> Tensor:
-        """A derivative by what attention adds to the residual stream, taken back to what it returns."""
+        """Propagate a derivative from the residual stream back through a norm on attention's output."""
         return _ordinary(self.call.before_post_norm(output).to(self.result))
 
     def pull(self, values: Tensor, gradient: Tensor) -> ScoreGradient:
-        """Take a derivative by what was computed back to the normed state and the constants."""
+        """Propagate a derivative from what the call computed back to the normed state and the constants."""
         leaves = [self.normed, *(leaf for leaf, _ in self.biases)]
         back, *others = torch.autograd.grad(
             values, leaves, gradient, materialize_grads=True, retain_graph=True
@@ -152,7 +152,7 @@ class _Call:
 def _called(
     decoder: Decoder, attention: FrozenAttention, like: Tensor, *, mean: bool, side: Side | None = None
 ) -> Iterator[_Call]:
-    """Call a block's attention as the model called it, with gradients, and everything but scores fixed."""
+    """Call a block's attention as the model called it, with gradients through its scores alone."""
     with (
         undisturbed(decoder.model, attention=implementation(decoder)),
         torch.inference_mode(mode=False),
@@ -177,7 +177,7 @@ def _called(
         bias = keywords.get("position_bias")
         path = ScorePath(attending.module, attention.heads, bias) if mean else None
         stack.enter_context(listening(attending.mixing, _with_gradient(path, side)))
-        # Eager attention multiplies queries with keys in its code.
+        # Eager attention multiplies queries and keys in its forward method.
         one_side = (
             None if side is None or implementation(decoder) == RECORDED else OneSide(attending.module, side)
         )
@@ -187,12 +187,12 @@ def _called(
         (result,) = projected
         if path is not None:
             _check_mean(path, attention)
-            # A score is counted half by its query and half by its key, its constants once.
+            # A product is counted by its query and by its key, so with both sides its constants are doubled.
             once = 2 if side is None else 1
             biases += [(leaf, once * constant) for leaf, constant in (*path.constants, *added)]
         if one_side is not None and (one_side.products != 1 or len(mixed) != 1):
             raise DePassError(
-                f"queries and keys cannot be told apart: {type(attending.module).__name__} of "
+                f"queries and keys cannot be separated: {type(attending.module).__name__} of "
                 f"block {call.block.index} does not multiply them in one product; take rule='half'"
             )
         uniform = None if path is None or path.uniform is None else path.uniform.to(like)
@@ -200,10 +200,10 @@ def _called(
 
 
 def _with_gradient(path: ScorePath | None, side: Side | None) -> Listener:
-    """Have attention mix values such that derivatives reach its queries, keys and sinks.
+    """Return a listener that mixes values so that derivatives reach queries, keys and sinks.
 
     Args:
-        path: where the softmax's mean derivative is taken.
+        path: computes the softmax's mean derivative; None for its derivative.
         side: the side that keeps its derivative; None for both.
     """
 
@@ -229,7 +229,7 @@ def _with_gradient(path: ScorePath | None, side: Side | None) -> Listener:
 
 
 def _added_to_scores(keywords: dict[str, Any], batch: int) -> list[tuple[Tensor, Tensor]]:
-    """Give what a call adds to its scores (a mask, ALiBi's slopes) a derivative for each prompt."""
+    """Make what a call adds to its scores (a mask, ALiBi's slopes) differentiable, for each prompt."""
     added = []
     for name in ADDED:
         value = keywords.get(name)
@@ -253,7 +253,7 @@ def _check_mean(path: ScorePath, attention: FrozenAttention) -> None:
     unseen = isinstance(mixture, DenseMixture) and (
         path.uniform is None or path.uniform.shape != mixture.matrix.shape
     )
-    if unseen or attention.call.block.attention.scaled_heads:  # sinks that are no part of the softmax
+    if unseen or attention.call.block.attention.scaled_heads:  # sinks outside of the softmax
         kind = type(attention.call.block.attention.module).__name__
         raise DePassError(
             f"rule='shap' is not exact here: {kind} of block {attention.call.block.index} does not take one "
@@ -309,7 +309,7 @@ def _hooks(
 
 
 def _outside_values(value: Projection) -> Tensor | None:
-    """Which outputs of the value map's module are no values; None where all are."""
+    """Which outputs of the value map's module are not values; None if all are."""
     if value.rows is None:
         return None
     mask = torch.ones(features(value.module)[1], dtype=torch.bool)

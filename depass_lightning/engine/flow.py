@@ -1,17 +1,18 @@
-"""What each node of a frozen pass writes and every later node reads: all edges from one backward pass.
+"""All edges between the nodes of a frozen pass, from one backward pass.
 
-Under a linear rule the frozen pass is linear. A node `v` (a head, an MLP, the target) reads the residual
-stream by a linear map `F_v`, and `g_v` is the target's derivative by what it writes. What node `u`, which
-writes `o_u`, contributes to the target through `v` at once is
+Under a linear rule the frozen pass is linear. Let `F_v` be the linear map from the residual stream to what
+node `v` (a head, an MLP, the target) writes, and `g_v` the target's derivative with respect to what it writes.
+What node `u`, which writes `o_u`, contributes to the target directly through `v` is
 
     edge(u, v) = (F_v^T g_v) . o_u
 
-The residual stream adds up what was written, so the edges that leave a node sum to its score, and so do those
-that enter one, with its constants' (the bias node's), where the rule is complete.
+The residual stream is the sum of what is written to it, so the edges that leave a node sum to its score. If
+the rule is complete, so do those that enter it, including the bias node's for its constants.
 
-1. Take the target's derivative back block by block (`engine/adjoint.py`), and keep `F_v^T g_v` of every node.
-2. Multiply what a block's nodes write with these, for all later nodes in one product.
-3. Where keeping them does not fit in memory, finish the blocks below for those that are kept, and go on.
+1. Propagate the target's derivative back block by block (`engine/adjoint.py`), keeping each `F_v^T g_v`.
+2. Multiply what a block's nodes write by these, for all later nodes in one product.
+3. If they no longer fit in memory, compute the edges from all earlier blocks for those kept, drop them, and
+   continue.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,8 +43,8 @@ class FlowLayout:
     Args:
         positions: the number of tokens.
         heads: of each block before the target.
-        by_position: heads and MLPs have a node at each position, one after another.
-        paths: the number of paths into a head that are kept apart, in the order of `PATHS`.
+        by_position: heads and MLPs have a node at each position, numbered in sequence.
+        paths: the number of separate paths into a head, in the order of `PATHS`.
     """
 
     positions: int
@@ -88,8 +89,8 @@ class Flow:
     """The edges and scores of a prompt's nodes.
 
     Args:
-        edges: what each node contributes through each other node at once.
-        scores: of each node. The run is the explained one, then the one that it is compared with.
+        edges: what each node contributes directly through each other node.
+        scores: each node's score. The first run is the explained one, a second one the corrupted one.
     """
 
     edges: Float[Tensor, "run path from to"]
@@ -107,13 +108,13 @@ def flow(
     """Compute all edges between the nodes before a target.
 
     Args:
-        recordings: of one prompt; a second one, of a prompt of the same length, writes through the same
-            frozen maps.
+        recordings: that of the prompt; with a second one, of a prompt of the same length, edges are also
+            computed for what nodes write there, through the frozen maps of the first.
         rule: the linear rule.
         gradient: the target's derivative where it is read.
         layer: the block whose input it is read from.
         layout: the nodes.
-        limit: how many nodes' readings are held at once; more are taken in several sweeps.
+        limit: how many readers are held in memory; for more, several sweeps are made.
     """
     with exact(gradient.states.device):
         return _Sweep(recordings, rule, layout, limit)(gradient, layer)
@@ -121,14 +122,14 @@ def flow(
 
 @dataclass(frozen=True)
 class _Readers:
-    """What nodes read of the residual stream at one place, as derivatives of the target there."""
+    """What nodes read of the residual stream at one point, as derivatives of the target through each node."""
 
     states: Float[Tensor, "reader position hidden"]
     nodes: Int[Tensor, "reader"]
     paths: Int[Tensor, "reader"]
 
     def joined(self, others: Sequence["_Readers"]) -> "_Readers":
-        """Add others, where they read."""
+        """Append other readers of the same point."""
         every = (self, *others)
         return _Readers(
             torch.cat([reader.states for reader in every]),
@@ -137,7 +138,7 @@ class _Readers:
         )
 
     def before(self, skip: FrozenNorm | None) -> "_Readers":
-        """Take them back past a sublayer, through a norm on the residual stream where there is one."""
+        """Move them to before a sublayer, through a norm on the residual stream if there is one."""
         return self if skip is None else replace(self, states=skip.transposed(self.states, skip.scale))
 
 
@@ -174,7 +175,7 @@ class _Sweep:
         return Flow(self.edges, self.scores)
 
     def _finish(self, readers: _Readers, index: int) -> None:
-        """Multiply readers before a block with everything that is written before it."""
+        """Multiply readers before a block by everything that is written before it."""
         for lower in range(index - 1, -1, -1):
             readers = self._past([recording.block(lower) for recording in self.recordings], readers)
         embedded = torch.cat([recording.state(0) for recording in self.recordings])
@@ -184,7 +185,7 @@ class _Sweep:
     def _past(
         self, blocks: Sequence[FrozenBlock], readers: _Readers, gradients: BlockGradients | None = None
     ) -> _Readers:
-        """Take readers back past a block, whose nodes write to them; with gradients its nodes are added."""
+        """Move readers to before a block, adding its nodes' edges; with gradients, add its readers."""
         block, layout = blocks[0], self.layout
         index, mlps = block.index, []
         written = torch.cat([block.mlp.activations @ block.mlp.down.weight.T for block in blocks])
@@ -218,7 +219,7 @@ class _Sweep:
         return _Readers(states, nodes, torch.full_like(nodes, path))
 
     def _added(self, states: Tensor, constants: Tensor, first: int, path: int) -> _Readers:
-        """Make readers of a sublayer's nodes, and count what is constant in them."""
+        """Return a sublayer's nodes as readers, and add their constants to the bias node's edges."""
         readers = self._readers(states, first, path)
         self.edges[:, path, self.layout.bias, readers.nodes] += constants
         return readers
@@ -226,7 +227,7 @@ class _Sweep:
     def _write(
         self, first: int, written: Float[Tensor, "run unit position hidden"], readers: _Readers
     ) -> None:
-        """Multiply what nodes of one kind write with all readers."""
+        """Multiply what nodes of one kind write by all readers."""
         if self.layout.by_position:  # [run, unit * position, reader]
             products = torch.einsum("sund,rnd->sunr", written, readers.states).flatten(1, 2)
         else:
@@ -241,7 +242,7 @@ class _Sweep:
                 self.edges[run, readers.paths, self.layout.bias, readers.nodes] += products
 
     def _score(self, first: int, values: Sequence[Tensor], gradients: BlockGradients) -> None:
-        """Score a sublayer's nodes: their values times the target's derivative by them."""
+        """Score a sublayer's nodes: their values times the target's derivatives with respect to these."""
         for run, value in enumerate(values):
             of_heads = value.ndim == 4
             products = (value * (gradients.heads if of_heads else gradients.activations)).sum(-1)[0]
@@ -271,7 +272,7 @@ class _Sweep:
         """Yield by path what the heads' nodes read, `[node, position, hidden]`, and what is constant."""
         paths = self.rule.for_block(gradients.block.index)
         mixture = attention.mixture
-        if attention.convolution is None:  # a linear mixer has no control path: all goes through its values
+        if attention.convolution is None:  # a linear mixer has no control path, only values
             uniform = None
             if paths.control:
                 for path, states, constants, even in self._through_scores(attention, paths, gradients):
@@ -294,7 +295,7 @@ class _Sweep:
     def _through_scores(
         self, attention: FrozenAttention, paths: LinearPaths, gradients: BlockGradients
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-        """Yield what the heads' nodes read by queries, then by keys, and the even mixture."""
+        """Yield what the heads read through queries, then through keys, and the even mixture."""
         count, norm = attention.heads, attention.call.norm
         parts = torch.eye(count, device=gradients.heads.device)[:, None, None]  # [head, 1, 1, head]
         if self.layout.by_position:  # [head * query, 1, query, head]
@@ -315,7 +316,7 @@ class _Sweep:
 
 
 def _head_values(block: FrozenBlock) -> Float[Tensor, "1 position head size"]:
-    """What each head's part of the output map reads, value biases included."""
+    """Each head's mixed values, which the output map reads, including value biases."""
     values, constants = block.attention.head_values(block.resid_pre)
     return values if constants is None else values + constants
 
@@ -323,9 +324,9 @@ def _head_values(block: FrozenBlock) -> Float[Tensor, "1 position head size"]:
 def _through_values(
     attention: FrozenAttention, heads: Float[Tensor, "1 position head size"], mixture: Mixture
 ) -> tuple[Float[Tensor, "head position hidden"], Float[Tensor, "head"]]:
-    """Take each head's derivative by itself back through its values; also what is constant in these.
+    """Propagate each head's derivative separately back through its values; also return their constants.
 
-    Heads of a group share their values, so each of a group is taken in a sweep of its own.
+    The heads of a group share their values, so those of one group are computed one after another.
     """
     groups = attention.key_value_heads
     members = attention.heads // groups
@@ -347,7 +348,7 @@ def _through_values(
 
 
 def _diagonal(states: Float[Tensor, "1 position hidden"]) -> Float[Tensor, "position position hidden"]:
-    """Give each position a row of its own, zero elsewhere."""
+    """Return a row for each position that is zero at all other positions."""
     places = torch.arange(states.shape[1], device=states.device)
     rows = states.new_zeros(len(places), *states.shape[1:])
     rows[places, places] = states[0]

@@ -133,7 +133,7 @@ class _Freezer:
         return self._with_scaled_heads(frozen) if parts.scaled_heads else frozen
 
     def _with_scaled_heads(self, frozen: FrozenAttention) -> FrozenAttention:
-        """Put each head's factor at each position, fitted to the input of the output map, among the gates."""
+        """Fit each head's factor at each position to the output map's input, and multiply the gates by it."""
         values, constants = replace(frozen, call=replace(frozen.call, post_norm=None)).head_values(self.state)
         values = values if constants is None else values + constants  # [batch, position, head, size]
         recorded = self.capture.seen["heads"].to(values).view(values.shape)
@@ -145,7 +145,7 @@ class _Freezer:
     def _after_norm(
         self, linear: AffineMap, name: str, probe: NormParameters | None
     ) -> tuple[AffineMap, Float[Tensor, "batch position"] | None]:
-        """A map with the weights of the norm that it reads through, and that norm's scale."""
+        """A map multiplied by the weights of the norm before it, and that norm's scale."""
         if probe is None:
             return linear, None
         norm = self._norm(name, probe)
@@ -181,7 +181,7 @@ class _Freezer:
         mixing = mixer.mixing({**self.capture.mixed, "state": ((), self.state)}, dtype)
         norm = self._norm("attention", self.probes.attention)
         post = self._post("attention post-norm", self.probes.after_attention)
-        device = self.state.device  # the maps of an absent one are on none of the model's
+        device = self.state.device  # the maps of an absent mixer are not on the model's device
         value = parts.value.linear(dtype).to(device)
         output, added = self._projected(parts.output.linear(dtype).to(device), post)
         skip = self._skip(parts, norm, post)
@@ -257,7 +257,7 @@ class _Freezer:
         )
 
     def _no_mlp(self) -> FrozenMLP:
-        """What is in an MLP's place where a block has none: one neuron, of the value zero."""
+        """A stand-in for the MLP of a block without one: a single neuron with the value zero."""
         dense, zeros = self.block.mlp.dense, self.state.new_zeros(*self.state.shape[:2], 1)
         assert dense is not None
         gate, down = (part.linear(self.state.dtype).to(zeros.device) for part in (dense.gate, dense.down))

@@ -39,7 +39,7 @@ class AttentionCall:
     post_norm: FrozenNorm | None
 
     def before_post_norm(self, output: Float[Tensor, "batch position hidden"]) -> Tensor:
-        """Take a derivative by what is added to the residual stream back to what attention returns.
+        """Propagate a derivative with respect to what is added to the residual stream back through a norm.
 
         Args:
             output: the derivative.
@@ -78,7 +78,7 @@ class FrozenConvolution:
     def transposed(
         self, gradient: Float[Tensor, "batch position channel"]
     ) -> Float[Tensor, "batch position channel"]:
-        """Take a derivative by the result back to the values."""
+        """Propagate a derivative with respect to the result back to the values."""
         if self.slopes is not None:
             gradient = gradient * self.slopes
         gradient = convolved(gradient.flip(1), self.taps).flip(1)
@@ -131,13 +131,13 @@ class FrozenAttention:
 
     @cached_property
     def probabilities(self) -> Float[Tensor, "batch head query key"]:
-        """The weight of each key for each query, times the scale of a norm after attention; held whole."""
+        """The whole matrix of each key's weight for each query, times the scale of a norm after attention."""
         post_norm, whole = self.call.post_norm, self.mixture.whole()
         return whole if post_norm is None else whole * post_norm.scale[:, None, :, None]
 
     @cached_property
     def factors(self) -> Float[Tensor, "batch position channel"] | None:
-        """What the heads' mixed values are multiplied with: gates, and a norm's scale after attention."""
+        """What the heads' mixed values are multiplied by: gates, and the scale of a norm after attention."""
         post_norm, gates = self.call.post_norm, self.gates
         if post_norm is None:
             return gates
@@ -175,7 +175,7 @@ class FrozenAttention:
     def mixed(
         self, values: Float[Tensor, "batch position channel"]
     ) -> Float[Tensor, "batch position head size"]:
-        """Mix values over positions, and multiply the result with gates and a norm's scale.
+        """Mix values over positions, and multiply the result by gates and a norm's scale.
 
         Args:
             values: the value heads' values side by side, convolved where a mixer does that.
@@ -187,7 +187,7 @@ class FrozenAttention:
     def transposed(
         self, heads: Float[Tensor, "target batch position head size"], mixture: Mixture
     ) -> Float[Tensor, "target batch position channel"]:
-        """Take derivatives by the heads' mixed values back to the value heads' values side by side.
+        """Propagate derivatives with respect to mixed values back to the concatenated value heads' values.
 
         Args:
             heads: the derivatives of several targets.

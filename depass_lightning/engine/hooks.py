@@ -20,9 +20,9 @@ class Capture:
     """What the hooks of one block recorded.
 
     Args:
-        everything: record all that `freeze` needs; else only what enters and leaves the block, and what its
-            attention mixes.
-        mixed_values: what attention mixed in an earlier run of the block, which is not computed again.
+        everything: record all that `freeze` needs; else only what enters and leaves the block, and its
+            attention's mixed values.
+        mixed_values: attention's mixed values from an earlier run of the block, which are not recomputed.
     """
 
     everything: bool
@@ -47,7 +47,7 @@ class Capture:
         return self.seen["left"]
 
     def mix(self, mixture: ScoredMixture, values: Tensor) -> Float[Tensor, "batch head query size"]:
-        """Compute what attention mixes, where the block's attention goes through `engine/mixture.py`."""
+        """Compute attention's mixed values, if the block's attention goes through `engine/mixture.py`."""
         mixed = mixture.mixed(values) if self.mixed_values is None else self.mixed_values
         if self.everything:
             self.mixture = mixture

@@ -185,7 +185,7 @@ def undisturbed(model: nn.Module, *, attention: str | None = "eager") -> Iterato
 
     Args:
         model: the model; it may be compiled or have adapters.
-        attention: the attention function; `eager` returns its probabilities, None keeps the model's.
+        attention: the attention implementation; `eager` returns its probabilities, None keeps the model's.
     """
     inner = unwrapped(model)
     turns = _turns(inner)

@@ -133,9 +133,9 @@ class DualRule(LinearPaths):
 
     - A neuron `a = act(z) u` gives it `1/2 act(z) W_up x` and `1/2 (act(z) / z) u W_gate x`. Over all
       components these sum to `a`.
-    - Attention gives it `1/2 sum_k A[n,k] W_V x[k]` (content); and a target's derivative `d[n,k]` by the
-      scores `s[n,k]`, which is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])` with `g` the derivative by
-      the head's output, goes on with weight 1/4 to its query and 1/4 to its key (control).
+    - Attention gives it `1/2 sum_k A[n,k] W_V x[k]` (content); and a target's derivative `d[n,k]`
+      with respect to the scores `s[n,k]`, which is `A[n,k] (g[n] . v[k] - sum_j A[n,j] g[n] . v[j])` with `g`
+      that for the head's output, is propagated with weight 1/4 to its query and 1/4 to its key (control).
 
     AttnLRP has the same parts as relevances: a product's relevance is divided equally between its factors,
     and a softmax passes on that of its Taylor expansion at the scores. As gradient times input (Arras et al.,

@@ -1,8 +1,8 @@
 """How attention mixes values over positions: probabilities recomputed for a block of queries at a time.
 
 A pass is recorded under a separate attention function, which keeps queries and keys instead of the
-probabilities of every head and pair of positions, and computes the output by torch's fused kernel where that
-covers the case. What needs probabilities computes them from queries and keys, a block of queries at a time.
+probabilities of every head and pair of positions, and computes the output by torch's fused kernel if that
+supports the case. Where probabilities are needed, they are recomputed, a block of queries at a time.
 A model whose attention does not go through the functions of Transformers is recorded under eager attention.
 """
 
@@ -25,12 +25,12 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 
 RECORDED = "depass_recorded"  # the name of the attention function
-POSITIONS = ("position_ids", "cache_position")  # arguments that have acted on queries and keys already
-_CPU_BYTES, _DEVICE_BYTES = 2**22, 2**28  # of a block's probabilities
+POSITIONS = ("position_ids", "cache_position")  # arguments already applied to queries and keys
+_CPU_BYTES, _DEVICE_BYTES = 2**22, 2**28  # size of the probabilities of one block of queries
 
 
 class Mixture(ABC):
-    """A matrix over positions for each head."""
+    """How attention mixes values: a matrix over positions for each head."""
 
     @property
     @abstractmethod
@@ -39,16 +39,16 @@ class Mixture(ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "batch head query key"]]]:
-        """Compute the matrix, some queries at a time, with the keys up to the last of these."""
+        """Compute the matrix a block of queries at a time, with the keys up to the block's last query."""
 
     @abstractmethod
     def weighted(self, value: float, uniform: float, even: Tensor | None) -> "Mixture":
-        """Weight the recorded mixture and the even one over what each query sees.
+        """Return the weighted sum of the recorded mixture and the even one over what each query sees.
 
         Args:
             value: the weight of the recorded mixture.
             uniform: the weight of the even mixture.
-            even: the even mixture, where the recorded one does not recompute it.
+            even: the even mixture, if the recorded one cannot recompute it.
         """
 
     def whole(self) -> Float[Tensor, "batch head query key"]:
@@ -58,7 +58,7 @@ class Mixture(ABC):
         return torch.cat([nn.functional.pad(part, (0, keys - part.shape[-1])) for _, part in parts], 2)
 
     def mixed(self, values: Float[Tensor, "batch group key size"]) -> Float[Tensor, "batch head query size"]:
-        """Mix values, which groups of heads share.
+        """Mix values, each shared by a group of heads.
 
         Args:
             values: `[batch, value head, position, size]`.
@@ -73,7 +73,7 @@ class Mixture(ABC):
     def transposed(
         self, heads: Float[Tensor, "batch head query size"], groups: int
     ) -> Float[Tensor, "batch group key size"]:
-        """Take derivatives by mixed values back to the values.
+        """Propagate derivatives with respect to mixed values back to the values.
 
         Args:
             heads: the derivatives, of several targets next to each other if there are several.
@@ -89,10 +89,10 @@ class Mixture(ABC):
 
 @dataclass(frozen=True)
 class DenseMixture(Mixture):
-    """A mixture that is held whole.
+    """A mixture whose whole matrix is held in memory.
 
     Args:
-        matrix: of each query for each key.
+        matrix: the weight of each key for each query.
     """
 
     matrix: Float[Tensor, "batch head query key"]
@@ -119,8 +119,8 @@ class ScoredMixture(Mixture):
     Args:
         query: the queries, rotated.
         key: the keys, rotated; groups of heads share them.
-        mask: which keys each query sees, or what is added to its scores; None for all up to its position.
-        scale: what scores are multiplied with.
+        mask: which keys each query sees, or what is added to its scores; None for a causal mask.
+        scale: what scores are multiplied by.
         softcap: the scores' soft cap, if any.
         sinks: each head's constant score that takes part in the softmax and has no value, if any.
         weight: the weight of the softmax.
@@ -142,7 +142,7 @@ class ScoredMixture(Mixture):
         return self.query.shape[1]
 
     def to(self, dtype: torch.dtype) -> "ScoredMixture":
-        """Compute in another precision."""
+        """Return the same with tensors in another precision."""
         sinks = None if self.sinks is None else self.sinks.detach().to(dtype)
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), sinks=sinks)
 
@@ -170,14 +170,14 @@ class ScoredMixture(Mixture):
         sinks: Tensor | None = None,
         added: Tensor | float = 0.0,
     ) -> Float[Tensor, "batch head query key"]:
-        """Compute the probabilities of some queries.
+        """Compute the probabilities of a block of queries.
 
         Args:
-            queries: which.
-            query: these queries.
+            queries: the range of their positions.
+            query: the queries.
             key: the keys up to the last of them.
             sinks: a constant score of each prompt and head, in place of the recorded ones.
-            added: `[batch, 1, 1, 1]` how much more of what the mask adds to scores is added.
+            added: `[batch, 1, 1, 1]` the additional multiple of the mask that is added to scores.
         """
         work = torch.promote_types(query.dtype, torch.float32)
         # [batch, group, head of it * query, key]
@@ -222,20 +222,20 @@ class ScoredMixture(Mixture):
     def with_gradient(
         self, values: Tensor, sinks: Tensor | None, added: Tensor | None, path: ScorePath | None
     ) -> Float[Tensor, "batch head query size"]:
-        """Mix values such that derivatives reach queries, keys and sinks, a block of queries at a time.
+        """Mix values so that derivatives reach queries, keys and sinks, a block of queries at a time.
 
         Args:
             values: the values, held fixed.
             sinks: zeros `[batch, head, 1, 1]` that are added to the sinks, if there are any.
-            added: zeros `[batch, 1, 1, 1]`, how much more of a mask's numbers is added to scores; None for a
-                mask that only hides.
-            path: where the softmax's mean derivative is taken; None for its derivative.
+            added: zeros `[batch, 1, 1, 1]`, the additional multiple of the mask that is added to scores; None
+                for a mask that only hides positions.
+            path: computes the softmax's mean derivative; None for its derivative.
         """
         return _ScoreGradients.apply(self, path, values.detach(), self.query, self.key, sinks, added)  # type: ignore[return-value]
 
 
 class _ScoreGradients(torch.autograd.Function):
-    """Mixed values whose derivatives by queries and keys are computed a block of queries at a time."""
+    """Mixed values whose derivatives for queries and keys are computed a block of queries at a time."""
 
     @staticmethod
     def forward(ctx: Any, mixture: ScoredMixture, path: Any, values: Tensor, *leaves: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ _LISTENERS: WeakKeyDictionary[nn.Module, Listener] = WeakKeyDictionary()
 
 @contextmanager
 def listening(module: nn.Module, listener: Listener) -> Iterator[None]:
-    """Have a function compute what an attention module mixes, inside the context.
+    """Let a function compute an attention module's mixed values, inside the context.
 
     Args:
         module: the attention module.

@@ -128,7 +128,7 @@ class FrozenNorm:
     def transposed(
         self, states: Float[Tensor, "*any hidden"], scale: Float[Tensor, "*any"]
     ) -> Float[Tensor, "*any hidden"]:
-        """Take derivatives by the norm's output back to its input.
+        """Propagate derivatives with respect to the norm's output back to its input.
 
         Args:
             states: the derivatives.

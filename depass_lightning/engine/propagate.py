@@ -120,7 +120,7 @@ def propagate(
                 deferred = group  # the next block's attention reads it at the targets only
             else:
                 state = _join(recording, injection, group, state, kept)
-            del block, group  # its weights, where they are gathered: before the next block's
+            del block, group  # releases gathered weights before the next block's are gathered
         if state is not None:
             yield layer + 1, state
 

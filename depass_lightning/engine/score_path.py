@@ -32,7 +32,7 @@ NODES = 16  # of the quadrature; on real models 6 are exact to 2e-3 of a target'
 
 
 class ScorePath(TorchFunctionMode):
-    """Calls of one attention module, with derivatives by its scores as the module's docstring says.
+    """Calls of one attention module, with derivatives through its scores as described above.
 
     Args:
         module: the attention module.
@@ -44,7 +44,7 @@ class ScorePath(TorchFunctionMode):
             attention has been called; None before.
         constants: what scores contain besides products of queries and keys: a leaf of zeros that was added
             to it, and the constant itself.
-        first: the position of the first query, where some of the queries are recomputed.
+        first: the position of the first query, if only some of the queries are recomputed.
     """
 
     def __init__(self, module: nn.Module, heads: int, position_bias: Tensor | None = None) -> None:
@@ -79,7 +79,7 @@ class ScorePath(TorchFunctionMode):
         return self._constant(tensor)
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        """Hold what is added to the scores fixed, with a derivative."""
+        """Hold what is added to the scores fixed, and make it differentiable."""
         leaf = torch.zeros_like(tensor, requires_grad=True)
         self.constants.append((leaf, tensor.detach()))
         return tensor.detach() + leaf
@@ -115,7 +115,7 @@ class OneSide(TorchFunctionMode):
         self._scored = False  # products after the softmax are those of values
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one function of torch; of a product of two states, hold one fixed."""
+        """Call one function of torch, with one factor detached in a product of queries and keys."""
         kwargs = dict(kwargs or {})
         if function in SUMS_OF_PRODUCTS:
             args = (*args, *(kwargs.pop(name) for name in ("batch1", "batch2") if name in kwargs))
@@ -142,7 +142,7 @@ def _is_part(tensor: Any, whole: Tensor) -> bool:
 
 
 def _storages(module: nn.Module) -> set[int]:
-    """Return where a module's parameters are, which views of them share."""
+    """Return the storage addresses of a module's parameters, which views of them share."""
     return {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
 

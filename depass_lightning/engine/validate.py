@@ -66,7 +66,7 @@ def _validated(model: nn.Module, spec: FamilySpec) -> tuple[float, bool]:
     if decoder.recomputes:
         try:
             return validate(decoder), True
-        except DePassError:  # its attention may do more than the scores tell
+        except DePassError:  # its attention may do more than its recorded scores show
             decoder = Decoder(model, spec, recomputes=False)
     return validate(decoder), False
 
@@ -153,7 +153,7 @@ def tolerance(decoder: Decoder) -> float:
 
 
 def _check_labels(decoder: Decoder, ids: Tensor, logits: Tensor, position: Tensor) -> None:
-    """Check that a classifier reads its labels at the position, and with the map, that its head states."""
+    """Check that a classifier reads its labels at the position and with the map of its output head."""
     whole = decoder.model(input_ids=ids).logits  # [1, label], or [1, position, label]
     expected = whole if decoder.head.kind == "sequence" else whole[:, position[0, 0]]
     name = type(decoder.model).__name__

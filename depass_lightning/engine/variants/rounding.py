@@ -36,7 +36,7 @@ class _AttentionOnly(LinearPaths):
 
 
 class RoundingScores:
-    """What rounding from each block on adds to some targets, from the last block to the first.
+    """What the rounding error of each block and all later ones adds to targets, from the last block down.
 
     Args:
         rule: how neurons are shared.
@@ -65,11 +65,11 @@ class RoundingScores:
     def sweep(
         self, recording: Recording, targets: Sequence[TargetGradient], *, layer: int, first: int
     ) -> None:
-        """Add all blocks, where components were propagated forward.
+        """Add all blocks by a backward pass, if components were propagated forward.
 
         Args:
             recording: the recorded pass.
-            targets: each target's derivative by the state that enters block `layer`.
+            targets: each target's derivative with respect to the state that enters block `layer`.
             layer: where the targets are read.
             first: the first block that is wanted.
         """

@@ -11,7 +11,8 @@ exponentials are `exp(g / T) = exp(mu) (1 + g / T - mu)` to first order, and the
    `Z = sum_carried exp(g / T) + M exp(mu)`, without carrying any of the bulk.
 3. A neuron of the bulk then takes `exp(mu) (1 - mu) / Z + g exp(mu) / (T Z)` of a later neuron's value: a
    constant, and a slope in its state. One backward pass (`engine/adjoint.py`) with these slopes gives the
-   derivative by every state of the bulk; what the constants add along it is summed up on the way.
+   derivative with respect to every state of the bulk; what the constants add along it is summed up on the
+   way.
 
 Neurons that are exactly zero at a position and at all positions that it has seen take no share there, as in
 the exact pass. Shares sum to one by construction, so scores sum to the target's value however good or bad
@@ -69,7 +70,8 @@ class TopNeuronApproximation:
         group: the neurons, the bias component in front where there is one, and the rest of the state.
         rule: the softmax rule.
         derivative: the target's derivative where it is read.
-        reads: the positions at which each prompt's target is read, and the derivative by the state at each.
+        reads: the positions at which each prompt's target is read, and the derivative with respect to the
+            state at each.
         layer: the block that the group enters.
         stop: the layer where the target is read, at least two layers further on.
     """
