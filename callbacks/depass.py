@@ -48,7 +48,7 @@ class DePassCallback(Callback):
 
     Raises:
         DePassError: an argument is invalid; when training starts, the probes, the model or the tokenizer
-            cannot be found, or weights are sharded in another way than by FSDP2.
+            cannot be found, or weights are sharded other than by FSDP2.
     """
 
     def __init__(

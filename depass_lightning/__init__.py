@@ -83,7 +83,7 @@ __all__ = [
 ]
 
 
-# The public names by module; a module, most of which import torch, is imported at a name's first use.
+# The public names by module. Most modules import torch, so each is imported when a name is first used.
 _MODULES = {
     "attribution.cost": "Estimate",
     "depass": "DePass",

@@ -376,17 +376,17 @@ class DePass:
         input_ids: IdsLike | None = None,
         **options: Unpack[CircuitOptions],
     ) -> Circuit:
-        """Compute what every node of the model contributes through every later node, by one backward pass.
+        """Compute what every node of the model contributes directly through every later node.
 
         Args:
             prompt: one prompt.
             target: what is explained, as in `attribute`.
             input_ids: `[1, position]` the prompt's ids instead.
             nodes: `tokens`, or `embedding` for their sum; `heads`, or `attentions`; and `mlps`.
-            rule: a linear rule, by default half; shap and dual keep values, queries and keys apart.
+            rule: a linear rule, by default half; shap and dual separate values, queries and keys.
             score_weight: of the shap rule.
-            corrupted: a second prompt with as many tokens, for `Circuit.difference`: the flow of the
-                difference of both runs.
+            corrupted: a second prompt with as many tokens, for `Circuit.difference`: the circuit of the
+                difference between the two runs.
             by_position: give heads and MLPs a node at each position.
 
         Raises:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class DePassError(ValueError):
     """An error in what the caller passed: names what is wrong and what to pass instead.
 
-    All input errors of this library are of this class or a subclass, which distinguishes them from faults in
-    the code. Code that catches `ValueError` catches them too.
+    All input errors of this library are of this class or a subclass, which distinguishes them from bugs.
+    Code that catches `ValueError` catches them too.
     """
 
 

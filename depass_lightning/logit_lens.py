@@ -87,14 +87,14 @@ def notes_on(depass: DePass, source: Source, components: Sequence[Component]) ->
 
 
 def describe_nodes(depass: DePass, circuit: Circuit, edges: int = 60) -> Circuit:
-    """Return a circuit with what its heads and MLPs promote, and what its heads attend to.
+    """Return a circuit with the tokens that its heads and MLPs promote, and its heads' attention.
 
-    What a node writes at its position, or at the target's, is read through the unembedding.
+    What a node writes at its position, or else at the target's, is read through the unembedding.
 
     Args:
         depass: the model, with its tokenizer.
         circuit: the circuit of one prompt.
-        edges: only nodes of the largest edges are described.
+        edges: how many of the largest edges have their nodes described.
     """
     decoder, place = depass.decoder, circuit.position
     ids = torch.tensor([circuit.token_ids[: place + 1]], device=decoder.device)

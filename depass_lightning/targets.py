@@ -207,16 +207,16 @@ class ProbeLogit:
 
 @dataclass(frozen=True)
 class Label:
-    """The logit of one label of a classifier, or what is explained of it.
+    """One label of a classifier: its logit, or another value computed from it, such as its log-probability.
 
-    A classifier of whole texts reads its labels where transformers does: at the last token that is not
-    padding. On a classifier the targets of tokens, and plain names and numbers, refer to labels, too.
+    The labels of a whole text are read where transformers reads them: at the last token that is not padding.
+    For a classifier, the targets of tokens, and plain names and numbers, refer to labels, too.
 
     Args:
         label: the label's name (`config.id2label`) or its index; None for the most likely one.
         against: the label to compare it with, by the difference of their logits; None for none.
         of: without `against`, what is explained, as in `Continuation`.
-        position: the token whose label it is, for a classifier of tokens; negative counts from the end.
+        position: the labelled token, for a token classifier; negative positions count from the end.
 
     Raises:
         DePassError: `of` is unknown, or given together with `against`.

@@ -112,7 +112,7 @@ def attribute_by_rule(
     batch_size: int,
     progress: bool = False,
 ) -> list[BySource]:
-    """Attribute every prompt's questions to sources of several rules, each from a pass of its own.
+    """Attribute every prompt's questions to sources under several rules, with a separate pass for each rule.
 
     Args:
         decoder: the model.

@@ -14,7 +14,7 @@ def automatic_rule(
     """Return the name of the rule that `rule="auto"` takes.
 
     It is `shap` for heads, whose effect runs through queries and keys too, and `half` for everything else,
-    whatever the target. Three settings leave no choice: `softmax` for the published code and for
+    whatever the target. Some settings determine the rule: `softmax` for the published code and for
     `Neurons(top=)`, `taylor` for the control path, and `half` for heads that are propagated forward.
 
     Args:

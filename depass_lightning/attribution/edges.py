@@ -1,4 +1,4 @@
-"""One prompt's circuit: record, flow between all nodes, and their names."""
+"""One prompt's circuit: record the pass, compute all edges, and name the nodes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from depass_lightning.targets import Preference, TargetLike, as_targets
 Node = Literal["tokens", "embedding", "heads", "attentions", "mlps"]
 NODES: tuple[Node, ...] = ("tokens", "heads", "mlps")
 PLACES = (("tokens", "embedding"), ("heads", "attentions"), ("mlps",))
-SHARE = 4  # the part of the memory for components that nodes' readings may take
+SHARE = 4  # readers may take this fraction, 1 / SHARE, of the memory for components
 
 
 class CircuitOptions(TypedDict, total=False):
@@ -47,12 +47,12 @@ def circuit_of(
     memory_budget: int | None = None,
     **options: Unpack[CircuitOptions],
 ) -> Circuit:
-    """Compute the flow between all nodes of a prompt.
+    """Compute the edges between all nodes of a prompt.
 
     Args:
         decoder: the model.
         tokenizer: its tokenizer, if there is one.
-        prompts: the prompt alone.
+        prompts: exactly one prompt.
         target: what is explained.
         memory_budget: bytes of working memory; None chooses them for the device.
         options: those of `DePass.circuit`.
@@ -61,7 +61,7 @@ def circuit_of(
         DePassError: as for `DePass.circuit`.
     """
     if len(prompts) != 1:
-        raise DePassError(f"there are {len(prompts)} prompts; a circuit is that of one, see Circuit.mean")
+        raise DePassError(f"there are {len(prompts)} prompts; a circuit explains one, see Circuit.mean")
     nodes, rule = options.get("nodes", NODES), options.get("rule", "half")
     weight, corrupted = options.get("score_weight", 0.5), options.get("corrupted")
     if not isinstance(rule_named(rule, score_weight=weight), LinearPaths):
@@ -71,7 +71,7 @@ def circuit_of(
     settings = settings_of(decoder, sources, rule=rule, score_weight=weight, memory_budget=memory_budget)
     (resolved,) = as_targets(target, None)
     if isinstance(resolved, list | Preference):
-        raise DePassError("a circuit has one target; take those of several targets or answers one by one")
+        raise DePassError("a circuit has one target; compute a circuit for each target or answer")
     ((question,),) = questions_of(decoder, tokenizer, prompts, [resolved], sources)
     pair = [question.prompt]
     if corrupted is not None:
@@ -100,8 +100,8 @@ def _check_nodes(nodes: Sequence[str]) -> None:
     for names in PLACES:
         if sum(name in nodes for name in names) != 1:
             raise DePassError(
-                f"nodes needs one of {', '.join(names)}: all that writes to the residual stream is a node, "
-                "so that edges add up"
+                f"nodes needs one of {', '.join(names)}: everything that writes to the residual stream must "
+                "be a node, so that edges sum to the scores"
             )
 
 
@@ -136,7 +136,7 @@ def _layout(
     if size > settings.budget.components:
         raise DePassError(
             f"the edges of {layout.target + 1} nodes take {size / 2**30:.1f} GiB, more than the memory for "
-            "them; take by_position=False, or a shorter prompt"
+            "components; pass by_position=False, or a shorter prompt"
         )
     return layout
 
@@ -149,7 +149,7 @@ def _described(
     result: Flow,
     settings: Settings,
 ) -> Circuit:
-    """Name a flow's nodes; with two runs, take the difference."""
+    """Return a flow with its nodes named; with two runs, also their difference."""
     answer, prompt = readout.answers[0][0], question.prompt
     circuit = Circuit(
         nodes=_nodes(layout, prompt, answer.name),
@@ -193,7 +193,7 @@ def _nodes(layout: FlowLayout, prompt: Prompt, target: str) -> list[Component]:
 
 
 def _as_asked(node: Component, nodes: Sequence[str]) -> Component:
-    """Return the coarser node that a token or a head is part of, where that was asked for."""
+    """Return the coarser node that a token or a head is part of, if it was requested."""
     if node.kind == "token" and "embedding" in nodes:
         return Component("embedding", "embedding")
     if node.kind == "head" and "attentions" in nodes:

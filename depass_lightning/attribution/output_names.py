@@ -39,7 +39,7 @@ class OutputNames:
 
         Args:
             output: the token's or the label's text, or its id.
-            prompt: the prompt that a token continues; None if it was passed as ids.
+            prompt: the prompt that the token follows; None if it was passed as ids.
             first: use the first token of a text of several tokens.
 
         Raises:

@@ -128,7 +128,7 @@ class Question:
 
 
 def _of_logits(decoder: Decoder, target: LogitTarget | LabelTarget) -> LogitTarget:
-    """Return a target of labels as one of logits, and refuse what the model's outputs do not have."""
+    """Return a target of labels as one of logits; refuse targets that the model's outputs do not have."""
     labels, name, model = decoder.head.labels, type(target).__name__, type(decoder.model).__name__
     if isinstance(target, LabelTarget):
         if not labels:
@@ -213,7 +213,7 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
 
 
 def check_continues(decoder: Decoder) -> None:
-    """Refuse a model that continues no text.
+    """Refuse a model that does not generate text.
 
     Args:
         decoder: the model.
@@ -243,8 +243,8 @@ def answer_ids(
         answer: the answer as text or ids.
 
     Raises:
-        DePassError: the model continues no text; or the answer has no tokens, text that the model does not
-            know or ids that do not exist, or is too long for the model's context.
+        DePassError: the model does not generate text; or the answer has no tokens, text that the model does
+            not know or ids that do not exist, or is too long for the model's context.
     """
     check_continues(decoder)
     name = f"the answer {answer!r:.80}"

@@ -322,7 +322,7 @@ class Readout:
         """Divide the targets.
 
         Args:
-            count: the targets of each part at most.
+            count: the maximum number of targets in each part.
         """
         tensors = (self.positions, self.vectors, self.constants, self.values)
         parts = zip(*(tensor.split(count, 1) for tensor in tensors), strict=True)
@@ -332,7 +332,7 @@ class Readout:
         ]
 
     def gradients(self, recording: Recording) -> list[TargetGradient]:
-        """Compute the gradient of each target by the state where it is read.
+        """Compute the gradient of each target with respect to the state where it is read.
 
         Args:
             recording: the recorded pass.

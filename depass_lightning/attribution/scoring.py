@@ -70,7 +70,7 @@ def score(
     context = settings.split_context(prompts)
     if not settings.adjoint:
         return _scores_together(recording, readout, settings, context)
-    # As many targets at once as fit into working memory.
+    # As many targets together as fit into working memory.
     width = 2 * (recording.decoder.hidden_size + recording.decoder.neurons)
     rows = settings.budget.rows(width, recording.dtype)
     parts = [
@@ -239,7 +239,7 @@ def _swept_back(
     context: SplitContext,
     rounding: RoundingScores | None,
 ) -> list[Float[Tensor, "batch target group component"]]:
-    """Score the components of all sources, and what is rounded off, by one backward sweep."""
+    """Score the components of all sources, and the rounding error, by one backward sweep."""
     layers = [source.layers(recording.layers) for source in settings.sources]
     scores: list[list[Tensor]] = [[] for _ in settings.sources]  # from the last block to the first
     targets = readout.gradients(recording)
@@ -252,7 +252,7 @@ def _swept_back(
             if block in blocks:
                 by_target = [_group(recording, source, context, of_target) for of_target in gradients]
                 groups.append(torch.stack(by_target, 1))
-        del gradients  # and the block's weights, where they are gathered, before the next block's
+        del gradients  # releases the block's gathered weights before the next block's are gathered
     return [torch.stack(groups[::-1], 2) for groups in scores]
 
 

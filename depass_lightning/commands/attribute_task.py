@@ -289,7 +289,7 @@ def trials(prompts: Sequence[str]) -> list[str]:
 
 
 def resolve_rule(config: DictConfig) -> None:
-    """Replace the rule `auto` by the one that it takes, as the files and the resumption of a run name it.
+    """Replace the rule `auto` by the one that it takes, for the run's files and its resumption.
 
     Args:
         config: the configuration.

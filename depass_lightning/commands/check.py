@@ -1,7 +1,7 @@
-"""`python analyze.py check.reference=...`: fail where an analysis is worse than an earlier one.
+"""`python analyze.py check.reference=...`: fail if an analysis is worse than an earlier one.
 
-Each alarm is one test case: its scalar is a number of `summary.json`, the reference that of the earlier run,
-and the null band the reference's confidence interval.
+Each alarm is one test case: its scalar is a number in `summary.json`, the reference is the same number of the
+earlier run, and the null band is the reference's confidence interval.
 """
 
 import json
@@ -19,7 +19,7 @@ from depass_lightning.monitoring.alarms import Alarm
 from depass_lightning.utils.atomic_files import whole_file
 
 REPORT = "junit.xml"
-COMPARED = ("task", "source", "method", "rule", "target")  # what both summaries should have in common
+COMPARED = ("task", "source", "method", "rule", "target")  # settings that should be the same in both
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Check:
             raise DePassError("check.alarms is empty; give at least one, as in 'correct below 0.95'")
         for alarm in alarms:
             if alarm.runs > 1 or alarm.probes is not None:
-                raise DePassError(f"check.alarms: {alarm.condition!r} reads a training; a check has one run")
+                raise DePassError(f"check.alarms: {alarm.condition!r} is for training; a check has one run")
             if _number(reference, alarm.scalar) is None:
                 known = ", ".join(name for name in reference if _number(reference, name) is not None)
                 raise DePassError(f"check.alarms: {path} has no number {alarm.scalar!r}; it has {known}")

@@ -38,7 +38,7 @@ def run_circuits(
         return 0
     explained = Explained(**config.target)
     if explained.kind == "generation":
-        raise DePassError("a circuit explains one target: take target=own, or target=contrast")
+        raise DePassError("a circuit explains one target: choose target=own or target=contrast")
     options = {
         name: value for name, value in rule_options(config).items() if name in ("rule", "score_weight")
     }
@@ -90,7 +90,7 @@ def _write(folder: Path, circuits: list[Circuit], by_role: list[Circuit], task: 
 
 
 def _roles(depass: DePass, example: Example, position: int) -> dict[int, str]:
-    """Return the role of each token that has one; a role with several places is numbered."""
+    """Return the role of each token that has one; the spans of a role with several are numbered."""
     (prompt,) = prompts_of(depass.decoder, depass.tokenizer, example.prompt, None, None)
     roles = {position: "end"}
     for name, spans in example.roles.items():

@@ -117,7 +117,7 @@ def open_page(config: DictConfig, page: Path) -> None:
     if not config.open or not first_process() or not page.exists():
         return
     if not webbrowser.open(page.resolve().as_uri()):
-        print_stderr(f"there is no browser to open the page with; it is {page}", "yellow")
+        print_stderr(f"there is no browser to open the page; its file is {page}", "yellow")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """`prompt=`, `prompts=` and `messages=` on a command line, rewritten as settings of the task `jsonl`.
 
 Their values are free text. Hydra would read their spaces, quotes, commas and equals signs as its grammar,
-so they are quoted before it does.
+so they are quoted before it parses them.
 """
 
 import json
@@ -60,7 +60,7 @@ def rewritten(arguments: Sequence[str]) -> list[str]:
         raise DePassError(f"{chosen[0]}= and {chosen[1]}= are two sets of prompts; give one")
     if any(argument.startswith("task=") for argument in others):
         raise DePassError(f"{chosen[0]}= and task= are two sets of prompts; give one")
-    # A measure of faithfulness is a mean over prompts, and takes longer than the scores of one.
+    # Faithfulness measures are means over prompts, and take longer than the scores of one prompt.
     quick = chosen[0] != "prompts" and not any(argument.startswith("faithfulness=") for argument in others)
     return [*others, *["faithfulness=none"] * quick, "task=jsonl", _setting(chosen[0], typed)]
 

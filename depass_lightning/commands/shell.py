@@ -1,6 +1,6 @@
-"""What a command line needs before Hydra has parsed it, without torch, transformers and Lightning.
+"""What a command line needs before Hydra has parsed it, without importing torch, transformers and Lightning.
 
-`--help`, shell completion and a wrong key are answered in a second that way.
+So `--help`, shell completion and errors about wrong keys take about a second.
 """
 
 import functools
@@ -23,7 +23,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # where Lightning looks for a pr
 
 
 def shell(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's entry point, to report Hydra's own errors without a traceback, too.
+    """Wrap a command's entry point, to report errors of Hydra without a traceback, too.
 
     Args:
         main: composes the configuration and runs the command.
@@ -69,13 +69,13 @@ OmegaConf.register_new_resolver("hydra_folder", _hydra_folder, replace=True)
 def _user_error(error: Exception) -> str | None:
     """Return the message of an error that the user can fix; None for others."""
     console = sys.modules.get("depass_lightning.commands.console")
-    if console is not None:  # which knows the errors of the libraries that it imports
+    if console is not None:  # it knows the errors of the libraries that it imports
         return console.user_error(error)
     return str(error) if isinstance(error, DePassError) else None
 
 
 def first_process() -> bool:
-    """Return whether this is the process that prints and writes for all."""
+    """Return whether this is the process that prints and writes for all of them."""
     utilities = sys.modules.get("lightning.pytorch.utilities")
     if utilities is not None:
         return getattr(utilities.rank_zero_only, "rank", None) in (None, 0)

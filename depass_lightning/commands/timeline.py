@@ -43,7 +43,7 @@ def write_timelines(folder: str | Path) -> list[Path]:
         if len(frames) > 1:
             page, name = probe_set / "timeline.html", probe_set.relative_to(maps).as_posix()
             curves, stable = _curves(probe_set)
-            steps_shown = f"{len(frames)} steps; choose one with the slider or by a click on a curve"
+            steps_shown = f"{len(frames)} steps; choose one with the slider or by clicking a curve"
             with skip_unreadable(page):
                 write_timeline(
                     page,
@@ -97,7 +97,7 @@ def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _curves(folder: Path) -> tuple[dict[str, list[tuple[float, ...]]], list[str]]:
-    """Return the curves of a probe set, each with its null band or else its interval, and the stable step."""
+    """Return a probe set's curves, with null bands or else intervals, and the step of stable ranks."""
     path = folder / "history.json"
     if not path.is_file():
         return {}, []

@@ -115,7 +115,7 @@ def log_timelines(loggers: Sequence[Logger], pages: Sequence[Path], maps: Path) 
 
 
 def print_sync(loggers: Sequence[Logger]) -> None:
-    """Print how a run that Weights & Biases recorded offline is uploaded."""
+    """Print the command that uploads a run that Weights & Biases recorded offline."""
     run = wandb_run(loggers)
     if run is not None and run.offline:
         console.print(Text(f"{'wandb':9}wandb sync {Path(run.dir).parent}"), soft_wrap=True)

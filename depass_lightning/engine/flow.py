@@ -1,8 +1,8 @@
 """All edges between the nodes of a frozen pass, from one backward pass.
 
 Under a linear rule the frozen pass is linear. Let `F_v` be the linear map from the residual stream to what
-node `v` (a head, an MLP, the target) writes, and `g_v` the target's derivative with respect to what it writes.
-What node `u`, which writes `o_u`, contributes to the target directly through `v` is
+node `v` (a head, an MLP, the target) writes, and `g_v` the target's derivative with respect to what `v`
+writes. What node `u`, which writes `o_u`, contributes to the target directly through `v` is
 
     edge(u, v) = (F_v^T g_v) . o_u
 

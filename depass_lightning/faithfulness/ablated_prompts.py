@@ -41,7 +41,8 @@ class AnswerReading(NamedTuple):
         probability: the answer's probability p, of all of its tokens.
         logit: its logit, summed over its tokens.
         log_odds: log p - log(1 - p).
-        rank: its rank among all tokens or labels, from 1 for the most likely; the largest of its tokens'.
+        rank: its rank among all tokens or labels, from 1 for the most likely; of an answer with several
+            tokens, the largest of theirs.
     """
 
     probability: float
@@ -122,7 +123,7 @@ def _answer_logits(
     seen = torch.tensor([[True] * p + list(prompt.seen) for p, prompt in rows], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     families = families_of_class(model)
-    if families and (spec := families[0].model) is not None:  # it takes no mask
+    if families and (spec := families[0].model) is not None:  # such a model takes no mask
         if not bool(seen.all()):
             raise DePassError(f"embeddings of {type(model).__name__} cannot be set to zero; leave out zeroed")
         rows = [[*prompt.ids, *[0] * p] for p, prompt in rows]

@@ -112,7 +112,7 @@ class Method(ABC):
 class Baseline(Method):
     """A method that DePass is compared with: its scores need not sum to the target's value.
 
-    The scores of a whole answer are the sum of those of its tokens, each of which is read once.
+    The scores of a whole answer are the sum of those of its tokens, each explained once.
 
     The model is not changed. Components have the names that DePass gives them; the rest of the state and the
     bias have no score.
@@ -193,7 +193,7 @@ class Baseline(Method):
     def _attribution(
         self, question: Question, explained: Sequence[tuple[ModelAnswer, Float[Tensor, "group component"]]]
     ) -> Attribution:
-        """Name one prompt's scores, of an answer the sum of its tokens'."""
+        """Return one prompt's scores with names; those of an answer are the sum over its tokens."""
         prompt, target, decoder = question.prompt, question.target, self.depass.decoder
         groups = self.source.describe(prompt, decoder)
         # No baseline scores what is left of the state.

@@ -81,7 +81,7 @@ class DePassMethod(Method):
 
 
 def under(rule: RuleName) -> type[DePassMethod]:
-    """Return the class of DePass under another rule, whose name is the method's.
+    """Return the class of DePass under a rule, which also is the method's name.
 
     Args:
         rule: the rule, such as `half`.

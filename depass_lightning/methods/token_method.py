@@ -12,7 +12,7 @@ from depass_lightning.sources.tokens import Positional, summed
 
 
 class TokenBaseline(Baseline):
-    """A method that scores what is put into the model: a span as the sum of its tokens, or by its own rule.
+    """A method that scores the model's input: a span as the sum of its tokens, or by a rule for spans.
 
     Args:
         depass: the model, with its tokenizer.

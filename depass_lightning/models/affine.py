@@ -87,7 +87,7 @@ def rows_of(
 
 @contextmanager
 def held(module: nn.Module) -> Iterator[None]:
-    """Have a module's tensors where it computes: those that are offloaded or sharded are fetched meanwhile.
+    """Make a module's tensors available: those that are offloaded or sharded are loaded inside the context.
 
     Args:
         module: a part of the model.
@@ -217,7 +217,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def _read(module: nn.Module, dtype: torch.dtype) -> AffineMap | None:
-    """Read a map from its tensors; None where these do not determine what it computes."""
+    """Read a map from its tensors; None if these do not determine what it computes."""
     if _is_plain_lora(module):
         return _with_adapters(module, dtype)
     if _trains_rows(module):

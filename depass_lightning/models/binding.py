@@ -1,4 +1,4 @@
-"""Bind a family's declaration to one block, or to what is between the blocks and the unembedding."""
+"""Bind a family's declaration to one block, or to the modules between the blocks and the unembedding."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,7 +64,7 @@ def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: st
 def bind_head(
     spec: HeadSpec, index: int, norm: nn.Module | None, module: nn.Module, sizes: tuple[int, int]
 ) -> Block:
-    """Bind what is between a decoder and its unembedding as a block without attention.
+    """Bind the modules between a decoder and its unembedding as a block without attention.
 
     Args:
         spec: the declaration.
@@ -74,7 +74,7 @@ def bind_head(
         sizes: the size of the residual stream, and the number of heads of other blocks.
 
     Raises:
-        DePassError: the module lacks a declared one, or its output has another size than the stream.
+        DePassError: the module lacks a declared submodule, or its output is not as wide as the stream.
     """
     owner = type(module).__name__
     dense, last = submodule(module, spec.dense, owner), submodule(module, spec.norm, owner)
@@ -83,8 +83,8 @@ def bind_head(
     nn.init.eye_(same.weight)
     if features(dense) != (hidden, hidden):
         raise DePassError(
-            f"{owner} maps the {hidden} numbers of the residual stream to {features(dense)[1]}; a decomposed "
-            "pass needs as many"
+            f"{owner} maps the residual stream's {hidden} dimensions to {features(dense)[1]}; a decomposed "
+            "pass needs the same number"
         )
     first = module if norm is None else norm
     return Block(
@@ -105,7 +105,7 @@ def bind_head(
 
 
 def _absent_attention(module: nn.Module, sizes: tuple[int, int]) -> AttentionParts:
-    """What is bound in attention's place where a block has none; it adds zero."""
+    """A stand-in for the attention of a block without one; it adds zero."""
     mixer = NoMixing(sizes)
     return AttentionParts(
         module=module, value=mixer.value, output=mixer.output, heads=mixer.heads, mixer=mixer
@@ -113,7 +113,7 @@ def _absent_attention(module: nn.Module, sizes: tuple[int, int]) -> AttentionPar
 
 
 def _absent_mlp(module: nn.Module, hidden: int) -> MLPParts:
-    """What is bound in an MLP's place where a block has none: one neuron that adds zero."""
+    """A stand-in for the MLP of a block without one: a single neuron that adds zero."""
     maps = nn.Linear(hidden, 1, bias=False), nn.Linear(1, hidden, bias=False)
     for linear in maps:
         nn.init.zeros_(linear.weight)
@@ -147,7 +147,7 @@ def _attention(
     inside = submodule(module, mixers[0] if mixers else spec.module, owner)
     if mixers:
         return _mixer(spec, module, inside, names[mixers[0]], owner)
-    # The decoder of an encoder-decoder, or single blocks, may have other heads than the configuration says.
+    # An encoder-decoder's decoder, or single blocks, may differ from the configuration's number of heads.
     stated = getattr(inside, "num_heads", None)
     heads = stated if isinstance(stated, int) else config.num_attention_heads
     output = Projection(submodule(inside, spec.output, owner))
@@ -181,8 +181,8 @@ def _attention(
 
 
 def _gate(inside: nn.Module, name: str | None, heads: int, size: int, owner: str) -> Projection | None:
-    """The map to attention's gates, which may be a part of the query map."""
-    if name is None or getattr(inside, name, inside) is None:  # of some configurations
+    """The map to attention's gates, which may be part of the query map."""
+    if name is None or getattr(inside, name, inside) is None:  # absent in some configurations
         return None
     gate = submodule(inside, name, owner)
     outputs = features(gate)[1]

@@ -19,7 +19,7 @@ class AttentionParts:
     """The modules of an attention sublayer.
 
     Args:
-        module: returns the probabilities second.
+        module: the attention module, which returns the probabilities second.
         value: the value map, which reads `latent` if there is one.
         output: the output map.
         heads: the number of query heads.
@@ -30,14 +30,14 @@ class AttentionParts:
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
         residual_weight: what the residual stream is multiplied with past it, if anything.
         gate: the map to the gates, one for each head or for each of the output map's inputs.
-        mixer: what mixes positions in attention's place, if this is none.
-        probabilities: gives them, where the module does not return them.
-        weights: the module that returns the probabilities, where it is not `module`.
+        mixer: the linear mixer in attention's place, if there is one.
+        probabilities: computes them, if the module does not return them.
+        weights: the module that returns the probabilities, if that is not `module`.
         inner_norm: the norm before the output map, if any.
-        output_bias: what is added after the output map, besides its own bias.
+        output_bias: what is added after the output map, in addition to its bias.
         value_scale: a factor of the values.
         gate_activation: what follows the map to the gates; see `AttentionSpec`.
-        scaled_heads: heads have factors besides their probabilities; see `AttentionSpec`.
+        scaled_heads: heads' outputs are scaled by further factors; see `AttentionSpec`.
     """
 
     module: nn.Module
@@ -133,7 +133,7 @@ class Block:
         mlp: its second sublayer.
         parallel: the MLP reads what enters the block.
         scale: what both sublayers' outputs are multiplied with.
-        ends: the modules that are called first and last, where the model does not call `module` itself.
+        ends: the modules that are called first and last, if the model does not call `module` itself.
     """
 
     index: int

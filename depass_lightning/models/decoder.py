@@ -1,4 +1,4 @@
-"""A language model or classifier seen as what the method needs: blocks, norms, linear maps and outputs."""
+"""A language model or classifier as the method needs it: blocks, norms, linear maps and outputs."""
 
 import inspect
 import sys
@@ -26,13 +26,13 @@ class Decoder:
 
     Args:
         model: a causal language model of transformers, a classifier built on one, or a model of a declared
-            class, compiled or not, with `peft` adapters or not.
+            class; it may be compiled or have `peft` adapters.
         spec: its family's declaration (`engine/validate.py` finds and checks it).
         compute_dtype: the precision that components are carried in; by default float64 for a model in
             float64 and float32 for every other.
         max_positions: the tokens that a prompt may have; by default what the configuration states.
-        recomputes: attention's probabilities are recomputed from queries and keys, where every block's
-            attention goes through the functions of Transformers; else they are those of eager attention.
+        recomputes: attention's probabilities are recomputed from queries and keys, since all attention goes
+            through the functions of Transformers; else they are those of eager attention.
 
     Raises:
         DePassError: this is no causal language model, it has no weights, the declaration does not name its
@@ -179,7 +179,7 @@ class Decoder:
         return next((part.heads for part in parts if part.mixer is None), parts[0].heads)
 
     def check_attention(self, method: str) -> None:
-        """Refuse a method, by its name, that reads attention's probabilities where a block has none.
+        """Refuse a method that reads attention's probabilities, if a block has none.
 
         Raises:
             DePassError: a block has a linear mixer, or no attention.
@@ -216,7 +216,7 @@ class Decoder:
 
     @property
     def logit_scale(self) -> float:
-        """What the model multiplies the unembedding's output with; nothing where labels are read."""
+        """What the model multiplies the unembedding's output by; 1 for labels."""
         if self.head.labels:
             return 1.0
         spec = self.spec
@@ -348,7 +348,7 @@ def original(model: nn.Module) -> PreTrainedModel:
 
 
 def _described(model: nn.Module, spec: ModelSpec) -> PretrainedConfig:
-    """What the engine asks the configuration of a model of transformers for, of another model."""
+    """Return a configuration with the fields that the engine reads, for a model of another library."""
     config: Any = PretrainedConfig()
     config.model_type = type(model).__name__
     config.num_attention_heads = spec.heads(model)

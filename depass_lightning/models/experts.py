@@ -20,7 +20,7 @@ class DenseParts:
         up: the map to the second factor, if there is one.
         down: the map from the neurons.
         inner_norm: the norm before that map, if any.
-        follows: the module that reads the neurons where `down`, the identity, is no part of the model.
+        follows: the module that reads the neurons, if `down` is an identity that the model does not have.
     """
 
     gate: Projection
@@ -31,7 +31,7 @@ class DenseParts:
 
     @property
     def reader(self) -> nn.Module:
-        """The module whose input are the neurons."""
+        """The module whose input is the neurons."""
         return self.follows or self.down.module
 
 
@@ -63,7 +63,7 @@ class ExpertsParts:
 
     @property
     def _interleaved(self) -> bool:
-        """Whether gates and ups take turns among their outputs."""
+        """Whether the outputs for gate and up alternate."""
         return not getattr(base_of(self.module), "is_concatenated", True)
 
     @property

@@ -70,7 +70,7 @@ def supported_model_types() -> list[str]:
 
 
 def families_of_class(model: nn.Module) -> list[FamilySpec]:
-    """Find the declarations of a model's class that is not of transformers, which may be none.
+    """Return the declarations of a model's class, if it is not of transformers; there may be none.
 
     Args:
         model: any module.

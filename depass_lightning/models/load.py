@@ -27,7 +27,7 @@ from depass_lightning.models.output_heads import HeadKind, kind_of
 from depass_lightning.models.weights import check_weights
 
 TINY = Path(__file__).parent / "tiny"
-BUILT_IN = ("tiny", "smollm2-135m")  # names that are neither of the hub nor of a folder
+BUILT_IN = ("tiny", "smollm2-135m")  # names that are neither hub names nor folders
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CLASSES: dict[HeadKind, Any] = {
     "causal": AutoModelForCausalLM,

@@ -1,4 +1,4 @@
-"""What reads a model's outputs from its last hidden state: an unembedding, or a classifier's score map."""
+"""The map from a model's last hidden state to its outputs: an unembedding, or a classifier's score map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class OutputHead:
             position; `token`, the labels of each position.
         output: the map, with a row for each token or label.
         labels: the labels' names, in the order of the rows; empty for tokens.
-        independent: whether labels do not exclude each other, as in a multi-label classifier or the one score
-            of a reward model: the probability is then each label's sigmoid.
+        independent: whether labels do not exclude each other, as in a multi-label classifier or for the only
+            output of a reward model: a label's probability is then its logit's sigmoid.
         padding: the id of the padding token, if the configuration has one.
     """
 
@@ -69,8 +69,8 @@ class OutputHead:
     def position_of(self, ids: Sequence[int]) -> int:
         """The position that a sequence classifier reads: the last token that is not padding.
 
-        The rule is that of transformers, which compares ids: of a text that ends with the padding token, such
-        as where that is the end-of-text token too, the token before it is read.
+        As in transformers, ids are compared: if a text ends with the padding token, which may also be the
+        end-of-text token, the last token before it is read.
 
         Args:
             ids: a text's token ids.
@@ -84,7 +84,7 @@ class OutputHead:
     ) -> Float[Tensor, "batch kept label"]:
         """Run a classifier on right-padded ids, and read its labels' logits at some positions.
 
-        The decoder and the head are called one after the other: classifiers refuse batches where their
+        The decoder and the head are called separately, since a classifier refuses batches if its
         configuration has no padding token.
 
         Args:
@@ -104,7 +104,7 @@ class OutputHead:
         return logits.sigmoid() if self.independent else logits.softmax(-1)
 
     def log_probabilities(self, logits: Float[Tensor, "*rows output"]) -> Float[Tensor, "*rows output"]:
-        """The logarithms of `probabilities`, however small these are.
+        """The logarithms of `probabilities`, without underflow.
 
         Args:
             logits: the logits of all outputs.
@@ -112,7 +112,7 @@ class OutputHead:
         return nn.functional.logsigmoid(logits) if self.independent else logits.log_softmax(-1)
 
     def log_odds(self, logits: Float[Tensor, "*rows output"], wanted: Int[Tensor, "*rows 1"]) -> Tensor:
-        """The log-odds of one output a row: against all others, or against its own absence.
+        """The log-odds of one output per row: against all others, or of an independent label.
 
         Args:
             logits: the logits of all outputs.
@@ -125,7 +125,7 @@ class OutputHead:
 
 
 def kind_of(names: Sequence[str]) -> HeadKind:
-    """Return the kind of head that the names of a model's class and its bases, or its architectures, state.
+    """Return the kind of head by the names of a model's class and its bases, or of its architectures.
 
     Args:
         names: the names.
@@ -135,7 +135,7 @@ def kind_of(names: Sequence[str]) -> HeadKind:
 
 
 def has_head(model: PreTrainedModel) -> bool:
-    """Return whether a model has an output head, and is not just the decoder inside one that has.
+    """Return whether a model has an output head, and is not just a decoder without one.
 
     Args:
         model: a model of transformers.

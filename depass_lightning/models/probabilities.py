@@ -1,4 +1,4 @@
-"""The probabilities of an attention module that does not return them, seen in one more call of it."""
+"""The probabilities of an attention module that does not return them, recorded in an additional call."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SOFTMAX = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 def seen_probabilities(
     module: nn.Module, *arguments: Any, **keywords: Any
 ) -> Float[Tensor, "batch head query key"]:
-    """Call attention as the model called it, and return the probabilities that it multiplies values with.
+    """Call attention as the model called it, and return the probabilities that it multiplies values by.
 
     Args:
         module: a module that calls `scaled_dot_product_attention`, or one softmax over its scores.
@@ -62,7 +62,7 @@ def _of_products(
     scale: float | None = None,
     enable_gqa: bool = False,  # noqa: ARG001
 ) -> Tensor:
-    """The probabilities of torch's function of these arguments."""
+    """The probabilities that `scaled_dot_product_attention` computes from these arguments."""
     # [batch, head, position, size]; several heads may share a key
     key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -30,9 +30,9 @@ def is_rotary(config: Any) -> bool:
 
 
 def regime(config: Any, length: int) -> Regime:
-    """Name what a model chooses for a prompt alone; prompts of one name may be padded to one batch.
+    """Name the settings that depend on a prompt; prompts with the same name may be padded to one batch.
 
-    Frequencies depend on the length; a sparse attention's choice of keys (DeepSeek's) depends on padding.
+    Rotary frequencies depend on the length; the keys that sparse attention selects (DeepSeek's), on padding.
 
     Args:
         config: the configuration of a model's decoder.

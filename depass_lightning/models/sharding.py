@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from depass_lightning.errors import DePassError
 
-PLAIN = (nn.Parameter, Tensor, DTensor)  # a quantised weight may be a tensor of its library's class
+PLAIN = (nn.Parameter, Tensor, DTensor)  # quantised weights may have their library's tensor class
 WAY_OUT = (
     "train with DDP or FSDP2, or attribute the checkpoints as they appear: python analyze.py "
     "watch.folder=<the training's output folder>"
@@ -36,13 +36,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_shards(model: nn.Module) -> None:
-    """Refuse weights that are sharded in another way than FSDP2's.
+    """Refuse weights that are sharded other than by FSDP2.
 
     Args:
         model: the language model.
 
     Raises:
-        DePassError: a parameter is a piece of a weight, or on another device than where it is computed with.
+        DePassError: a parameter is a shard of a weight, or is not on the device where it is used.
     """
     groups = is_sharded(model)
     for name, parameter in model.named_parameters():
@@ -74,7 +74,7 @@ def _is_matrix(model: nn.Module, name: str) -> bool:
 
 
 def mixed_precision(model: nn.Module) -> torch.dtype | None:
-    """The precision that FSDP2 trains in, where its `MixedPrecisionPolicy` names another than the weights'.
+    """The precision of FSDP2's `MixedPrecisionPolicy`, if it differs from that of the weights.
 
     Args:
         model: the language model, or the module that is trained.
@@ -87,7 +87,7 @@ def mixed_precision(model: nn.Module) -> torch.dtype | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the shards of all ranks."""
+    """Return the whole tensor, gathered from all ranks."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
@@ -107,11 +107,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
 def opened(model: nn.Module, around: nn.Module | None = None) -> Iterator[None]:
     """Let an FSDP2 model run without FSDP, gathering one group of weights after another.
 
-    Weights in no inner group are gathered throughout.
+    Weights that are in no inner group are gathered inside the whole context.
 
     Args:
         model: the language model; one that is not sharded is not changed.
-        around: the module that is trained, where it contains the model and is in FSDP's root group.
+        around: the module that is trained, if it contains the model and is FSDP's root.
     """
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not groups:
@@ -131,7 +131,7 @@ def opened(model: nn.Module, around: nn.Module | None = None) -> Iterator[None]:
 
 
 def _gather(modules: Iterable[nn.Module], stack: ExitStack) -> None:
-    """Put gathered weights in place of the sharded ones until the stack is closed."""
+    """Replace sharded weights by gathered ones until the stack is closed."""
     tied: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module._parameters.items():

@@ -36,19 +36,19 @@ class AttentionSpec:
         in_mask: the name of an argument that the mask holds already, but that eager attention adds once more.
         residual: which of its norms is on the residual stream itself: none; `norm`, so that its output is
             added to the normed stream; or `post_norm`, of the sum of the stream and its output.
-        residual_weight: the block's parameter that the residual stream is multiplied with past it.
+        residual_weight: the block's parameter that the residual stream is multiplied by past it.
         value_scale: the attribute of `module` that is a factor of the values.
-        gate: the map, inside `module`, whose activation heads' outputs are multiplied with: one output for
-            each of theirs or for each head; or the query map, where it gives each head's queries, then gates.
-        gate_activation: what follows that map.
-        inner_norm: the norm of the heads' outputs side by side, inside `module`, before the output map.
-        scaled_heads: each head's output has a factor that its probabilities lack, as some attention sinks.
+        gate: the map, inside `module`, whose activation the heads' outputs are multiplied by, with one output
+            per dimension of these or per head; or the query map, if it gives each head's queries, then gates.
+        gate_activation: the activation function after that map.
+        inner_norm: the norm of the concatenated heads' outputs, inside `module`, before the output map.
+        scaled_heads: each head's output has a factor that is not in its probabilities, as in some sinks.
         output_bias: a parameter of `module` that is added to the output map's output.
-        weights: the module, inside `module`, that returns the probabilities, where `module` does not.
+        weights: the module, inside `module`, that returns the probabilities, if `module` does not.
         mixers: linear mixers that blocks may have in its place: the module's name, and its kind in
             `models/mixers`.
         probabilities: a function of `module` and the arguments of its call that returns the probabilities
-            `[batch, head, query, key]`, for a class that is not of transformers; by default they are taken
+            `[batch, head, query, key]`, for a class that is not of transformers; by default they are read
             from attention's softmax.
     """
 
@@ -82,7 +82,7 @@ class ExpertsSpec:
         shared: an MLP that every position goes through, named inside like the family's dense MLP.
         shared_gate: the map whose sigmoid the shared MLP's output is multiplied with.
         scale: the configuration's name for a factor of the experts' output.
-        post_norm: the norm of what experts and shared MLP give together, inside the MLP.
+        post_norm: the norm of the sum of the experts' and the shared MLP's outputs, inside the MLP.
     """
 
     module: str = "experts"
@@ -124,9 +124,9 @@ class MLPSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Names of what a model has between its decoder and its unembedding: a map, an activation and a norm.
+    """Names of the modules between a decoder and its unembedding: a map, an activation and a norm.
 
-    It is bound as one more block, with an MLP alone, whose output replaces the residual stream.
+    They are bound as an additional block that has only an MLP, whose output replaces the residual stream.
 
     Args:
         module: the module that has them, inside the model.
@@ -153,13 +153,13 @@ def _call(model: Any, input_ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is known of every model of transformers, for another `nn.Module` class.
+    """What the configuration and methods of a model of transformers give, for another `nn.Module` class.
 
     Args:
         embedding: the token embedding, inside the model.
         unembedding: the map to the logits, inside the model.
         heads: the number of query heads, a function of the model.
-        positions: the most tokens that a prompt may have, a function of the model; None for no limit.
+        positions: the maximum length of a prompt in tokens, a function of the model; None for no limit.
         soft_cap: the bound of a soft cap on the logits, a function of the model; None for none.
         logits: a function of the model and `[batch, position]` ids that returns
             `[batch, position, vocabulary]`; by default the model's output.
@@ -179,16 +179,16 @@ class FamilySpec:
 
     Args:
         model_types: the `config.model_type` values that it covers; for a class that is not of transformers,
-            the class, or its name with its module's.
+            the class, or its name qualified by its module.
         blocks: the list of blocks, inside the decoder that `model.get_decoder()` returns, or inside a model
             that is not of transformers.
         decoder: the decoder inside the model, where `model.get_decoder()` returns something else.
         final_norm: the norm before the unembedding, inside the same decoder; None where there is none.
         final_projection: a linear map before the unembedding, inside the same decoder, where a model has one.
-        head: what else is before the unembedding, if anything.
+        head: further modules before the unembedding, if any.
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block; None where blocks have none.
-        sublayer: what a block has, where each has one sublayer alone.
+        sublayer: the kind of sublayer of a block, if each block has only one.
         parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
         residual_scale: the configuration's name for the factor of both sublayers' outputs, or a function
             of the configuration.
@@ -216,11 +216,11 @@ class FamilySpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the model types, a class's with its module's."""
+        """The names of the model types; those of classes are qualified by their modules."""
         return tuple(kind if isinstance(kind, str) else class_name(kind) for kind in self.model_types)
 
     def mlp_with(self, **changes: Any) -> MLPSpec:
-        """Return the declaration of the MLP with changes, for a family that differs in these.
+        """Return the MLP's declaration with some fields changed.
 
         Args:
             changes: fields of `MLPSpec`.
@@ -230,7 +230,7 @@ class FamilySpec:
 
 
 def class_name(kind: type) -> str:
-    """Return the name of a class with its module's.
+    """Return the name of a class, qualified by its module.
 
     Args:
         kind: the class.

@@ -230,7 +230,7 @@ class AttributionModule(LightningModule):
         measured = evaluate(cases, self.measures, self.depass)
         for index, example, case, columns in zip(indices, examples, cases, measured, strict=True):
             if example.answer is None or not self.judged:
-                columns.pop("correct", None)  # nothing is known to be right
+                columns.pop("correct", None)  # no answer is known to be correct
             elif own_token:
                 columns["correct"] = self._is_answer(case.target_ids[0], example.answer, example.prompt)
             case.attribution.metadata |= self.run  # the model by its configured name
@@ -266,7 +266,7 @@ class AttributionModule(LightningModule):
         names = OutputNames.of(self.depass.decoder, self.depass.tokenizer)
         try:
             return output == names.id_of(answer, prompt, first=True)
-        except DePassError:  # the model has no token or label for it
+        except DePassError:  # the model has no such token or label
             return False
 
 

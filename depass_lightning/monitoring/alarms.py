@@ -1,7 +1,7 @@
 """Alarms: conditions on scalars, such as "on_target below 0.8 of the reference, twice in a row".
 
-A condition is a scalar, `above` or `below`, and a number, which may be `of the reference`, the first run's
-value. After commas follow `twice in a row` or `3 times in a row`, and `beyond the null band`.
+A condition is a scalar, `above` or `below`, and a number, which `of the reference` makes a ratio to the first
+run's value. `twice in a row` or `3 times in a row`, and `beyond the null band` may follow, after commas.
 """
 
 import logging
@@ -37,7 +37,7 @@ class AlarmEvent:
         name: the probe set, or the set and source where there are several sources.
         step: the optimiser step.
         value: the scalar's value.
-        limit: the number that it has crossed.
+        limit: the limit that it has crossed.
     """
 
     condition: str
@@ -63,11 +63,11 @@ class Alarm:
     Attributes:
         condition: the condition in words.
         scalar: the scalar's name.
-        above: whether the scalar has to be above the limit; otherwise below it.
+        above: whether the scalar must be above the limit; otherwise below it.
         threshold: the limit, or its ratio to the reference.
         relative: whether the threshold is a ratio.
-        beyond: whether the scalar has to be outside of the null band too.
-        runs: the number of runs in a row in which the condition has to hold.
+        beyond: whether the scalar must also be outside of the null band.
+        runs: the number of consecutive runs in which the condition must hold.
         probes: the probe set; None for all.
         action: "log" reports the event, "stop" also ends training, a function is called with the event.
     """
@@ -84,14 +84,14 @@ class Alarm:
 
     @classmethod
     def parse(cls, condition: str, action: AlarmAction = "log") -> "Alarm":
-        """Read a condition.
+        """Parse a condition.
 
         Args:
             condition: the condition in words.
             action: what happens when it begins to hold.
 
         Raises:
-            DePassError: the words are no condition, or there is no such action.
+            DePassError: the words are not a condition, or there is no such action.
         """
         if action not in ("log", "stop") and not callable(action):
             raise DePassError(f"the action of an alarm is 'log', 'stop' or a function, not {action!r}")
@@ -121,15 +121,15 @@ class Alarm:
         )
 
     def limit(self, reference: float) -> float:
-        """Return the number that the scalar has to cross.
+        """Return the limit that the scalar must cross.
 
         Args:
-            reference: the reference's value; below zero, a ratio is of its size.
+            reference: the reference's value; a ratio to a negative value is one to its magnitude.
         """
         return reference + (self.threshold - 1) * abs(reference) if self.relative else self.threshold
 
     def holds(self, value: float, reference: float, band: Band | None = None) -> bool:
-        """Return whether the condition holds in one run; never for a value that is not a number.
+        """Return whether the condition holds in one run; it never holds for NaN.
 
         Args:
             value: the scalar's value.
@@ -143,7 +143,7 @@ class Alarm:
     def event(
         self, name: str, steps: Sequence[int], curve: Sequence[float], bands: Sequence[Band | None]
     ) -> AlarmEvent | None:
-        """Return the event if the condition holds in the last runs, and did not one run earlier.
+        """Return the event if the condition begins to hold in the last run.
 
         Args:
             name: the name of the curve's probe set.
@@ -162,17 +162,17 @@ class Alarm:
 def name_alarms(
     alarms: Alarms, scalars: Collection[str], probes: Collection[str], control: str | None
 ) -> list[Alarm]:
-    """Return the alarms of conditions in words.
+    """Return the alarms for conditions in words.
 
     Args:
         alarms: conditions; a mapping has an action for each.
         scalars: the names of the scalars.
         probes: the names of the probe sets.
-        control: the probe set whose changes make the null band.
+        control: the probe set whose changes give the null bands.
 
     Raises:
-        DePassError: a condition cannot be read, names what does not exist, or needs a null band without
-            a control, or there is no such control.
+        DePassError: a condition cannot be parsed, names a set or scalar that does not exist, or needs a null
+            band without a control, or there is no such control.
     """
     if control is not None and (control not in probes or len(probes) == 1):
         known = ", ".join(probes)
@@ -200,12 +200,12 @@ def name_alarms(
 def raise_alarms(
     alarms: Sequence[Alarm], results: Sequence[Result], control: str | None
 ) -> list[tuple[Alarm, AlarmEvent]]:
-    """Return the alarms that a run has raised; on the first rank report them, and call their functions.
+    """Return the alarms that a run has raised; the first rank also logs them and calls their functions.
 
     Args:
         alarms: the alarms.
         results: the results of the run, which their histories include.
-        control: the probe set that makes the null band.
+        control: the probe set that gives the null bands.
     """
     raised = []
     for alarm, result in product(alarms, results):

@@ -75,8 +75,8 @@ class TrackedModel:
         trained: see `find_model`.
 
     Raises:
-        DePassError: there is no model, or more than one, or its weights are sharded in another way than
-            FSDP2's.
+        DePassError: there is no model, or more than one, or its weights are sharded other
+            than by FSDP2.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class TrackedModel:
 
     @property
     def sharded(self) -> bool:
-        """Whether every rank has to run every probe, because they gather the weights together."""
+        """Whether every rank must run every probe, because all ranks gather the weights together."""
         return is_sharded(self.model)
 
     def opened(self) -> AbstractContextManager[None]:
-        """Gather sharded weights that are in no block once, inside the context."""
+        """Gather the sharded weights outside of the blocks inside the context."""
         return opened(self.model, around=self._module)
 
     def replaced(self) -> bool:

@@ -4,7 +4,7 @@
 2. Its scores are compared with those of the first and of the previous run (`History.compare`).
 3. The set's scalars are the means over its probes, and the worst completeness (`summarise`); a mean has a
    bootstrap interval over the probes (`intervals`).
-4. The null band of a scalar is its first value plus what the same scalar has changed by on control prompts
+4. The null band of a scalar is its first value plus the interval of its mean change on the control prompts
    (`History.null_band`).
 """
 
@@ -145,13 +145,13 @@ class History:
     def null_band(
         self, metrics: Mapping[str, float], changes: Mapping[str, Sequence[float]]
     ) -> dict[str, Band]:
-        """Return the range in which each scalar would be if it had changed as on the control prompts.
+        """Return each scalar's null band: the values that the changes on the control prompts explain.
 
-        It reaches from the first run's value to the ends of the bootstrap 95% interval of the mean change.
+        It is the first run's value plus the bootstrap 95% interval of the mean change.
 
         Args:
-            metrics: the set's scalars now, which are the first ones in a first run.
-            changes: those of each scalar on the control prompts.
+            metrics: the set's scalars in this run, which are the first ones in a first run.
+            changes: the control prompts' changes of each scalar.
         """
         bands = {}
         for name, values in changes.items():

@@ -3,7 +3,7 @@
 1. The probe sets are loaded once; all ranks use the first rank's.
 2. In a run, every rank attributes its share, `range(rank, n, world)`, with the model itself rather than its
    distributed wrapper: a plain forward pass needs no other rank, so shares may be uneven or empty.
-   Weights that FSDP2 shards are gathered by all ranks together: every rank attributes every probe then.
+   All ranks gather weights that FSDP2 shards together: every rank then attributes every probe.
 3. The shares are gathered once. Every rank then has every outcome: all of them compute the same numbers and
    keep the same history, and none waits for another.
 
@@ -112,7 +112,7 @@ class ProbeMonitor:
         target: what is explained: "contrast", each probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
             others; "logprob", its log-probability; "own", the model's most likely next token.
-        answer: of an answer of several tokens in a task, "whole" explains all of them, "first" the first one.
+        answer: "whole" explains all tokens of an answer in a task or file, "first" only its first token.
         max_overhead: the largest fraction of the wall time that the probes may take: to stay below it, `due`
             skips runs. None for no limit.
         faithfulness: the number of probes of each set for which token removal is measured.
@@ -121,7 +121,7 @@ class ProbeMonitor:
         on_error: "log" reports a failing probe and its reason; "raise" raises an error.
         alarms: conditions on scalars, see `monitoring/alarms.py`; a mapping has an action for each: "log",
             "stop" to end training, or a function of the `AlarmEvent`.
-        control: the probe set whose answers should not change; its changes make the others' null bands.
+        control: the probe set whose answers should not change; its changes give the others' null bands.
         scalars: "all" also logs the bootstrap interval of every mean.
         settings: `rule`, by default `auto`, `temperature`, `bias`, `engine` and `attention_path`, as for
             `DePass.attribute`.

@@ -28,7 +28,7 @@ from depass_lightning.utils.sections import Conversation
 Messages = Sequence[Mapping[str, Any]]
 ProbeSource = str | Path | Task | DataLoader | Sequence[Example | tuple[str | Messages, TargetLike]]
 TargetKind = AnswerTarget | Literal["own"]
-AnswerPart = Literal["whole", "first"]  # of an answer of several tokens
+AnswerPart = Literal["whole", "first"]  # the part explained of an answer of several tokens
 TARGET_KINDS = (*get_args(AnswerTarget), "own")
 
 
@@ -62,7 +62,7 @@ class ProbePrompt:
         Args:
             tokenizer: the model's tokenizer.
             target: what is explained, see `load_set`.
-            answer: the part that is explained of an example's answer of several tokens.
+            answer: which part of an example's answer of several tokens is explained.
 
         Raises:
             DePassError: there is no chat template, or it refuses the conversation.

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 REMOVED = (0, 20, 40, 60, 80, 100)  # percent: coarse, because it is measured often
 ORDERS = 2  # random orders per probe
-SHOWN = 3  # failed probes that are named
+SHOWN = 3  # the number of failed probes that are named
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class ProbeRunner:
     Attributes:
         depass: the model.
         device: the model's device.
-        sources: what states are split into; those of one rule share one recorded and, if it is linear, one
-            backward pass.
+        sources: what states are split into; those under one rule share one recorded pass and, if the rule is
+            linear, one backward pass.
         batch_size: the number of probes in one pass. It is halved permanently where memory runs out.
         together: all ranks run the same probes, because their weights are sharded: a batch that fails on one
             has failed on all.

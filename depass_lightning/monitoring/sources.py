@@ -42,7 +42,7 @@ def name_sources(source: Sources) -> dict[str, Source]:
 
 
 def fitting(depass: DePass, sources: Sequence[Source]) -> list[Source]:
-    """Return the sources for a model: on a hybrid, "modules" is what mixes positions in every block.
+    """Return the sources for a model: on a hybrid, "modules" is the attention or linear mixer of every block.
 
     Args:
         depass: the model.

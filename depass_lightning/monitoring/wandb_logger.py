@@ -17,7 +17,7 @@ class UnattendedWandbLogger(WandbLogger):
     """A `WandbLogger` that records offline where the server does not answer, instead of ending the run."""
 
     def describe(self, name: str, config: Mapping[str, Any]) -> None:
-        """Give the run, which has not started, its configuration, and a name if it has none.
+        """Set the configuration of a run that has not started, and its name if it has none.
 
         Args:
             name: the name.

@@ -13,7 +13,7 @@ PARTS = {
 
 
 def prediction_name(attribution: Attribution) -> str:
-    """Return what an attribution's prediction is: the next token, a label, or how an answer begins.
+    """Return what an attribution's prediction is: the next token, a label, or the beginning of an answer.
 
     Args:
         attribution: the attribution.
@@ -26,7 +26,7 @@ def prediction_name(attribution: Attribution) -> str:
 
 
 def prediction_text(attribution: Attribution) -> str:
-    """Return the model's prediction, and the target's place and probability among what it predicts.
+    """Return the model's prediction, and the target's rank and probability.
 
     Args:
         attribution: the attribution.

@@ -1,4 +1,4 @@
-"""A circuit as a page, as a figure and in a terminal: its largest edges that reach the target."""
+"""A circuit as a page, as a figure and as a tree in the terminal: its largest edges that reach the target."""
 
 import os
 from typing import Any
@@ -130,7 +130,7 @@ def _columns(circuit: Circuit) -> int:
 
 
 def _places(circuit: Circuit, layers: list[int]) -> dict[int, tuple[float, float]]:
-    """Return where each node is drawn: heads across by number, an MLP at the right and a little higher."""
+    """Return where each node is drawn: heads from left to right, an MLP at the right and slightly higher."""
     heads = _columns(circuit)
     inputs = [node for node in circuit.nodes if node.kind in INPUTS]
     places = {id(node): ((number + 0.5) / len(inputs), 0.0) for number, node in enumerate(inputs)}
@@ -151,7 +151,7 @@ def _short(node: Component) -> str:
 def circuit_tree(circuit: Circuit) -> Tree:
     """Return what flows into the target as a tree: the largest edges, and what flows into their sources.
 
-    A node is followed once, where it comes first.
+    Each node is expanded once, where it is nearest to the target.
 
     Args:
         circuit: the circuit.
@@ -159,7 +159,7 @@ def circuit_tree(circuit: Circuit) -> Tree:
     title = f"{visible(circuit.target)} = {signed(circuit.value)}"
     tree = Tree(Text.assemble((title, "bold"), f", {circuit.rule}"))
     open_nodes, followed = [(tree, len(circuit.nodes) - 1, 0)], set()
-    while open_nodes:  # breadth first, so that a node is followed where it is nearest to the target
+    while open_nodes:  # breadth first, so that each node is expanded where it is nearest to the target
         branch, reader, depth = open_nodes.pop(0)
         if reader in followed or depth == DEPTH:
             continue

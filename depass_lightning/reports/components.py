@@ -59,7 +59,7 @@ def complete(attribution: Attribution) -> bool:
 
 
 def repeats_of(attribution: Attribution) -> dict[int, int]:
-    """Return the numbers of components of the text with the same word, from 1 in the order of the text.
+    """Return the numbers of components whose word occurs several times, from 1 in the order of the text.
 
     Args:
         attribution: the attribution.

@@ -133,7 +133,7 @@ class Card:
         note: its interval and its chance level; "" without either.
         definition: what the measure is, in a sentence; "" where its name is enough.
         leading: whether a page shows it first.
-        random: whether its interval includes its chance level, or is on the wrong side of it.
+        random: whether its interval includes the chance level, or is on the wrong side of it.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""The flow between the components of a prompt: nodes, edges, and what is left of them when pruned."""
+"""A circuit: nodes, the edges between them, and pruning, comparing and averaging these."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,15 +23,16 @@ INPUTS = ("token", "embedding", "bias")  # nodes that nothing enters
 
 @dataclass(eq=False)
 class Circuit:
-    """How a target's value flows through a model: the score of every node, and of every edge between two.
+    """How a target's value is computed: the score of every node of a model, and of every edge between two.
 
     The edges that leave a node sum to its score. Under a complete rule (half, taylor, shap) so do those that
-    enter a head, an MLP or the target, the bias node's among them.
+    enter a head, an MLP or the target, including the bias node's.
 
     Attributes:
-        nodes: tokens, the bias, each block's heads and its MLP, and the target, the last.
-        edges: by path what each node contributes through each other node at once; float32, on the CPU.
-        scores: what each node contributes in all; the target's is the sum of what enters it.
+        nodes: tokens, the bias, each block's heads and its MLP, and, last, the target.
+        edges: for each path, what each node contributes directly through each other node; float32, on the
+            CPU.
+        scores: the total contribution of each node; the target's is the sum of what enters it.
         value: the model's value of the target.
         target: the target in words.
         text: the prompt, or "".
@@ -40,9 +41,10 @@ class Circuit:
         rule: the linear rule.
         position: the position at which the target was read.
         paths: the name of each path.
-        prompts: the number of prompts that this is the mean of.
-        difference: with a corrupted prompt, the same for what each node writes less what it writes there,
-            through the frozen maps of this prompt. What enters a node need not sum to its score then.
+        prompts: the number of prompts in the mean.
+        difference: with a corrupted prompt, the circuit of the difference between what each node writes on
+            the two prompts, through the frozen maps of this one. What enters a node need not sum to its
+            score.
         notes: what nodes promote, by label (`logit_lens.describe_nodes`).
         patterns: heads' attention probabilities `[query][key]`, by label.
         metadata: anything else worth keeping; JSON must be able to hold it.
@@ -91,10 +93,10 @@ class Circuit:
 
     @property
     def completeness(self) -> float:
-        """The largest error of a node's edges, those that leave it or those that enter it.
+        """The largest relative error of a sum of edges.
 
-        The difference between their sum and the node's score (the value, of the target), relative to the
-        largest score.
+        The error is the difference between the sum of the edges that leave or enter a node and its score (for
+        the target, its value), relative to the largest score.
         """
         total, scores = self.edges.double().sum(0), self.scores.double()
         scores[-1] = self.value
@@ -118,11 +120,11 @@ class Circuit:
         raise DePassError(f"no node is labelled {label!r}; nodes are labelled like {self.nodes[-2].label!r}")
 
     def edge(self, source: str | int, reader: str | int) -> float:
-        """Return what one node contributes through another at once, by all paths.
+        """Return what one node contributes directly through another, summed over paths.
 
         Args:
             source: the label or the index of the node that writes.
-            reader: the same of the node that reads.
+            reader: the label or the index of the node that reads.
 
         Raises:
             DePassError: there is no such node.
@@ -139,7 +141,7 @@ class Circuit:
         return [self._edge(index) for index in self._largest(edges)]
 
     def _largest(self, edges: int) -> list[int]:
-        """Return the indices of the largest edges among all, as a flat list."""
+        """Return the indices of the largest edges in the flattened tensor of edges."""
         flat = self.edges.flatten()
         order = flat.abs().sort(descending=True, stable=True).indices[: max(edges, 0)]
         return order[flat[order] != 0].tolist()
@@ -151,13 +153,13 @@ class Circuit:
         return Edge(self.nodes[start], self.nodes[end], self.paths[path], score)
 
     def prune(self, threshold: float | None = None, edges: int | None = None) -> "Circuit":
-        """Return the largest edges alone, and of these only what still reaches the target.
+        """Return the circuit with the largest edges alone, and of these only those that reach the target.
 
-        Scores stay those of all edges.
+        The nodes' scores are not changed: they remain sums over all edges.
 
         Args:
             threshold: the smallest absolute score of an edge that is kept, as a fraction of the value's.
-            edges: or the number of edges that are kept at most.
+            edges: the maximum number of edges, instead of a threshold.
 
         Raises:
             DePassError: not exactly one of the two is given, or it is negative.
@@ -183,7 +185,7 @@ class Circuit:
         )
 
     def _reaching(self, kept: Bool[Tensor, "from to"]) -> Bool[Tensor, "node"]:
-        """Which nodes reach the target: edges lead to later nodes, so the last are decided first."""
+        """Which nodes reach the target. Edges lead to later nodes, so the last nodes are resolved first."""
         reaching = torch.zeros(len(self.nodes), dtype=torch.bool)
         reaching[-1] = True
         for node in range(len(self.nodes) - 2, -1, -1):
@@ -213,10 +215,10 @@ class Circuit:
         )
 
     def merged(self, key: Callable[[Component], Component]) -> "Circuit":
-        """Return the circuit with the nodes that become the same summed into one.
+        """Return the circuit with nodes merged: those that map to the same node are summed.
 
         Args:
-            key: what a node becomes.
+            key: the node that a node is merged into.
         """
         members: dict[Component, list[int]] = {}
         for index, node in enumerate(self.nodes):
@@ -229,7 +231,7 @@ class Circuit:
         return replace(self, nodes=list(members), edges=edges, scores=scores, difference=difference)
 
     def by_role(self, roles: Mapping[int, str]) -> "Circuit":
-        """Return the circuit with the nodes at each position summed by the position's role.
+        """Return the circuit with nodes at positions of the same role summed.
 
         Args:
             roles: names by position, such as `{3: "S1"}`; other positions are "other".
@@ -251,10 +253,10 @@ class Circuit:
 
     @staticmethod
     def mean(circuits: Sequence["Circuit"]) -> "Circuit":
-        """Return the mean of several prompts' circuits, which `by_role` has aligned.
+        """Return the mean of several prompts' circuits, aligned by `by_role`.
 
         Args:
-            circuits: the circuits; a node that one lacks counts as zero there.
+            circuits: the circuits; a node that a circuit lacks counts as zero in it.
 
         Raises:
             DePassError: there are none, or their paths differ.
@@ -314,7 +316,7 @@ class Circuit:
             path: the file.
 
         Raises:
-            DePassError: the file is no saved circuit, or one of another version's format.
+            DePassError: the file is not a saved circuit, or has the format of another version.
         """
         tensors, record = read_result(path, "circuit")
         record["nodes"] = from_columns(record["nodes"])
@@ -325,7 +327,7 @@ class Circuit:
             circuit.difference = replace(circuit, edges=edges, scores=scores, value=value)
         return circuit
 
-    # Imported where they are drawn, as in `Attribution`.
+    # The renderers are imported when something is drawn, as in `Attribution`.
 
     def show(self) -> None:
         """Print what flows into the target as a tree."""
@@ -382,7 +384,7 @@ class Circuit:
 
 
 def _order(node: Component) -> float:
-    """Put inputs first, then the blocks in order, the target last."""
+    """Order inputs first, then the blocks, and the target last."""
     if node.kind in INPUTS:
         return -1.0 if node.kind == "bias" else -2.0
     if node.layer is None:

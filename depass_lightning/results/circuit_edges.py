@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 class Edge(NamedTuple):
-    """What one node contributes to the target through another at once.
+    """What one node contributes to the target directly through another.
 
     Attributes:
         source: the node that writes.
         reader: the node that reads.
-        path: `value`; or `query` or `key` into a head, under a rule that keeps them apart.
+        path: `value`; or `query` or `key` into a head, under a rule that separates them.
         score: the contribution, in logits.
     """
 
@@ -30,10 +30,10 @@ class CircuitComparison:
     """How a circuit differs from another with the same nodes, such as that of a later checkpoint.
 
     Attributes:
-        difference: the other's scores and edges less this one's.
-        overlap: of the edges with the largest scores in either, the fraction that both have there.
-        appeared: the edges that only the other has among its largest, the largest first.
-        vanished: the edges that only this one has there.
+        difference: the other circuit's scores and edges less this one's.
+        overlap: the fraction of the largest edges of either circuit that are among the largest of both.
+        appeared: the edges that are among the largest only in the other circuit, the largest first.
+        vanished: the edges that are among the largest only in this one.
     """
 
     difference: "Circuit"

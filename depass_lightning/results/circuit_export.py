@@ -15,7 +15,7 @@ from depass_lightning.utils.atomic_files import write_whole
 if TYPE_CHECKING:
     from depass_lightning.results.circuit import Circuit
 
-# The viewer's kinds of nodes; it draws others as features of a transcoder.
+# The viewer's types of nodes; all others are drawn as transcoder features.
 TYPES = {
     "token": "embedding",
     "embedding": "embedding",
@@ -43,7 +43,7 @@ def graph_of(circuit: "Circuit") -> "networkx.MultiDiGraph":
 
 
 def export(circuit: "Circuit", path: str | os.PathLike[str]) -> None:
-    """Write a circuit in the format that a file's ending names.
+    """Write a circuit in the format of a file's extension.
 
     Args:
         circuit: the circuit.
@@ -85,7 +85,7 @@ def _attribution_graph(circuit: "Circuit", slug: str) -> dict[str, Any]:
 
 
 def _node_id(circuit: "Circuit", index: int) -> str:
-    """Return the viewer's name of a node: its row, its number there and its position."""
+    """Return the viewer's id of a node: its row, its index and its position."""
     return f"{_row(circuit, circuit.nodes[index])}_{index}_{_place(circuit, circuit.nodes[index])}"
 
 

@@ -48,7 +48,7 @@ def read_result(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tens
         kind: of the result.
 
     Raises:
-        DePassError: the file is no saved result of this kind, or one of another version's format.
+        DePassError: the file is not a saved result of this kind, or has the format of another version.
     """
     name, expected = os.fspath(path), FORMATS[kind]
     try:

@@ -1,4 +1,4 @@
-"""Sources by the names that they have on the command line."""
+"""Sources by their names on the command line."""
 
 from depass_lightning.errors import DePassError, suggested
 from depass_lightning.sources.base import Source
@@ -17,7 +17,7 @@ SOURCES: dict[str, Source] = {
 
 
 def as_source(source: Source | str | None) -> Source:
-    """Return a source that is given by its name, or the default, `Tokens()`; a source is returned unchanged.
+    """Return the source with a name, or `Tokens()` for None; a source is returned unchanged.
 
     Args:
         source: the source, one of the names `SOURCES`, or None.

@@ -60,7 +60,7 @@ def load(
         split: "test", or "train", the split that the bundled model was trained on.
         path: read the prompts instead of generating them: a JSON, JSON Lines, CSV or Parquet file, a folder
             that `datasets` saved, or `hub:owner/name` for a public data set.
-        rows: the rows of the task "jsonl" in place of a file.
+        rows: the rows of the task "jsonl" instead of a file.
         language: one language of a multilingual task; None means all.
         kind: one of `rag.KINDS`, for generated questions about documents.
         sentences: the number of their other sentences.
@@ -75,7 +75,7 @@ def load(
         raise DePassError(f"a task's size must be a whole number from 1, not {size!r}")
     if rows is not None:
         if name != "jsonl" or path is not None:
-            raise DePassError("rows= are the prompts of the task 'jsonl' in place of path=; give one of them")
+            raise DePassError("rows= are the prompts of the task 'jsonl' instead of path=; give one of them")
         return jsonl.load_listed(rows, size)
     if name == "multilingual":
         return multilingual.load(size, seed, split, path, language)

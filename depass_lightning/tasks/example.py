@@ -24,7 +24,7 @@ from depass_lightning.utils.sections import Section, SectionedText, from_json, s
 from depass_lightning.utils.tokenization import continuation_ids
 
 Span = tuple[int, int]
-ANSWER, LABEL = "answer", "label"  # the property of an example whose answer is a classifier's label
+ANSWER, LABEL = "answer", "label"  # an entry in `labels` of an example whose answer is a classifier's label
 ROLE = "role"  # marks an example's roles while its prompt is written
 
 _FEATURES = Features(
@@ -76,7 +76,7 @@ class Example:
             DePassError: it is not known.
         """
         if self.answer is None:
-            raise DePassError(f"the prompt {self.id!r} has no answer, which this needs; give its target")
+            raise DePassError(f"the prompt {self.id!r} has no answer, which is needed here; give its target")
         return self.answer
 
     def evidence_ranges(self) -> list[Span]:
@@ -126,7 +126,7 @@ class Example:
                 "logprob", its log-probability.
             tokenizer: to explain all tokens of an answer that has several, as a `Continuation` or, against
                 the foil, a `Preference`; None explains the first token.
-            reading: under "contrast" and "token", what is explained of each token of a whole answer.
+            reading: under "contrast" and "token", the value explained for each token of a whole answer.
             reduce: "sum" or "mean" over the tokens of a whole answer.
         """
         if self.answer is None:

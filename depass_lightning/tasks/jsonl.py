@@ -35,7 +35,7 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
 
 
 def load_listed(rows: Sequence[Mapping[str, Any]], size: int | None = None) -> Task:
-    """Read rows that are given, not those of a file.
+    """Read rows from a list instead of a file.
 
     Args:
         rows: the rows of `load`.

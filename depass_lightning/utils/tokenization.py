@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
 def encode(
     text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the prompt", *, whole: bool = False
 ) -> Encoded:
-    """Tokenise a text that the model continues, or a whole text that it labels.
+    """Tokenise a text that the model continues, or a complete text that it labels.
 
     Special tokens that the tokenizer puts before a text are added, but not a second time to a text that
     already begins with them. None are added to a formatted conversation, which has those of its template.

@@ -1,1 +1,1 @@
-"""The declarations of decoder families, by what their blocks are built of."""
+"""The declarations of decoder families, grouped by how their blocks are built."""

@@ -34,7 +34,7 @@ def _is_parallel(config: Any) -> bool:
 
 
 def _falcon(config: Any) -> str:
-    """The kind of Falcon's three kinds of blocks that a configuration has."""
+    """Which of Falcon's three kinds of blocks a configuration has."""
     if config.new_decoder_architecture and getattr(config, "num_ln_in_parallel_attn", None) != 1:
         return "two norms"
     return "one norm" if config.new_decoder_architecture or config.parallel_attn else "sequential"

@@ -16,8 +16,8 @@ LATENT = AttentionSpec(
 )
 
 DENSE: list[FamilySpec] = [
-    # Pre-norm decoders with a gated MLP; biases, head norms, windows and layers without rotary positions need
-    # no mention: the former are read from the modules, the rest acts only through the probabilities.
+    # Pre-norm decoders with a gated MLP. Biases, head norms, windows and layers without rotary positions are
+    # not declared: biases are read from the modules, the rest acts only through the probabilities.
     FamilySpec(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "ernie4_5", "helium")),
     FamilySpec(("hunyuan_v1_dense", "seed_oss", "ministral", "ministral3", "cwm")),
     FamilySpec(("internlm3", "iquestcoder", "emu3", "emu3_text_model", "got_ocr2")),

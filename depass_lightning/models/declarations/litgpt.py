@@ -1,7 +1,7 @@
 """LitGPT's `GPT` (github.com/Lightning-AI/litgpt, `litgpt/model.py`), in all configurations without experts.
 
-Its configuration chooses whether attention and MLP are parallel, whether they share a norm, and whether the
-MLP has a gate. Norms that a configuration leaves out are identities.
+Its configuration determines whether attention and MLP are parallel, whether they share a norm, and whether
+the MLP is gated. Norms that a configuration omits are identities.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is in attention's place in a block that mixes no positions: heads that add zero."""
+"""A stand-in for attention in a block that does not mix positions: heads that add zero."""
 
 from typing import Any
 

@@ -19,7 +19,7 @@ from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, 
 
 
 class GatedDelta(Mixer):
-    """A gated delta rule, from one of two ways to fuse its projections."""
+    """A gated delta rule, with its projections fused in one of two ways."""
 
     kind = "gated_delta"
 

@@ -1,8 +1,8 @@
-"""Mamba (Gu & Dao, arXiv 2312.00752): a state space with a decay for each channel and state.
+"""Mamba (Gu & Dao, arXiv 2312.00752): a state-space model with a decay rate for each channel and state.
 
 With inputs `B`, outputs `C` and steps `dt` held fixed, the output of channel `c` is `D x[n]` and the sum over
 `k <= n` and states `s` of `C[n,s] B[k,s] exp(A[c,s] sum of dt[j,c] over k < j <= n) dt[k,c] x[k]`.
-Each channel mixes positions by a matrix of its own, so that it is a head of size one.
+Each channel mixes positions by a separate matrix, so it is a head of size one.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, 
 
 
 class SelectiveScan(Mixer):
-    """Mamba's mixer, with norms of its steps, inputs and outputs or without."""
+    """Mamba's mixer, with or without norms of its steps, inputs and outputs."""
 
     kind = "selective_scan"
 
@@ -75,7 +75,7 @@ class SelectiveScan(Mixer):
         leaving: Float[Tensor, "batch position state"],
         rate: Float[Tensor, "channel state"],
     ) -> Float[Tensor, "batch channel query key"]:
-        """Each channel's matrix, one state after another, so that no table of all of them is built."""
+        """Each channel's matrix, summed state by state, so that the terms of all states are never held."""
         total = steps.new_zeros(())
         for state in range(self.size):
             products = leaving[:, :, state, None] * entering[:, None, :, state]  # [batch, query, key]

@@ -1,7 +1,7 @@
 """Rows of labelled texts: `{"text": "A lovely film.", "label": "positive"}`, for classifiers.
 
 A label is a name or an index of the model's labels (`config.id2label`); `foil` is one to compare it with. A
-text may be a conversation, as for a reward model, whose only score any number names.
+text may be a conversation. The only output of a reward model may be named by any number.
 """
 
 from typing import Any
