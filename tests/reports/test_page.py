@@ -313,7 +313,10 @@ setTimeout(() => go("pointermove", at, over), 200);
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
 def test_a_browser_draws_a_matrix_whose_rows_can_be_chosen(tmp_path: Path) -> None:
-    examples = [{"id": f"mine/{row}", "matrix": "mine", "row": name} for row, name in enumerate(["John", "waved", "to"])]
+    examples = [
+        {"id": f"mine/{row}", "matrix": "mine", "row": name}
+        for row, name in enumerate(["John", "waved", "to"])
+    ]
     write_page(tmp_path / "page.html", generated(), title="Generated", examples=examples)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     body = drawn(tmp_path, "page.html")
