@@ -227,7 +227,7 @@ def settings_of(
     engine, bias, path = chosen["engine"], chosen["bias"], chosen["attention_path"]
     check_choices(bias=bias, compat=compat, engine=engine, attention_path=path)
     if (name := chosen["rule"]) == AUTO:
-        (name,) = {automatic_rule(source, compat, engine, path) for source in sources}
+        (name,) = {automatic_rule(decoder, source, compat, engine, path) for source in sources}
     rule = rule_named(name, chosen["temperature"], chosen["score_weight"])
     if isinstance(rule, CalibratedRule):
         check_rule(rule, decoder)

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from depass_lightning.commands.attribute_task import AttributedTask, attribute_task, resolve_rule
+from depass_lightning.commands.attribute_task import AttributedTask, attribute_task
 from depass_lightning.commands.check import Check
 from depass_lightning.commands.circuit_task import run_circuits
 from depass_lightning.commands.compare import compare, load_entry
@@ -45,8 +45,6 @@ def analyze(config: DictConfig) -> int:
             console.print(Text(f"timeline {page}"), soft_wrap=True)
             open_page(config, page)
         return 0
-    if config.study is None:  # experiments name their rules
-        resolve_rule(config)
     with lock_run_folder(Path(config.paths.output_dir)):
         folder = open_run(config)
         code = run(config, folder)

@@ -36,6 +36,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.logit_lens import notes_on
 from depass_lightning.methods import DePassMethod, Method, make_method
+from depass_lightning.models.decoder import Decoder
 from depass_lightning.modules.attribution_module import AttributionModule, Explained
 from depass_lightning.modules.prompt_datamodule import PromptData
 from depass_lightning.monitoring.sinks import is_named
@@ -118,6 +119,7 @@ def _attribute(
     with waiting(f"loading {config.model.name}"):
         depass = load()
     task = task.formatted(depass.tokenizer)
+    resolve_rule(config, depass.decoder, source)
     fingerprint = weights_fingerprint(depass.model)
     manifest = manifest_of(config, fingerprint, task)
     resumed = first_process() and keep_manifest(manifest, folder / "attributions")
@@ -126,13 +128,12 @@ def _attribute(
         print_stderr(
             "what is generated is explained token by token; faithfulness and right answers are not measured"
         )
-    rows = config.target.get("max_new_tokens", 1)
     together = splits_components(config)
     writer = AttributionWriter(
         folder,
         resume=resumed,
         expected=len(task),
-        rows=rows,
+        rows=config.target.get("max_new_tokens", 1),
         skipped=task.skipped,
         together=together,
     )
@@ -288,16 +289,17 @@ def trials(prompts: Sequence[str]) -> list[str]:
     return [ordered[index] for index in sorted({k * len(ordered) // TRIALS for k in range(TRIALS)})]
 
 
-def resolve_rule(config: DictConfig) -> None:
+def resolve_rule(config: DictConfig, decoder: Decoder, source: Source) -> None:
     """Replace the rule `auto` by the one that it takes, for the run's files and its resumption.
 
     Args:
         config: the configuration.
+        decoder: the model.
+        source: what states are split into.
     """
     if config.rule.name == AUTO:
-        source = instantiate(config.source, _convert_="all")
         engine = "auto" if config.states is None else "propagate"
-        name = automatic_rule(source, config.compat, engine, config.attention_path)
+        name = automatic_rule(decoder, source, config.compat, engine, config.attention_path)
         config.rule = {"name": name, **{key: DEFAULTS[key] for key in PARAMETERS.get(name, ())}}
 
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from depass_lightning.commands.attribute_task import rule_options, task_of
+from depass_lightning.commands.attribute_task import resolve_rule, rule_options, task_of
 from depass_lightning.commands.shell import first_process, print_stderr
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -16,6 +16,7 @@ from depass_lightning.modules.attribution_module import Explained
 from depass_lightning.prompts import prompts_of
 from depass_lightning.reports.circuit_page import write_circuit_page
 from depass_lightning.results.circuit import Circuit
+from depass_lightning.sources import Tokens
 from depass_lightning.storage import write_json
 from depass_lightning.tasks import Example
 
@@ -39,11 +40,12 @@ def run_circuits(
     explained = Explained(**config.target)
     if explained.kind == "generation":
         raise DePassError("a circuit explains one target: choose target=own or target=contrast")
+    task = task_of(config)
+    depass = load(config)
+    resolve_rule(config, depass.decoder, Tokens())
     options = {
         name: value for name, value in rule_options(config).items() if name in ("rule", "score_weight")
     }
-    task = task_of(config)
-    depass = load(config)
     task = task.formatted(depass.tokenizer)
     circuits: list[Circuit] = []
     by_role, skipped = [], list(task.skipped)

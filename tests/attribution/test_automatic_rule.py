@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from depass_lightning import (
     Continuation,
@@ -21,6 +23,8 @@ from depass_lightning import (
 )
 from depass_lightning.monitoring.monitor import ProbeMonitor
 from depass_lightning.sources import Source
+from tests.reference.models import prompt
+from tests.reference.zoo import build
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 
@@ -82,3 +86,24 @@ def test_monitors_take_it_by_default(depass: DePass) -> None:
     )
     rules = {result.name: result.attributions[0].rule for result in monitor.run(0).results}
     assert rules == {"probes/tokens": "half", "probes/heads": "shap"}
+
+
+@pytest.mark.parametrize(("name", "why"), [("megatron-bert", "normed state"), ("granite_swa", "one softmax")])
+def test_heads_take_half_where_shap_cannot_follow(
+    name: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Norms inside attention, and sinks outside of its softmax; the reason is logged once."""
+    depass = DePass(build(name))
+    arguments: dict[str, Any] = {"prompt": None, "input_ids": prompt(6)[None], "target": 4}
+    with caplog.at_level(logging.WARNING, logger="depass_lightning"):
+        ((tokens, heads),) = depass.attribute_sources(**arguments, sources=[Tokens(), Heads()], rule="auto")
+        assert depass.attribute(**arguments, source=Heads(layer=1), rule="auto")[0].rule == "half"
+    assert tokens.rule == heads.rule == "half"
+    (half,) = depass.attribute(**arguments, source=Heads(), rule="half")
+    assert torch.equal(heads.scores, half.scores)
+    (reason,) = [text for text in caplog.messages if "rule='auto' takes 'half' for heads" in text]
+    assert why in reason
+    rows: Any = [{"input_ids": prompt(6), "target": 4}] * 2
+    loader = DataLoader(rows, batch_size=2)
+    results = ProbeMonitor(depass.model, None, loader, source="heads").run(0).results
+    assert {scored.rule for scored in results[0].attributions} == {"half"}
