@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -69,14 +70,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark those cases of `covering` tests slow in which every parameter has a value that it had before."""
+    """Mark those cases of `covering` tests slow in which every parameter has a value that it had before.
+
+    `covering(n)` also marks all cases after the first `n` that are left.
+    """
     seen: set[tuple[str, str, str]] = set()
+    quick: Counter[str] = Counter()
     for item in items:
-        if item.get_closest_marker("covering") and (case := getattr(item, "callspec", None)):
+        if (mark := item.get_closest_marker("covering")) and (case := getattr(item, "callspec", None)):
             test = item.nodeid.partition("[")[0]
             values = {(test, name, repr(value)) for name, value in case.params.items()}
-            if values <= seen:
+            if values <= seen or quick[test] == next(iter(mark.args), None):
                 item.add_marker("slow")
+            elif not item.get_closest_marker("slow"):
+                quick[test] += 1
             seen |= values
 
 

@@ -44,6 +44,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "rule", "source"), CASES)
+@pytest.mark.covering(6)
 def test_one_pass_equals_a_pass_for_each_token(name: str, rule: Any, source: Tokens) -> None:
     depass = DePass(build(name, dtype=torch.float64))
     count = 7

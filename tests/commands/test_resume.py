@@ -224,6 +224,7 @@ def never_met(found):
 
 
 @pytest.mark.parametrize("work", [by_another, by_lightning, by_lightning_too_late, never_met])
+@pytest.mark.covering(2)
 def test_a_process_whose_parent_is_lost_ends(tmp_path, work):
     """It would work on for nobody, beside the run that is started again, and keep its folder."""
 

@@ -33,6 +33,7 @@ def assert_same(given: Attribution, expected: Attribution) -> None:
 
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.covering(6)
 def test_states_of_a_padded_batch(name: str, dtype: torch.dtype) -> None:
     depass = DePass(build(name, dtype=dtype))
     rules: tuple[Rule, ...] = RULES if name in ONE_OF_EACH else ("softmax", "linear")

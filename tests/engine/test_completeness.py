@@ -85,6 +85,7 @@ BUDGETS = [1, 4_000, 50_000]  # bytes: one row at a time, a few, many
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window"])
+@pytest.mark.covering(2)
 def test_results_do_not_depend_on_the_size_of_chunks(name: str, budget: int) -> None:
     model = build(name, dtype=torch.float64)
     input_ids, attention_mask = padded([prompt(7, seed=1), prompt(4, seed=2)], "left")
@@ -101,6 +102,7 @@ def test_results_do_not_depend_on_the_size_of_chunks(name: str, budget: int) -> 
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.covering(5)
 def test_components_sum_to_the_state_in_small_chunks(name: str) -> None:
     model = build(name)
     ids = prompt(6)

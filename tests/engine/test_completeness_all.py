@@ -120,6 +120,7 @@ def test_scores_of_given_components(name: str, rule: Rule) -> None:
 
 @pytest.mark.parametrize(("name", "budget"), [("llama-biases", 4_000), ("qwen3", None)])
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.covering(9)
 def test_states_in_float64(name: str, source: str, budget: int | None) -> None:
     """Every group's, in chunks of any size."""
     model = build(name, dtype=torch.float64)

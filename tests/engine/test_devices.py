@@ -75,6 +75,7 @@ SOURCES = (Tokens(), Spans([(0, 2)], unit="token"), Heads(), Neurons(1), Module(
         if name != "kolibri1"  # on a GPU its router calls a product that no CPU has
     ],
 )
+@pytest.mark.covering(5)
 def test_a_family(name: str) -> None:
     expected = scores(DePass(zoo.build(name)), "cpu")
     with fake_devices():

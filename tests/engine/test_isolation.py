@@ -154,6 +154,7 @@ def test_the_autocast_that_accelerate_puts_into_forward() -> None:
 
 
 @pytest.mark.parametrize("way", ["mlp", "mlp in place", "block", "head", "model in place"])
+@pytest.mark.covering(3)
 def test_compiled_parts_run_as_they_are_written(way: str) -> None:
     model, tokenizer = load_model("tiny")
     expected = DePass(model, tokenizer).attribute("The capital of Norway is", " Oslo")

@@ -46,6 +46,7 @@ def published(ref: Reference, prefix: str) -> Iterator[tuple[str, Any, str, dict
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.covering(1)
 def test_states_are_those_of_the_published_code(name: str) -> None:
     ref = reference(name)
     depass: Any = DePass(ref.model)
@@ -59,6 +60,7 @@ def test_states_are_those_of_the_published_code(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.covering(1)
 def test_scores_are_those_of_the_published_code(name: str) -> None:
     ref = reference(name)
     depass: Any = DePass(ref.model)
@@ -84,6 +86,7 @@ def cut(source: Any, positions: int) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.covering(1)
 def test_neurons_with_the_exact_base_are_those_of_the_published_code(name: str) -> None:
     """The published rules from our base: `scores/neuron_exact`."""
     ref = reference(name)

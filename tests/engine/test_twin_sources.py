@@ -188,6 +188,7 @@ def test_states_at_every_layer(name: str, case: str) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "components"])
 @pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("llama-biases", "left")])
+@pytest.mark.covering(8)
 def test_a_padded_batch(name: str, case: str, side: str) -> None:
     lengths = (6, 9, 7)
     depass, trace = depass_of(name), trace_of(name)
@@ -243,6 +244,7 @@ TARGETS: dict[str, tuple[Any, Read]] = {
 @pytest.mark.parametrize("probes", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "components"])
 @pytest.mark.parametrize("name", ["llama", "llama-biases"])
+@pytest.mark.covering(8)
 def test_scores_of_every_kind_of_target(name: str, case: str, probes: bool) -> None:
     """Probes, and all others, in one call, the prompt once for each."""
     depass, trace = depass_of(name), trace_of(name)

@@ -115,6 +115,7 @@ def model_of(kind: str) -> nn.Module:
     ],
     ids=["plain", "lora with activation checkpointing", "bf16", "compiled"],
 )
+@pytest.mark.covering(2)
 def test_training_is_bit_identical(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     found = {
         name: trained(tmp_path / name, model_of(kind), settings, **options)

@@ -163,6 +163,7 @@ def tiny() -> DePass:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.covering(8)
 def test_words_and_sentences_are_depass_own(name: str, tiny: DePass) -> None:
     """Their names and places, in a batch of two as alone; a special token stands by itself."""
     for source in (Spans("word"), Spans("sentence"), Spans([(5, 14), (19, 23)])):

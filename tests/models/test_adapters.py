@@ -132,6 +132,7 @@ def assert_explained_alike(model: Any, other: Any, ways: Any = None) -> None:
 
 
 @pytest.mark.parametrize("case", LORA)
+@pytest.mark.covering(8)
 def test_scores_are_those_of_the_merged_model(case: str) -> None:
     model = adapted(case)
     plain = build(LORA[case][0])
@@ -149,6 +150,7 @@ def test_scores_are_those_of_the_merged_model(case: str) -> None:
         "rows of a tied embedding",
     ],
 )
+@pytest.mark.covering(3)
 def test_disabled_and_merged_adapters_are_as_the_model_is_then(case: str) -> None:
     model, ways = adapted(case), [WAYS["tokens"], WAYS["taylor"]]
     other = merged(model)

@@ -212,6 +212,7 @@ def test_shap_is_complete(name: str) -> None:
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.covering(10)
 def test_both_engines_agree(name: str, source: Any) -> None:
     depass = DePass(build(name, dtype=torch.float64))
     rows, mask = padded([prompt(9), prompt(6, seed=1)], "left")
@@ -246,6 +247,7 @@ def test_padded_batches_equal_single_prompts(name: str, side: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.covering(7)
 def test_rounding_is_a_component(name: str, dtype: torch.dtype) -> None:
     depass = DePass(build(name, dtype=dtype))
     rows, mask = padded([prompt(9), prompt(6, seed=1)], "right")
@@ -422,6 +424,7 @@ def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) ->
 @pytest.mark.parametrize(
     "name", ["lfm2", "bamba", "granitemoehybrid-dense", "qwen3_next", "nemotron_h", "mamba", "bert"]
 )
+@pytest.mark.covering(4)
 def test_mixers_in_both_engines(name: str) -> None:
     """Their values' and convolutions' biases, gates and matrices, for components that begin at any place."""
     depass = DePass(build(name, dtype=torch.float64))

@@ -52,6 +52,7 @@ def test_every_row_is_as_exact_as_is_said() -> None:
 
 
 @pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.covering(3)
 def test_the_command_writes_these_rows(name: str) -> None:
     """Words are the same; errors are rounding, whose last digits depend on the machine."""
     page, own = rows()[name], row_of(name)

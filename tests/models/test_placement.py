@@ -78,6 +78,7 @@ def on_meta(model: nn.Module) -> set[str]:
 @pytest.mark.filterwarnings("ignore:.*RoPE scaling factor")
 @pytest.mark.parametrize("how", OFFLOADED)
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.covering(6)
 def test_offloaded_models_give_the_same_scores(name: str, how: str, tmp_path: Path) -> None:
     model = build(name)
     OFFLOADED[how](model, tmp_path)

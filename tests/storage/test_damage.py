@@ -40,7 +40,8 @@ def journal_of(folder: Path) -> RunStore:
     return run_store
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.covering(1)
 def test_every_changed_bit_is_noticed(tmp_path: Path, merged: bool) -> None:
     run_store = journal_of(tmp_path)
     if merged:

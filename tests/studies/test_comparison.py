@@ -82,6 +82,7 @@ def depass() -> DePass:
 OPTIONS: dict[str, Any] = {"integrated_gradients": {"steps": 4}, "gradient_shap": {"samples": 4}}
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_tokens(depass: DePass, tmp_path: Path) -> None:
     found = MethodComparison(size=4, pool=5, options=OPTIONS, percents=(0, 20, 100)).run(depass, tmp_path)
     assert (found.name, found.prompts) == ("paper_tokens", 4)

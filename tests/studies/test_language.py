@@ -140,6 +140,7 @@ def test_a_languages_words_are_in_no_other_language(tiny):
     assert encode("violin") not in words["speech"]
 
 
+@pytest.mark.slow
 def test_it_parts_relations_from_subjects_on_the_embedded_model(tiny, tmp_path):
     study = Language(size=30, layers=[1])
     found = study.run(tiny, tmp_path)

@@ -179,6 +179,7 @@ def test_answers_come_to_what_they_come_to_by_hand():
 
 
 @pytest.mark.parametrize("task", ["truthfulqa", "counterfact"])
+@pytest.mark.covering(1)
 def test_it_runs_on_the_embedded_model_and_says_what_it_does_not_show(tiny, tmp_path, task):
     study = Truthful(task=task, size=12, counts=(0, 1, 3), draws=2, layers=[1, 2])
     found = study.run(tiny, tmp_path / "one")

@@ -54,6 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     return Run(folder / "planted", planted=True), Run(folder / "control", planted=False)
 
 
+@pytest.mark.slow
 def test_the_score_moves_onto_the_shortcut(runs: tuple[Run, Run]) -> None:
     planted, control = runs
     start, end = planted.share[0], planted.share[max(planted.share)]
