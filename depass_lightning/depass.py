@@ -233,7 +233,7 @@ class DePass:
         )
         prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
-        asked = with_both_answers(self.decoder, self.tokenizer, prompts, targets)
+        asked = with_both_answers(self.decoder, self.tokenizer, prompts, targets, parts)
         questions = questions_of(self.decoder, self.tokenizer, *asked, parts)
         scored = attribute_by_rule(
             self.decoder, self.tokenizer, questions, settings, batch_size=batch_size, progress=progress

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import callback, engine, linear, neurons, sweep
+from benchmarks import callback, circuits, engine, linear, neurons, refine, sweep
 
 SMALL = {"HIDDEN": 24, "NEURONS": 32, "LAYERS": 2, "HEADS": 2}
 ARGUMENTS = {
@@ -29,6 +29,28 @@ def test_each_row_is_printed(
     lines = capsys.readouterr().out.splitlines()
     for tokens in ("5", "6"):
         assert any(line.startswith(f"| {tokens} |") for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:the model's tokenizer does not know 'then'")
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "rows"),
+    [
+        (circuits, ["tiny", "--repeats", "1"], ("operations", "processor time")),
+        (refine, ["tiny", "--tokens", "40", "60", "--refine", "16"], ("   40 tokens", "   60 tokens")),
+    ],
+    ids=["circuits", "refine"],
+)
+def test_the_bundled_models_rows_are_printed(
+    benchmark: Any,
+    arguments: list[str],
+    rows: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(row) for line in lines) for row in rows)
 
 
 @pytest.mark.slow

@@ -44,10 +44,11 @@ def test_a_loop_without_a_framework_learns_and_leaves_its_maps(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "training_loop.py"))["main"](steps=40)
     rows = table(capsys.readouterr().out)
-    assert [int(step) for step, *_ in rows] == [0, 20, 40]
+    # The run in between is skipped where it would take more than the example's share of the time.
+    assert [int(step) for step, *_ in rows] in ([0, 20, 40], [0, 40])
     assert rows[-1][1] > rows[0][1] + 0.2
     folder = tmp_path / "logs/training_loop"
-    assert len(list((folder / "depass/known").glob("step-*.html"))) == 3
+    assert len(list((folder / "depass/known").glob("step-*.html"))) == len(rows)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["monitor"]["step"] == 40
 
 

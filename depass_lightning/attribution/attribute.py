@@ -14,6 +14,7 @@ from depass_lightning.attribution.forward import describe_components, record_bat
 from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.attribution.question import Question
 from depass_lightning.attribution.readout import ModelAnswer, Readout
+from depass_lightning.attribution.refinement import refine
 from depass_lightning.attribution.scoring import Scores, score
 from depass_lightning.attribution.settings import Settings, settings_of
 from depass_lightning.engine.isolation import alone
@@ -23,6 +24,7 @@ from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.sources import Source
+from depass_lightning.sources.tokens import Partition
 from depass_lightning.targets import Continuation
 from depass_lightning.utils.batching import in_batches
 
@@ -194,10 +196,9 @@ def attribute_batch(
             targets = [target for target, other in enumerate(places) if other == place]
             asked_there = [[asked[target] for target in targets] for asked in questions]
             readout = Readout.of(recording, OutputNames.of(decoder, tokenizer), asked_there)  # 2
-            scores = score(recording, prompts, readout, settings)  # 3, 4
-            for (row, source, index), result in assemble(
-                decoder, asked_there, readout, scores, settings
-            ):  # 5
+            refined = refine(recording, prompts, readout, settings)
+            scores = score(recording, prompts, readout, refined)  # 3, 4
+            for (row, source, index), result in assemble(decoder, asked_there, readout, scores, refined):  # 5
                 results[row, source, targets[index]] = result
     return [
         [
@@ -259,6 +260,7 @@ def assemble(
                         target_ids=answer.ids,
                         attention_path=settings.attention_path,
                         metadata=_metadata(decoder, prompt, settings)
+                        | ({"refine": source.refine} if isinstance(source, Partition) else {})
                         | of_source.notes(row, target)
                         | _of_answer(question, answer),
                     ),

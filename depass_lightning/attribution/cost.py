@@ -28,7 +28,7 @@ from depass_lightning.models.affine import features
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.sources import Source
-from depass_lightning.sources.tokens import Positional
+from depass_lightning.sources.tokens import Positional, Tokens
 
 SHORT = 64  # tokens of the prompt that is tried
 ROWS = 4096  # the most rows that are propagated through one block
@@ -109,6 +109,8 @@ def propagated_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: 
     if isinstance(source, Positional):
         owners = source.owners(prompt)
         rows = sum(length - owners.index(owner) for owner in set(owners)) + extra * length
+        if isinstance(source, Tokens) and source.refine is not None:
+            rows = min(rows, (source.refine + extra) * length)  # they begin anywhere
         return [rows if layer >= source.layers(layers)[0] else 0 for layer in range(layers - 1)]
     members, behind = len(source.describe(prompt, decoder)[0]) + extra, source.after_mlp
     if source.read_directly(layers - 1 - source.layers(layers)[0]):

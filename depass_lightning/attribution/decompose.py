@@ -15,7 +15,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.results.decomposition import Decomposition
-from depass_lightning.sources import resolve_layer
+from depass_lightning.sources import Tokens, resolve_layer
 from depass_lightning.utils.batching import in_batches
 
 
@@ -104,6 +104,8 @@ def _record_whole(decoder: Decoder, prompts: Sequence[Prompt], settings: Setting
     (source,) = settings.sources
     if source.top is not None:
         raise DePassError("Neurons(top=) gives scores, not states; leave top out to decompose")
+    if isinstance(source, Tokens) and source.refine is not None:
+        raise DePassError("Tokens(refine=) is refined by a target's scores; leave refine out to decompose")
     return record_batch(decoder, prompts, [[len(prompt.ids) - 1] for prompt in prompts], settings)
 
 

@@ -59,6 +59,8 @@ def generate(
     (source,), (prompt,) = settings.sources, prompts
     if not isinstance(source, Tokens):
         raise DePassError(f"source is {type(source).__name__}; what is generated is attributed to Tokens()")
+    if source.refine is not None:
+        raise DePassError("Tokens(refine=) explains one target at a time; leave refine out for an answer")
     count = len(prompt.ids)
     if answer is None:
         ids = _generated(decoder, tokenizer, prompt, arguments)

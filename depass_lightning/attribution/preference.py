@@ -16,6 +16,7 @@ from depass_lightning.prompts import Prompt
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.component import Component
+from depass_lightning.sources import Source, Tokens
 from depass_lightning.targets import Preference, Target
 
 SIDES = ("chosen", "rejected")
@@ -26,6 +27,7 @@ def with_both_answers(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Prompt],
     targets: Sequence[Target | list[Target]],
+    sources: Sequence[Source],
 ) -> tuple[list[Prompt], list[Target | list[Target]]]:
     """Replace each preference by its two answers, the chosen one first.
 
@@ -34,12 +36,14 @@ def with_both_answers(
         tokenizer: its tokenizer, if there is one.
         prompts: the prompts.
         targets: for each prompt one target or several.
+        sources: the components of both, which must be the same.
 
     Returns:
         The prompts and targets, of a preference both twice.
 
     Raises:
-        DePassError: both answers have the same tokens, or `answer_ids` refuses one.
+        DePassError: both answers have the same tokens, `answer_ids` refuses one, or the components would
+            depend on the answer.
     """
     asked: list[Prompt] = []
     expanded: list[Target | list[Target]] = []
@@ -48,6 +52,8 @@ def with_both_answers(
             asked.append(prompt)
             expanded.append(target)
             continue
+        if any(isinstance(source, Tokens) and source.refine is not None for source in sources):
+            raise DePassError("Tokens(refine=) joins other tokens for each answer; leave refine out")
         chosen, rejected = (
             answer_ids(decoder, tokenizer, prompt, answer) for answer in (target.chosen, target.rejected)
         )

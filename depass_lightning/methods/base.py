@@ -167,7 +167,7 @@ class Baseline(Method):
                 raise DePassError(
                     f"{self.name} explains tokens, labels and answers, not {type(aim).__name__}"
                 )
-        asked = with_both_answers(decoder, tokenizer, prompts, targets)
+        asked = with_both_answers(decoder, tokenizer, prompts, targets, ())
         questions = [question for (question,) in questions_of(decoder, tokenizer, *asked, [self.source])]
         tokens = [
             replace(question, target=read.target, reads=(replace(read, weight=1.0),))

@@ -1,6 +1,6 @@
 """Positions of the prompt as components: single tokens, or spans of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -16,12 +16,15 @@ from depass_lightning.engine.packing import token_layout
 from depass_lightning.engine.propagate import Injection, Place
 from depass_lightning.engine.record import Recording
 from depass_lightning.engine.state import DecomposedState
+from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
 from depass_lightning.results.component import Component
-from depass_lightning.sources.base import Source, SplitContext, resolve_layer
+from depass_lightning.sources.base import Source, SplitContext, is_whole, resolve_layer
 from depass_lightning.sources.segments import Unit, segment
 from depass_lightning.utils.sections import parts, tokens_of
+
+LEAST = 8  # components of `Tokens(refine=)`
 
 
 def summed(
@@ -102,9 +105,24 @@ class Tokens(Positional):
         layer: the block whose input is split; negative counts from the end.
         exclude_first: whether, under the competing rules, the first token (an attention sink) gets no
             share of any MLP at later positions.
+        refine: the maximum number of components besides the bias that are propagated under a competing rule:
+            the tokens with the largest scores under `half`, and the others between them in spans, which
+            may cross sentences and turns. None for every token. Without effect where one backward pass
+            scores every token.
+
+    Raises:
+        DePassError: `refine` is too small.
     """
 
+    refine: int | None = field(default=None, kw_only=True)
     kind: ClassVar[str] = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.refine is not None and not (is_whole(self.refine) and self.refine >= LEAST):
+            raise DePassError(
+                f"Tokens: refine is {self.refine!r}; give the number of components to propagate, "
+                f"at least {LEAST}"
+            )
 
     @override
     def owners(self, prompt: Prompt) -> list[int]:
@@ -114,6 +132,39 @@ class Tokens(Positional):
     def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
         tokens = enumerate(prompt.tokens)
         return [[Component("token", text, index=i, span=(i, i + 1)) for i, text in tokens]]
+
+
+@dataclass(frozen=True)
+class Partition(Positional):
+    """Each prompt's tokens in consecutive ranges, as `Tokens(refine=)` chooses them.
+
+    Args:
+        ranges: each prompt's ranges `[start, end)` by the identity of its object; the first is one token.
+        refine: that of the `Tokens`.
+    """
+
+    ranges: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict, kw_only=True)
+    refine: int = field(default=LEAST, kw_only=True)
+    kind: ClassVar[str] = "tokens"
+
+    @override
+    def owners(self, prompt: Prompt) -> list[int]:
+        ranges = self.ranges[id(prompt)]
+        return [index for index, (start, end) in enumerate(ranges) for _ in range(start, end)]
+
+    @override
+    def describe(self, prompt: Prompt, decoder: Decoder) -> list[list[Component]]:
+        return [
+            [
+                Component(
+                    "token" if end - start == 1 else "span",
+                    "".join(prompt.tokens[start:end]),
+                    index=start,
+                    span=(start, end),
+                )
+                for start, end in self.ranges[id(prompt)]
+            ]
+        ]
 
 
 @dataclass(frozen=True)
