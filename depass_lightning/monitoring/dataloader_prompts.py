@@ -4,7 +4,7 @@ A batch is a mapping of tensors, one row per prompt:
 
 - `input_ids` `[batch, position]`, and `attention_mask`, where rows are padded, on either side;
 - `labels` `[batch, position]`, in the convention of transformers: -100 outside of the answer, and the ids of
-  `input_ids` at the answer. The prompt is the part before the answer, whose first token is the target;
+  `input_ids` at the answer. The prompt is the part before the first answer of the row;
 - or `target` `[batch]`: the id of the token that follows the row.
 """
 
@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from depass_lightning.errors import DePassError
 
 IGNORED = -100  # transformers' losses ignore these labels
-Prompt = tuple[tuple[int, ...], int]
+Prompt = tuple[tuple[int, ...], tuple[int, ...]]  # the ids of a prompt, and those of its answer
 
 
 def prompts_in(name: str, loader: DataLoader, size: int) -> list[Prompt]:
-    """Return the ids of the first `size` prompts of a loader, each with the id of its target.
+    """Return the ids of the first `size` prompts of a loader, each with the ids of its answer.
 
     The loader's generators are not changed, and a shuffled loader gives the same prompts every time.
 
@@ -68,28 +68,30 @@ def _rows(batch: Any) -> Iterator[Prompt]:
         if answers.shape != ids.shape[:1]:
             raise DePassError(f"target of {_shape(answers)} must be one id a row of input_ids {_shape(ids)}")
         for row, kept, answer in zip(ids, mask, answers, strict=True):
-            yield tuple(row[kept].tolist()), int(answer)
+            yield tuple(row[kept].tolist()), (int(answer),)
         return
     marked = torch.as_tensor(labels)
     if marked.shape != ids.shape:
         raise DePassError(f"labels of {_shape(marked)} must be of the shape of input_ids {_shape(ids)}")
     for row, kept, row_labels in zip(ids, mask, marked, strict=True):
-        yield _before_answer(row[kept].tolist(), row_labels[kept].tolist())
+        yield _with_answer(row[kept].tolist(), row_labels[kept].tolist())
 
 
-def _before_answer(ids: list[int], labels: list[int]) -> Prompt:
-    """Cut a row where its answer begins."""
+def _with_answer(ids: list[int], labels: list[int]) -> Prompt:
+    """Cut a row where its first answer begins and where it ends."""
     first = next((i for i, label in enumerate(labels) if label != IGNORED), None)
     if first is None:
         raise DePassError("its labels are -100 throughout; mark the answer's tokens with their ids")
     if first == 0:
         raise DePassError("its labels mark the first token, so nothing is asked; set the prompt's to -100")
-    if labels[first] != ids[first]:
-        raise DePassError(
-            f"its labels begin with {labels[first]} where input_ids has {ids[first]}; labels must have the "
-            "positions of their tokens, not one position earlier"
-        )
-    return tuple(ids[:first]), labels[first]
+    end = next((i for i in range(first, len(labels)) if labels[i] == IGNORED), len(labels))
+    for label, token in zip(labels[first:end], ids[first:end], strict=True):
+        if label != token:
+            raise DePassError(
+                f"its labels have {label} where input_ids has {token}; labels must have the positions of "
+                "their tokens, not one position earlier"
+            )
+    return tuple(ids[:first]), tuple(ids[first:end])
 
 
 def _shape(tensor: Tensor) -> str:

@@ -112,7 +112,7 @@ class ProbeMonitor:
         target: what is explained: "contrast", each probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
             others; "logprob", its log-probability; "own", the model's most likely next token.
-        answer: "whole" explains all tokens of an answer in a task or file, "first" only its first token.
+        answer: "whole" explains all tokens of an answer, "first" only its first token.
         max_overhead: the largest fraction of the wall time that the probes may take: to stay below it, `due`
             skips runs. None for no limit.
         faithfulness: the number of probes of each set for which token removal is measured.
@@ -200,7 +200,7 @@ class ProbeMonitor:
                 # a loader may give every rank other rows
                 self.sets = from_first(
                     lambda: {
-                        name: load_set(name, probes, self.size, self.target)
+                        name: load_set(name, probes, self.size, self.target, self.answer)
                         for name, probes in self.probes.items()
                     }
                 )
@@ -233,14 +233,17 @@ class ProbeMonitor:
         model = TrackedModel(module, where, trained)
         with isolated(model.device):
             self._tokenizer = tokenizer = find_tokenizer(model.model, tokenizers, needed=text)
+            with model.opened():
+                runner = self._make_runner(model)
             if tokenizer is not None and text:
+                # a classifier's label is one output, however many tokens its name has
+                part = self.answer if runner.depass.decoder.head.kind == "causal" else "first"
                 for name, probes in self.sets.items():
                     self.sets[name] = [
-                        probe if probe.ids else probe.formatted(tokenizer, self.target, self.answer)
+                        probe if probe.ids else probe.formatted(tokenizer, self.target, part)
                         for probe in probes
                     ]
-            with model.opened():
-                self._model, self._runner = model, self._make_runner(model)
+            self._model, self._runner = model, runner
         precision, weights = mixed_precision(module), next(model.model.parameters()).dtype
         if precision is not None and precision != weights:
             log.info(

@@ -13,6 +13,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.dataloader_prompts import prompts_in
 from depass_lightning.targets import (
     AnswerTarget,
+    Continuation,
     LogitTarget,
     LogOdds,
     LogProb,
@@ -43,7 +44,7 @@ class ProbePrompt:
         evidence: the character ranges `[start, end)` of the evidence in the prompt; empty if unknown.
         ids: the prompt's token ids, instead of its text; None if the prompt is text.
         judged: whether the target is known to be the right answer, as in a task.
-        example: the task's example that it is; None for other probes.
+        example: the prompt with its answer as text; None for other targets.
     """
 
     id: str
@@ -114,7 +115,13 @@ def name_sets(probes: ProbeSource | Mapping[str, ProbeSource]) -> dict[str, Prob
     return {"probes": probes}
 
 
-def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "contrast") -> list[ProbePrompt]:
+def load_set(
+    name: str,
+    probes: ProbeSource,
+    size: int,
+    target: TargetKind = "contrast",
+    answer: AnswerPart = "whole",
+) -> list[ProbePrompt]:
     """Load the first `size` probes of a set.
 
     Args:
@@ -125,13 +132,15 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
         target: what is explained: "contrast", the probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
             others; "logprob", its log-probability; "own", the model's most likely next token.
+        answer: which part is explained of a DataLoader's answers; those of texts wait for a tokenizer, see
+            `ProbePrompt.formatted`.
 
     Raises:
         DePassError: the source is none of these, the set is empty, or two probes have one id.
     """
     loaded = [
         replace(probe, target=_aimed(probe.target, target), judged=probe.judged and target != "own")
-        for probe in _read(name, probes, size)
+        for probe in _read(name, probes, size, answer)
     ]
     if not loaded:
         raise DePassError(f"the probe set {name!r} is empty; give it at least one prompt")
@@ -141,13 +150,14 @@ def load_set(name: str, probes: ProbeSource, size: int, target: TargetKind = "co
     return loaded
 
 
-def _read(name: str, probes: ProbeSource, size: int) -> list[ProbePrompt]:
+def _read(name: str, probes: ProbeSource, size: int, part: AnswerPart) -> list[ProbePrompt]:
     if isinstance(probes, DataLoader):
-        prompts = prompts_in(name, probes, size)
-        return [
-            ProbePrompt(f"{name}-{i}", "", answer, ids=ids, judged=True)
-            for i, (ids, answer) in enumerate(prompts)
-        ]
+        loaded = []
+        for i, (ids, answer) in enumerate(prompts_in(name, probes, size)):
+            first, *others = answer
+            target = Continuation(answer) if others and part == "whole" else first
+            loaded.append(ProbePrompt(f"{name}-{i}", "", target, ids=ids, judged=True))
+        return loaded
     if isinstance(probes, str | Path):
         # a task generates `size` prompts; a file may have fewer
         probes = tasks.load("jsonl", path=probes) if _is_file(probes) else tasks.load(str(probes), size=size)
@@ -169,7 +179,9 @@ def _probe(set_name: str, index: int, item: Any) -> ProbePrompt:
         if isinstance(prompt, list):
             prompt = Conversation(prompt, name=f"probe {index} of {set_name!r}")
         if isinstance(prompt, str):
-            return ProbePrompt(f"{set_name}-{index}", prompt, target)
+            id = f"{set_name}-{index}"
+            example = Example(id, prompt, target) if isinstance(target, str) else None
+            return ProbePrompt(id, prompt, target, example=example)
     raise DePassError(
         f"probe {index} of {set_name!r} is {item!r}; give (prompt, target), or an Example; a prompt is text "
         "or messages"
@@ -183,6 +195,8 @@ def _aimed(target: TargetLike, kind: TargetKind) -> TargetLike:
     if kind == "contrast":
         return target
     target = as_target(target)
+    if isinstance(target, Continuation):
+        return replace(target, of="logit" if kind == "token" else kind)
     kinds = {"token": Token, "log_odds": LogOdds, "logprob": LogProb}
     if isinstance(target, kinds.get(kind, ())) or not isinstance(target, LogitTarget):
         return target

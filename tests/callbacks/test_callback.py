@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
-from depass_lightning import DePass, DePassError
+from depass_lightning import DePass, DePassError, Token
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.faithfulness import Case
 from depass_lightning.faithfulness.evaluate import entropy
@@ -217,7 +217,7 @@ def test_a_failing_probe_is_named_and_training_goes_on(
 
 
 def test_strict_callbacks_raise_for_a_failing_probe(tmp_path: Path) -> None:
-    callback = DePassCallback([*PROMPTS, ("Mary went", " Mary went")], on_error="raise")
+    callback = DePassCallback([*PROMPTS, ("Mary went", Token(" Mary went"))], on_error="raise")
     with pytest.raises(DePassError, match=r"probe 'probes-5' of 'probes' failed at step 0: .*Mary went"):
         train(tmp_path, callback)
 

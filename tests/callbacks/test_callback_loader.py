@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from depass_lightning import Contrast, DePass, DePassError, Token
+from depass_lightning import Continuation, Contrast, DePass, DePassError, Token
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.monitoring.probe_sets import load_set
+from depass_lightning.monitoring.probe_sets import TargetKind, load_set
 from depass_lightning.storage import read_attributions
+from depass_lightning.targets import LogitReading
 from depass_lightning.tasks import Example
 from tests.reference.training import PROMPTS, OwnModule, fit, tokenizer, trainer
 
@@ -36,11 +37,15 @@ def test_labels_say_where_the_prompt_ends(side: str) -> None:
     batch = {
         "input_ids": padded(side, 0, LONG, SHORT),
         "attention_mask": padded(side, 0, [1] * 5, [1] * 3),
-        "labels": padded(side, -100, [-100, -100, -100, 4, 5], [-100, 7, -100]),
+        "labels": padded(side, -100, [-100, -100, 3, 4, -100], [-100, 7, -100]),
     }
     first, second = load_set("x", loader(batch), 16)
-    assert (first.id, first.ids, first.target) == ("x-0", (1, 2, 3), 4)
+    assert (first.id, first.ids, first.target) == ("x-0", (1, 2), Continuation((3, 4)))
     assert (second.id, second.ids, second.target) == ("x-1", (6,), 7)
+    assert load_set("x", loader(batch), 16, "contrast", "first")[0].target == 3
+    readings: list[tuple[TargetKind, LogitReading]] = [("token", "logit"), ("logprob", "logprob")]
+    for kind, of in readings:
+        assert load_set("x", loader(batch), 16, kind)[0].target == Continuation((3, 4), of)
     assert load_set("x", loader(batch), 16, "own")[0].target == Token(None)
 
 
@@ -63,6 +68,7 @@ BAD: list[tuple[Any, str]] = [
     ({"input_ids": IDS, "labels": IDS}, "prompt 0 of 'x': its labels mark the first token"),
     ({"input_ids": IDS, "labels": torch.full_like(IDS, -100)}, "its labels are -100 throughout"),
     ({"input_ids": IDS, "labels": torch.tensor([[-100, 3, 4, 5, -100]])}, "not one position earlier"),
+    ({"input_ids": IDS, "labels": torch.tensor([[-100, 2, 3, 5, -100]])}, "have 5 where input_ids has 4"),
     ({"input_ids": IDS, "labels": torch.tensor([[-100, 2]])}, r"labels of \[1, 2\] must be of the shape"),
     ({"input_ids": IDS, "target": torch.tensor([1, 2])}, r"target of \[2\] must be one id a row"),
     ({"input_ids": IDS[0], "target": torch.tensor([1])}, r"input_ids of \[5\]"),

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
+from transformers import LlamaForSequenceClassification
 
 from depass_lightning import DePassError
 from depass_lightning.monitoring.monitor import ProbeMonitor
@@ -135,6 +136,46 @@ def test_a_tasks_answer_is_explained_whole_or_by_its_first_token() -> None:
     assert "chosen_log_probability" in against.metadata
     with pytest.raises(DePassError, match="answer must be 'whole' or 'first', not 'last'"):
         ProbeMonitor(None, None, examples, answer="last")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", ["whole", "first"])
+def test_pairs_and_loaders_explain_the_same_of_an_answer_as_a_task(part: AnswerPart) -> None:
+    """Labels mark the answer alone; its other tokens, and the prompt's, are ignored."""
+    prompt, answer = PROMPTS[0]
+    before, ids = tokenizer()(prompt)["input_ids"], tokenizer().encode(answer * 2, add_special_tokens=False)
+    row = {
+        "input_ids": torch.tensor([[*before, *ids, 0]]),
+        "attention_mask": torch.tensor([[1] * (len(before) + len(ids)) + [0]]),
+        "labels": torch.tensor([[-100] * len(before) + ids + [-100]]),
+    }
+    rows: Any = [row]
+    sets = {
+        "task": [Example("a", prompt, answer * 2)],
+        "pair": [(prompt, answer * 2)],
+        "loader": DataLoader(rows, batch_size=None),
+    }
+    values = []
+    for name, probes in sets.items():
+        (result,) = ProbeMonitor(language_model(), tokenizer(), {name: probes}, answer=part).run(0).results
+        (scored,) = result.attributions
+        assert scored.whole_answer == (part == "whole")
+        assert scored.target == repr(answer * 2 if part == "whole" else answer)
+        assert result.metrics["faithfulness"] == result.metrics["faithfulness"]
+        values.append((scored.value, *scored.scores.tolist()))
+    assert values[1] == pytest.approx(values[0])
+    assert values[2] == pytest.approx(values[0])
+
+
+def test_a_label_is_one_output_however_many_tokens_its_name_has() -> None:
+    prompt, answer = PROMPTS[0]
+    label = (answer * 2).strip()
+    labels = {0: label, 1: "other"}
+    config: Any = language_model().config
+    config.id2label = labels
+    model = LlamaForSequenceClassification(config)
+    (result,) = ProbeMonitor(model, tokenizer(), [(prompt, label)]).run(0).results
+    assert label in result.attributions[0].target
+    assert result.metrics["failed"] == 0
 
 
 def test_overhead_is_left_out_of_the_first_run() -> None:
