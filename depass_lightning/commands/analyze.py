@@ -22,6 +22,7 @@ from depass_lightning.commands.launchers import check_launch
 from depass_lightning.commands.outputs import print_results
 from depass_lightning.commands.resume import lock_run_folder
 from depass_lightning.commands.schema import AnalyzeSettings, check_config
+from depass_lightning.commands.serve import serve
 from depass_lightning.commands.shell import first_process, print_stderr
 from depass_lightning.commands.study import run_study
 from depass_lightning.commands.sweep_report import report_sweep
@@ -40,6 +41,8 @@ def analyze(config: DictConfig) -> int:
         open_page(config, Path(config.sweep_report) / "sweep.html")
         return code
     check_launch(config)
+    if config.serve:
+        return serve(config, load, console)
     if config.timeline is not None:
         for page in write_timelines(config.timeline):
             console.print(Text(f"timeline {page}"), soft_wrap=True)

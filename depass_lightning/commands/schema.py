@@ -219,6 +219,7 @@ class AnalyzeSettings(CommonSettings):
     report: ReportSettings
     sweep_report: Name | None
     open: bool
+    serve: bool
 
 
 def check_config(config: DictConfig, settings: type[CommonSettings]) -> None:

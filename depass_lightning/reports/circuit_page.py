@@ -10,7 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from depass_lightning.reports.numbers import model_name, signed, visible
-from depass_lightning.reports.page import asset, rendered
+from depass_lightning.reports.page import asset, joined, rendered
 from depass_lightning.reports.palette import LIGHT, hexadecimal
 from depass_lightning.results.circuit import INPUTS, Circuit
 from depass_lightning.results.component import Component
@@ -60,7 +60,7 @@ def write_circuit_page(
     }
     page = rendered(
         "circuit",
-        ("circuit.js",),
+        joined(["circuit.js"]),
         data,
         title=visible(title),
         subtitle=visible(subtitle),

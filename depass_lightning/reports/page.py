@@ -171,6 +171,43 @@ def page_html(
     Raises:
         DePassError: see `write_page`.
     """
+    data, shared = page_contents(
+        attributions, summary=summary, examples=examples, components=components, frames=frames
+    )
+    return rendered(
+        "page",
+        joined(SCRIPTS),
+        data,
+        title=visible(title),
+        subtitle=visible(subtitle),
+        settings=shared,
+        cards=summary_cards(summary or {}),
+        figures=[_figure(Path(figure)) for figure in figures or ()],
+        notes=bool(data["notes"]),
+        style=Markup(asset("page.css")),
+    )
+
+
+def page_contents(
+    attributions: Sequence[Attribution],
+    *,
+    summary: Mapping[str, Any] | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
+    components: SharedComponents | None = None,
+    frames: PageFrames | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what a page's scripts read, and the settings that all of its prompts share.
+
+    Args:
+        attributions: see `write_page`.
+        summary: see `write_page`.
+        examples: see `write_page`.
+        components: see `write_page`.
+        frames: see `page_html`.
+
+    Raises:
+        DePassError: there are no attributions, or not one example for each.
+    """
     if not attributions:
         raise DePassError("a page needs at least one attribution")
     if examples is not None and len(examples) != len(attributions):
@@ -190,7 +227,7 @@ def page_html(
     ]
     components = components or SharedComponents()
     curves = curves_of(summary or {})
-    data = {
+    return {
         "prompts": shared_rows(prompts, matrices),
         "matrices": [{"name": visible(matrix.name), "rows": matrix.rows} for matrix in matrices],
         "mean": None if matrices else mean_data(attributions, components.mean, grids),
@@ -199,31 +236,18 @@ def page_html(
         "curves": curves,
         "measures": {name: measure_name(name) for name in curves},
         "timeline": None if frames is None else frames.data,
-    }
-    return rendered(
-        "page",
-        SCRIPTS,
-        data,
-        title=visible(title),
-        subtitle=visible(subtitle),
-        settings=shared,
-        cards=summary_cards(summary or {}),
-        figures=[_figure(Path(figure)) for figure in figures or ()],
-        notes=bool(components.notes),
-        style=Markup(asset("page.css")),
-    )
+    }, shared
 
 
-def rendered(template: str, scripts: Iterable[str], data: Mapping[str, Any], **values: Any) -> str:
+def rendered(template: str, script: str, data: Mapping[str, Any], **values: Any) -> str:
     """Return a page as HTML.
 
     Args:
         template: the template's name in `assets/`, without its suffix.
-        scripts: the page's scripts, in order.
-        data: what the scripts read.
+        script: the page's script, see `joined`.
+        data: what the script reads.
         values: the template's other variables.
     """
-    script = _joined(scripts)
     environment = Environment(
         loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
     )
@@ -304,8 +328,12 @@ def _embedded(data: Mapping[str, Any]) -> Markup:
     return Markup(written)
 
 
-def _joined(scripts: Iterable[str]) -> str:
-    """Return a page's scripts as one, with no global names."""
+def joined(scripts: Iterable[str]) -> str:
+    """Return scripts of `assets/` as one, with no global names.
+
+    Args:
+        scripts: their file names, in order.
+    """
     parts = "\n".join(asset(name) for name in scripts)
     return f'"use strict";\n(() => {{\n{parts}\n}})();\n'
 

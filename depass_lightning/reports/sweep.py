@@ -16,7 +16,7 @@ from markupsafe import Markup
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.components import Grid
 from depass_lightning.reports.numbers import measure_name, visible
-from depass_lightning.reports.page import asset, rendered
+from depass_lightning.reports.page import asset, joined, rendered
 from depass_lightning.reports.page_data import grid_data, prompt_data
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.atomic_files import write_whole
@@ -100,7 +100,7 @@ def write_sweep_page(
     }
     page = rendered(
         "sweep",
-        SCRIPTS,
+        joined(SCRIPTS),
         _data(rows, maps, axes),
         title=visible(title),
         subtitle=f"{done:,} runs are done" + (f", {len(rows) - done:,} are not" if done < len(rows) else ""),
