@@ -35,6 +35,7 @@ TESTS = {
     "depass_lightning/engine/mlp.py": "engine/twin engine/batches engine/parallel",
     "depass_lightning/engine/parallel.py": "engine/parallel",
     "depass_lightning/engine/validate.py": "models/families",
+    "depass_lightning/attribution/refinement.py": "attribution/refinement",
     "depass_lightning/storage/checksums.py": "storage/damage",
     "depass_lightning/storage/fingerprint.py": "storage/storage",
     "depass_lightning/storage/run_store.py": "storage/storage storage/damage commands/resume",
