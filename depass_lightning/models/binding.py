@@ -36,6 +36,7 @@ def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: st
     Raises:
         DePassError: the block lacks a declared submodule.
     """
+    spec = spec if spec.by_block is None else spec.by_block(module)
     only = None if spec.sublayer is None else spec.sublayer(module)
     parts, mlp = spec.attention, spec.mlp
     if only == "mlp":
@@ -143,7 +144,7 @@ def _attention(
     probabilities: Callable[..., Tensor] | None,
 ) -> AttentionParts:
     names = dict(spec.mixers)
-    mixers = [name for name in names if getattr(module, name, None) is not None]
+    mixers = [name for name, kind in names.items() if MIXERS[kind].fits(getattr(module, name, None))]
     inside = submodule(module, mixers[0] if mixers else spec.module, owner)
     if mixers:
         return _mixer(spec, module, inside, names[mixers[0]], owner)

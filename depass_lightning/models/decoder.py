@@ -225,7 +225,7 @@ class Decoder:
     @property
     def soft_capped(self) -> bool:
         """Whether logits go through a soft cap last; scores then sum to the logit before it."""
-        return getattr(self.config, "final_logit_softcapping", None) is not None
+        return any(getattr(self.config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
 
     def unembedded(self) -> AffineMap:
         """The map from the final norm's output to the logits before any soft cap."""

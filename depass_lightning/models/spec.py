@@ -189,6 +189,8 @@ class FamilySpec:
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block; None where blocks have none.
         sublayer: the kind of sublayer of a block, if each block has only one.
+        by_block: the declaration of a block's sublayers, a function of the block, if blocks differ in more
+            than their mixer.
         parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
         residual_scale: the configuration's name for the factor of both sublayers' outputs, or a function
             of the configuration.
@@ -207,6 +209,7 @@ class FamilySpec:
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     mlp: MLPSpec | None = field(default_factory=MLPSpec)
     sublayer: Callable[[Any], Literal["attention", "mixer", "mlp"]] | None = None
+    by_block: Callable[[Any], "FamilySpec"] | None = None
     parallel: bool = False
     residual_scale: str | Callable[[Any], float] | None = None
     logit_scale: str | Callable[[Any], float] | None = None

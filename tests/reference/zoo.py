@@ -177,6 +177,19 @@ ZOO |= {
     "qwen3_5": ("qwen3_5_text", DELTA),
     "qwen3_5_moe": ("qwen3_5_moe_text", DELTA | EXPERTS | {"shared_expert_intermediate_size": 24}),
     "qwen3_next": ("qwen3_next", DELTA | EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "olmo_hybrid": ("olmo_hybrid", DELTA | {"linear_allow_neg_eigval": True, "pad_token_id": 0}),
+    "kimi_linear": (
+        "kimi_linear",
+        LATENT
+        | {
+            "linear_num_heads": 4,
+            "linear_head_dim": 8,
+            "linear_conv_kernel_dim": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "num_local_experts": 6,
+        },
+    ),
     "lfm2": ("lfm2", CONVOLUTION),
     "bamba": (
         "bamba",
@@ -307,6 +320,21 @@ ZOO |= {
             "pad_token_id": 0,
         },
     ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            "lru_width": 36,
+            "conv1d_width": 3,
+            "block_types": ["recurrent", "attention"],
+            "attention_window_size": 6,
+            "head_dim": 10,
+            "attention_bias": True,
+            "intermediate_size": 44,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "logits_soft_cap": 5.0,
+            "pad_token_id": 0,
+        },
+    ),
     "jamba": (
         "jamba",
         EXPERTS
@@ -379,7 +407,8 @@ ACTIVATIONS = tuple(
     {own[0] if isinstance(own, tuple) else own for own in ACT2CLS.values()} | {nn.SiLU, nn.GELU, BloomGelu}
 )
 PRODUCTS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
-HELD = (torch.rsqrt, nn.functional.softplus, torch.softmax, nn.functional.softmax, Tensor.softmax)
+HELD = (torch.rsqrt, torch.baddbmm, nn.functional.softplus)
+HELD += (torch.softmax, nn.functional.softmax, Tensor.softmax)
 SIGMOIDS = (torch.sigmoid, nn.functional.sigmoid, Tensor.sigmoid)
 
 
@@ -438,6 +467,8 @@ class Frozen(Double):
 
     def activation(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         z = inputs[0]
+        if not z.requires_grad:  # a gate that is held fixed
+            return output.detach()
         self.activated.append(z * (output / z).detach())
         return self.activated[-1]
 
@@ -481,9 +512,12 @@ def mixer_values(model: nn.Module) -> dict[nn.Module, Tensor]:
     for module in model.modules():
         kind, parts = type(module).__name__, dict(module.named_children())
         inner: Any = module
-        if kind.endswith("GatedDeltaNet"):
+        if kind.endswith(("GatedDeltaNet", "DeltaAttention")):
             none = torch.zeros(0, dtype=torch.long)
-            values |= {part: none for name, part in parts.items() if name.startswith("in_proj")}
+            held = ("in_proj", "q_proj", "k_proj", "a_proj", "b_proj", "g_", "forget")
+            values |= {part: none for name, part in parts.items() if name.startswith(held)}
+            if "q_proj" in parts:
+                continue
             if "in_proj_qkvz" in parts:
                 every = [
                     torch.arange(part.weight.shape[0])[None, None]
@@ -492,6 +526,8 @@ def mixer_values(model: nn.Module) -> dict[nn.Module, Tensor]:
                 values[inner.in_proj_qkvz] = inner.fix_query_key_value_ordering(*every)[2].flatten()
             else:
                 values[inner.in_proj_qkv] = torch.arange(2 * inner.key_dim, inner.conv_dim)
+        elif "rg_lru" in parts:
+            values[inner.linear_y] = torch.zeros(0, dtype=torch.long)
         elif kind.endswith("ShortConv"):
             values[inner.in_proj] = torch.arange(72, 108)
         elif "x_proj" in parts:
@@ -506,6 +542,8 @@ def hold(rows: Tensor) -> Any:
     """A hook that detaches all outputs but some."""
 
     def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        if not len(rows):
+            return output.detach()
         free = torch.zeros(output.shape[-1], dtype=torch.bool)
         free[rows] = True
         return torch.where(free, output, output.detach())
@@ -573,7 +611,10 @@ def derivatives(
     try:
         with frozen:
             logits = model(ids[None], use_cache=False).logits
-            if unembedded and getattr(model.config, "final_logit_softcapping", None):
+            caps = (
+                getattr(model.config, cap, None) for cap in ("final_logit_softcapping", "logits_soft_cap")
+            )
+            if unembedded and any(caps):
                 logits = unembedded[0]
             if logits.ndim == 2:  # a classifier's, of its labels
                 logits = logits[:, None]

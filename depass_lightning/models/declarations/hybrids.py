@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, Literal
 
+from depass_lightning.models.declarations.dense import LATENT
 from depass_lightning.models.declarations.mixtures import GRANITE_MOE
 from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, FamilySpec, MLPSpec
 
@@ -34,8 +35,31 @@ def _nemotron(block: Any) -> Literal["attention", "mixer", "mlp"]:
     return kinds.get(block.block_type, "mlp")
 
 
+_OLMO_HYBRID = FamilySpec(("olmo_hybrid",), attention=AttentionSpec(mixers=(("linear_attn", "gated_delta"),)))
+# Its attention blocks have norms after each sublayer only, as OLMo 2 has.
+_OLMO_ATTENTION = FamilySpec(
+    ("olmo_hybrid",),
+    attention=AttentionSpec(norm=None, post_norm="post_attention_layernorm"),
+    mlp=MLPSpec(norm=None, post_norm="post_feedforward_layernorm"),
+)
+
+
 HYBRIDS: list[FamilySpec] = [
+    replace(
+        _OLMO_HYBRID,
+        by_block=lambda block: _OLMO_HYBRID if hasattr(block, "linear_attn") else _OLMO_ATTENTION,
+    ),
     _MAMBA,
+    FamilySpec(
+        ("recurrent_gemma",),
+        final_norm="final_norm",
+        attention=AttentionSpec(
+            module="temporal_block",
+            norm="temporal_pre_norm",
+            mixers=(("temporal_block", "gated_recurrence"),),
+        ),
+        mlp=MLPSpec(module="mlp_block", norm="channel_pre_norm"),
+    ),
     replace(
         _MAMBA,
         model_types=("mamba2",),
@@ -60,6 +84,11 @@ HYBRIDS: list[FamilySpec] = [
         _QWEN_HYBRID,
         model_types=("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
+    ),
+    FamilySpec(
+        ("kimi_linear",),
+        attention=replace(LATENT, mixers=(("self_attn", "gated_delta"),)),
+        mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
     ),
     _LFM2,
     replace(

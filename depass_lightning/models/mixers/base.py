@@ -6,7 +6,7 @@ matrix that mixes positions, and the factors before and after it, channel by cha
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,6 +69,15 @@ class Mixer(ABC):
     @abstractmethod
     def __init__(self, module: Any) -> None: ...
 
+    @classmethod
+    def fits(cls, module: nn.Module | None) -> bool:
+        """Return whether a block's module of the declared name is this mixer.
+
+        Args:
+            module: the module; None where the block has none.
+        """
+        return module is not None
+
     @abstractmethod
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
         """Freeze the mixer.
@@ -121,19 +130,24 @@ def decays(logs: Float[Tensor, "batch position head"]) -> Float[Tensor, "batch h
 
 
 def gates_of_norm(
-    call: tuple[tuple[Any, ...], Tensor], weight: Tensor, group: int, shape: torch.Size
+    call: tuple[tuple[Any, ...], Tensor],
+    weight: Tensor,
+    group: int,
+    shape: torch.Size,
+    activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
 ) -> Float[Tensor, "batch position channel"]:
-    """What a gated norm multiplies each of its inputs with: its weight, its gate's SiLU and its scale.
+    """What a gated norm multiplies each of its inputs with: its weight, its activated gate and its scale.
 
     Args:
         call: the norm's arguments (states and gate) and its output.
         weight: its weight.
         group: the number of channels that share a scale.
         shape: of the result.
+        activation: the gate's.
     """
     (states, gate, *_), output = call
     states, gate, output = (tensor.to(weight) for tensor in (states, gate, output))
-    factor = torch.nn.functional.silu(gate) * weight
+    factor = activation(gate) * weight
     direction = (states * factor).unflatten(-1, (-1, group))
     tiny = torch.finfo(weight.dtype).tiny
     fitted = (direction * output.unflatten(-1, (-1, group))).sum(-1) / direction.square().sum(-1).clamp_min(

@@ -1,10 +1,11 @@
-"""Gated DeltaNet (Yang et al., arXiv 2412.06464), of Qwen3-Next and Qwen3.5: a decaying delta rule.
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464), of Qwen3.5 and OLMo Hybrid: a delta rule with a decay.
 
 With queries `q`, keys `k`, step sizes `beta` and decays `g` held fixed, a head's state
 `S[n] = exp(g[n]) (I - beta[n] k[n] k[n]^T) S[n-1] + beta[n] k[n] v[n]^T` and its output `q[n]^T S[n]` are
 linear in its values `v`. With `D[n,j] = exp(sum of g over j < i <= n)`, what each position writes solves
 `u[n] = beta[n] (v[n] - sum over j < n of D[n,j] (k[n] . k[j]) u[j])`, and the output is
-`sum over j <= n of D[n,j] (q[n] . k[j]) u[j]`: one triangular system for all positions.
+`sum over j <= n of D[n,j] (q[n] . k[j]) u[j]`: one triangular system for all positions. Kimi Delta Attention
+(arXiv 2510.26692) has a decay for each channel of the keys, inside these products.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from typing_extensions import override
 
 from depass_lightning.models.affine import Projection, features, parameter_of
@@ -19,20 +21,30 @@ from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, 
 
 
 class GatedDelta(Mixer):
-    """A gated delta rule, with its projections fused in one of two ways."""
+    """A gated delta rule, with its projections apart, or fused in one of two ways."""
 
     kind = "gated_delta"
 
     @override
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.heads, self.key_heads = module.num_v_heads, module.num_k_heads
-        self.key_size, self.value_size = module.head_k_dim, module.head_v_dim
+        by_channel = hasattr(module, "forget_gate")  # as in Kimi Linear
+        if by_channel:
+            self.heads = self.key_heads = module.num_heads
+            self.key_size = self.value_size = module.head_dim
+        else:
+            self.heads, self.key_heads = module.num_v_heads, module.num_k_heads
+            self.key_size, self.value_size = module.head_k_dim, module.head_v_dim
         self.convolution = module.conv1d
-        self.norm: nn.Module = module.norm
-        self.output = Projection(module.out_proj)
+        apart = hasattr(module, "q_proj")  # as in OLMo Hybrid, too
+        self.norm: nn.Module = module.o_norm if apart else module.norm
+        self.output = Projection(module.o_proj if apart else module.out_proj)
+        self.largest_step = 2.0 if getattr(module, "allow_neg_eigval", False) else 1.0
         keys, values = self.key_heads * self.key_size, self.heads * self.value_size
-        if hasattr(module, "in_proj_qkvz"):  # each key head's queries, keys, values and gates in turn
+        if apart:
+            parts = [Projection(part) for part in (module.q_proj, module.k_proj, module.v_proj)]
+            steps = [Projection(part) for part in (module.b_proj, getattr(module, "a_proj", None)) if part]
+        elif hasattr(module, "in_proj_qkvz"):  # each key head's queries, keys, values and gates in turn
             grouped = torch.arange(features(module.in_proj_qkvz)[1]).view(self.key_heads, -1)
             sizes = [self.key_size, self.key_size, values // self.key_heads, values // self.key_heads]
             rows = [part.flatten() for part in grouped.split(sizes, 1)]
@@ -45,29 +57,32 @@ class GatedDelta(Mixer):
             parts = [Projection(fused, rows) for rows in ends]
             steps = [Projection(module.in_proj_b), Projection(module.in_proj_a)]
         self.value = parts[2]
-        self._parts = dict(zip(("query", "key", "value", "step", "decay"), parts + steps, strict=True))
+        names = ("query", "key", "value", "step", "decay")
+        self._parts = dict(zip(names[: 3 + len(steps)], parts + steps, strict=True))
         self.recorded = {name: part.module for name, part in self._parts.items()} | {"norm": self.norm}
+        if by_channel:
+            self.recorded["logs"] = module.forget_gate
+
+    @classmethod
+    @override
+    def fits(cls, module: nn.Module | None) -> bool:
+        return hasattr(module, "conv1d")  # in Kimi Linear, attention has the same name in its blocks
 
     @override
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
-        query, key, value, step, decay = (
-            part.of(seen[name][1]).to(dtype) for name, part in self._parts.items()
-        )
+        read = {name: part.of(seen[name][1]).to(dtype) for name, part in self._parts.items()}
+        query, key, value = read["query"], read["key"], read["value"]
         taps, bias = self._taps(dtype)
         after = convolved(torch.cat([query, key, value], 2), taps)
         after = after if bias is None else after + bias
         query, key, value = after.split([query.shape[2], key.shape[2], value.shape[2]], 2)
         slopes = value.sigmoid()  # SiLU over its input
         query, key = (self._unit(torch.nn.functional.silu(part)) for part in (query, key))
-        beta = step.sigmoid()
-        rate, shift, weight = (
-            parameter_of(owner, name, dtype)
-            for owner, name in ((self.module, "A_log"), (self.module, "dt_bias"), (self.norm, "weight"))
-        )
-        assert rate is not None
-        assert shift is not None
+        beta = self.largest_step * read["step"].sigmoid()
+        logs = seen["logs"][1].to(dtype) if "logs" in seen else self._logs(read["decay"])
+        weight = parameter_of(self.norm, "weight", dtype)
         assert weight is not None
-        logs = -rate.exp() * torch.nn.functional.softplus(decay + shift)
+        activation = ACT2FN[getattr(self.norm, "activation", "silu")]
         channels = value.shape[2]
         return Mixing(
             matrix=delta_rule(query * self.key_size**-0.5, key, beta, logs),
@@ -75,8 +90,15 @@ class GatedDelta(Mixer):
             taps=taps[-channels:],
             constants=None if bias is None else bias[-channels:],
             slopes=slopes,
-            gates=gates_of_norm(seen["norm"], weight, self.value_size, value.shape),
+            gates=gates_of_norm(seen["norm"], weight, self.value_size, value.shape, activation),
         )
+
+    def _logs(self, decay: Float[Tensor, "batch position head"]) -> Float[Tensor, "batch position head"]:
+        """The logarithms of the decays."""
+        rate, shift = (parameter_of(self.module, name, decay.dtype) for name in ("A_log", "dt_bias"))
+        assert rate is not None
+        assert shift is not None
+        return -rate.exp() * torch.nn.functional.softplus(decay + shift)
 
     def _unit(
         self, states: Float[Tensor, "batch position channel"]
@@ -91,7 +113,7 @@ def delta_rule(
     query: Float[Tensor, "batch position head size"],
     key: Float[Tensor, "batch position head size"],
     beta: Float[Tensor, "batch position head"],
-    decay: Float[Tensor, "batch position head"],
+    decay: Float[Tensor, "batch position head"] | Float[Tensor, "batch position head size"],
 ) -> Float[Tensor, "batch head query key"]:
     """The matrix from a head's values to its outputs under a gated delta rule.
 
@@ -99,13 +121,28 @@ def delta_rule(
         query: the queries.
         key: the keys, of length one.
         beta: the step sizes.
-        decay: the logarithms of the decays.
+        decay: the logarithms of the decays, of each head or of each channel of the keys.
     """
-    left = decays(decay)  # [batch, head, query, key]
     steps = beta.transpose(1, 2)[..., None]  # [batch, head, position, 1]
-    overlap = torch.einsum("bnhs,bkhs->bhnk", key, key) * left * steps
+    overlap = _decayed(key, key, decay) * steps
     same = torch.eye(key.shape[1], device=key.device, dtype=key.dtype)
     written = torch.linalg.solve_triangular(
         overlap.tril(-1) + same, same * steps, upper=False, unitriangular=True
     )
-    return (torch.einsum("bnhs,bkhs->bhnk", query, key) * left) @ written
+    return _decayed(query, key, decay) @ written
+
+
+def _decayed(
+    reading: Float[Tensor, "batch position head size"],
+    written: Float[Tensor, "batch position head size"],
+    decay: Tensor,
+) -> Float[Tensor, "batch head query key"]:
+    """The products of what reads with what was written, less what has decayed since."""
+    if decay.ndim == 3:
+        return torch.einsum("bnhs,bkhs->bhnk", reading, written) * decays(decay)
+    total = reading.new_zeros(())
+    for channel in range(decay.shape[3]):  # the terms of all channels are never held
+        pair = (part[..., channel].transpose(1, 2) for part in (reading, written))  # [batch, head, position]
+        first, second = pair
+        total = total + first[..., None] * second[..., None, :] * decays(decay[..., channel])
+    return total
