@@ -31,8 +31,7 @@ class Decoder:
         compute_dtype: the precision that components are carried in; by default float64 for a model in
             float64 and float32 for every other.
         max_positions: the tokens that a prompt may have; by default what the configuration states.
-        recomputes: attention's probabilities are recomputed from queries and keys, since all attention goes
-            through the functions of Transformers; else they are those of eager attention.
+        recomputes: probabilities are recomputed from queries and keys, not read from eager attention.
 
     Raises:
         DePassError: this is no causal language model, it has no weights, the declaration does not name its
@@ -224,8 +223,9 @@ class Decoder:
 
     @property
     def soft_capped(self) -> bool:
-        """Whether logits go through a soft cap last; scores then sum to the logit before it."""
-        return any(getattr(self.config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        """Whether logits go through a soft cap last; scores sum to the logit before it."""
+        caps = ("final_logit_softcapping", "logits_soft_cap")
+        return any(getattr(self.config, name, None) for name in caps)
 
     def unembedded(self) -> AffineMap:
         """The map from the final norm's output to the logits before any soft cap."""
