@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 EXTRA := $(VENV)/extra
 TRL := $(VENV)/trl
 MUTATION := $(VENV)/mutation
+SITE := $(VENV)/site
 MAPPED := $(VENV)/mapped/depass_lightning
 PIP := $(RUN)/python -m pip --disable-pip-version-check
 export PIP_DEFAULT_TIMEOUT ?= 60
@@ -21,7 +22,7 @@ export PIP_RETRIES ?= 5
 NUMERIC := $(addprefix tests/,engine attribution methods faithfulness linear_probes commands/test_precision.py \
     $(addprefix models/test_,$(addsuffix .py,adapters families families_page rotary)))
 
-.PHONY: help setup smollm2 demo test slow portable quantized trl mutants lint format families bench clean
+.PHONY: help setup smollm2 demo docs test slow portable quantized trl mutants lint format families bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -62,6 +63,9 @@ format: $(READY) ## let ruff write
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
+docs: $(SITE)/mkdocs ## build the documentation's site in build/site, strictly (ARGS=serve shows it while you write)
+	PYTHONPATH=$(SITE) NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs $(or $(ARGS),build --strict)
+
 families: $(READY) ## measure every model family, and write docs/families.md's table
 	$(RUN)/python -m tests.reference.families_table
 
@@ -95,6 +99,9 @@ $(TRL)/trl: $(READY)
 
 $(MUTATION)/cosmic_ray: $(READY)
 	$(PIP) install --target $(MUTATION) cosmic-ray -c $(VENV)/constraints.txt
+
+$(SITE)/mkdocs: $(READY)
+	$(PIP) install --target $(SITE) mkdocs-material mkdocstrings-python -c $(VENV)/constraints.txt
 
 $(READY): pyproject.toml constraints.txt | $(RUN)/python
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
