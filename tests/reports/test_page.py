@@ -23,6 +23,7 @@ from depass_lightning.results.component import Component
 from depass_lightning.results.generation import Generation
 from depass_lightning.utils.sections import Section
 from tests.reference.attributions import CURVES, NASTY, Elements, attribution_of, heads, ioi, nasty, neurons
+from tests.reports.browser import FLAGS
 
 EXAMPLE = {
     "id": "ioi-7",
@@ -208,20 +209,11 @@ def test_what_no_page_can_be_made_of_is_refused(tmp_path: Path) -> None:
         page_html([ioi()], title="T", figures=[tmp_path / "missing.png"])
 
 
-CHROMIUM_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-)
-
-
 def drawn(folder: Path, page: str) -> str:
     """Return what a browser makes of a page, as markup."""
     profile = f"--user-data-dir={folder / 'profile'}"
     address = f"{folder.as_uri()}/{page}"
-    command = ["chromium", *CHROMIUM_FLAGS, profile, "--virtual-time-budget=2000", "--dump-dom", address]
+    command = ["chromium", *FLAGS, profile, "--virtual-time-budget=2000", "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.split("<noscript>", 1)[0]
 

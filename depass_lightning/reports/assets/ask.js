@@ -9,6 +9,7 @@ let asked = { ...EMPTY }; // the question of the drawn result
 let change = null; // how the target changes under `asked.edits`
 let drawn = null; // functions of the drawn result
 let running = null; // the request in progress
+let latest = 0; // the number of the last one
 let chosen = { target: null, foil: null }; // next tokens that were clicked, by id; text that is typed replaces them
 let chips = [];
 
@@ -35,23 +36,26 @@ async function call(path, question) {
 
 // Runs a request, shows that it runs, and then its error or nothing.
 async function busy(words, work) {
+  const number = ++latest;
   const began = performance.now();
   const show = () => (find("status").textContent = `${words}, ${((performance.now() - began) / 1000).toFixed(0)} s`);
   find("status").className = find("result").dataset.state = "busy";
   show();
   const timer = setInterval(show, 1000);
+  find("error").textContent = "";
   find("error").hidden = true;
   try {
     await work();
     find("status").textContent = "";
   } catch (error) {
-    if (error.name === "AbortError") return; // a later request has taken over
+    if (number !== latest) return; // a later request has taken over
     find("status").textContent = "";
+    if (error.name === "AbortError") return;
     find("error").textContent = error instanceof TypeError ? "the server does not answer; is it still running?" : error.message;
     find("error").hidden = false;
   } finally {
     clearInterval(timer);
-    if (!find("status").textContent) find("status").className = find("result").dataset.state = "";
+    if (number === latest) find("status").className = find("result").dataset.state = "";
   }
 }
 
