@@ -4,7 +4,7 @@ Each call resolves its arguments, and refuses what cannot be done, before the mo
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import nn
@@ -12,25 +12,23 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
 from depass_lightning.attribution.attribute import attribute_by_rule, settings_by_rule
+from depass_lightning.attribution.call_options import (
+    AttributeOne,
+    AttributeSeveral,
+    DecomposeOne,
+    DecomposeOptions,
+    DecomposeSeveral,
+    EstimateOptions,
+    SourcesOne,
+    SourcesSeveral,
+)
 from depass_lightning.attribution.cost import Estimate, estimate
 from depass_lightning.attribution.decompose import decompose, decompose_layers
 from depass_lightning.attribution.edges import CircuitOptions, circuit_of
 from depass_lightning.attribution.generate import generate
 from depass_lightning.attribution.preference import results_of, with_both_answers
 from depass_lightning.attribution.question import questions_of
-from depass_lightning.attribution.settings import (
-    AttributeOne,
-    AttributeSeveral,
-    BiasMode,
-    DecomposeOne,
-    DecomposeOptions,
-    DecomposeSeveral,
-    RuleOptions,
-    Settings,
-    check_choices,
-    checked,
-    settings_of,
-)
+from depass_lightning.attribution.settings import BiasMode, Settings, check_choices, checked, settings_of
 from depass_lightning.engine.rules import AttentionPath
 from depass_lightning.engine.validate import bind_checked
 from depass_lightning.errors import DePassError
@@ -186,34 +184,50 @@ class DePass:
         results = self.attribute_sources(prompt, target, [options.pop("source", None) or "tokens"], **options)
         return results[0] if isinstance(prompt, str) else [result for (result,) in results]
 
+    @overload
+    def attribute_sources(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        prompt: str | None = None,
+        target: TargetLike = None,
+        sources: Sequence[Source | str] = (),
+        **options: Unpack[SourcesOne],
+    ) -> list[Attribution]: ...
+
+    @overload
+    def attribute_sources(
+        self,
+        prompt: str | None = None,
+        target: Sequence[TargetLike] = (),
+        sources: Sequence[Source | str] = (),
+        **options: Unpack[SourcesOne],
+    ) -> list[Attributions]: ...
+
+    @overload
+    def attribute_sources(
+        self,
+        prompt: Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]] = None,
+        sources: Sequence[Source | str] = (),
+        **options: Unpack[SourcesSeveral],
+    ) -> list[list[Any]]: ...
+
     @checked
     def attribute_sources(
         self,
-        prompt: str | Sequence[str] | None,
-        target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]],
-        sources: Sequence[Source | str],
-        *,
-        batch_size: int = 16,
-        progress: bool = False,
-        input_ids: IdsLike | None = None,
-        attention_mask: IdsLike | None = None,
-        compat: Literal["paper_code"] | None = None,
-        **options: Unpack[RuleOptions],
-    ) -> list[Any]:
+        prompt: str | Sequence[str] | None = None,
+        target: TargetLike | Sequence[TargetLike] | Sequence[Sequence[TargetLike]] = None,
+        sources: Sequence[Source | str] = (),
+        **options: Any,
+    ) -> Any:
         """Attribute targets to the components of several sources, each by itself, from one recorded pass.
 
         Sources of one linear rule share the backward pass, too.
 
         Args:
-            prompt: one prompt or several; None where `input_ids` are given.
+            prompt: one prompt or several, as in `attribute`.
             target: what is explained, as in `attribute`.
             sources: what the state is split into, each source by itself.
-            batch_size: how many prompts go through the model at once.
-            progress: show a progress bar.
-            input_ids: token ids instead of prompts.
-            attention_mask: 1 at the real positions of `input_ids`.
-            compat: `paper_code` reproduces the published code.
-            options: `rule`, `temperature`, `bias`, `engine` and `attention_path` of `attribute`.
+            options: the other arguments of `attribute`.
 
         Returns:
             For one prompt a list with one result a source, each as `attribute` returns it; for several
@@ -223,15 +237,16 @@ class DePass:
             DePassError: the list of sources is empty, or what `attribute` raises.
         """
         parts = [as_source(source) for source in sources]
+        ids, mask = options.pop("input_ids", None), options.pop("attention_mask", None)
+        batch_size, progress = options.pop("batch_size", 16), options.pop("progress", False)
         settings = settings_by_rule(
             self.decoder,
             parts,
-            compat=compat,
             memory_budget=self.memory_budget,
             process_group=self.process_group,
             **options,
         )
-        prompts = prompts_of(self.decoder, self.tokenizer, prompt, input_ids, attention_mask)
+        prompts = prompts_of(self.decoder, self.tokenizer, prompt, ids, mask)
         targets = as_targets(target, None if isinstance(prompt, str) else len(prompts))
         asked = with_both_answers(self.decoder, self.tokenizer, prompts, targets, parts)
         questions = questions_of(self.decoder, self.tokenizer, *asked, parts)
@@ -405,12 +420,12 @@ class DePass:
         batch_size: int = 16,
         input_ids: IdsLike | None = None,
         attention_mask: IdsLike | None = None,
-        **options: Unpack[RuleOptions],
+        **options: Unpack[EstimateOptions],
     ) -> Estimate:
         """Estimate the time and memory that `attribute` will take, by trying a small piece of it.
 
         Args:
-            prompt: one prompt, or several.
+            prompt: one prompt, or several; or `messages=`.
             source: what the state is split into; by default `Tokens()`.
             batch_size: how many prompts go through the model at once.
             input_ids: token ids instead of prompts.

@@ -21,12 +21,11 @@ from depass_lightning.engine.rules import AttentionPath, CompetingRule, Rule, Ru
 from depass_lightning.engine.variants.paper_code import paper_code_rule
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.prompts import IdsLike, Prompt
+from depass_lightning.prompts import Prompt
 from depass_lightning.sources import Source, SplitContext
 from depass_lightning.sources.base import is_whole
 from depass_lightning.targets import LogitReading
 from depass_lightning.utils.chat_templates import conversations_of
-from depass_lightning.utils.sections import Message
 
 BiasMode = Literal["component", "drop"]
 RulePath = Annotated[str, StringConstraints(pattern=rf"{re.escape(SUFFIX)}$")]
@@ -42,54 +41,6 @@ class RuleOptions(TypedDict, total=False):
     bias: BiasMode
     engine: Engine
     attention_path: AttentionPath
-
-
-class AttributeOptions(RuleOptions, total=False):
-    """The keyword arguments of a call that returns scores."""
-
-    source: Source | str | None
-    compat: Literal["paper_code"] | None
-    batch_size: int
-    progress: bool
-
-
-class AttributeOne(AttributeOptions, total=False):
-    """The keyword arguments of a call that returns the scores of one prompt or conversation."""
-
-    messages: Sequence[Message] | None
-
-
-class AttributeSeveral(AttributeOptions, total=False):
-    """The keyword arguments of a call that returns the scores of several prompts."""
-
-    messages: Sequence[Sequence[Message]] | None
-    input_ids: IdsLike | None
-    attention_mask: IdsLike | None
-
-
-class DecomposeOptions(TypedDict, total=False):
-    """The keyword arguments of a call that returns states: those of `attribute` that are not about scores."""
-
-    source: Source | str | None
-    rule: Automatic | RuleName | RulePath
-    temperature: float
-    bias: BiasMode
-    compat: Literal["paper_code"] | None
-
-
-class DecomposeOne(DecomposeOptions, total=False):
-    """The keyword arguments of a call that returns the states of one prompt or conversation."""
-
-    messages: Sequence[Message] | None
-
-
-class DecomposeSeveral(DecomposeOptions, total=False):
-    """The keyword arguments of a call that returns the states of several prompts."""
-
-    messages: Sequence[Sequence[Message]] | None
-    batch_size: int
-    input_ids: IdsLike | None
-    attention_mask: IdsLike | None
 
 
 DEFAULTS = RuleOptions(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from depass_lightning import Conversation, DePass, DePassError, Documents, Spans, Tokens
+from depass_lightning import Attribution, Conversation, DePass, DePassError, Documents, Spans, Tokens
 from depass_lightning.prompts import Prompt, prompts_of_texts
+from depass_lightning.results.attributions import Attributions
+from depass_lightning.sources import Source
 from depass_lightning.sources.segments import segment
 from depass_lightning.utils.chat_templates import formatted
 from depass_lightning.utils.sections import from_json, sections_of, to_json
@@ -214,10 +216,11 @@ def test_bad_messages_are_named(messages: Any, reason: str) -> None:
 
 
 def test_every_call_takes_messages() -> None:
-    depass: Any = DePass(
+    depass = DePass(
         build("llama", max_position_embeddings=256, vocab_size=300, dtype=torch.float64),
         tokenizer_of("chatml"),
     )
+    assert depass.tokenizer is not None
     text = formatted(Conversation(CHAT), depass.tokenizer)
     ids = prompt_of(CHAT, depass.tokenizer).ids
     whole = depass.attribute(messages=CHAT, source=Spans("turn"))
@@ -232,10 +235,19 @@ def test_every_call_takes_messages() -> None:
     assert float(grouped.scores.sum()) == pytest.approx(float(tokens.scores.sum()), abs=1e-5)
     several = depass.attribute(messages=[CHAT, WITH_SYSTEM], target="a")
     assert [len(result.sections) for result in several] == [3, 4]
-    assert depass.attribute_sources(None, "a", [Tokens()], messages=CHAT)[0].token_ids == ids
+    sources: list[Source] = [Tokens(), Spans("turn")]
+    one = depass.attribute_sources(messages=CHAT, target="a", sources=sources, batch_size=1)
+    assert assert_type(one, list[Attribution])[0].token_ids == ids
+    both = depass.attribute_sources(messages=CHAT, target=["a", None], sources=sources)
+    assert len(assert_type(both, list[Attributions])[0]) == 2
+    rows = depass.attribute_sources(messages=[CHAT, WITH_SYSTEM], target="a", sources=sources)
+    assert [len(row) for row in assert_type(rows, list[list[Any]])] == [2, 2]
+    with pytest.raises(DePassError, match="the list of sources is empty"):
+        depass.attribute_sources(messages=CHAT)
     assert len(depass.decompose(messages=CHAT).components) == len(ids)
     assert depass.attribute_generation(messages=CHAT, max_new_tokens=1)[0].token_ids[: len(ids)] == ids
     assert depass.estimate(messages=CHAT).seconds > 0
+    assert depass.estimate(messages=[CHAT, WITH_SYSTEM], source="heads", batch_size=2).seconds > 0
     with pytest.raises(DePassError, match="pass one of messages, prompts and input_ids"):
         depass.attribute("text", messages=CHAT)
 
