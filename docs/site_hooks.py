@@ -35,7 +35,6 @@ def on_config(config: MkDocsConfig) -> None:
     shutil.copytree(ROOT / "callbacks", package / "callbacks", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages that are at the repository's root.
 

@@ -85,7 +85,8 @@ def circuit_values(
 ) -> list[CircuitValues]:
     """Return the target's value with only the highest nodes kept, all others ablated at every position.
 
-    There is one ranking, by the scores' mean over all attributions, as in the benchmark.
+    There is one ranking, by the scores' mean over all attributions, as in the benchmark. Token embeddings are
+    kept, but in the empty circuit that is resampled: this is the run of the reference.
 
     Args:
         decoder: the model that was attributed.
@@ -121,6 +122,9 @@ def circuit_values(
             values = substitutes(index)
             with replaced(places, masks, values):
                 rows = target_values(decoder, attributions[index], ids.expand(len(circuits), -1)).tolist()
+            if replacement == "resample":  # the empty circuit is the other prompt's run, embeddings included
+                other = torch.tensor([list(references[index])], device=decoder.device)
+                rows[-1] = float(target_values(decoder, attributions[index], other)[0])
         return [CircuitValues(list(fractions), rows[:-2], whole=rows[-2], empty=rows[-1])]
 
     return in_batches([(decoder.regime(length), length) for length in lengths], 1, work, progress, "ablating")

@@ -9,11 +9,12 @@ instead and cut that into as many pieces as there are heads; each piece holds so
 stream, which all heads write to, so that what it calls a head is a mixture of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,8 +23,11 @@ from depass_lightning.methods.base import Baseline
 from depass_lightning.methods.gradients import embeddings_of
 from depass_lightning.methods.hook_points import sites_of
 from depass_lightning.methods.model_runs import Batch, embeddings_replaced
-from depass_lightning.methods.places import place_of
+from depass_lightning.methods.places import Place, place_of
+from depass_lightning.models.decoder import Decoder
 from depass_lightning.sources import Heads, Module, Neurons, Source
+
+Key = TypeVar("Key")
 
 
 class ComponentBaseline(Baseline):
@@ -43,6 +47,44 @@ class ComponentBaseline(Baseline):
         super().__init__(depass, source)
         assert isinstance(self.source, (Heads, Neurons))
         self.sites = sites_of(depass.decoder, self.source)
+
+
+def activations_and_gradients(
+    decoder: Decoder,
+    places: Mapping[Key, Place],
+    embeddings: Float[Tensor, "batch position hidden"],
+    value: Callable[[], Float[Tensor, "batch"]],
+) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
+    """Return components' activations and the value's gradients: `[batch, position, component, size]`.
+
+    Args:
+        decoder: the model, already set up to be run (`as_depass_runs`).
+        places: where the components are.
+        embeddings: what the token embeddings are replaced with.
+        value: runs the model once.
+    """
+    seen: dict[Key, Tensor] = {}
+
+    def keeper(key: Key) -> Callable[[Tensor], Tensor]:
+        def keep(components: Tensor) -> Tensor:
+            seen[key] = components
+            return components  # the pass goes on from here, so that it has a gradient
+
+        return keep
+
+    # A leaf: the model's parameters may be frozen.
+    embeddings = embeddings.detach().requires_grad_()
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(embeddings_replaced(decoder, embeddings))
+        for key, place in places.items():
+            stack.callback(place.hooked(keeper(key), len(embeddings)).remove)
+        gradients = torch.autograd.grad(value().sum(), list(map(seen.__getitem__, places)))
+    both = zip(places, gradients, strict=True)
+    return (
+        {key: seen[key].detach().to(decoder.dtype) for key in places},
+        {key: gradient.to(decoder.dtype) for key, gradient in both},
+    )
 
 
 class AttributionPatching(Baseline):
@@ -70,27 +112,12 @@ class AttributionPatching(Baseline):
 
     @override
     def score(self, batch: Batch) -> Tensor:
-        embeddings = embeddings_of(batch)  # a leaf: the model's parameters may be frozen
-        seen: dict[int, Tensor] = {}
-
-        def keeper(index: int) -> Callable[[Tensor], Tensor]:
-            def keep(components: Tensor) -> Tensor:
-                seen[index] = components
-                return components  # the pass goes on from here, so that it has a gradient
-
-            return keep
-
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(embeddings_replaced(batch.decoder, embeddings))
-            for index, place in enumerate(self.places):
-                stack.callback(place.hooked(keeper(index), len(batch.ids)).remove)
-            value = batch.values().sum()
-            activations = [seen[index] for index in range(len(self.places))]
-            gradients = torch.autograd.grad(value, activations)
+        places = dict(enumerate(self.places))
+        activations, gradients = activations_and_gradients(
+            batch.decoder, places, embeddings_of(batch), batch.values
+        )
         effects = []
-        for activation, gradient in zip(activations, gradients, strict=True):
-            dtype, device = batch.decoder.dtype, batch.ids.device
-            both = activation.detach().to(device, dtype) * gradient.to(device, dtype)
-            effects.append(both.sum((1, 3)))  # [batch, component]
+        for index in places:
+            both = activations[index] * gradients[index]
+            effects.append(both.sum((1, 3)).to(batch.ids.device))  # [batch, component]
         return self.source.chosen(torch.stack(effects, 1))

