@@ -35,6 +35,7 @@ SCALARS = (
     "spearman_first",
     "spearman_previous",
     "faithfulness",
+    "kept_faithfulness",
 )
 
 
@@ -46,9 +47,10 @@ def measure(case: Case, curves: Columns) -> dict[str, float]:
         curves: the columns of `TokenRemoval`; empty if they were not measured.
     """
     (scalars,) = evaluate([case], PROBE_MEASURES)
-    if curves:
-        random, top = (area(curves["percents"], curves[name]) for name in ("patch_random", "patch_top"))
-        scalars["faithfulness"] = random - top
+    for kept in ("", "kept_") if curves else ():
+        names = (f"{kept}patch_random", f"{kept}patch_top")
+        random, top = (area(curves["percents"], curves[name]) for name in names)
+        scalars[f"{kept}faithfulness"] = random - top
     return scalars
 
 

@@ -17,6 +17,7 @@ CARDS = {
     "spearman_first": "rank correlation with the first run",
     "spearman_previous": "rank correlation with the previous run",
     "faithfulness": "faithfulness, random removal minus removal of the top",
+    "kept_faithfulness": "faithfulness with the last token kept",
     "failed": "failed probes",
 }
 COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens", "gained most", "lost most")

@@ -132,6 +132,7 @@ class ProbeRunner:
             draws=ORDERS,
             batch_size=8 * self.batch_size,  # plain passes: no components to hold
             rationales=(),
+            keep_last=True,  # without its last token a prompt asks for something else
         )
         curves = evaluate([Case(finding.attributions[i]) for finding, i in places], [removal], self.depass)
         for (finding, i), columns in zip(places, curves, strict=True):

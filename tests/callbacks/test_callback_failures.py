@@ -99,8 +99,9 @@ def test_want_of_memory_while_tokens_are_removed_halves_the_batch(
     callback = DePassCallback(list(PROMPTS), batch_size=4, faithfulness=3)
     with caplog.at_level(logging.WARNING):
         fit(trainer(tmp_path, [callback], max_steps=1), OwnModule())
-    # four probes, three of them in the sample; then two and two; then the first two one by one
-    assert sizes == [3, 2, 1, 1, 1, 1, 1, 1]
+    # four probes, three of them in the sample; then two and two; then the first two one by one; each probe
+    # that succeeds with all tokens, then with the last one kept
+    assert sizes == [3, 2, *[1] * 12]
     curves = callback.history["probes"].curves
     assert curves["failed"] == [0.0, 0.0]
     assert not any(math.isnan(value) for value in curves["faithfulness"])

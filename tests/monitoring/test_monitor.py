@@ -20,8 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForSequenceClassification
 
 from depass_lightning import DePassError
+from depass_lightning.faithfulness import area
+from depass_lightning.faithfulness.evidence import answer_tokens
+from depass_lightning.faithfulness.token_removal import removal_curves
 from depass_lightning.monitoring.monitor import ProbeMonitor
 from depass_lightning.monitoring.probe_sets import AnswerPart
+from depass_lightning.monitoring.runner import ORDERS, REMOVED
 from depass_lightning.monitoring.sinks import FunctionSink, TensorBoardSink, WandbSink
 from depass_lightning.storage import read_attributions
 from depass_lightning.tasks import Example
@@ -164,6 +168,20 @@ def test_pairs_and_loaders_explain_the_same_of_an_answer_as_a_task(part: AnswerP
         values.append((scored.value, *scored.scores.tolist()))
     assert values[1] == pytest.approx(values[0])
     assert values[2] == pytest.approx(values[0])
+
+
+def test_faithfulness_is_also_measured_with_the_last_token_kept() -> None:
+    model = language_model()
+    (result,) = ProbeMonitor(model, tokenizer(), list(PROMPTS), faithfulness=2).run(0).results
+    attributions = list(result.attributions[:2])
+    answers = [answer_tokens(attribution) for attribution in attributions]
+    for name, keep_last in (("faithfulness", False), ("kept_faithfulness", True)):
+        curves = removal_curves(
+            model.eval(), attributions, answers, percents=REMOVED, draws=ORDERS, keep_last=keep_last
+        )
+        gains = [area(REMOVED, curve.patch_random) - area(REMOVED, curve.patch_top) for curve in curves]
+        assert result.metrics[name] == pytest.approx(sum(gains) / 2, abs=1e-6)
+    assert result.metrics["kept_faithfulness"] != result.metrics["faithfulness"]
 
 
 def test_a_label_is_one_output_however_many_tokens_its_name_has() -> None:
