@@ -83,6 +83,13 @@ class DePass:
         precision = None if compute_dtype is None else dtype_of(compute_dtype)
         self.decoder = bind_checked(model, compute_dtype=precision, max_positions=max_positions)
 
+    def __repr__(self) -> str:
+        family = getattr(self.decoder.config, "model_type", None) or type(self.decoder.model).__name__
+        return (
+            f"DePass({self.decoder.name!r}, family {family}, {len(self.decoder.blocks)} blocks, "
+            f"scores in {str(self.decoder.dtype).removeprefix('torch.')}, rule softmax unless rule= is given)"
+        )
+
     @classmethod
     @checked
     def from_pretrained(

@@ -130,6 +130,19 @@ for entry in distribution("depass-lightning").entry_points:
 
 
 @pytest.mark.slow
+def test_the_commands_run_from_a_wheel_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    script = "import sys; from depass_lightning.commands.main import {0}; sys.argv[0] = 'depass-{0}'; {0}()"
+    analyze = [sys.executable, "-c", script.format("analyze")]
+    prompt = ["prompt=The capital of France is", "target= Paris", "foil= London"]
+    assert "' Paris' − ' London' = +" in run(*analyze, *prompt, cwd=tmp_path, path=site)
+    assert len(list(tmp_path.glob("logs/analyze/runs/*/report.html"))) == 1
+    small = ["logger=csv", "trainer.max_epochs=1", "+trainer.limit_train_batches=2"]
+    run(sys.executable, "-c", script.format("train"), *small, cwd=tmp_path, path=site)
+    assert len(list(tmp_path.glob("logs/train/runs/*/depass/facts/timeline.html"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+@pytest.mark.slow
 def test_bare_checkout_imports(checkout: Path, tmp_path: Path) -> None:
     folders = ("depass_lightning", "callbacks", "conf")
     assert found_by(tmp_path, checkout) == [checkout / folder / "__init__.py" for folder in folders]

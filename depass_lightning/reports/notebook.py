@@ -1,6 +1,9 @@
 """An attribution as a panel in a notebook: plain HTML, readable on a light and on a dark background."""
 
+from io import StringIO
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console, RenderableType
 
 from depass_lightning.reports.answer_facts import answer_facts, prediction_text
 from depass_lightning.reports.components import asked_for, complete, made
@@ -12,6 +15,7 @@ from depass_lightning.results.attribution import Attribution
 POSITIVE, NEGATIVE = "46,107,255", "235,104,30"
 STRONGEST = 0.6
 BAR_WIDTH = 160
+CONSOLE = '<pre style="line-height:1.2;overflow-x:auto;font-family:ui-monospace,monospace">{code}</pre>'
 
 
 def attribution_html(attribution: Attribution, top: int = 8) -> str:
@@ -32,6 +36,18 @@ def attribution_html(attribution: Attribution, top: int = 8) -> str:
         rows=_rows(attribution, top),
         facts=_facts(attribution),
     )
+
+
+def console_html(printed: RenderableType, width: int = 110) -> str:
+    """Return what a terminal would show, as HTML: plain spans of text, with its colours.
+
+    Args:
+        printed: a table, a tree or a text of rich.
+        width: in characters.
+    """
+    console = Console(record=True, width=width, file=StringIO(), color_system="truecolor")
+    console.print(printed)
+    return console.export_html(inline_styles=True, code_format=CONSOLE)
 
 
 def _segments(attribution: Attribution) -> list[dict[str, object]]:

@@ -112,6 +112,12 @@ class Attributions(Sequence[Attribution]):
         console = Console()
         console.print(score_matrix(self, console.width))
 
+    def _repr_html_(self) -> str:
+        from depass_lightning.reports.matrix import score_matrix
+        from depass_lightning.reports.notebook import console_html
+
+        return console_html(score_matrix(self, 110))
+
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a page with all scores as a matrix, one row per target: one file, which needs no network.
 

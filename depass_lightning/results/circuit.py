@@ -337,6 +337,12 @@ class Circuit:
 
         Console().print(circuit_tree(self))
 
+    def _repr_html_(self) -> str:
+        from depass_lightning.reports.circuit_page import circuit_tree
+        from depass_lightning.reports.notebook import console_html
+
+        return console_html(circuit_tree(self))
+
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a page that shows the circuit: one file, which needs no network.
 

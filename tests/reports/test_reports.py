@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
+from depass_lightning import DePass
 from depass_lightning.reports.component_figures import attribution_figure
 from depass_lightning.reports.components import repeats_of
 from depass_lightning.reports.figures import curves_figure, save_figure, tokens_figure
@@ -31,6 +32,7 @@ from depass_lightning.reports.page import page_html
 from depass_lightning.reports.palette import DARK, LIGHT, hexadecimal, ink, shade
 from depass_lightning.reports.prompt_segments import unread_words
 from depass_lightning.reports.terminal import attribution_text, attributions_table, summary_table
+from depass_lightning.results.attributions import Attributions
 from tests.reference.attributions import CURVES, Elements, attribution_of, heads, ioi, nasty, neurons
 
 
@@ -179,6 +181,27 @@ def test_the_notebook_shows_the_prompt_as_plain_html() -> None:
     assert "0.6)" in (spans[2]["style"] or "")  # the largest score has the strongest colour
     assert "' Mary' − ' John'" in elements.text
     assert "script" not in {tag for tag, _ in Elements(nasty()._repr_html_()).found}
+
+
+def test_a_notebook_shows_matrices_and_circuits_as_the_terminal_does() -> None:
+    depass = DePass.from_pretrained("tiny")
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    several = depass.attribute(prompt, [" Mary", " John"], rule="half")._repr_html_()
+    elements = Elements(several)
+    assert {tag for tag, _ in elements.found} == {"pre", "span"}
+    assert "completeness error" in elements.text
+    assert "background-color" in several
+    hostile = Elements(Attributions([nasty()])._repr_html_())
+    assert {tag for tag, _ in hostile.found} == {"pre", "span"}
+    generation = Elements(depass.attribute_generation(prompt, max_new_tokens=2, rule="half")._repr_html_())
+    assert "what each generated token relies on" in generation.text
+    circuit = depass.circuit(prompt, " Mary")
+    shown = Elements(circuit._repr_html_())
+    assert {tag for tag, _ in shown.found} == {"pre", "span"}
+    assert circuit.top(1)[0].source.label in shown.text
+    assert repr(depass) == (
+        "DePass('tiny', family llama, 3 blocks, scores in float32, rule softmax unless rule= is given)"
+    )
 
 
 def test_show_prints_in_a_terminal_and_displays_in_a_notebook(
