@@ -80,6 +80,8 @@ def test_the_strongest_are_single_and_edges_are_kept() -> None:
     strengths = [0.0, 0.5, 3.0, 0.0, 0.0, 0.0, 2.0, 0.1, 0.1, 0.1]
     edges = {0, 1, 8, 10, 12}
     assert partitioned(strengths, edges, 4) == [(0, 1), (1, 8), (8, 10), (10, 12)]
+    assert partitioned(strengths, edges, 5) == partitioned(strengths, edges, 4)  # no weaker one in its place
+    assert partitioned([0.0, 5.0, 0.0, 0.0], {0, 1, 4}, 3) == [(0, 1), (1, 2), (2, 4)]
     assert partitioned(strengths, edges, 6) == [(0, 1), (1, 2), (2, 3), (3, 8), (8, 10), (10, 12)]
     assert partitioned(strengths, edges, 8) == [
         *((0, 1), (1, 2), (2, 3), (3, 6), (6, 7), (7, 8), (8, 10), (10, 12))
