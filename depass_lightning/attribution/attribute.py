@@ -282,7 +282,7 @@ def _of_prompt(
 
 
 def _metadata(decoder: Decoder, prompt: Prompt, settings: Settings) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"model": decoder.name, "bias": settings.bias_mode}
+    metadata: dict[str, Any] = decoder.notes | {"bias": settings.bias_mode}
     if settings.rule_name == "softmax":
         metadata["temperature"] = getattr(settings.rule, "temperature", None)
     if isinstance(settings.rule, ShapRule):

@@ -60,6 +60,10 @@ def circuit_of(
     Raises:
         DePassError: as for `DePass.circuit`.
     """
+    if not decoder.causal:
+        raise DePassError(
+            f"{type(decoder.model).__name__} is an encoder; circuits are computed for causal models only"
+        )
     if len(prompts) != 1:
         raise DePassError(f"there are {len(prompts)} prompts; a circuit explains one, see Circuit.mean")
     nodes, rule = options.get("nodes", NODES), options.get("rule", "half")

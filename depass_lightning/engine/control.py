@@ -175,7 +175,8 @@ def _called(
         stack.callback(after.remove)
         arguments, keywords, normed = _from_normed(call)
         bias = keywords.get("position_bias")
-        path = ScorePath(attending.module, attention.heads, bias) if mean else None
+        causal = decoder.causal
+        path = ScorePath(attending.module, attention.heads, bias, causal=causal) if mean else None
         stack.enter_context(listening(attending.mixing, _with_gradient(path, side)))
         # Eager attention multiplies queries and keys in its forward method.
         one_side = (

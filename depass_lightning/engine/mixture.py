@@ -39,7 +39,7 @@ class Mixture(ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "batch head query key"]]]:
-        """Compute the matrix a block of queries at a time, with the keys up to the block's last query."""
+        """Compute the matrix a block of queries at a time, with the keys that the block can see."""
 
     @abstractmethod
     def weighted(self, value: float, uniform: float, even: Tensor | None) -> "Mixture":
@@ -119,12 +119,13 @@ class ScoredMixture(Mixture):
     Args:
         query: the queries, rotated.
         key: the keys, rotated; groups of heads share them.
-        mask: which keys each query sees, or what is added to its scores; None for a causal mask.
+        mask: which keys each query sees, or what is added to its scores; None where only `causal` hides keys.
         scale: what scores are multiplied by.
         softcap: the scores' soft cap, if any.
         sinks: each head's constant score that takes part in the softmax and has no value, if any.
         weight: the weight of the softmax.
         even: the weight of the even mixture over what each query sees, a sink included.
+        causal: whether no query sees a later key.
     """
 
     query: Float[Tensor, "batch head query size"]
@@ -135,6 +136,7 @@ class ScoredMixture(Mixture):
     sinks: Tensor | None
     weight: float = 1.0
     even: float = 0.0
+    causal: bool = True
 
     @property
     @override
@@ -153,7 +155,7 @@ class ScoredMixture(Mixture):
     @override
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for queries in self.queries():
-            yield queries, self.block(queries, self.query[:, :, queries], self.key[:, :, : queries.stop])
+            yield queries, self.block(queries, self.query[:, :, queries], self.key[:, :, self.keys(queries)])
 
     def queries(self) -> list[slice]:
         """The queries of each block."""
@@ -161,6 +163,14 @@ class ScoredMixture(Mixture):
         limit = _CPU_BYTES if self.query.device.type == "cpu" else _DEVICE_BYTES
         step = max(1, limit // (batch * heads * count * self.query.dtype.itemsize))
         return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+    def keys(self, queries: slice) -> slice:
+        """The keys that a block of queries can see.
+
+        Args:
+            queries: the range of their positions.
+        """
+        return slice(0, queries.stop if self.causal else self.key.shape[2])
 
     def block(
         self,
@@ -175,7 +185,7 @@ class ScoredMixture(Mixture):
         Args:
             queries: the range of their positions.
             query: the queries.
-            key: the keys up to the last of them.
+            key: the keys that they can see.
             sinks: a constant score of each prompt and head, in place of the recorded ones.
             added: `[batch, 1, 1, 1]` the additional multiple of the mask that is added to scores.
         """
@@ -185,12 +195,13 @@ class ScoredMixture(Mixture):
         scores = (grouped @ key.to(work).mT).view(*query.shape[:3], key.shape[2])
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        if self.mask is None:  # causal: only the last keys are hidden from some of these queries
+        keys = self.keys(queries)  # without a sink's column
+        if self.mask is None and self.causal:  # only the last keys are hidden from some of these queries
             count = queries.stop - queries.start
             later = torch.ones(count, count, device=query.device, dtype=torch.bool).triu(1)
             scores[..., queries].masked_fill_(later, -torch.inf)
-        else:
-            mask = self.mask[:, :, queries, : queries.stop]
+        elif self.mask is not None:
+            mask = self.mask[:, :, queries, keys]
             scores = (
                 scores.masked_fill(~mask, -torch.inf)
                 if mask.dtype == torch.bool
@@ -199,7 +210,6 @@ class ScoredMixture(Mixture):
         if self.sinks is not None:
             sinks = self.sinks.view(1, -1, 1, 1) if sinks is None else sinks
             scores = torch.cat([scores, sinks.to(work).expand(*scores.shape[:3], 1)], -1)
-        keys = slice(0, queries.stop)  # without a sink's column
         probabilities = torch.softmax(scores, -1)[..., keys]
         if self.weight == 1 and self.even == 0:
             return probabilities
@@ -216,7 +226,7 @@ class ScoredMixture(Mixture):
         repeats = self.heads // values.shape[1]
         key, values = (states.repeat_interleave(repeats, 1) for states in (self.key, values))
         return nn.functional.scaled_dot_product_attention(
-            self.query, key, values, self.mask, is_causal=self.mask is None, scale=self.scale
+            self.query, key, values, self.mask, is_causal=self.mask is None and self.causal, scale=self.scale
         )
 
     def with_gradient(
@@ -250,7 +260,7 @@ class _ScoreGradients(torch.autograd.Function):
         values = values.repeat_interleave(mixture.heads // values.shape[1], 1)
         totals = [None if leaf is None else torch.zeros_like(leaf) for leaf in (query, key, sinks, added)]
         for queries in mixture.queries():
-            rows, keys = slice(None), slice(0, queries.stop)
+            rows, keys = slice(None), mixture.keys(queries)
             parts = ((query, queries), (key, keys), (sinks, rows), (added, rows))
             leaves = [
                 None if leaf is None else leaf[:, :, part].detach().requires_grad_() for leaf, part in parts
@@ -317,7 +327,9 @@ def _attention(
     if unknown:
         raise DePassError(f"{type(module).__name__} passes '{unknown[0]}' to its attention function")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mixture = ScoredMixture(query, key, attention_mask, scale, softcap, sinks)
+    # As in transformers, a module without a mask is causal unless it says otherwise.
+    causal = getattr(module, "is_causal", True)
+    mixture = ScoredMixture(query, key, attention_mask, scale, softcap, sinks, causal=causal)
     listener = _LISTENERS.get(module, ScoredMixture.mixed)
     return listener(mixture, value).transpose(1, 2).contiguous(), None
 

@@ -38,6 +38,7 @@ class ScorePath(TorchFunctionMode):
         module: the attention module.
         heads: the number of its heads.
         position_bias: `[head, #query, key]` what the module adds to every prompt's scores, if anything.
+        causal: whether no query sees a later key.
 
     Attributes:
         uniform: `[batch, head, query, key]` the even mixture over the positions that each query sees, once
@@ -47,9 +48,11 @@ class ScorePath(TorchFunctionMode):
         first: the position of the first query, if only some of the queries are recomputed.
     """
 
-    def __init__(self, module: nn.Module, heads: int, position_bias: Tensor | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, heads: int, position_bias: Tensor | None = None, *, causal: bool = True
+    ) -> None:
         super().__init__()
-        self.heads, self.position_bias = heads, position_bias
+        self.heads, self.position_bias, self.causal = heads, position_bias, causal
         self.uniform: Float[Tensor, "batch head query key"] | None = None
         self.constants: list[tuple[Tensor, Tensor]] = []
         self.first = 0
@@ -89,7 +92,8 @@ class ScorePath(TorchFunctionMode):
         visible = scores.detach() > torch.finfo(scores.dtype).min / 2
         # Some masks are only large (-1e4); no query sees what follows it. Columns after the keys are sinks.
         queries, keys = scores.shape[-2], self.first + scores.shape[-2]
-        visible[..., :keys] &= visible.new_ones(queries, keys).tril(self.first)
+        if self.causal:
+            visible[..., :keys] &= visible.new_ones(queries, keys).tril(self.first)
         if queries == keys:
             even = visible.to(probabilities.dtype) / visible.sum(-1, keepdim=True).clamp_min(1)
             even = even if even.ndim == 4 else even.unflatten(0, (-1, self.heads))

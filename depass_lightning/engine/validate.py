@@ -7,7 +7,8 @@ distinguish the gate map from the up map. So each part is checked separately:
 2. every norm is an RMSNorm or a LayerNorm (`FrozenNorm.fit`);
 3. a block's input plus the outputs of its frozen attention and MLP is the block's output (through the norms
    on the residual stream itself, where there are any);
-4. the gate map gives the recorded pre-activations, an activation function reads these, and its output times
+4. no token's attention reads later tokens, unless the family is declared as an encoder;
+5. the gate map gives the recorded pre-activations, an activation function reads these, and its output times
    the up map's output is the recorded activations.
 """
 
@@ -174,6 +175,11 @@ def _check_block(
     leaving = recording.state(block.index + 1)
     difference = leaving - past(frozen.mlp.skip, frozen.resid_mid) - frozen.mlp_output
     _check_gate(frozen, block, activations, limit, name)
+    if decoder.causal and bool(frozen.attention.probabilities.triu(1).any()):
+        raise DePassError(
+            f"{name}: attention reads later tokens, but its family is declared as causal; declare it as an "
+            "encoder (causal=) with depass_lightning.register_family"
+        )
     # The model rounds the residual stream, which may be far larger than what a block adds.
     grain = torch.finfo(decoder.model_dtype).eps
     stream = frozen.resid_pre.norm(dim=-1) + frozen.resid_post.norm(dim=-1)

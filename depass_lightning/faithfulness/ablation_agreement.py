@@ -135,7 +135,7 @@ class AblationAgreement:
         indices, partners, keys = [], [], []
         targets: dict[int, list[Target]] = {}
         for index, case in enumerate(cases):
-            ids = case.attribution.token_ids[: case.attribution.position + 1]
+            ids = case.attribution.token_ids[: case.attribution.last + 1]
             partner = self._partner(ids, references)
             if not case.target_ids or (self.replacement == "resample" and partner is None):
                 continue

@@ -113,7 +113,7 @@ def circuit_values(
     counts = [*(int(fraction * len(targets)) for fraction in fractions), len(targets), 0]
     circuits = [order[:count] for count in counts]
     masks = _masks(circuits, places, targets, decoder.device)
-    lengths = [attribution.position + 1 for attribution in attributions]
+    lengths = [attribution.last + 1 for attribution in attributions]
 
     def work(numbers: list[int]) -> list[CircuitValues]:
         (index,) = numbers

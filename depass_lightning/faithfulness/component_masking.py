@@ -26,6 +26,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.evaluate import Case, Columns
+from depass_lightning.faithfulness.evidence import check_position
 from depass_lightning.faithfulness.token_removal import check_percents
 from depass_lightning.methods.hook_points import Site, masking, sites_of
 from depass_lightning.models.decoder import Decoder
@@ -150,7 +151,8 @@ def masking_curves(
     prompts: list[MaskedPrompt] = []
     plans = []
     for attribution, answer in zip(attributions, answers, strict=True):
-        ids = attribution.token_ids[: attribution.position + 1]
+        check_position(attribution)
+        ids = attribution.token_ids[: attribution.last + 1]
         text = attribution.text if len(ids) == len(attribution.token_ids) else None
         answer = answer_ids(depass, text, answer) if isinstance(answer, str) else list(answer)
         masks: dict[bytes, Tensor] = {}
@@ -347,7 +349,8 @@ def _check_batch(
     device = decoder.device
     ids = pad([[*prompt.ids, *prompt.answer[:-1]] for prompt in prompts]).to(device)  # [batch, position]
     # The positions after which the answer's tokens follow, for each prompt.
-    places = [[len(prompt.ids) - 1 + i for i in range(len(prompt.answer))] for prompt in prompts]
+    end = decoder.head.position_of
+    places = [[end(prompt.ids) + i for i in range(len(prompt.answer))] for prompt in prompts]
     with ExitStack() as stack:
         if layers:
             kept = {layer.site.layer: layer.kept(prompts) for layer in layers}

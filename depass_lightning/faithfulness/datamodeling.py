@@ -19,7 +19,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
 from depass_lightning.faithfulness.ablation_agreement import rank_correlation
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import prompt_end, text_components, without_last
+from depass_lightning.faithfulness.evidence import check_position, prompt_end, text_components, without_last
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.results.attribution import Attribution
 
@@ -111,6 +111,7 @@ def ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> Abla
         kept: which of these stay.
     """
     attribution = case.attribution
+    check_position(attribution)
     removed: set[int] = set()
     for component, keep in zip(candidates, kept, strict=True):
         if not keep:

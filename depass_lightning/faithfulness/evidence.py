@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
+from depass_lightning.errors import DePassError
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.sections import ablatable
 
@@ -33,7 +34,23 @@ def prompt_end(attribution: Attribution) -> int:
         attribution: the scores.
     """
     start = attribution.answer_start if attribution.whole_answer else None
-    return attribution.position if start is None else start - 1
+    return attribution.last if start is None else start - 1
+
+
+def check_position(attribution: Attribution) -> None:
+    """Refuse the label of a token inside a text, whose position changes as other tokens are removed.
+
+    Args:
+        attribution: the scores.
+
+    Raises:
+        DePassError: it explains such a label, of an encoder.
+    """
+    if 0 < attribution.position < attribution.last:
+        raise DePassError(
+            f"the label of token {attribution.position} of {len(attribution.tokens)} cannot be followed "
+            "while others are removed; these measures take labels of whole texts"
+        )
 
 
 def answer_tokens(attribution: Attribution) -> list[int]:

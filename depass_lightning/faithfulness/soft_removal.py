@@ -106,12 +106,12 @@ class SoftRemoval:
         generator = torch.Generator().manual_seed(seed_of(attribution.token_ids, self.seed))
         dropped = []
         for values in (scores, -scores):
-            kept = torch.ones(attribution.position + 1, dtype=torch.float64)
+            kept = torch.ones(attribution.last + 1, dtype=torch.float64)
             for component, probability in zip(candidates, retentions(values, self.retention), strict=True):
                 kept[slice(*(attribution.positions[component] or (0, 0)))] = probability
             shape = self.samples, len(kept), decoder.hidden_size
             dropped.append(torch.rand(shape, generator=generator, dtype=torch.float64) >= kept[:, None])
-        empty = torch.zeros(1, attribution.position + 1, decoder.hidden_size, dtype=torch.bool)
+        empty = torch.zeros(1, attribution.last + 1, decoder.hidden_size, dtype=torch.bool)
         for component in candidates:
             empty[:, slice(*(attribution.positions[component] or (0, 0)))] = True
         nothing = torch.zeros_like(empty)
@@ -128,7 +128,7 @@ class SoftRemoval:
         embedding = decoder.token_embedding
         place = Place(embedding, decoder.hidden_size, output=True)  # each dimension by itself
         position = case.attribution.position
-        ids = torch.tensor([case.attribution.token_ids[: position + 1]], device=decoder.device)
+        ids = torch.tensor([case.attribution.token_ids[: case.attribution.last + 1]], device=decoder.device)
         with as_depass_runs(decoder), replaced({"embedding": place}, {"embedding": dropped}, {}):
             logits, _, _ = decoder.logits(
                 ids.expand(len(dropped), -1), torch.tensor([position], device=ids.device)

@@ -31,7 +31,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, AnswerReading, answers_of
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import prompt_end, text_components, without_last
+from depass_lightning.faithfulness.evidence import check_position, prompt_end, text_components, without_last
 from depass_lightning.results.attribution import Attribution
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -274,6 +274,7 @@ class _Plan:
         zeroed: bool,
         keep_last: bool,
     ) -> None:
+        check_position(attribution)
         self.attribution = attribution
         self.percents = [float(percent) for percent in percents]
         self.zeroed = zeroed

@@ -73,7 +73,7 @@ def places_of(decoder: Decoder, attribution: Attribution) -> tuple[dict[str, Pla
             )
         spans = ((i, attribution.positions[i]) for i in text_components(attribution))
         targets = [
-            Target(i, "embedding", 0, span) for i, span in spans if span and span[1] <= attribution.position
+            Target(i, "embedding", 0, span) for i, span in spans if span and span[1] <= attribution.last
         ]
         return {"embedding": Place(decoder.token_embedding, 1, output=True)}, targets
     places: dict[str, Place] = {}
@@ -123,7 +123,7 @@ def ablation_effects(
             length, or a target is no token.
     """
     substitutes = substitutes_of(decoder, attributions, replacement, references, start)
-    lengths = [attribution.position + 1 for attribution in attributions]
+    lengths = [attribution.last + 1 for attribution in attributions]
     kinds = [(decoder.regime(length), length) for length in lengths]
 
     def work(indices: list[int]) -> list[dict[int, float]]:
@@ -187,9 +187,9 @@ def _check(
                 f"got {len(references)}"
             )
         for attribution, reference in zip(attributions, references, strict=True):
-            if len(reference) != attribution.position + 1:
+            if len(reference) != attribution.last + 1:
                 raise DePassError(
-                    f"a prompt of {attribution.position + 1} tokens cannot be resampled from one of "
+                    f"a prompt of {attribution.last + 1} tokens cannot be resampled from one of "
                     f"{len(reference)}"
                 )
 
@@ -204,7 +204,7 @@ def _effects(
     batch_size: int,
 ) -> dict[int, float]:
     """Return one prompt's effects."""
-    ids = torch.tensor([attribution.token_ids[: attribution.position + 1]], device=decoder.device)
+    ids = torch.tensor([attribution.token_ids[: attribution.last + 1]], device=decoder.device)
     whole = target_values(decoder, attribution, ids)
     effects: dict[int, float] = {}
     for first in range(0, len(targets), batch_size):

@@ -199,7 +199,7 @@ class Baseline(Method):
         # No baseline scores what is left of the state.
         components = [component for group in groups for component in group if not component.remainder]
         answers = [answer for answer, _ in explained]
-        answer, metadata = answers[0], {"model": decoder.name} | prompt.notes()
+        answer, metadata = answers[0], decoder.notes | prompt.notes()
         if isinstance(target, Continuation):
             answer = ModelAnswer.of_answer(
                 prompt, target, question.reads, answers, OutputNames.of(decoder, self.depass.tokenizer)

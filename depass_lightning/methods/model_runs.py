@@ -104,7 +104,8 @@ class Batch:
     def real(self) -> Tensor:
         """`[batch, position]`, true where a position is not padding."""
         places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return places <= self.positions[:, None]
+        ends = self.positions[:, None] if self.decoder.causal else self.ids.shape[1]  # an encoder's are equal
+        return places <= ends
 
     @property
     def answers(self) -> list[ModelAnswer]:

@@ -95,7 +95,7 @@ def bind_head(
         mlp=MLPParts(
             module=module,
             norm=norm,
-            post_norm=last,
+            post_norm=None if isinstance(last, nn.Identity) else last,
             dense=DenseParts(Projection(dense), None, Projection(same), follows=last),
             residual_weight=torch.zeros(()),
         ),

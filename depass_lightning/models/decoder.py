@@ -14,9 +14,9 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, features, has_bias, is_quantised, linear_of, rows_of
 from depass_lightning.models.binding import bind, bind_head
 from depass_lightning.models.output_heads import OutputHead
-from depass_lightning.models.rotary import Regime, is_rotary, regime
+from depass_lightning.models.rotary import Regime, position_limit, regime
 from depass_lightning.models.sharding import check_shards
-from depass_lightning.models.spec import FamilySpec, ModelSpec, configured, submodule
+from depass_lightning.models.spec import FamilySpec, HeadSpec, ModelSpec, configured, submodule
 
 READOUT_ROWS = 16_384  # of the unembedding that are read at once
 
@@ -52,8 +52,7 @@ class Decoder:
         _check_weights(self.model)
         check_shards(self.model)
         self.config = self.config_of(model) if spec.model is None else _described(self.model, spec.model)
-        self.spec = spec
-        self.max_positions = _positions(self.config, max_positions)
+        self.spec, self.causal = spec, spec.causal(self.config)
         inner: nn.Module = self.model
         if spec.model is None:
             self.token_embedding: nn.Module = self.model.get_input_embeddings()
@@ -62,9 +61,15 @@ class Decoder:
         else:
             self.token_embedding = submodule(inner, spec.model.embedding, owner)
             self.head = OutputHead("causal", submodule(inner, spec.model.unembedding, owner))
+        if not (self.causal or self.head.labels):
+            raise DePassError(
+                f"{owner} is an encoder that predicts masked tokens or none; of encoders only classifiers "
+                "are supported (AutoModelForSequenceClassification, AutoModelForTokenClassification)"
+            )
         self.unembedding = self.head.output
         self.final_norm = None if spec.final_norm is None else submodule(inner, spec.final_norm, owner)
         self.final_projection: nn.Module | None = getattr(inner, spec.final_projection or "", None)
+        self.max_positions = position_limit(inner, self.config, max_positions)
         modules = submodule(inner, spec.blocks, owner)
         self.blocks = [
             bind(spec, index, module, self.config, f"block {index} of {owner}")
@@ -76,6 +81,9 @@ class Decoder:
             self.blocks.append(
                 bind_head(spec.head, len(self.blocks), norm, head, (self.hidden_size, self.heads))
             )
+        elif self.head.pooled is not None:
+            pooler, sizes = HeadSpec("", norm="exit"), (self.hidden_size, self.heads)
+            self.blocks.append(bind_head(pooler, len(self.blocks), None, self.head.pooled, sizes))
         self.recomputes = recomputes and all(
             any(  # the class may be wrapped, as FSDP2 does
                 hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS")
@@ -117,6 +125,11 @@ class Decoder:
         """What the model is called: the name or folder that it was loaded from, or its class."""
         config = getattr(self.model, "config", None)
         return str(getattr(config, "_name_or_path", "") or type(self.model).__name__)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What an attribution's metadata has of the model: its name, and whether it is an encoder."""
+        return {"model": self.name} | ({} if self.causal else {"encoder": True})
 
     @property
     def embedding(self) -> Float[Tensor, "vocabulary hidden"]:
@@ -201,7 +214,8 @@ class Decoder:
         Args:
             length: the prompt's tokens.
         """
-        return regime(self.config, length)
+        # Tokens of an encoder see what follows them, padding too: only equal lengths share a batch.
+        return regime(self.config, length) if self.causal else (length,)
 
     @property
     def vocabulary_size(self) -> int:
@@ -279,7 +293,7 @@ class Decoder:
     ) -> tuple[Float[Tensor, "batch kept vocabulary"], Float[Tensor, "batch kept vocabulary"], list[int]]:
         """Run the model once on right-padded ids; a classifier's logits are its labels'.
 
-        Padding needs no mask there: attention is causal, so no real token sees what follows it.
+        Padding needs no mask: attention is causal, and an encoder's prompts are not padded (`regime`).
 
         Args:
             input_ids: `[batch, position]`.
@@ -367,21 +381,6 @@ def _check_weights(model: nn.Module) -> None:
             f"'{empty}' of {type(model).__name__} is on the meta device, where it has no values; load the "
             "model's weights (from_pretrained), or fill it by model.to_empty(device=...) and load_state_dict"
         )
-
-
-def _positions(config: PretrainedConfig, asked: int | None) -> int | None:
-    """The tokens that a prompt may have; None where nothing limits them."""
-    stated: int | None = getattr(config, "max_position_embeddings", None)
-    if asked is None:
-        return stated
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise DePassError(f"max_positions is {asked!r}; it must be a whole number of at least 1")
-    if stated is not None and asked > stated and not is_rotary(config):
-        raise DePassError(
-            f"max_positions is {asked}, but '{config.model_type}' has a table of {stated} positions and none "
-            "after them; only models with rotary positions can be asked beyond their context"
-        )
-    return asked
 
 
 def _check_adapter(model: Any) -> None:

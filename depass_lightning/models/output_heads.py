@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import features
@@ -15,6 +16,38 @@ from depass_lightning.models.affine import features
 HeadKind = Literal["causal", "sequence", "token"]
 CLASSES: dict[str, HeadKind] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 MAPS = ("score", "classifier")  # names of a classifier's last map
+
+
+class PooledHead(nn.Module):
+    """The map and the activation between an encoder's first state and its map to labels, at every position.
+
+    Args:
+        dense: the map.
+        activation: the activation.
+    """
+
+    def __init__(self, dense: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.dense, self.activation, self.exit = dense, activation, nn.Identity()
+
+    @classmethod
+    def of(cls, model: Any) -> "PooledHead | None":
+        """Find the modules in a sequence classifier; None for one without them.
+
+        Args:
+            model: the classifier.
+        """
+        pooler, head = getattr(model.base_model, "pooler", None), getattr(model, "classifier", None)
+        if hasattr(model, "pre_classifier"):  # DistilBERT
+            return cls(model.pre_classifier, nn.ReLU())
+        for owner in (head, pooler):  # RoBERTa and ELECTRA; BERT
+            if owner is not None and hasattr(owner, "dense"):
+                return cls(owner.dense, getattr(owner, "activation", None) or nn.Tanh())
+        return None
+
+    @override
+    def forward(self, states: Float[Tensor, "batch position hidden"]) -> Tensor:
+        return self.exit(self.activation(self.dense(states)))
 
 
 @dataclass(frozen=True)
@@ -29,6 +62,8 @@ class OutputHead:
         independent: whether labels do not exclude each other, as in a multi-label classifier or for the only
             output of a reward model: a label's probability is then its logit's sigmoid.
         padding: the id of the padding token, if the configuration has one.
+        pooled: what an encoder's first state goes through before `output`; the label of a text is then read
+            at its first token.
     """
 
     kind: HeadKind
@@ -36,6 +71,7 @@ class OutputHead:
     labels: tuple[str, ...] = ()
     independent: bool = False
     padding: int | None = None
+    pooled: PooledHead | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "OutputHead":
@@ -54,6 +90,7 @@ class OutputHead:
                 raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
             return cls(kind, unembedding)
         output = next((getattr(model, name) for name in MAPS if hasattr(model, name)), None)
+        output = getattr(output, "out_proj", output)
         if not isinstance(output, nn.Module):
             raise DePassError(f"{owner} has no map to its labels named {' or '.join(MAPS)}")
         config: Any = model.config
@@ -64,10 +101,11 @@ class OutputHead:
                 "labels (id2label); set them to the labels that it was trained on"
             )
         independent = len(names) == 1 or config.problem_type == "multi_label_classification"
-        return cls(kind, output, names, independent, config.get_text_config().pad_token_id)
+        pooled = PooledHead.of(model) if kind == "sequence" else None
+        return cls(kind, output, names, independent, config.get_text_config().pad_token_id, pooled)
 
     def position_of(self, ids: Sequence[int]) -> int:
-        """The position that a sequence classifier reads: the last token that is not padding.
+        """The position that a sequence classifier reads: the last token that is not padding, or the first.
 
         As in transformers, ids are compared: if a text ends with the padding token, which may also be the
         end-of-text token, the last token before it is read.
@@ -75,6 +113,8 @@ class OutputHead:
         Args:
             ids: a text's token ids.
         """
+        if self.pooled is not None:
+            return 0
         if self.padding is None:
             return len(ids) - 1
         return max((place for place, token in enumerate(ids) if token != self.padding), default=0)
@@ -93,6 +133,8 @@ class OutputHead:
             positions: the positions.
         """
         states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        if self.pooled is not None:
+            states = self.pooled(states)
         return self.output(states[:, positions.to(states.device)])
 
     def probabilities(self, logits: Float[Tensor, "*rows output"]) -> Float[Tensor, "*rows output"]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depass_lightning.errors import DePassError
+
 Regime = tuple[int, ...]
 
 
@@ -49,6 +51,34 @@ def regime(config: Any, length: int) -> Regime:
         elif kind is not None and "dynamic" in kind:
             names.append(length if length > context else 0)
     return tuple(names)
+
+
+def position_limit(decoder: Any, config: Any, asked: int | None) -> int | None:
+    """Return the maximum number of tokens of a prompt; None where nothing limits them.
+
+    Args:
+        decoder: the decoder or encoder, with its embeddings.
+        config: its configuration.
+        asked: the number that the user asked for; None for what the configuration states.
+
+    Raises:
+        DePassError: it is no whole number, or there are fewer positions.
+    """
+    stated: int | None = getattr(config, "max_position_embeddings", None)
+    table: Any = getattr(getattr(decoder, "embeddings", None), "position_embeddings", None)
+    padding: int | None = getattr(table, "padding_idx", None)
+    if stated is not None and padding is not None:  # RoBERTa numbers positions from the padding's on
+        stated -= padding + 1
+    if asked is None:
+        return stated
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise DePassError(f"max_positions is {asked!r}; it must be a whole number of at least 1")
+    if stated is not None and asked > stated and not is_rotary(config):
+        raise DePassError(
+            f"max_positions is {asked}, but '{config.model_type}' has a table of {stated} positions and none "
+            "after them; only models with rotary positions can be asked beyond their context"
+        )
+    return asked
 
 
 class Frequencies:

@@ -197,6 +197,8 @@ class FamilySpec:
         logit_scale: the configuration's name for the factor of the logits.
         logit_divisor: the configuration's name for the divisor of the logits.
         when: whether it covers a configuration of these model types, `model.config`.
+        causal: whether a token sees only those before it, a function of `model.config`; an encoder's also see
+            those after it.
         model: the parts of a model that is not of transformers.
     """
 
@@ -215,6 +217,7 @@ class FamilySpec:
     logit_scale: str | Callable[[Any], float] | None = None
     logit_divisor: str | None = None
     when: Callable[[Any], bool] = _always
+    causal: Callable[[Any], bool] = _always
     model: ModelSpec | None = None
 
     @property

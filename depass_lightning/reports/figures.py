@@ -176,7 +176,7 @@ def _segments(attribution: Attribution) -> list[tuple[PromptSegment, float | Non
     for segment in prompt_segments(attribution):
         i = segment.component
         segments.append((segment, None, None) if i is None else (segment, strength[i], scores[i]))
-        if segment.end > attribution.position:
+        if segment.end > attribution.last:
             break
     if len(segments) > MOST:
         left_out = (PromptSegment(" ", "…", None, 0), None, None)

@@ -58,7 +58,7 @@ def _matrix(attributions: Attributions, columns: range) -> Table:
     scores = attributions.scores[:, rows]
     strongest = scores.abs().amax(1, keepdim=True)
     strengths = (scores / strongest.where(strongest > 0, 1.0)).tolist()
-    last = max(attributions[column].position for column in columns)
+    last = max(attributions[column].last for column in columns)
     generated = attributions.first_generated
     for row, component in enumerate(rows):
         span, name = components[component].span, components[component].label
@@ -68,7 +68,7 @@ def _matrix(attributions: Attributions, columns: range) -> Table:
         if generated is not None and span is not None and span[0] >= generated:
             number = str(span[0] - generated + 1)
         cells = [
-            _cell(strengths[column][row], known=span is None or span[0] <= attributions[column].position)
+            _cell(strengths[column][row], known=span is None or span[0] <= attributions[column].last)
             for column in columns
         ]
         label = Text(visible(name.strip(" ") or name), overflow="ellipsis", no_wrap=True)

@@ -56,7 +56,7 @@ def _segments(attribution: Attribution) -> list[dict[str, object]]:
     unread, shown = True, []
     for segment in prompt_segments(attribution):
         number = segment.component
-        read = unread and segment.end > attribution.position
+        read = unread and segment.end > attribution.last
         unread = unread and not read
         shown.append(
             {

@@ -52,7 +52,7 @@ def prompt_data(
         "id": visible(name),
         "tokens": [visible(token) for token in attribution.tokens],
         "special": [i for i, (start, end) in enumerate(attribution.offsets or ()) if start == end],
-        "position": attribution.position,
+        "position": attribution.last,
         "target_position": _target_position(attribution),
         "row": visible(bare(str(example.get("row", name)))),
         "views": views,
@@ -112,7 +112,7 @@ def _citations(attribution: Attribution, most: int = 3) -> list[dict[str, Any]]:
 
 def _target_position(attribution: Attribution) -> int | None:
     """Return the position of the target's token if it is part of the text, as in a generated text."""
-    following, target = attribution.position + 1, attribution.target_ids
+    following, target = attribution.last + 1, attribution.target_ids
     if following < len(attribution.tokens) and target == [attribution.token_ids[following]]:
         return following
     return None

@@ -46,21 +46,16 @@ class Attribution:
         rule: how neurons were shared: "softmax".
         layer: the layer at which the state was split.
         position: the position at which the target was read, an index into `tokens`.
-        prediction: the text of the model's most likely next token there; for a whole answer the beginning of
-            the model's greedy answer, up to the first token that differs from the given one.
+        prediction: the text of the most likely next token there; of a whole answer the beginning of the
+            greedy one, up to the first token that differs.
         probability: the model's probability of the target's token or whole answer, if the target is one.
-        rank: the rank of that token among all, from 1 for the most likely; of an answer its lowest-ranked
-            token's.
-        remainder: the true log-probability or log-odds less the value, which is its linear part; None where
-            the target is linear in the logits.
-        answer_start: the position of the first token after the prompt, in a text that was generated or that
-            ends in a given answer; None for a prompt alone.
-        groups: the number of groups of equal size, one after another, that the components fall into: each
-            layer's heads split the state separately, and each group's scores sum to the value.
-        target_ids: the ids of the explained tokens, the answer first; empty for a direction, and for a whole
-            answer, whose tokens begin at `answer_start`.
-        method: `depass`, or the name of the method that made the scores; those of other methods need not sum
-            to the value.
+        rank: that token's among all, from 1 for the most likely; of an answer its lowest-ranked token's.
+        remainder: the true log-probability or log-odds less the value; None where the target is linear.
+        answer_start: the first position after the prompt, before a generated or given answer; else None.
+        groups: the number of successive groups of components of equal size, such as each layer's heads, whose
+            scores sum to the value separately.
+        target_ids: the explained tokens' ids, the answer first; empty for directions and whole answers.
+        method: the method that made the scores; those of others than `depass` need not sum to the value.
         attention_path: `content`, or `control` for scores of the query and key path alone.
         sections: the turns of a conversation and the documents in `text`.
         metadata: anything else worth keeping; JSON must be able to hold it.
@@ -110,6 +105,11 @@ class Attribution:
     def names(self) -> list[str]:
         """The components' labels: a token's text (" Mary"), "head 3", "bias"."""
         return [component.label for component in self.components]
+
+    @property
+    def last(self) -> int:
+        """The last position that can contribute: the target's; for an encoder the last of all."""
+        return len(self.tokens) - 1 if self.metadata.get("encoder") else self.position
 
     @property
     def positions(self) -> list[tuple[int, int] | None]:

@@ -239,6 +239,8 @@ class _PositionInjection:
         lengths, offset = recording.lengths.tolist(), int(self.settings.bias)
         owners = self.source.owner_table(self.settings.prompts, lengths, positions, first=offset)
         start_positions = self._start_positions(owners, recording.lengths.cpu())
+        if not recording.decoder.causal:  # tokens also reach those before them
+            start_positions[start_positions < positions] = 0
         if self.settings.spread is not None:
             start_positions = self.settings.spread.keep_own(
                 start_positions, recording.lengths.cpu(), positions

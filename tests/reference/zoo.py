@@ -446,6 +446,9 @@ class Frozen(Double):
         if function is nn.functional.gelu:  # not of a module, as in a head
             z = args[0]
             return z * (super().__torch_function__(function, types, args, kwargs) / z).detach()
+        if function is torch.tanh and args[0].requires_grad:  # the same
+            z = args[0]
+            return z * (super().__torch_function__(function, types, args, kwargs) / z).detach()
         if function is nn.functional.silu:  # not of a module, as after a mixer's convolution
             result = args[0] * torch.sigmoid(args[0].detach())
             if self.gate_is_next:

@@ -1,4 +1,4 @@
-"""Decoders with norms on the residual stream itself, and encoders that are configured as decoders."""
+"""Decoders with norms on the residual stream itself, and encoders, also those configured as decoders."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ _BERT = FamilySpec(
         down="output.dense",
         residual="post_norm",
     ),
-    when=lambda config: config.is_decoder,
+    causal=lambda config: getattr(config, "is_decoder", False),
 )
 # The same with norms before each sublayer.
 _BERT_PRE_NORM = replace(
@@ -80,8 +80,18 @@ POST_NORM: list[FamilySpec] = [
         mlp=replace(FOUR, residual="norm"),
         when=lambda config: config.apply_residual_connection_post_layernorm,
     ),
-    # Encoders that are configured as decoders.
+    # Encoders, which may be configured as decoders.
     _BERT,
+    replace(
+        _BERT,
+        model_types=("distilbert",),
+        blocks="transformer.layer",
+        head=None,
+        attention=replace(
+            _BERT.attention, post_norm="sa_layer_norm", value="v_lin", output="out_lin", weights=None
+        ),
+        mlp=_BERT.mlp_with(module="ffn", post_norm="output_layer_norm", gate="lin1", down="lin2"),
+    ),
     replace(_BERT, model_types=("big_bird",), attention=replace(_BERT.attention, weights=None)),
     replace(_BERT, model_types=("rembert",), head=HeadSpec("cls.predictions")),
     replace(_BERT, model_types=("electra",), head=HeadSpec("generator_predictions")),
@@ -90,7 +100,7 @@ POST_NORM: list[FamilySpec] = [
         _BERT,
         model_types=("git",),
         head=None,
-        when=lambda _config: True,
+        causal=lambda _config: True,
     ),
     replace(
         _BERT,

@@ -1,0 +1,221 @@
+"""Classifiers on encoders, whose tokens also see what follows them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+
+from depass_lightning import Continuation, Contrast, DePass, DePassError, Heads, Label, Module, Spans, Tokens
+from depass_lightning.engine import mixture
+from depass_lightning.faithfulness import ablation_effects, removal_curves
+from depass_lightning.methods import make_method
+from depass_lightning.models import families
+from depass_lightning.models.spec import FamilySpec
+from depass_lightning.storage import read_rows
+from tests.commands.test_analyze import run
+from tests.reference.models import SMALL, distance, padded, prompt, randomise, stay_in_float64
+from tests.reference.zoo import derivatives
+
+CLASSIC = SMALL | {"num_key_value_heads": 6, "hidden_act": "gelu", "pad_token_id": 0}
+KINDS: dict[str, dict[str, Any]] = {
+    "bert": CLASSIC,
+    "roberta": CLASSIC | {"position_embedding_type": "absolute"},
+    "xlm-roberta": CLASSIC,
+    "electra": CLASSIC | {"embedding_size": 20},
+    "distilbert": {
+        "vocab_size": SMALL["vocab_size"],
+        "dim": 36,
+        "hidden_dim": 44,
+        "n_layers": 3,
+        "n_heads": 6,
+    },
+}
+
+
+def encoder(kind: str, auto: Any = AutoModelForSequenceClassification, **changes: Any) -> Any:
+    """A tiny random encoder with a classifier of three labels in float64, in evaluation mode."""
+    model = auto.from_config(AutoConfig.for_model(kind, **KINDS[kind] | {"num_labels": 3} | changes))
+    randomise(model, 0)
+    stay_in_float64(model.double().eval())
+    return model
+
+
+@torch.no_grad()
+def real_logits(model: Any, ids: Tensor) -> Tensor:
+    """What the model gives a text alone."""
+    return model(input_ids=ids[None]).logits[0]
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+@pytest.mark.parametrize("rule", ["taylor", "half"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.covering(6)
+def test_scores_are_the_real_models_derivatives(kind: str, rule: Any, auto: Any) -> None:
+    """Component by component, by an oracle that knows no family; every token contributes."""
+    model, ids = encoder(kind, auto), prompt(9)
+    tokens, biases, value = derivatives(model, ids, 2, 0, half=rule == "half")
+    for engine in ("propagate", "adjoint"):
+        (scored,) = DePass(model).attribute(
+            input_ids=ids[None], target=Contrast(2, 0), rule=rule, engine=engine
+        )
+        assert abs(scored.value - value) < 1e-10
+        assert distance(scored.scores[: len(ids)], tokens) < 1e-6
+        assert abs(float(scored.scores[-1]) - biases) < 1e-6
+        assert bool((scored.scores != 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.covering(2)
+def test_components_sum_to_every_state(kind: str) -> None:
+    model, ids = encoder(kind), prompt(9)
+    depass = DePass(model)
+    with torch.no_grad():
+        states = model(input_ids=ids[None], output_hidden_states=True).hidden_states
+    for rule in ("softmax", "taylor"):
+        for source in (Tokens(), Tokens(layer=1), Heads(0), Spans([(1, 4)], unit="token")):
+            for layer in (2, 3):
+                parts = depass.decompose(input_ids=ids[None], source=source, rule=rule, to_layer=layer)[
+                    0
+                ].states
+                assert distance(parts.sum(0), states[layer][0]) < 1e-10
+
+
+@pytest.mark.parametrize("rule", ["softmax", "half", "shap"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.covering(4)
+def test_scores_of_every_source_sum_to_the_label(
+    kind: str, rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if probabilities are recomputed for a few queries at a time, and in float32."""
+    model, ids = encoder(kind), prompt(9)
+    expected = float(real_logits(model, ids)[1])
+    sources = (Tokens(), Spans([(1, 4)], unit="token"), Heads(), Module("mlp"))
+
+    def scored() -> list[Any]:
+        depass = DePass(model)
+        return [
+            depass.attribute(input_ids=ids[None], target=Label(1), rule=rule, source=source)[0]
+            for source in sources
+        ]
+
+    whole = scored()
+    monkeypatch.setattr(mixture, "_CPU_BYTES", 2000)
+    for one, other in zip(whole, scored(), strict=True):
+        assert one.position == 0
+        assert abs(one.value - expected) < 1e-10
+        assert one.completeness < 2e-6
+        torch.testing.assert_close(one.scores, other.scores, atol=1e-6, rtol=1e-6)
+    model.float()
+    assert all(one.completeness < 1e-5 for one in scored())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.covering(3)
+def test_padded_batches_equal_single_runs(kind: str, side: str) -> None:
+    model = encoder(kind)
+    texts = [prompt(9), prompt(6, seed=1), prompt(9, seed=2)]
+    ids, mask = padded(texts, side)
+    for rule in ("taylor", "softmax"):
+        batch = DePass(model).attribute(input_ids=ids, attention_mask=mask, target=Label(1), rule=rule)
+        for text, one in zip(texts, batch, strict=True):
+            (single,) = DePass(model).attribute(input_ids=text[None], target=Label(1), rule=rule)
+            assert abs(one.value - float(real_logits(model, text)[1])) < 1e-10
+            torch.testing.assert_close(one.scores, single.scores, atol=1e-6, rtol=1e-6)
+
+
+def test_what_an_encoder_does_not_have_is_refused() -> None:
+    depass = DePass(encoder("bert"))
+    with pytest.raises(DePassError, match="continues no text"):
+        depass.attribute(input_ids=prompt(6)[None], target=Continuation([3, 4]))
+    with pytest.raises(DePassError, match="continues no text"):
+        depass.attribute_generation(input_ids=prompt(6)[None])
+    with pytest.raises(DePassError, match="BertForMaskedLM is an encoder that predicts masked tokens"):
+        DePass(encoder("bert", AutoModelForMaskedLM))
+    with pytest.raises(DePassError, match="more than the model's context of 63"):
+        DePass(encoder("roberta")).attribute(input_ids=prompt(64)[None], target=Label(1))
+
+
+def test_an_encoder_that_is_declared_as_causal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared: list[FamilySpec] = [family for family in families.FAMILIES if "distilbert" in family.names]
+    (family,) = declared
+    monkeypatch.setattr(families, "FAMILIES", [FamilySpec(**{**vars(family), "causal": lambda _: True})])
+    with pytest.raises(DePassError, match="attention reads later tokens"):
+        DePass(encoder("distilbert"))
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "very", "good", "bad", "film", "not"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A BERT classifier with its tokenizer, which adds [CLS] and [SEP]."""
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    place = tmp_path_factory.mktemp("encoder")
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(place)
+    labels = {0: "negative", 1: "positive"}
+    model = encoder(
+        "bert", id2label=labels, label2id={name: index for index, name in labels.items()}, num_labels=2
+    )
+    model.float().save_pretrained(place)
+    return place
+
+
+def test_an_analysis_of_an_encoder(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": "a very good film", "label": "positive", "foil": "negative"},
+        {"text": "bad", "label": "0"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    overrides = ["model=hf", f"model.name={folder}", "task=labelled", f"task.path={path}"]
+    assert run(tmp_path / "run", *overrides) == 0
+    first, second = read_rows(tmp_path / "run" / "attributions")
+    assert (first["target"], second["target"]) == ("'positive' − 'negative'", "'negative'")
+    assert first["names"][:6] == ["[CLS]", "a", " very", " good", " film", "[SEP]"]
+    model = DePass.from_pretrained(str(folder)).model
+    chances = real_logits(model, torch.tensor(first["token_ids"])).softmax(0)
+    assert first["patch_top"][0] == pytest.approx(float(chances[1]), abs=1e-5), "nothing is removed yet"
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("method", ["occlusion", "input_gradient", "random"])
+def test_other_methods_score_every_token(method: str) -> None:
+    model, ids = encoder("bert"), prompt(7)
+    scored = make_method(method, DePass(model)).attribute(input_ids=ids[None], target=Label(1))[0]
+    assert abs(scored.value - float(real_logits(model, ids)[1])) < 1e-10
+    assert bool((scored.scores != 0).all())
+
+
+def test_a_token_is_ablated_wherever_it_is() -> None:
+    """The label is read before the token, which is nevertheless part of what the model reads."""
+    model, ids = encoder("bert"), prompt(7)
+    depass = DePass(model)
+    (scored,) = depass.attribute(input_ids=ids[None], target=Label(1), rule="taylor")
+    effects = ablation_effects(depass.decoder, [scored], replacement="zero")[0]
+    assert set(effects) == set(range(6)), "all but the last"
+    (inside,) = DePass(encoder("bert", AutoModelForTokenClassification)).attribute(
+        input_ids=ids[None], target=Label(1, position=3)
+    )
+    with pytest.raises(DePassError, match="the label of token 3 of 7 cannot be followed"):
+        removal_curves(model, [inside], [[1]])
+    with pytest.raises(DePassError, match="circuits are computed for causal models only"):
+        depass.circuit(input_ids=ids[None], target=Label(1))
