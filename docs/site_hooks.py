@@ -21,18 +21,22 @@ FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
+def on_startup(**_: Any) -> None:
+    """Lay the package out as it is installed, before the reference's search paths are read."""
+    package = ROOT / "build" / "docs" / "depass_lightning"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "depass_lightning", package, ignore=shutil.ignore_patterns("__pycache__", "tiny"))
+    shutil.copytree(ROOT / "callbacks", package / "callbacks", ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def on_config(config: MkDocsConfig) -> None:
-    """Give headings the anchors that a code host gives them, and lay the package out as it is installed.
+    """Give headings the anchors that a code host gives them.
 
     Args:
         config: the site's configuration.
     """
     config.repo_url = os.environ.get("REPOSITORY_URL") or None
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
-    package = ROOT / "build" / "docs" / "depass_lightning"
-    shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(ROOT / "depass_lightning", package, ignore=shutil.ignore_patterns("__pycache__", "tiny"))
-    shutil.copytree(ROOT / "callbacks", package / "callbacks", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
