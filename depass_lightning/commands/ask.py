@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,6 +11,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.model_runs import as_depass_runs, run
 from depass_lightning.modules.attribution_module import Explained
+from depass_lightning.reports.ask_page import RuleChoice, SourceName
 from depass_lightning.reports.numbers import model_name, signed, visible
 from depass_lightning.reports.page import page_contents, page_html
 from depass_lightning.results.attribution import Attribution
@@ -21,8 +22,6 @@ from depass_lightning.utils.tokenization import token_text
 SHOWN = 10  # next tokens
 KEPT = 16  # attributions in memory
 MAX_EDITS = 4096
-SourceName = Literal["tokens", "spans", "turns", "documents", "heads", "modules"]
-AskedRule = Literal["auto", "half", "shap", "softmax", "taylor", "max", "relu", "linear"]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -62,7 +61,7 @@ class AskedQuestion(BaseModel):
     target: str | TokenId | None = None
     foil: str | TokenId | None = None
     source: SourceName = "tokens"
-    rule: AskedRule = "auto"
+    rule: RuleChoice = "auto"
     edits: Annotated[list[Edit], Field(max_length=MAX_EDITS)] = []
 
 
@@ -127,7 +126,7 @@ class AskedModel:
         for edit in edits:
             if not end <= edit.start < edit.end <= len(ids):
                 raise DePassError(
-                    f"tokens {edit.start} to {edit.end} are not a part of the prompt of their own"
+                    f"tokens {edit.start} to {edit.end} overlap another edit or are not in the prompt"
                 )
             end = edit.end
         for edit in reversed(edits):

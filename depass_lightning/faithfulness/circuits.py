@@ -86,7 +86,7 @@ def circuit_values(
     """Return the target's value with only the highest nodes kept, all others ablated at every position.
 
     There is one ranking, by the scores' mean over all attributions, as in the benchmark. Token embeddings are
-    kept, but in the empty circuit that is resampled: this is the run of the reference.
+    kept, except in the empty circuit under `resample`, which is the run of the reference.
 
     Args:
         decoder: the model that was attributed.

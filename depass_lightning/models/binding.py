@@ -1,7 +1,6 @@
 """Bind a family's declaration to one block, or to the modules between the blocks and the unembedding."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,22 +35,17 @@ def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: st
     Raises:
         DePassError: the block lacks a declared submodule.
     """
-    spec = spec if spec.by_block is None else spec.by_block(module)
-    only = None if spec.sublayer is None else spec.sublayer(module)
-    parts, mlp = spec.attention, spec.mlp
-    if only == "mlp":
-        assert mlp is not None
-        inside = _mlp(mlp, module, config, owner)
-        down = inside.every_dense[0].down
-        attention = _absent_attention(module, (down.shape[0], config.num_attention_heads))
-    else:
-        parts = replace(parts, mixers=()) if only == "attention" else parts
+    parts, mlp = (spec.attention, spec.mlp) if spec.by_block is None else spec.by_block(module)
+    inside = None if mlp is None else _mlp(mlp, module, config, owner)
+    if parts is not None:
         probabilities = None if spec.model is None else parts.probabilities
         attention = _attention(parts, module, config, owner, probabilities)
-        if mlp is None or only is not None:
-            inside = _absent_mlp(module, attention.output.shape[0])
-        else:
-            inside = _mlp(mlp, module, config, owner)
+    else:
+        assert inside is not None
+        sizes = inside.every_dense[0].down.shape[0], config.num_attention_heads
+        attention = _absent_attention(module, sizes)
+    if inside is None:
+        inside = _absent_mlp(module, attention.output.shape[0])
     return Block(
         index=index,
         module=module,

@@ -188,9 +188,8 @@ class FamilySpec:
         head: further modules before the unembedding, if any.
         attention: the attention sublayer of every block.
         mlp: the MLP sublayer of every block; None where blocks have none.
-        sublayer: the kind of sublayer of a block, if each block has only one.
-        by_block: the declaration of a block's sublayers, a function of the block, if blocks differ in more
-            than their mixer.
+        by_block: the sublayers of a block in place of these two, a function of the block, if blocks differ in
+            more than their mixer; None for one that it has not.
         parallel: the MLP reads what enters the block, in parallel with attention, and not its output.
         residual_scale: the configuration's name for the factor of both sublayers' outputs, or a function
             of the configuration.
@@ -210,8 +209,7 @@ class FamilySpec:
     head: HeadSpec | None = None
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     mlp: MLPSpec | None = field(default_factory=MLPSpec)
-    sublayer: Callable[[Any], Literal["attention", "mixer", "mlp"]] | None = None
-    by_block: Callable[[Any], "FamilySpec"] | None = None
+    by_block: Callable[[Any], tuple[AttentionSpec | None, MLPSpec | None]] | None = None
     parallel: bool = False
     residual_scale: str | Callable[[Any], float] | None = None
     logit_scale: str | Callable[[Any], float] | None = None

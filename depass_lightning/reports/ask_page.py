@@ -1,5 +1,7 @@
 """The ask page: a form for a prompt, and its result, drawn by the scripts of a run's page."""
 
+from typing import Literal, get_args
+
 from markupsafe import Markup
 
 from depass_lightning.reports.numbers import model_name, visible
@@ -18,7 +20,9 @@ DRAWING = (
     "page_facts.js",
     "page_list.js",
 )
-SOURCES = {
+SourceName = Literal["tokens", "spans", "turns", "documents", "heads", "modules"]
+RuleChoice = Literal["auto", "half", "shap", "softmax", "taylor", "max", "relu", "linear"]
+SOURCES: dict[SourceName, str] = {
     "tokens": "tokens",
     "spans": "words",
     "turns": "turns of the conversation",
@@ -26,7 +30,6 @@ SOURCES = {
     "heads": "heads",
     "modules": "attention, by layer",
 }
-RULES = ("auto", "half", "shap", "softmax", "taylor", "max", "relu", "linear")
 
 
 def ask_html(model: str) -> str:
@@ -44,6 +47,6 @@ def ask_html(model: str) -> str:
         {},
         model=visible(model_name(model)),
         sources=SOURCES,
-        rules=RULES,
+        rules=get_args(RuleChoice),
         style=Markup(asset("page.css") + asset("ask.css")),
     )

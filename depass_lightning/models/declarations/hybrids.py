@@ -1,7 +1,6 @@
 """Decoders with linear mixers in attention's place in some blocks."""
 
 from dataclasses import replace
-from typing import Any, Literal
 
 from depass_lightning.models.declarations.dense import LATENT
 from depass_lightning.models.declarations.mixtures import GRANITE_MOE
@@ -26,28 +25,24 @@ _MAMBA = FamilySpec(
     mlp=None,
 )
 
-
-def _nemotron(block: Any) -> Literal["attention", "mixer", "mlp"]:
-    kinds: dict[str, Literal["attention", "mixer"]] = {
-        "full_attention": "attention",
-        "linear_attention": "mixer",
-    }
-    return kinds.get(block.block_type, "mlp")
-
-
-_OLMO_HYBRID = FamilySpec(("olmo_hybrid",), attention=AttentionSpec(mixers=(("linear_attn", "gated_delta"),)))
-# Its attention blocks have norms after each sublayer only, as OLMo 2 has.
-_OLMO_ATTENTION = FamilySpec(
-    ("olmo_hybrid",),
-    attention=AttentionSpec(norm=None, post_norm="post_attention_layernorm"),
-    mlp=MLPSpec(norm=None, post_norm="post_feedforward_layernorm"),
+_NEMOTRON = AttentionSpec(module="mixer", norm="norm")
+_NEMOTRON_BLOCKS = {
+    "full_attention": (_NEMOTRON, None),
+    "linear_attention": (replace(_NEMOTRON, mixers=(("mixer", "state_space"),)), None),
+    "mlp": (None, MLPSpec(module="mixer", norm="norm", gate="up_proj", up=None)),
+}
+_OLMO_LINEAR = AttentionSpec(mixers=(("linear_attn", "gated_delta"),)), MLPSpec()
+# As in OLMo 2, norms after each sublayer only.
+_OLMO_FULL = (
+    AttentionSpec(norm=None, post_norm="post_attention_layernorm"),
+    MLPSpec(norm=None, post_norm="post_feedforward_layernorm"),
 )
 
 
 HYBRIDS: list[FamilySpec] = [
-    replace(
-        _OLMO_HYBRID,
-        by_block=lambda block: _OLMO_HYBRID if hasattr(block, "linear_attn") else _OLMO_ATTENTION,
+    FamilySpec(
+        ("olmo_hybrid",),
+        by_block=lambda block: _OLMO_LINEAR if hasattr(block, "linear_attn") else _OLMO_FULL,
     ),
     _MAMBA,
     FamilySpec(
@@ -68,9 +63,7 @@ HYBRIDS: list[FamilySpec] = [
     FamilySpec(
         ("nemotron_h",),
         final_norm="norm_f",
-        attention=AttentionSpec(module="mixer", norm="norm", mixers=(("mixer", "state_space"),)),
-        mlp=MLPSpec(module="mixer", norm="norm", gate="up_proj", up=None),
-        sublayer=_nemotron,
+        by_block=lambda block: _NEMOTRON_BLOCKS[block.block_type],
         when=lambda config: "moe" not in config.layers_block_type,
     ),
     FamilySpec(

@@ -36,7 +36,7 @@ class GatedDelta(Mixer):
             self.heads, self.key_heads = module.num_v_heads, module.num_k_heads
             self.key_size, self.value_size = module.head_k_dim, module.head_v_dim
         self.convolution = module.conv1d
-        apart = hasattr(module, "q_proj")  # as in OLMo Hybrid, too
+        apart = hasattr(module, "q_proj")  # as in OLMo Hybrid and Kimi Linear
         self.norm: nn.Module = module.o_norm if apart else module.norm
         self.output = Projection(module.o_proj if apart else module.out_proj)
         self.largest_step = 2.0 if getattr(module, "allow_neg_eigval", False) else 1.0
