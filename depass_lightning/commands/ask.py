@@ -126,7 +126,7 @@ class AskedModel:
         for edit in edits:
             if not end <= edit.start < edit.end <= len(ids):
                 raise DePassError(
-                    f"tokens {edit.start} to {edit.end} overlap another edit or are not in the prompt"
+                    f"tokens {edit.start} to {edit.end} are not a part of the prompt, or overlap another edit"
                 )
             end = edit.end
         for edit in reversed(edits):
