@@ -263,7 +263,8 @@ def answer_ids(
         if tokenizer.unk_token_id in ids and str(tokenizer.unk_token) not in answer:
             first = ids.index(tokenizer.unk_token_id)
             known = continuation([*prompt.ids, *ids[:first]], len(prompt.ids), tokenizer)
-            raise DePassError(f"{name}: what follows {known!r} is not in the model's vocabulary; reword it")
+            what = f"what follows {known!r}" if known else "its beginning"
+            raise DePassError(f"{name}: {what} is not in the model's vocabulary; reword it")
     if not ids:
         raise DePassError(f"{name} has no tokens; give at least one")
     count, limit = len(prompt.ids), decoder.max_positions

@@ -19,6 +19,8 @@ MEASURES = {
     "completeness_max": "completeness error, largest",
     "completeness_mean": "completeness error, mean",
     "evidence_auroc": "evidence AUROC",
+    "cmd": "CMD",
+    "cpr": "CPR",
     "evidence_first": "evidence ranked first",
     "lds": "linear datamodeling score",
     **{f"drop_{count}": f"log-probability lost without the top {count}" for count in (1, 3, 5)},

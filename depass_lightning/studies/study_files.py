@@ -44,7 +44,7 @@ from rich.text import Text
 
 from depass_lightning.errors import DePassError
 from depass_lightning.reports.figures import save_figure
-from depass_lightning.reports.numbers import model_name, plain, visible
+from depass_lightning.reports.numbers import measure_name, model_name, plain, visible
 from depass_lightning.studies.study_figures import curves_figure, points_figure
 from depass_lightning.studies.study_page import experiment_html
 from depass_lightning.studies.study_result import Cell, Cloud, Curve, Panel, StudyResult, check, written
@@ -145,7 +145,7 @@ def terminal_table(experiment: StudyResult, width: int | None = None) -> Table:
     for column in shown:
         numbers = all(not isinstance(row.get(column), str) for row in experiment.table)
         table.add_column(
-            column.replace("_", " "), justify="right" if numbers else "left", no_wrap=not numbers
+            measure_name(column), justify="right" if numbers else "left", no_wrap=not numbers
         )  # names are never cut
     for row in zip(*(cells[column] for column in shown), strict=True):
         table.add_row(*map(Text, row))

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from depass_lightning.reports.numbers import model_name, plain, visible
+from depass_lightning.reports.numbers import measure_name, model_name, plain, visible
 from depass_lightning.reports.palette import DARK, LIGHT, css_variables
 from depass_lightning.studies.study_figures import curves_figure, points_figure
 from depass_lightning.studies.study_result import StudyResult, written
@@ -62,7 +62,7 @@ def experiment_html(experiment: StudyResult) -> str:
         },
         columns=[
             (
-                visible(name.replace("_", " ")),
+                visible(measure_name(name)),
                 all(not isinstance(row.get(name), str) for row in experiment.table),
             )
             for name in columns

@@ -334,6 +334,7 @@ REFUSED: list[tuple[Any, str]] = [
     (Continuation([3, 10**6]), r"has 1000000, which is no id of the vocabulary"),
     (Continuation([3, True]), r"has True, which is no id"),
     (Continuation(" Mary Zarathustra"), r"what follows ' Mary' is not in the model's vocabulary"),
+    (Continuation(" Zarathustra"), "its beginning is not in the model's vocabulary"),
     (Continuation([3] * 600), r"its answer 600, more than the model's context"),
     (Continuation(" Mary", tokens=slice(1, 1)), r"tokens=slice\(1, 1, None\) selects none of the answer's 1"),
     (Preference(" Mary", [*()]), r"the answer \[\] has no tokens"),
