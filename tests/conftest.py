@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -85,6 +87,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             elif not item.get_closest_marker("slow"):
                 quick[test] += 1
             seen |= values
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Forget the precision and devices that a test's Accelerator or Trainer chose for its whole process."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import torch
 import wandb
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,7 +78,6 @@ def test_fabric_and_accelerate_are_bit_identical_in_mixed_precision(framework: s
             prepared, optimizer = fabric.setup(model, optimizer)
             backward = fabric.backward
         else:
-            AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier test chose
             accelerator = Accelerator(mixed_precision="bf16", cpu=True)
             prepared, optimizer = accelerator.prepare(model, optimizer)
             backward = accelerator.backward
