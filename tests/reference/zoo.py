@@ -342,6 +342,14 @@ ZOO |= {
         | {"mamba_d_state": 5, "mamba_d_conv": 3, "mamba_expand": 2, "mamba_dt_rank": 4, "pad_token_id": 0},
     ),
 }
+ZOO |= {
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        LATENT
+        | {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 6, "head_dim": 8}
+        | {"short_conv_kernel_size": 3, "layer_group_size": 2, "first_k_dense_replace": 1},
+    ),
+}
 # Encoders that are configured as decoders.
 BERT = {"is_decoder": True, "pad_token_id": 0, "num_key_value_heads": 6, "hidden_act": "gelu"}
 TEXT = SMALL | {"pad_token_id": 0}

@@ -10,6 +10,11 @@ _QWEN_HYBRID = FamilySpec(
     ("qwen3_5", "qwen3_5_text"),
     attention=AttentionSpec(gate="q_proj", mixers=(("linear_attn", "gated_delta"),)),
 )
+_KIMI = FamilySpec(
+    ("kimi_linear",),
+    attention=replace(LATENT, mixers=(("self_attn", "gated_delta"),)),
+    mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
+)
 _LFM2 = FamilySpec(
     ("lfm2", "lfm2_moe"),
     final_norm="embedding_norm",
@@ -78,11 +83,8 @@ HYBRIDS: list[FamilySpec] = [
         model_types=("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
         mlp=MLPSpec(experts=ExpertsSpec(shared="shared_expert", shared_gate="shared_expert_gate")),
     ),
-    FamilySpec(
-        ("kimi_linear",),
-        attention=replace(LATENT, mixers=(("self_attn", "gated_delta"),)),
-        mlp=MLPSpec(experts=ExpertsSpec(shared="shared_experts")),
-    ),
+    _KIMI,
+    replace(_KIMI, model_types=("bailing_hybrid",), attention=replace(_KIMI.attention, gate="g_proj")),
     _LFM2,
     replace(
         _LFM2,
