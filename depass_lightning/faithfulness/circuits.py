@@ -27,12 +27,11 @@ from depass_lightning.faithfulness.true_ablation import (
     Replacement,
     Target,
     places_of,
-    replaced,
     substitutes_of,
     target_values,
 )
 from depass_lightning.methods.model_runs import as_depass_runs
-from depass_lightning.methods.places import Place
+from depass_lightning.methods.places import Place, replaced
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.batching import in_batches

@@ -15,7 +15,6 @@ generation, and gives the answer's probability too.
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
@@ -28,11 +27,10 @@ from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.evaluate import Case, Columns
 from depass_lightning.faithfulness.evidence import check_position
 from depass_lightning.faithfulness.token_removal import check_percents
-from depass_lightning.methods.hook_points import Site, masking, sites_of
+from depass_lightning.methods.places import Place, place_of, replaced
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import pad
 from depass_lightning.results.attribution import Attribution
-from depass_lightning.sources import Heads, Neurons
 from depass_lightning.utils.batching import in_batches
 from depass_lightning.utils.tokenization import continuation_ids
 
@@ -82,22 +80,22 @@ class _MaskedLayer:
     """A layer's heads or neurons among the components of `MaskedPrompt.kept`.
 
     Args:
-        site: where they are masked.
+        place: where they are masked.
         members: `[component]`, true where a component is in this layer.
         numbers: the numbers of these components within the layer.
     """
 
-    site: Site
+    place: Place
     members: Tensor
     numbers: Tensor
 
-    def kept(self, prompts: Sequence[MaskedPrompt]) -> Tensor:
-        """Return `[batch, head or neuron]`, false where the layer's are masked."""
-        kept = torch.ones(len(prompts), self.site.count, dtype=torch.bool)
+    def masked(self, prompts: Sequence[MaskedPrompt]) -> Tensor:
+        """Return `[batch, 1, head or neuron]`, true where the layer's are masked at every position."""
+        masked = torch.zeros(len(prompts), 1, self.place.count, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             if prompt.kept is not None:
-                kept[row, self.numbers] = prompt.kept[self.members]
-        return kept
+                masked[row, 0, self.numbers] = ~prompt.kept[self.members]
+        return masked
 
 
 @dataclass(frozen=True)
@@ -258,12 +256,11 @@ def _places_of_all(attributions: Sequence[Attribution]) -> _Places:
 
 def _layers(decoder: Decoder, places: _Places, attributions: Sequence[Attribution]) -> list[_MaskedLayer]:
     """Return the layers that have any of the heads or neurons."""
-    source = Heads if attributions and attributions[0].source == "heads" else Neurons
+    kind = "head" if attributions and attributions[0].source == "heads" else "neuron"
     layers = []
     for layer in places.layers.unique().tolist():
-        (site,) = sites_of(decoder, source(layer))
         members = places.layers == layer
-        layers.append(_MaskedLayer(site, members, places.numbers[members]))
+        layers.append(_MaskedLayer(place_of(decoder, layer, kind), members, places.numbers[members]))
     return layers
 
 
@@ -351,10 +348,9 @@ def _check_batch(
     # The positions after which the answer's tokens follow, for each prompt.
     end = decoder.head.position_of
     places = [[end(prompt.ids) + i for i in range(len(prompt.answer))] for prompt in prompts]
-    with ExitStack() as stack:
-        if layers:
-            kept = {layer.site.layer: layer.kept(prompts) for layer in layers}
-            stack.enter_context(masking([layer.site for layer in layers], kept))
+    hooked = {number: layer.place for number, layer in enumerate(layers)}
+    masks = {number: layer.masked(prompts) for number, layer in enumerate(layers)}
+    with replaced(hooked, masks, {}):
         wanted = torch.tensor(sorted({place for row in places for place in row}), device=device)
         logits, _, positions = decoder.logits(ids, wanted)  # [batch, wanted position, vocabulary]
     column = {position: i for i, position in enumerate(positions)}

@@ -30,9 +30,8 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.datamodeling import removable
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.true_ablation import replaced
 from depass_lightning.methods.model_runs import as_depass_runs
-from depass_lightning.methods.places import Place
+from depass_lightning.methods.places import Place, replaced
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.models.decoder import Decoder
 
@@ -126,7 +125,7 @@ class SoftRemoval:
     def _probabilities(self, case: Case, decoder: Decoder, dropped: Tensor) -> Tensor:
         """Return the answer's probability with dimensions of embeddings dropped, a row each."""
         embedding = decoder.token_embedding
-        place = Place(embedding, decoder.hidden_size, output=True)  # each dimension by itself
+        place = Place(embedding, decoder.hidden_size)  # each dimension by itself
         position = case.attribution.position
         ids = torch.tensor([case.attribution.token_ids[: case.attribution.last + 1]], device=decoder.device)
         with as_depass_runs(decoder), replaced({"embedding": place}, {"embedding": dropped}, {}):

@@ -11,8 +11,7 @@ same positions of another prompt (resampling; Zhang & Nanda, "Towards Best Pract
 Language Models", arXiv 2309.16042).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.evidence import text_components
 from depass_lightning.methods.model_runs import as_depass_runs
-from depass_lightning.methods.places import Place, place_of
+from depass_lightning.methods.places import Place, place_of, reading, replaced
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.batching import in_batches
@@ -75,7 +74,7 @@ def places_of(decoder: Decoder, attribution: Attribution) -> tuple[dict[str, Pla
         targets = [
             Target(i, "embedding", 0, span) for i, span in spans if span and span[1] <= attribution.last
         ]
-        return {"embedding": Place(decoder.token_embedding, 1, output=True)}, targets
+        return {"embedding": Place(decoder.token_embedding, 1)}, targets
     places: dict[str, Place] = {}
     targets = []
     for index, component in enumerate(attribution.components):
@@ -228,34 +227,6 @@ def _masks(
     return masks
 
 
-@contextmanager
-def replaced(
-    places: Mapping[str, Place],
-    masks: Mapping[str, Bool[Tensor, "row position component"]],
-    values: Mapping[str, Tensor],
-) -> Iterator[None]:
-    """Replace components in the passes inside.
-
-    Args:
-        places: where they are.
-        masks: by place, true where a component is replaced.
-        values: by place what it is replaced with, broadcast to `[row, position, component, size]`; zero where
-            a place has none.
-    """
-
-    def changer(key: str) -> Callable[[Tensor], Tensor]:
-        def change(components: Tensor) -> Tensor:
-            value = values.get(key, components.new_zeros(())).to(components)
-            return torch.where(masks[key].to(components.device)[..., None], value, components)
-
-        return change
-
-    with ExitStack() as stack:
-        for key, place in places.items():
-            stack.callback(place.hooked(changer(key), len(masks[key])).remove)
-        yield
-
-
 def activations(
     decoder: Decoder, places: Mapping[str, Place], ids: Sequence[int]
 ) -> dict[str, Float[Tensor, "1 position component size"]]:
@@ -266,18 +237,8 @@ def activations(
         places: where they are.
         ids: the prompt.
     """
-    seen: dict[str, Tensor] = {}
-
-    def keeper(key: str) -> Callable[[Tensor], None]:
-        def keep(components: Tensor) -> None:
-            seen[key] = components
-
-        return keep
-
     table = torch.tensor([list(ids)], device=decoder.device)
-    with ExitStack() as stack:
-        for key, place in places.items():
-            stack.callback(place.hooked(keeper(key), 1).remove)
+    with reading(places, 1) as seen:
         decoder.logits(table, torch.tensor([len(ids) - 1], device=decoder.device))
     return seen
 

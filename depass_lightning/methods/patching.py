@@ -10,8 +10,7 @@ stream, which all heads write to, so that what it calls a head is a mixture of t
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,32 +20,10 @@ from typing_extensions import override
 from depass_lightning.depass import DePass
 from depass_lightning.methods.base import Baseline
 from depass_lightning.methods.gradients import embeddings_of
-from depass_lightning.methods.hook_points import sites_of
 from depass_lightning.methods.model_runs import Batch, embeddings_replaced
-from depass_lightning.methods.places import Place, place_of
+from depass_lightning.methods.places import Key, Place, places_in, reading
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.sources import Heads, Module, Neurons, Source
-
-Key = TypeVar("Key")
-
-
-class ComponentBaseline(Baseline):
-    """A method that scores heads or neurons by what they are in one pass.
-
-    Args:
-        depass: the model, with its tokenizer.
-        source: `Heads()` or `Neurons()`, of one layer or of all.
-
-    Raises:
-        DePassError: it is something else, or the neurons are those of a mixture of experts.
-    """
-
-    sources: ClassVar[tuple[type[Source], ...]] = (Heads, Neurons)
-
-    def __init__(self, depass: DePass, source: Source | None = None) -> None:
-        super().__init__(depass, source)
-        assert isinstance(self.source, (Heads, Neurons))
-        self.sites = sites_of(depass.decoder, self.source)
 
 
 def activations_and_gradients(
@@ -63,22 +40,13 @@ def activations_and_gradients(
         embeddings: what the token embeddings are replaced with.
         value: runs the model once.
     """
-    seen: dict[Key, Tensor] = {}
-
-    def keeper(key: Key) -> Callable[[Tensor], Tensor]:
-        def keep(components: Tensor) -> Tensor:
-            seen[key] = components
-            return components  # the pass goes on from here, so that it has a gradient
-
-        return keep
-
     # A leaf: the model's parameters may be frozen.
     embeddings = embeddings.detach().requires_grad_()
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(embeddings_replaced(decoder, embeddings))
-        for key, place in places.items():
-            stack.callback(place.hooked(keeper(key), len(embeddings)).remove)
+    with (
+        torch.enable_grad(),
+        embeddings_replaced(decoder, embeddings),
+        reading(places, len(embeddings)) as seen,
+    ):
         gradients = torch.autograd.grad(value().sum(), list(map(seen.__getitem__, places)))
     both = zip(places, gradients, strict=True)
     return (
@@ -105,19 +73,15 @@ class AttributionPatching(Baseline):
 
     def __init__(self, depass: DePass, source: Source | None = None) -> None:
         super().__init__(depass, source)
-        kinds = {Heads: "head", Neurons: "neuron"}
-        kind = self.source.module if isinstance(self.source, Module) else kinds[type(self.source)]
-        layers = self.source.layers(len(depass.decoder.blocks))
-        self.places = [place_of(depass.decoder, layer, kind) for layer in layers]
+        self.places = dict(enumerate(places_in(depass.decoder, self.source)))
 
     @override
     def score(self, batch: Batch) -> Tensor:
-        places = dict(enumerate(self.places))
         activations, gradients = activations_and_gradients(
-            batch.decoder, places, embeddings_of(batch), batch.values
+            batch.decoder, self.places, embeddings_of(batch), batch.values
         )
         effects = []
-        for index in places:
+        for index in self.places:
             both = activations[index] * gradients[index]
             effects.append(both.sum((1, 3)).to(batch.ids.device))  # [batch, component]
         return self.source.chosen(torch.stack(effects, 1))

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.methods.base import Baseline
-from depass_lightning.methods.hook_points import sites_of
 from depass_lightning.methods.model_runs import Batch
+from depass_lightning.methods.places import places_in
 from depass_lightning.sources import Heads, Module, Neurons, Source, Spans, Tokens
 from depass_lightning.sources.tokens import Positional
 
@@ -57,12 +57,9 @@ class Random(Baseline):
         if isinstance(source, Positional):
             both = zip(batch.prompts, batch.rows, strict=True)
             return 1, [sorted(set(source.owners(prompt)[: len(ids)])) for prompt, ids in both]
-        if isinstance(source, Module):
-            return len(source.layers(len(decoder.blocks))), [[0]] * len(batch.rows)
-        assert isinstance(source, Heads | Neurons)
-        sites = sites_of(decoder, source)
-        count = len(source.chosen(torch.arange(sites[0].count)))
-        return len(sites), [list(range(count))] * len(batch.rows)
+        places = places_in(decoder, source)
+        count = len(source.chosen(torch.arange(places[0].count)))
+        return len(places), [list(range(count))] * len(batch.rows)
 
 
 class RandomLastFirst(Random):

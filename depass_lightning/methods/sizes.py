@@ -10,50 +10,43 @@ from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.methods.hook_points import Site, reading
+from depass_lightning.methods.base import Baseline
 from depass_lightning.methods.model_runs import Batch
-from depass_lightning.methods.patching import ComponentBaseline
-from depass_lightning.sources import Neurons, Source
+from depass_lightning.methods.places import Place, places_in, reading
+from depass_lightning.sources import Heads, Neurons, Source
 
 
-class _Size(ComponentBaseline):
-    """A number a position, averaged over them.
+class _Size(Baseline):
+    """A number a position, averaged over them."""
 
-    Args:
-        depass: the model, with its tokenizer.
-        source: `Heads()` or `Neurons()`, of one layer or of all.
-        positions: "all" averages over the positions up to the target's, "last" takes the target's alone.
-
-    Raises:
-        DePassError: the source is something else, or `positions` is unknown.
-    """
+    sources: ClassVar[tuple[type[Source], ...]] = (Heads, Neurons)
 
     def __init__(
         self, depass: DePass, source: Source | None = None, *, positions: Literal["all", "last"] = "all"
     ) -> None:
         super().__init__(depass, source)
+        self.places = dict(enumerate(places_in(depass.decoder, self.source)))
         if positions not in ("all", "last"):
             raise DePassError(f"{self.name}: positions must be 'all' or 'last'; got {positions!r}")
         self.positions = positions
 
     @override
     def score(self, batch: Batch) -> Tensor:
-        with reading(self.sites) as seen:
+        with reading(self.places, len(batch.ids)) as seen:
             batch.values()
         real = batch.real
         if self.positions == "last":
             real = torch.zeros_like(real).scatter_(1, batch.positions[:, None], True)
         means = []
-        for site in self.sites:
-            values = seen[site.layer].to(batch.ids.device, batch.decoder.dtype)
-            sizes = self.of(site, site.apart(values, len(batch.ids)))
+        for number, place in self.places.items():
+            sizes = self.of(place, seen[number].to(batch.ids.device, batch.decoder.dtype))
             sizes = torch.where(real[:, :, None], sizes, sizes.new_zeros(()))
             means.append(sizes.sum(1) / real.sum(1, keepdim=True))
         return self.source.chosen(torch.stack(means, 1))
 
     @abstractmethod
     def of(
-        self, site: Site, values: Float[Tensor, "batch position component size"]
+        self, place: Place, values: Float[Tensor, "batch position component size"]
     ) -> Float[Tensor, "batch position component"]:
         """Return each component's size at each position."""
 
@@ -73,9 +66,10 @@ class Norm(_Size):
     name: ClassVar[str] = "norm"
 
     @override
-    def of(self, site: Site, values: Tensor) -> Tensor:
-        weight = site.projection.linear(values.dtype).weight.to(values.device)
-        slices = weight.view(len(weight), site.count, -1).permute(1, 2, 0)  # component, size, hidden
+    def of(self, place: Place, values: Tensor) -> Tensor:
+        assert place.projection is not None
+        weight = place.projection.linear(values.dtype).weight.to(values.device)
+        slices = weight.view(len(weight), place.count, -1).permute(1, 2, 0)  # component, size, hidden
         # |W z|^2 is z W^T W z, which needs no state a head.
         squares = slices @ slices.transpose(1, 2)
         return ((values[..., None, :] @ squares).squeeze(-2) * values).sum(-1).clamp(min=0).sqrt()
@@ -97,5 +91,5 @@ class Activation(_Size):
     sources: ClassVar[tuple[type[Source], ...]] = (Neurons,)
 
     @override
-    def of(self, site: Site, values: Tensor) -> Tensor:
+    def of(self, place: Place, values: Tensor) -> Tensor:
         return values.squeeze(-1)
