@@ -13,22 +13,13 @@ class DePassError(ValueError):
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error's message, with its class where that is not `DePassError`.
-
-    Args:
-        error: the error.
-    """
+    """Return an error's message, with its class where that is not `DePassError`."""
     reason = str(error) if isinstance(error, DePassError) else f"{type(error).__name__}: {error}"
     return reason.encode(errors="backslashreplace").decode()  # it may quote what no file can hold
 
 
 def suggested(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error about an unknown name: the most similar known name, or all of them.
-
-    Args:
-        name: the unknown name.
-        known: the known names.
-    """
+    """Return the end of an error about an unknown name: the most similar known name, or all of them."""
     names = list(map(str, known))
     close = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names) or 'none'}"

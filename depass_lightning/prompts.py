@@ -249,11 +249,7 @@ def prompts_of_ids(
 
 
 def pad(rows: list[list[int]]) -> Int[Tensor, "batch position"]:
-    """Pad ids on the right, where causal attention never sees the padding, so that any id serves.
-
-    Args:
-        rows: the ids of each prompt.
-    """
+    """Pad ids on the right, where causal attention never sees the padding, so that any id serves."""
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
 

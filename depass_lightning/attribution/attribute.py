@@ -81,12 +81,6 @@ def settings_by_rule(
 ) -> dict[tuple[int, ...], Settings]:
     """Check the arguments of a call with several sources, which take different rules under `rule="auto"`.
 
-    Args:
-        decoder: the model.
-        sources: what states are split into.
-        compat: as in `settings_of`.
-        options: the other arguments of `settings_of`.
-
     Returns:
         The settings of each rule, by the indices of its sources.
 
@@ -304,11 +298,7 @@ def _of_answer(question: Question, answer: ModelAnswer) -> dict[str, float]:
 
 
 def warn_of_gaps(results: Iterable[Attribution]) -> None:
-    """Warn once where scores do not sum to the value although they should.
-
-    Args:
-        results: the attributions of a call.
-    """
+    """Warn once where scores do not sum to the value although they should."""
     worst = max((result.completeness for result in results), default=0.0)
     if worst > GAP:
         warnings.warn(

@@ -101,13 +101,7 @@ def _warn_of_borders(decoder: Decoder, count: int, new: int) -> None:
 
 
 class _StopStrings(StoppingCriteria):
-    """Ends what is generated at a string. transformers' criterion cannot read word-level vocabularies.
-
-    Args:
-        strings: any of them ends the text.
-        start: the first generated position.
-        tokenizer: the model's tokenizer.
-    """
+    """Ends what is generated at a string. transformers' criterion cannot read word-level vocabularies."""
 
     def __init__(self, strings: Sequence[str], start: int, tokenizer: PreTrainedTokenizerBase) -> None:
         self.strings, self.start, self.tokenizer = strings, start, tokenizer

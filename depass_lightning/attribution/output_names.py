@@ -50,11 +50,7 @@ class OutputNames:
         return label_index(output, self.head.labels)
 
     def text_of(self, output: int) -> str:
-        """Return the text of a token, with its leading space, or the name of a label.
-
-        Args:
-            output: its id.
-        """
+        """Return the text of a token, with its leading space, or the name of a label."""
         labels = self.head.labels
         return labels[output] if labels else token_text(output, self.tokenizer)
 

@@ -215,9 +215,6 @@ def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Te
 def check_continues(decoder: Decoder) -> None:
     """Refuse a model that does not generate text.
 
-    Args:
-        decoder: the model.
-
     Raises:
         DePassError: it is a classifier.
     """

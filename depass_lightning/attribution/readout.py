@@ -191,12 +191,7 @@ def _name_of(prompt: Prompt, target: Continuation, reads: Sequence[Read], names:
 def readouts_of(
     decoder: Decoder, sums: Sequence[LogitSum]
 ) -> tuple[Float[Tensor, "read hidden"], Float[Tensor, "read"]]:
-    """Return what a state is multiplied with for sums of logits, and what is added to the product.
-
-    Args:
-        decoder: the model.
-        sums: the sums of logits.
-    """
+    """Return what a state is multiplied with for sums of logits, and what is added to the product."""
     vectors, constants = [], []
     for first in range(0, len(sums), READS):  # sums over the whole vocabulary read its rows once
         some = sums[first : first + READS]
@@ -308,12 +303,7 @@ class Readout:
         )
 
     def directions(self, recording: Recording, target: int) -> Float[Tensor, "batch read hidden"]:
-        """Return the derivative of each prompt's target by the state at each position that it is read at.
-
-        Args:
-            recording: the recorded pass.
-            target: which of each prompt's targets.
-        """
+        """Return the derivative of each prompt's target by the state at each position that it is read at."""
         return read_directions(
             recording, self.positions[:, target], self.vectors[:, target], normed=self.normed
         )
@@ -332,20 +322,11 @@ class Readout:
         ]
 
     def gradients(self, recording: Recording) -> list[TargetGradient]:
-        """Compute the gradient of each target with respect to the state where it is read.
-
-        Args:
-            recording: the recorded pass.
-        """
+        """Compute the gradient of each target with respect to the state where it is read."""
         return [self.gradient(recording, target) for target in range(self.positions.shape[1])]
 
     def gradient(self, recording: Recording, target: int) -> TargetGradient:
-        """Compute the gradient of each prompt's target by the state where it is read.
-
-        Args:
-            recording: the recorded pass.
-            target: which of each prompt's targets.
-        """
+        """Compute the gradient of each prompt's target by the state where it is read."""
         return at_readout(
             recording,
             self.positions[:, target],

@@ -126,19 +126,11 @@ class Settings:
         return ParallelRule(self.rule, self.parallel)
 
     def with_constants(self, constants: Iterable[float]) -> "Settings":
-        """Add the bias component for targets with a constant of their own, such as a probe's intercept.
-
-        Args:
-            constants: the targets' constants.
-        """
+        """Add the bias component for targets with a constant of their own, such as a probe's intercept."""
         return replace(self, bias_mode="component") if self.keeps_constants and any(constants) else self
 
     def split_context(self, prompts: Sequence[Prompt]) -> SplitContext:
-        """Collect what sources must know of a batch's pass.
-
-        Args:
-            prompts: the batch.
-        """
+        """Collect what sources must know of a batch's pass."""
         return SplitContext(
             prompts,
             bias=self.bias,

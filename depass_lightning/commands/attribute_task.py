@@ -98,11 +98,6 @@ class AttributedTask:
 def attribute_task(config: DictConfig, folder: Path, load: Callable[[], DePass]) -> AttributedTask | None:
     """Attribute the prompts of the configured task, and write and log the results.
 
-    Args:
-        config: the configuration.
-        folder: the folder for the output files.
-        load: loads the model; called after everything else has been checked.
-
     Returns:
         The attributed task; None on processes other than the first.
     """
@@ -290,13 +285,7 @@ def trials(prompts: Sequence[str]) -> list[str]:
 
 
 def resolve_rule(config: DictConfig, decoder: Decoder, source: Source) -> None:
-    """Replace the rule `auto` by the one that it takes, for the run's files and its resumption.
-
-    Args:
-        config: the configuration.
-        decoder: the model.
-        source: what states are split into.
-    """
+    """Replace the rule `auto` by the one that it takes, for the run's files and its resumption."""
     if config.rule.name == AUTO:
         engine = "auto" if config.states is None else "propagate"
         name = automatic_rule(decoder, source, config.compat, engine, config.attention_path)

@@ -38,9 +38,6 @@ class Check:
     def of(cls, config: DictConfig) -> "Check | None":
         """Read the configured check, before the analysis begins; None without a reference.
 
-        Args:
-            config: the configuration.
-
         Raises:
             DePassError: the reference cannot be read, or an alarm needs what a summary does not have.
         """
@@ -66,12 +63,7 @@ class Check:
         return cls(alarms, reference)
 
     def run(self, summary: Mapping[str, Any], folder: Path) -> int:
-        """Test a finished analysis, write `junit.xml`, and return the exit code: 1 if a test failed.
-
-        Args:
-            summary: the content of its `summary.json`.
-            folder: the run's folder.
-        """
+        """Test a finished analysis, write `junit.xml`, and return the exit code: 1 if a test failed."""
         for name in COMPARED:
             if summary.get(name) != self.reference.get(name):
                 print_stderr(f"check: the reference has another {name}: {self.reference.get(name)}", "yellow")

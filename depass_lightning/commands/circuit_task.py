@@ -26,12 +26,6 @@ def run_circuits(
 ) -> int:
     """Compute the circuits of a task's prompts, write them with a page, and return the exit code.
 
-    Args:
-        config: the configuration; `task`, `target` and `rule` are used.
-        folder: the folder for the output files.
-        load: loads the model that a configuration names.
-        console: prints the mean circuit as a tree.
-
     Raises:
         DePassError: the rule is not linear, or no prompt has a circuit.
     """

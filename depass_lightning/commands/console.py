@@ -64,11 +64,7 @@ ADVICE = (
 
 
 def command(work: Callable[[DictConfig], int]) -> Callable[[DictConfig], None]:
-    """Wrap a command: exit with its exit code, and report a user error in one line instead of a traceback.
-
-    Args:
-        work: runs the command with a configuration and returns the exit code.
-    """
+    """Wrap a command: exit with its exit code, and report a user error in one line instead of a traceback."""
 
     @functools.wraps(work)
     def run(config: DictConfig) -> None:

@@ -68,12 +68,7 @@ class CheckLaunch(Callback):
 
 
 def _check(config: DictConfig, hydra: DictConfig) -> None:
-    """Refuse a launch that cannot work.
-
-    Args:
-        config: the configuration of a run or of a sweep.
-        hydra: Hydra's configuration.
-    """
+    """Refuse a launch that cannot work."""
     processes, strategy = _processes(config), _strategy(config)
     launcher = str(hydra.launcher._target_).rpartition(".")[2]
     sweep = hydra.mode == RunMode.MULTIRUN
@@ -112,15 +107,7 @@ def _check_slurm(processes: int, launcher: DictConfig) -> None:
 def _check_started(
     starter: str, started: int, processes: int, hydra: DictConfig, launcher: str | None
 ) -> None:
-    """Check the processes that `torchrun` or `srun` has started.
-
-    Args:
-        starter: `torchrun` or `srun`.
-        started: the number of started processes.
-        processes: the number that the trainer expects.
-        hydra: Hydra's configuration.
-        launcher: the launcher of a sweep; None for a single run.
-    """
+    """Check the processes that `torchrun` or `srun` has started."""
     if launcher not in (None, "BasicLauncher"):
         raise DePassError(f"{starter} and hydra/launcher= both start jobs; leave out one of them")
     if processes != started:

@@ -109,10 +109,6 @@ def _conversation(value: str) -> str:
 def quoted(text: str, key: str) -> str:
     """Return a text as a quoted string of Hydra's grammar, without interpolation.
 
-    Args:
-        text: the text.
-        key: its key, for the error.
-
     Raises:
         DePassError: the text is empty, is `???`, which marks missing values, or is not Unicode.
     """

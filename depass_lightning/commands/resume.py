@@ -38,9 +38,6 @@ PATIENCE = 5.0  # seconds to wait for a lock
 def lock_run_folder(folder: Path) -> Iterator[None]:
     """Lock a run's folder, with a marker file in it that is removed when the run succeeds.
 
-    Args:
-        folder: the run's folder.
-
     Raises:
         DePassError: another process has locked the folder.
     """

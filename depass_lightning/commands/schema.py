@@ -225,10 +225,6 @@ class AnalyzeSettings(CommonSettings):
 def check_config(config: DictConfig, settings: type[CommonSettings]) -> None:
     """Check a composed configuration.
 
-    Args:
-        config: the configuration of a run.
-        settings: the settings of its command.
-
     Raises:
         DePassError: a setting is wrong; the message names the first one and the valid values.
         MissingMandatoryValue: a required setting is missing.

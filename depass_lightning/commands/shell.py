@@ -23,11 +23,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # where Lightning looks for a pr
 
 
 def shell(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's entry point, to report errors of Hydra without a traceback, too.
-
-    Args:
-        main: composes the configuration and runs the command.
-    """
+    """Wrap a command's entry point, to report errors of Hydra without a traceback, too."""
 
     @functools.wraps(main)
     def start() -> None:
@@ -90,11 +86,7 @@ def print_stderr(line: str, style: str = "") -> None:
 
 @contextmanager
 def waiting(reason: str) -> Iterator[None]:
-    """Show what a command waits for, with a spinner, in a terminal and on the first process only.
-
-    Args:
-        reason: what it waits for.
-    """
+    """Show what a command waits for, with a spinner, in a terminal and on the first process only."""
     console = Console(stderr=True)
     if not (console.is_terminal and first_process()):
         yield

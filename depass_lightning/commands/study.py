@@ -26,12 +26,6 @@ def run_study(
 ) -> int:
     """Run an experiment, and print its table and the path of its page.
 
-    Args:
-        config: the configuration; `study` is the experiment.
-        folder: the folder for the output files.
-        load: loads the model that a configuration names.
-        console: prints the table.
-
     Raises:
         DePassError: the experiment's settings do not fit the model or the data.
     """

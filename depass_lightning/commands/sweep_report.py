@@ -173,12 +173,7 @@ def read_config(path: Path) -> Any:
 
 
 def read_runs(run: Path, folder: Path) -> list[dict[str, Any]]:
-    """Read a run's folder: one row of `SWEEP_SCHEMA`, or one per model if the run compares models.
-
-    Args:
-        run: the run's folder.
-        folder: the sweep's folder.
-    """
+    """Read a run's folder: one row of `SWEEP_SCHEMA`, or one per model if the run compares models."""
     kept = run / "config.yaml"
     try:
         config = read_config(kept if kept.exists() else run / ".hydra/config.yaml")
@@ -296,9 +291,6 @@ def _rows_of(run: Path) -> Path:
 
 def read_maps(rows: Sequence[Mapping[str, Any]]) -> list[Map]:
     """Read the attributions of some prompts from every run, first those that most runs have.
-
-    Args:
-        rows: the rows of finished runs.
 
     Raises:
         BrokenRunError: a run cannot be read.

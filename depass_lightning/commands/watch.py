@@ -41,11 +41,6 @@ Stamp = tuple[tuple[str, int, int], ...]  # each file's path, size and time
 def watch(config: DictConfig, folder: Path, load: Callable[[DictConfig], DePass]) -> int:
     """Attribute every checkpoint of the watched folder until `watch.until`, and return the exit code.
 
-    Args:
-        config: the configuration.
-        folder: the run's folder.
-        load: loads the model that a configuration names.
-
     Raises:
         DePassError: there is no such folder, or a setting does not suit probes.
     """
@@ -64,12 +59,7 @@ def watch(config: DictConfig, folder: Path, load: Callable[[DictConfig], DePass]
 
 
 def make_monitor(config: DictConfig, task: Task) -> ProbeMonitor:
-    """Return a monitor of the task's prompts under the configured source and rule.
-
-    Args:
-        config: the configuration.
-        task: the task.
-    """
+    """Return a monitor of the task's prompts under the configured source and rule."""
     return ProbeMonitor(
         None,
         None,
@@ -163,11 +153,7 @@ class Watcher:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints below a folder whose names have a step.
-
-    Args:
-        folder: the folder that a training writes to.
-    """
+    """Return the checkpoints below a folder whose names have a step."""
     models = {path.parent for name in ("config.json", ADAPTER) for path in folder.rglob(name)}
     files = {path for path in folder.rglob("*") if path.suffix in FILES and path.parent not in models}
     return [path for path in models - {folder} | files if step_of(path) >= 0]
@@ -185,11 +171,7 @@ def step_of(path: Path) -> int:
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Return what changes while a checkpoint is written; empty if it has no weights yet, or was removed.
-
-    Args:
-        path: a folder or a file.
-    """
+    """Return what changes while a checkpoint is written; empty if it has no weights yet, or was removed."""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         if path.is_dir() and not any(file.suffix in WEIGHTS for file in files):

@@ -55,11 +55,7 @@ class ComponentGroup(ABC):
 
 @dataclass(frozen=True)
 class DenseGroup(ComponentGroup):
-    """A group whose states are all in memory.
-
-    Args:
-        table: the states at all positions.
-    """
+    """A group whose states are all in memory."""
 
     table: States
 
@@ -118,11 +114,7 @@ class NeuronGroup(ComponentGroup):
         return replace(self, base=torch.cat([state[:, None], self.base], 1))
 
     def select(self, neurons: Int[Tensor, "batch selected"]) -> "NeuronGroup":
-        """Return the group with only some of each prompt's neurons.
-
-        Args:
-            neurons: the neurons to keep.
-        """
+        """Return the group with only some of each prompt's neurons."""
         columns = self.columns.expand(len(neurons), -1, -1)
         return NeuronGroup(
             self.base,

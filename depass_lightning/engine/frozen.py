@@ -39,11 +39,7 @@ class AttentionCall:
     post_norm: FrozenNorm | None
 
     def before_post_norm(self, output: Float[Tensor, "batch position hidden"]) -> Tensor:
-        """Propagate a derivative with respect to what is added to the residual stream back through a norm.
-
-        Args:
-            output: the derivative.
-        """
+        """Propagate a derivative with respect to what is added to the residual stream back through a norm."""
         if self.post_norm is not None:
             output = self.post_norm.transposed(output, self.post_norm.scale)
         return output * self.block.scale

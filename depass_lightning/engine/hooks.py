@@ -58,9 +58,6 @@ class Capture:
     def hooks(self, block: Block) -> list[RemovableHandle]:
         """Register the hooks on a block.
 
-        Args:
-            block: the block.
-
         Returns:
             The handles that remove them.
         """

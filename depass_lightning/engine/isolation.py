@@ -88,11 +88,7 @@ _PRECISION, _STANCE = _Shared(_full_precision), _Shared(_uncompiled)
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Compute in the tensors' precision and without gradients, whatever contexts are active.
-
-    Args:
-        device: the device of the computation.
-    """
+    """Compute in the tensors' precision and without gradients, whatever contexts are active."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", device.type}:
@@ -130,11 +126,7 @@ class _Turns:
             pass
 
     def drain(self, model: nn.Module) -> None:
-        """Wait until forward passes that other threads have started are over.
-
-        Args:
-            model: the model.
-        """
+        """Wait until forward passes that other threads have started are over."""
         while threading.active_count() > 1 and self._running(model):
             time.sleep(POLL)
 

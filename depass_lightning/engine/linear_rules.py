@@ -44,11 +44,7 @@ class LinearPaths:
         return math.isclose(self.gate + self.up, 1) and self.value == 1 and self.forward
 
     def for_block(self, index: int) -> "LinearPaths":  # noqa: ARG002
-        """Return the weights in one block.
-
-        Args:
-            index: the block's number.
-        """
+        """Return the weights in one block."""
         return self
 
     def slopes(self, factor: Tensor, neurons: Tensor) -> Tensor:

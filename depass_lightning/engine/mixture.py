@@ -165,11 +165,7 @@ class ScoredMixture(Mixture):
         return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
     def keys(self, queries: slice) -> slice:
-        """The keys that a block of queries can see.
-
-        Args:
-            queries: the range of their positions.
-        """
+        """The keys that a block of queries can see."""
         return slice(0, queries.stop if self.causal else self.key.shape[2])
 
     def block(
@@ -285,9 +281,6 @@ def implementation(decoder: Decoder) -> str:
 
     Eager attention in half precision rounds scores and probabilities. Such a model is recorded as it is: with
     a fused kernel, components would sum to states with other rounding errors.
-
-    Args:
-        decoder: the model.
     """
     configured = getattr(decoder.config, "_attn_implementation", None)
     rounded = configured == "eager" and decoder.model_dtype.itemsize < torch.float32.itemsize

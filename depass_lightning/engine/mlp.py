@@ -24,13 +24,7 @@ from depass_lightning.models.affine import AffineMap
 
 
 def propagate_mlp(state: DecomposedState, mlp: FrozenMLP, rule: Rule | ParallelRule) -> None:
-    """Add each component's share of an MLP's output to it.
-
-    Args:
-        state: the components, changed in place.
-        mlp: the MLP.
-        rule: how neurons are shared.
-    """
+    """Add each component's share of an MLP's output to it, in place."""
     state.skip_mlp(mlp)
     step = MLPStep.of(state, mlp)
     if isinstance(rule, ParallelRule):
@@ -92,13 +86,7 @@ class MLPPath:
 
     @classmethod
     def of(cls, mlp: FrozenMLP, linear: AffineMap, slopes: Tensor) -> "MLPPath":
-        """One of `linear_paths`.
-
-        Args:
-            mlp: the MLP.
-            linear: the path's map.
-            slopes: its slopes.
-        """
+        """One of `linear_paths`."""
         return cls(linear, slopes, mlp.norm.constant_through(linear))
 
 
@@ -115,12 +103,7 @@ class MLPStep:
 
     @classmethod
     def of(cls, state: DecomposedState, mlp: FrozenMLP) -> "MLPStep":
-        """Bring an MLP and components together.
-
-        Args:
-            state: the components.
-            mlp: the MLP.
-        """
+        """Bring an MLP and components together."""
         return cls(
             state,
             mlp,
@@ -268,13 +251,7 @@ class MLPStep:
         return [[_Piece(chunk, run.rows, run.segments, True)] for run in chunk.runs]
 
     def among_experts(self, rule: Rule, chunk: Chunk, paths: Sequence[MLPPath]) -> None:
-        """Share the neurons of a mixture of experts, of each only where it was routed to.
-
-        Args:
-            rule: how neurons are shared.
-            chunk: the chunk.
-            paths: of a linear rule.
-        """
+        """Share the neurons of a mixture of experts, of each only where it was routed to."""
         rows = self.state.rows[chunk.rows]
         added = torch.zeros_like(rows)
         for expert in self.mlp.experts or ():

@@ -92,12 +92,7 @@ class ComponentParallel:
 
 @dataclass(frozen=True)
 class ParallelRule:
-    """A competing rule whose components are divided among ranks.
-
-    Args:
-        rule: the rule.
-        ranks: the ranks.
-    """
+    """A competing rule whose components are divided among ranks."""
 
     rule: CompetingRule
     ranks: ComponentParallel

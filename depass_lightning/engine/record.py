@@ -75,9 +75,6 @@ class Recording:
         A block of a model that is spread over several devices is frozen where it computes, and brought to
         where the token ids are.
 
-        Args:
-            layer: the block's index.
-
         Raises:
             DePassError: the block's attention gives no probabilities, or a norm is of an unknown kind.
         """

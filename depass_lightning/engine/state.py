@@ -189,11 +189,7 @@ class DecomposedState:
         )
 
     def read(self, norm: FrozenNorm) -> Float[Tensor, "batch component position hidden"]:
-        """All components after a frozen norm, whose bias is the bias component's.
-
-        Args:
-            norm: the norm.
-        """
+        """All components after a frozen norm, whose bias is the bias component's."""
         index = self.layout.index.to(self.rows.device)
         batch, positions, count = index.shape
         scale = self.at_positions(norm.scale).repeat_interleave(count)

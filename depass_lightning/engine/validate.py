@@ -109,9 +109,6 @@ def _order(parallel: bool) -> str:
 def validate(decoder: Decoder) -> float:
     """Check a bound declaration by one short pass of the model.
 
-    Args:
-        decoder: the model and its declaration.
-
     Returns:
         The largest error of a block's sum, relative to what the block adds.
 
@@ -144,11 +141,7 @@ def validate(decoder: Decoder) -> float:
 
 
 def tolerance(decoder: Decoder) -> float:
-    """The relative error that a correct declaration may have in the model's precision.
-
-    Args:
-        decoder: the model and its declaration.
-    """
+    """The relative error that a correct declaration may have in the model's precision."""
     exact_weights = decoder.model_dtype in (torch.float32, torch.float64)
     return 1e-3 if exact_weights and not decoder.quantised else 1e-1
 

@@ -63,12 +63,7 @@ def agreement(
 
 
 def rank_correlation(a: Float[Tensor, "item"], b: Float[Tensor, "item"]) -> float | None:
-    """Return Spearman's rank correlation, ties averaged; None where one of the two is constant.
-
-    Args:
-        a: numbers.
-        b: as many others.
-    """
+    """Return Spearman's rank correlation, ties averaged; None where one of the two is constant."""
     return _correlation(_ranks(a), _ranks(b))
 
 
@@ -125,12 +120,7 @@ class AblationAgreement:
         return f"agreement with {self.replacement} ablation"
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return the correlations and the overlap of every case whose target is a token or a contrast.
-
-        Args:
-            cases: what is measured.
-            depass: the model that was attributed.
-        """
+        """Return the correlations and the overlap of every case whose target is a token or a contrast."""
         references = _ids_of(depass, self.references)
         indices, partners, keys = [], [], []
         targets: dict[int, list[Target]] = {}

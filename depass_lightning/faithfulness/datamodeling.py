@@ -94,11 +94,7 @@ class LinearDatamodeling:
 
 
 def removable(attribution: Attribution) -> list[int]:
-    """Return the components that stand for text and do not hold the last token.
-
-    Args:
-        attribution: the scores.
-    """
+    """Return the components that stand for text and do not hold the last token."""
     return without_last(attribution, text_components(attribution))
 
 

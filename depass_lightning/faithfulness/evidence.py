@@ -28,20 +28,13 @@ class Evidence:
 
 
 def prompt_end(attribution: Attribution) -> int:
-    """Return the last position of the prompt: where the target is read, or before a whole answer.
-
-    Args:
-        attribution: the scores.
-    """
+    """Return the last position of the prompt: where the target is read, or before a whole answer."""
     start = attribution.answer_start if attribution.whole_answer else None
     return attribution.last if start is None else start - 1
 
 
 def check_position(attribution: Attribution) -> None:
     """Refuse the label of a token inside a text, whose position changes as other tokens are removed.
-
-    Args:
-        attribution: the scores.
 
     Raises:
         DePassError: it explains such a label, of an encoder.
@@ -54,11 +47,7 @@ def check_position(attribution: Attribution) -> None:
 
 
 def answer_tokens(attribution: Attribution) -> list[int]:
-    """Return the ids of the explained answer: a token, or a whole answer; none for a direction.
-
-    Args:
-        attribution: the scores.
-    """
+    """Return the ids of the explained answer: a token, or a whole answer; none for a direction."""
     if attribution.target_ids:
         return attribution.target_ids[:1]
     start = attribution.answer_start
@@ -71,9 +60,6 @@ def text_components(attribution: Attribution) -> list[int]:
     A bias is not among them, and neither are special tokens, which the tokenizer adds and which have no
     characters of the text, and the tokens of a template. Of a prompt with documents only these count. Without
     offsets, every component that represents tokens counts.
-
-    Args:
-        attribution: the scores.
     """
     offsets, count, last = attribution.offsets, len(attribution.tokens), prompt_end(attribution)
     text = set(ablatable(attribution.text, attribution.sections, offsets, count))

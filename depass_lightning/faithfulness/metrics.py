@@ -57,13 +57,7 @@ class CurvesMean(NamedTuple):
 
 
 class _OfRows(Metric):
-    """A metric that keeps every prompt's numbers, and can be computed without any.
-
-    Args:
-        column: the column to read.
-        draws: the number of bootstrap samples.
-        options: further arguments of `torchmetrics.Metric`.
-    """
+    """A metric that keeps every prompt's numbers, and can be computed without any."""
 
     full_state_update = False
     values: list[Tensor]
@@ -77,11 +71,7 @@ class _OfRows(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def update(self, rows: Rows) -> None:
-        """Add some prompts' rows.
-
-        Args:
-            rows: rows of `depass_lightning.storage.ATTRIBUTION_SCHEMA`.
-        """
+        """Add some prompts' rows."""
         known = [row[self.column] for row in rows if row.get(self.column) is not None]
         if known:
             self.values.append(torch.tensor(known, dtype=torch.float64, device=self.device).flatten())
@@ -93,11 +83,7 @@ class _OfRows(Metric):
         return dim_zero_cat(self.values).cpu()
 
     def mean(self, values: list[float]) -> PromptsMean:
-        """Return the mean of values, in any order, with its interval.
-
-        Args:
-            values: one value per prompt.
-        """
+        """Return the mean of values, in any order, with its interval."""
         values = sorted(values)
         interval = bootstrap(values, draws=self.draws)
         return PromptsMean(interval.value, interval.low, interval.high, values[-1], len(values))

@@ -59,31 +59,17 @@ WITH_AREA = ("curves", "kept_curves", "zero_curves", "masking_curves")
 
 
 def removal_metrics(percents: Iterable[float], **options: Any) -> MetricCollection:
-    """Return the metrics of deletion and insertion curves, by the names of their columns.
-
-    Args:
-        percents: the percentages that were measured.
-        options: further arguments of `CurveMean`.
-    """
+    """Return the metrics of deletion and insertion curves, by the names of their columns."""
     return _curve_metrics(REMOVAL, percents, options)
 
 
 def masking_metrics(percents: Iterable[float], **options: Any) -> MetricCollection:
-    """Return the metrics of masked heads or neurons, by the names of their columns.
-
-    Args:
-        percents: the percentages that were measured.
-        options: further arguments of `CurveMean`.
-    """
+    """Return the metrics of masked heads or neurons, by the names of their columns."""
     return _curve_metrics(MASKING, percents, options)
 
 
 def number_metrics(**options: Any) -> MetricCollection:
-    """Return the metrics of all single numbers, by the names of their columns.
-
-    Args:
-        options: further arguments of `PromptMean`.
-    """
+    """Return the metrics of all single numbers, by the names of their columns."""
     return MetricCollection(
         {column: PromptMean(column, **options) for column in NUMBERS}, compute_groups=False
     )

@@ -130,9 +130,6 @@ def area(percents: Sequence[float], curve: Sequence[float]) -> float:
 def check_percents(percents: Sequence[float]) -> None:
     """Check that percentages rise.
 
-    Args:
-        percents: the percentages.
-
     Raises:
         DePassError: there are none, one is out of range, or they do not rise.
     """
@@ -251,17 +248,7 @@ class TokenRemoval:
 
 
 class _Plan:
-    """The ablated prompts of one prompt, each once, and the indices of each curve's points among them.
-
-    Args:
-        attribution: the scores.
-        percents: the K of the curves.
-        rationales: those of comprehensiveness and sufficiency.
-        draws: how many random orders.
-        seed: of these.
-        zeroed: ask with embeddings set to zero, too.
-        keep_last: what holds the last token is no candidate.
-    """
+    """The ablated prompts of one prompt, each once, and the indices of each curve's points among them."""
 
     def __init__(
         self,
@@ -305,11 +292,7 @@ class _Plan:
         return len(self.kept) * (1 + self.zeroed)
 
     def prompts(self, answer: int | Sequence[int]) -> list[AblatedPrompt]:
-        """Return the ablated prompts, then, where `zeroed`, those with embeddings set to zero.
-
-        Args:
-            answer: the answer's token or tokens.
-        """
+        """Return the ablated prompts, then, where `zeroed`, those with embeddings set to zero."""
         answer = [answer] if isinstance(answer, int) else answer
         ids = self.attribution.token_ids[: prompt_end(self.attribution) + 1]
         prompts = [AblatedPrompt([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]

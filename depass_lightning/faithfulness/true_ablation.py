@@ -248,12 +248,6 @@ def mean_activations(
 ) -> dict[str, Float[Tensor, "component size"]]:
     """Return the components' means over all positions of reference prompts.
 
-    Args:
-        decoder: the model.
-        places: where they are.
-        references: the prompts' token ids.
-        start: the first position that counts.
-
     Raises:
         DePassError: no reference reaches the first position that counts.
     """

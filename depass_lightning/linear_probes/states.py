@@ -108,12 +108,7 @@ def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return at most `count` layers, evenly spread; the last is what leaves the last block.
-
-    Args:
-        count: the model's number of blocks.
-        most: how many layers at most.
-    """
+    """Return at most `count` layers, evenly spread; the last is what leaves the last block."""
     most = min(most, count)
     return [round(count * (place + 1) / most) for place in range(most)]
 

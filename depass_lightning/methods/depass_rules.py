@@ -81,11 +81,7 @@ class DePassMethod(Method):
 
 
 def under(rule: RuleName) -> type[DePassMethod]:
-    """Return the class of DePass under a rule, which also is the method's name.
-
-    Args:
-        rule: the rule, such as `half`.
-    """
+    """Return the class of DePass under a rule, which also is the method's name."""
     return type(
         rule.capitalize(), (DePassMethod,), {"name": rule, "rule": rule, "__doc__": f"DePass under {rule}."}
     )

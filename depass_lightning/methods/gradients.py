@@ -18,11 +18,7 @@ from depass_lightning.models.decoder import Decoder
 
 
 def embeddings_of(batch: Batch) -> Float[Tensor, "batch position hidden"]:
-    """Return the embeddings of a batch's tokens, as a leaf that gradients can be taken by.
-
-    Args:
-        batch: the prompts.
-    """
+    """Return the embeddings of a batch's tokens, as a leaf that gradients can be taken by."""
     decoder: Decoder = batch.decoder
     return decoder.token_embedding(batch.ids).detach().requires_grad_()
 

@@ -22,9 +22,6 @@ def as_depass_runs(decoder: Decoder) -> Iterator[None]:
     """Run the model as a recorded pass does, so that every method explains the same value.
 
     Gradients are off, but can be switched on inside, also where the caller is in inference mode.
-
-    Args:
-        decoder: the model.
     """
     with torch.inference_mode(False), undisturbed(decoder.model), ExitStack() as stack:
         for block in decoder.blocks:
@@ -38,12 +35,7 @@ def as_depass_runs(decoder: Decoder) -> Iterator[None]:
 def embeddings_replaced(
     decoder: Decoder, embeddings: Float[Tensor, "batch position hidden"]
 ) -> Iterator[None]:
-    """Run the model with other token embeddings; position embeddings are still added.
-
-    Args:
-        decoder: the model.
-        embeddings: what stands in their place.
-    """
+    """Run the model with other token embeddings; position embeddings are still added."""
 
     def replace(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return embeddings.to(output)
@@ -59,11 +51,6 @@ def run(
     decoder: Decoder, ids: Int[Tensor, "batch position"], positions: Int[Tensor, "batch"]
 ) -> tuple[Float[Tensor, "batch vocabulary"], Float[Tensor, "batch vocabulary"]]:
     """Run the model on right-padded ids, and read one position of each row.
-
-    Args:
-        decoder: the model.
-        ids: the token ids.
-        positions: each row's position.
 
     Returns:
         The logits as the model gives them, and the same before any soft cap.

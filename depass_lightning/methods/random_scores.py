@@ -17,12 +17,7 @@ from depass_lightning.sources.tokens import Positional
 
 
 def seed_of(ids: Sequence[int], seed: int) -> int:
-    """Return a seed below 2 to the power of 32 that depends on a prompt and on another seed alone.
-
-    Args:
-        ids: the prompt's tokens.
-        seed: the other seed.
-    """
+    """Return a seed below 2 to the power of 32 that depends on a prompt and on another seed alone."""
     return zlib.crc32(f"{seed} {list(ids)}".encode())
 
 

@@ -14,10 +14,6 @@ from depass_lightning.sources.tokens import Positional, summed
 class TokenBaseline(Baseline):
     """A method that scores the model's input: a span as the sum of its tokens, or by a rule for spans.
 
-    Args:
-        depass: the model, with its tokenizer.
-        source: `Tokens()` or `Spans(...)`.
-
     Raises:
         DePassError: it is something else, or at another layer than 0.
     """
@@ -25,11 +21,7 @@ class TokenBaseline(Baseline):
     sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans)
 
     def owners(self, batch: Batch) -> Int[Tensor, "batch position"]:
-        """Return which component each position belongs to, the first one being 1; padding belongs to 0.
-
-        Args:
-            batch: the prompts.
-        """
+        """Return which component each position belongs to, the first one being 1; padding belongs to 0."""
         assert isinstance(self.source, Positional)
         lengths = [len(ids) for ids in batch.rows]
         owners = self.source.owner_table(batch.prompts, lengths, batch.ids.shape[1], first=1)

@@ -87,11 +87,7 @@ def rows_of(
 
 @contextmanager
 def held(module: nn.Module) -> Iterator[None]:
-    """Make a module's tensors available: those that are offloaded or sharded are loaded inside the context.
-
-    Args:
-        module: a part of the model.
-    """
+    """Make a module's tensors available: offloaded and sharded ones are loaded inside the context."""
     with ExitStack() as stack:
         for fetched in (*map(align_module_device, module.modules()), gathered(module)):
             stack.enter_context(fetched)
@@ -102,9 +98,6 @@ def chosen(module: nn.Module) -> Any:
     """Return what computes in a module's place.
 
     That is what it was compiled from, or what `peft` trains of it: a copy or some rows.
-
-    Args:
-        module: a part of the model.
     """
     inner: Any = getattr(module, "_orig_mod", module)
     if hasattr(inner, "token_adapter"):
@@ -382,11 +375,7 @@ class Projection:
         return outputs, inputs
 
     def linear(self, dtype: torch.dtype) -> AffineMap:
-        """Read the map.
-
-        Args:
-            dtype: the precision of the result.
-        """
+        """Read the map."""
         affine = linear_of(self.module, dtype)
         if self.rows is not None:
             rows = self.rows if isinstance(self.rows, slice) else self.rows.to(affine.weight.device)

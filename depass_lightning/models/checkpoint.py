@@ -104,9 +104,6 @@ def load_checkpoint(model: nn.Module, entry: str | Path) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a checkpoint's weights by their names, without those of `torch.compile`'s wrappers.
 
-    Args:
-        path: the file.
-
     Raises:
         DePassError: there is no such file, it is truncated, or it holds no weights; the message names
             its content.

@@ -209,11 +209,7 @@ class Decoder:
         return max(block.mlp.width for block in self.blocks)
 
     def regime(self, length: int) -> Regime:
-        """Name what the model chooses by a prompt's length: only prompts of one name may share a batch.
-
-        Args:
-            length: the prompt's tokens.
-        """
+        """Name what the model chooses by a prompt's length: only prompts of one name may share a batch."""
         # Tokens of an encoder see what follows them, padding too: only equal lengths share a batch.
         return regime(self.config, length) if self.causal else (length,)
 
@@ -328,9 +324,6 @@ class Decoder:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """What is inside of what compiles a model or adds adapters to it.
-
-    Args:
-        model: any model.
 
     Raises:
         DePassError: its adapters are no linear maps.

@@ -84,11 +84,7 @@ class ExpertsParts:
         return weight
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Return the weights of all experts with their biases: gate and up together, and down.
-
-        Args:
-            dtype: the precision of the result.
-        """
+        """Return the weights of all experts with their biases: gate and up together, and down."""
         names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
         self._stored(names[0])
         gate_up, first, down, second = (parameter_of(self.module, name, dtype) for name in names)
@@ -99,13 +95,7 @@ class ExpertsParts:
         return gate_up, first, down, second
 
     def column(self, expert: int, neuron: int, dtype: torch.dtype) -> Float[Tensor, "hidden"]:
-        """What one neuron of one expert writes.
-
-        Args:
-            expert: the expert's number.
-            neuron: the neuron's number inside it.
-            dtype: the precision of the result.
-        """
+        """What one neuron of one expert writes."""
         down = parameter_of(self.module, "down_proj", None)
         assert down is not None
         return (down[expert, neuron] if self.transposed else down[expert, :, neuron]).to(dtype)
@@ -146,11 +136,7 @@ class ExpertsUp:
     device: torch.device | None = None
 
     def linear(self, dtype: torch.dtype) -> AffineMap:
-        """Read the map.
-
-        Args:
-            dtype: the precision of the result.
-        """
+        """Read the map."""
         rows = self.parts.up_rows
         gate_up, bias, _, _ = self.parts.weights(dtype)
         offset = self._offset(gate_up)

@@ -68,11 +68,7 @@ def supported_model_types() -> list[str]:
 
 
 def families_of_class(model: nn.Module) -> list[FamilySpec]:
-    """Return the declarations of a model's class, if it is not of transformers; there may be none.
-
-    Args:
-        model: any module.
-    """
+    """Return the declarations of a model's class, if it is not of transformers; there may be none."""
     names = {class_name(kind) for kind in type(model).__mro__}
     config = getattr(model, "config", None)
     of_class = [family for family in FAMILIES if family.model and not names.isdisjoint(family.names)]
@@ -81,9 +77,6 @@ def families_of_class(model: nn.Module) -> list[FamilySpec]:
 
 def declared_families(config: Any) -> list[FamilySpec]:
     """Find the declarations that cover a model's configuration, which may be none.
-
-    Args:
-        config: the model's configuration.
 
     Raises:
         DePassError: the architecture is known to be unsupported.

@@ -15,11 +15,7 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def fault_of(folder: Path) -> str | None:
-    """Describe which file of a model's folder is missing or broken; None where none is.
-
-    Args:
-        folder: the folder.
-    """
+    """Describe which file of a model's folder is missing or broken; None where none is."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if not files:
         return f"the folder {folder} is empty"
@@ -41,11 +37,7 @@ def fault_of(folder: Path) -> str | None:
 
 
 def fault_of_file(path: Path) -> str | None:
-    """Describe the fault of one file of a model, as the end of a sentence; None where it has none.
-
-    Args:
-        path: the file.
-    """
+    """Describe the fault of one file of a model, as the end of a sentence; None where it has none."""
     with path.open("rb") as file:
         beginning = file.read(len(POINTER))
     if beginning == POINTER:

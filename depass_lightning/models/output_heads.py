@@ -32,11 +32,7 @@ class PooledHead(nn.Module):
 
     @classmethod
     def of(cls, model: Any) -> "PooledHead | None":
-        """Find the modules in a sequence classifier; None for one without them.
-
-        Args:
-            model: the classifier.
-        """
+        """Find the modules in a sequence classifier; None for one without them."""
         pooler, head = getattr(model.base_model, "pooler", None), getattr(model, "classifier", None)
         if hasattr(model, "pre_classifier"):  # DistilBERT
             return cls(model.pre_classifier, nn.ReLU())
@@ -109,9 +105,6 @@ class OutputHead:
 
         As in transformers, ids are compared: if a text ends with the padding token, which may also be the
         end-of-text token, the last token before it is read.
-
-        Args:
-            ids: a text's token ids.
         """
         if self.pooled is not None:
             return 0
@@ -126,11 +119,6 @@ class OutputHead:
 
         The decoder and the head are called separately, since a classifier refuses batches if its
         configuration has no padding token.
-
-        Args:
-            model: the model.
-            input_ids: the token ids.
-            positions: the positions.
         """
         states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         if self.pooled is not None:
@@ -138,28 +126,15 @@ class OutputHead:
         return self.output(states[:, positions.to(states.device)])
 
     def probabilities(self, logits: Float[Tensor, "*rows output"]) -> Float[Tensor, "*rows output"]:
-        """The outputs' probabilities.
-
-        Args:
-            logits: the logits of all outputs.
-        """
+        """The outputs' probabilities."""
         return logits.sigmoid() if self.independent else logits.softmax(-1)
 
     def log_probabilities(self, logits: Float[Tensor, "*rows output"]) -> Float[Tensor, "*rows output"]:
-        """The logarithms of `probabilities`, without underflow.
-
-        Args:
-            logits: the logits of all outputs.
-        """
+        """The logarithms of `probabilities`, without underflow."""
         return nn.functional.logsigmoid(logits) if self.independent else logits.log_softmax(-1)
 
     def log_odds(self, logits: Float[Tensor, "*rows output"], wanted: Int[Tensor, "*rows 1"]) -> Tensor:
-        """The log-odds of one output per row: against all others, or of an independent label.
-
-        Args:
-            logits: the logits of all outputs.
-            wanted: the output's index.
-        """
+        """The log-odds of one output per row: against all others, or of an independent label."""
         chosen = logits.gather(-1, wanted)[..., 0]
         if self.independent:
             return chosen
@@ -167,21 +142,13 @@ class OutputHead:
 
 
 def kind_of(names: Sequence[str]) -> HeadKind:
-    """Return the kind of head by the names of a model's class and its bases, or of its architectures.
-
-    Args:
-        names: the names.
-    """
+    """Return the kind of head by the names of a model's class and its bases, or of its architectures."""
     kinds: list[HeadKind] = [kind for name in names for end, kind in CLASSES.items() if name.endswith(end)]
     return kinds[0] if kinds else "causal"
 
 
 def has_head(model: PreTrainedModel) -> bool:
-    """Return whether a model has an output head, and is not just a decoder without one.
-
-    Args:
-        model: a model of transformers.
-    """
+    """Return whether a model has an output head, and is not just a decoder without one."""
     return _kind(model) != "causal" or model.get_output_embeddings() is not None
 
 

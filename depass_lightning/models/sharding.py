@@ -27,19 +27,12 @@ WAY_OUT = (
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards a model's weights over ranks.
-
-    Args:
-        model: the language model.
-    """
+    """Whether FSDP2 shards a model's weights over ranks."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def check_shards(model: nn.Module) -> None:
     """Refuse weights that are sharded other than by FSDP2.
-
-    Args:
-        model: the language model.
 
     Raises:
         DePassError: a parameter is a shard of a weight, or is not on the device where it is used.
@@ -93,11 +86,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Gather all weights of a module inside the context.
-
-    Args:
-        module: a part of the model.
-    """
+    """Gather all weights of a module inside the context."""
     with ExitStack() as stack:
         _gather(module.modules(), stack)
         yield

@@ -234,11 +234,7 @@ class FamilySpec:
 
 
 def class_name(kind: type) -> str:
-    """Return the name of a class, qualified by its module.
-
-    Args:
-        kind: the class.
-    """
+    """Return the name of a class, qualified by its module."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -15,13 +15,7 @@ class Study(Protocol):
     """What `depass_lightning.studies` has one of for each of the paper's experiments."""
 
     def run(self, depass: DePass, folder: str | Path, *, progress: bool = False) -> StudyResult:
-        """Run the experiment and write it into a folder.
-
-        Args:
-            depass: the model.
-            folder: where to write.
-            progress: show progress bars.
-        """
+        """Run the experiment and write it into a folder."""
         ...
 
 
@@ -43,12 +37,7 @@ class StudyModule(LightningModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int = 0) -> bool:
-        """Run the experiment.
-
-        Args:
-            batch: not used: the experiment loads its own prompts.
-            batch_idx: not used.
-        """
+        """Run the experiment."""
         with sharing():
             self.study.run(self.depass, self.folder, progress=self.trainer.is_global_zero)
         return True  # Lightning warns of a step that returns nothing

@@ -81,11 +81,7 @@ def block_components(
 
 
 def to_columns(components: Sequence[Component]) -> dict[str, list[Any]]:
-    """Return the components' fields as columns for a file, by the names in `COLUMNS`.
-
-    Args:
-        components: what is written.
-    """
+    """Return the components' fields as columns for a file, by the names in `COLUMNS`."""
     return {
         "kinds": [component.kind for component in components],
         "names": [component.label for component in components],

@@ -103,12 +103,6 @@ def _passed_on(
 ) -> tuple[Float[Tensor, "component"], list[float]]:
     """Pass the scores of generated tokens on to what supports these tokens.
 
-    Args:
-        rows: each generated token's scores.
-        scores: the answer's.
-        columns: the component that each generated token is.
-        hops: the largest number of hops; None for all.
-
     Returns:
         The answer's scores after the last hop, and the absolute score that each hop moved.
     """

@@ -32,11 +32,7 @@ class Citation(NamedTuple):
 
 
 def words_summed(attribution: "Attribution") -> "Attribution":
-    """Return an attribution with the pieces of each word summed into one component.
-
-    Args:
-        attribution: see `Attribution.words`.
-    """
+    """Return an attribution with the pieces of each word summed into one component."""
     if attribution.offsets is not None and attribution.text:
         word_of = word_tokens(attribution.text, attribution.offsets)
     else:
@@ -118,11 +114,7 @@ def characters_of(attribution: "Attribution") -> list[tuple[int, int]]:
 
 
 def part_sums(attribution: "Attribution") -> dict[str, float]:
-    """Return the sums of the scores of the prompt, of the answer and of everything else.
-
-    Args:
-        attribution: see `Attribution.part_sums`.
-    """
+    """Return the sums of the scores of the prompt, of the answer and of everything else."""
     sums: dict[str, float] = {}
     for component, score in zip(attribution.components, attribution.scores.double().tolist(), strict=True):
         part = "other" if component.span is None else "prompt"

@@ -43,10 +43,6 @@ def write_result(
 def read_result(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the record that `write_result` wrote.
 
-    Args:
-        path: the file.
-        kind: of the result.
-
     Raises:
         DePassError: the file is not a saved result of this kind, or has the format of another version.
     """

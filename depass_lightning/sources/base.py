@@ -209,11 +209,7 @@ class GroupInjection:
         return self.source.layers(self.recording.layers)[0]
 
     def at_entry(self, recording: Recording) -> DecomposedState | None:
-        """Return the components that begin at the first block's input, if any do.
-
-        Args:
-            recording: the recorded pass.
-        """
+        """Return the components that begin at the first block's input, if any do."""
         components = self.source.entering(recording, self.first, self.settings)
         if components is None:
             return None
@@ -223,12 +219,7 @@ class GroupInjection:
         return self.begin(recording, group, positions)
 
     def inside(self, block: FrozenBlock, place: Place) -> ComponentGroup | None:
-        """Return the group that begins inside a block, if one does.
-
-        Args:
-            block: the block.
-            place: where in it.
-        """
+        """Return the group that begins inside a block, if one does."""
         if block.index not in self.source.layers(self.recording.layers):
             return None
         begun = self.source.inside(block, place, self.settings)
@@ -240,13 +231,7 @@ class GroupInjection:
     def begin(
         self, recording: Recording, group: ComponentGroup, positions: Int[Tensor, "batch position"]
     ) -> DecomposedState:
-        """Return the state of a group alone.
-
-        Args:
-            recording: the recorded pass.
-            group: the components.
-            positions: which positions are propagated.
-        """
+        """Return the state of a group alone."""
         real = positions < recording.lengths[:, None]
         bias = 0 if self.settings.bias else None
         return DecomposedState.begin(group, real, positions, bias=bias, budget=self.settings.budget)
@@ -322,11 +307,5 @@ class GroupSource(Source):
 def with_constants(
     scores: Float[Tensor, "batch component"], constants: Float[Tensor, "batch"], settings: SplitContext
 ) -> Float[Tensor, "batch component"]:
-    """Put the bias component's score first, where there is one.
-
-    Args:
-        scores: of the other components.
-        constants: the bias component's score.
-        settings: whether there is one.
-    """
+    """Put the bias component's score first, where there is one."""
     return torch.cat([constants[:, None], scores], 1) if settings.bias else scores

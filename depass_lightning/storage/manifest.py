@@ -123,11 +123,7 @@ def fingerprint(content: Any) -> str:
 
 
 def task_fingerprint(examples: Iterable[Any]) -> str:
-    """Return 16 hexadecimal digits that identify a task's prompts, answers and evidence, and their order.
-
-    Args:
-        examples: the task's `depass_lightning.tasks.Example`s.
-    """
+    """Return 16 hexadecimal digits that identify a task's prompts, answers and evidence, and their order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(asdict(example), sort_keys=True, ensure_ascii=False).encode() + b"\n")

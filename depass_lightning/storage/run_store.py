@@ -208,14 +208,7 @@ class RunStore:
         return [*self._parquet(), *([self.path] if self.path.exists() else [])]
 
     def _keep(self, rank: int, prompts: int, ending: str, write: Callable[[Path], Any]) -> Path:
-        """Write a shard and name it after its content.
-
-        Args:
-            rank: the rank of the process.
-            prompts: the number of prompts in the shard.
-            ending: the end of the file's name.
-            write: writes the file at a path.
-        """
+        """Write a shard and name it after its content."""
         draft = self.shards / f".draft.{uuid.uuid4().hex[:8]}.half"
         write(draft)
         path = self.shards / f"rank{rank:04d}-{file_hash(draft)[:DIGITS]}-{prompts}{ending}"
@@ -235,11 +228,7 @@ class RunStore:
         return [state_path(self.states, prompt) for prompt in sorted({i // self.rows for i in indices})]
 
     def _lost(self, without: Sequence[Path] = ()) -> list[int]:
-        """Return the indices of rows whose prompt's states are missing or damaged.
-
-        Args:
-            without: damaged files of rows, which are not read.
-        """
+        """Return the indices of rows whose prompt's states are missing or damaged."""
         lost = set()
         for path in self._tables():
             if path in without or "states" not in open_shard(path).schema_arrow.names:

@@ -32,11 +32,7 @@ SCRIPT = """"use strict";
 
 
 def experiment_html(experiment: StudyResult) -> str:
-    """Return the page of an experiment; it needs no other file and no network.
-
-    Args:
-        experiment: what was found.
-    """
+    """Return the page of an experiment; it needs no other file and no network."""
     facts = {
         "model": model_name(experiment.model),
         "data": experiment.data,

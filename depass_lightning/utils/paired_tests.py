@@ -53,9 +53,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, "A simple sequentially rejective multiple test procedure" (1979).
 
-    Args:
-        p_values: one per comparison.
-
     Raises:
         DePassError: one of them is not between 0 and 1.
     """

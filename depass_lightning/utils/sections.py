@@ -41,11 +41,7 @@ class Section(NamedTuple):
     end: int
 
     def moved(self, shift: int) -> "Section":
-        """Return the section of a text that begins `shift` characters later.
-
-        Args:
-            shift: the number of characters.
-        """
+        """Return the section of a text that begins `shift` characters later."""
         return self._replace(start=self.start + shift, end=self.end + shift)
 
 
@@ -205,20 +201,12 @@ def _content(message: Any, name: str) -> str:
 
 
 def sections_of(text: str) -> tuple[Section, ...]:
-    """Return a text's sections; none for a text without.
-
-    Args:
-        text: the text.
-    """
+    """Return a text's sections; none for a text without."""
     return text.sections if isinstance(text, SectionedText) else ()
 
 
 def leaves(sections: Sequence[Section]) -> list[Section]:
-    """Return the sections that contain no other.
-
-    Args:
-        sections: sections of one text.
-    """
+    """Return the sections that contain no other."""
     return [
         section
         for section in sections
@@ -257,12 +245,7 @@ def parts(text: str, sections: Sequence[Section], by: SectionUnit) -> list[Secti
 
 
 def first_visible(text: str, span: tuple[int, int]) -> int:
-    """Return the first character of a range that is no white space; its start if all are.
-
-    Args:
-        text: the text.
-        span: the range [start, end).
-    """
+    """Return the first character of a range that is no white space; its start if all are."""
     start, end = span
     written = text[start:end]
     return start + len(written) - len(written.lstrip()) if written.strip() else start
@@ -310,11 +293,7 @@ def ablatable(
 
 
 def to_json(text: str) -> str | None:
-    """Return what a text has besides its characters, for a file; None for a text without sections.
-
-    Args:
-        text: the text.
-    """
+    """Return what a text has besides its characters, for a file; None for a text without sections."""
     if isinstance(text, Conversation):
         nested = [sections_of(message.get("content") or "") for message in text.messages]
         return json.dumps({"messages": text.messages, "tools": text.tools, "nested": nested})
@@ -325,12 +304,7 @@ def to_json(text: str) -> str | None:
 
 
 def from_json(text: str, record: str | None) -> str:
-    """Return the text that `to_json` described.
-
-    Args:
-        text: its characters.
-        record: what `to_json` returned.
-    """
+    """Return the text that `to_json` described."""
     if record is None:
         return text
     fields = json.loads(record)

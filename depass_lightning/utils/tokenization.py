@@ -150,13 +150,7 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 
 def continuation(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of generated tokens, decoded together: a character may span several tokens.
-
-    Args:
-        ids: the whole text's ids.
-        start: the first generated position.
-        tokenizer: the model's tokenizer.
-    """
+    """Return the text of generated tokens, decoded together: a character may span several tokens."""
     before, text = (str(tokenizer.decode(ids[start - 1 : end])) for end in (start, len(ids)))
     # Some tokenizers drop the leading space of a decoded text.
     return text[len(before) :] if text.startswith(before) else str(tokenizer.decode(ids[start:]))

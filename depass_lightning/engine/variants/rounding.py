@@ -38,9 +38,6 @@ class _AttentionOnly(LinearPaths):
 class RoundingScores:
     """What the rounding error of each block and all later ones adds to targets, from the last block down.
 
-    Args:
-        rule: how neurons are shared.
-
     Attributes:
         sums: for each block the sums from there to the targets `[batch, target]`, where components begin
             before its MLP and where they start after it.
@@ -51,11 +48,7 @@ class RoundingScores:
         self.sums: dict[int, tuple[Float[Tensor, "batch target"], Float[Tensor, "batch target"]]] = {}
 
     def add(self, gradients: Sequence[BlockGradients]) -> None:
-        """Add one block.
-
-        Args:
-            gradients: each target's derivatives there.
-        """
+        """Add one block."""
         block = gradients[0].block
         rounded = _rounded(block, self.rule)
         scores = torch.stack([(target.resid_post.states * rounded).sum((1, 2)) for target in gradients], 1)
@@ -81,15 +74,7 @@ class RoundingScores:
 def rounding_states(
     recording: Recording, rule: Rule, starts: Sequence[int], *, after_mlp: bool, stop: int
 ) -> Float[Tensor, "batch start position hidden"]:
-    """What rounding from each of some blocks on has added to the state at a layer.
-
-    Args:
-        recording: the recorded pass.
-        rule: how neurons are shared.
-        starts: the blocks.
-        after_mlp: components start after their MLPs.
-        stop: the layer.
-    """
+    """What rounding from each of some blocks on has added to the state at a layer."""
     states = [torch.zeros_like(recording.final_state) for _ in starts]
     for index in range(min(starts), stop):
         block = recording.block(index)

@@ -163,13 +163,7 @@ def ablate(
 
 
 def depth_of(block: int, blocks: int, depths: int) -> int:
-    """Return which of the equal depths a block belongs to.
-
-    Args:
-        block: its number.
-        blocks: how many there are.
-        depths: the number of depths.
-    """
+    """Return which of the equal depths a block belongs to."""
     return block * depths // blocks
 
 

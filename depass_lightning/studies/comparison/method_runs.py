@@ -286,11 +286,7 @@ def _differences(
 
 
 def lower_is_better(measure: str) -> bool:
-    """Whether a method is better where a measure of its scores is lower.
-
-    Args:
-        measure: a column of the table.
-    """
+    """Whether a method is better where a measure of its scores is lower."""
     lower = any(part in measure for part in ("patch_top", "mask_top", "sufficiency"))
     return lower != ("_rank" in measure or "soft_" in measure)
 

@@ -18,11 +18,7 @@ SHARES: dict[Split, float] = {"development": 0.5, "held_out": 0.25, "fresh": 0.2
 
 
 def split_of(prompt: str) -> Split:
-    """Return the split of a prompt.
-
-    Args:
-        prompt: its text.
-    """
+    """Return the split of a prompt."""
     place, end = _fraction(prompt), 0.0
     for split, share in SHARES.items():
         end += share

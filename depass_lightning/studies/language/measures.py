@@ -89,14 +89,7 @@ def measure(
 
 
 def words_of(depass: DePass, texts: Texts, task: Task, answers: Sequence[int]) -> dict[str, frozenset[int]]:
-    """Return each language's words: tokens of its texts and answers that no other language's hold.
-
-    Args:
-        depass: the model, with a tokenizer.
-        texts: texts labelled with their language.
-        task: prompts with the label `language`.
-        answers: their answers' first tokens.
-    """
+    """Return each language's words: tokens of its texts and answers that no other language's hold."""
     tokenizer = depass.tokenizer
     assert tokenizer is not None
     held: dict[str, set[int]] = {}
@@ -115,12 +108,7 @@ def nearest_means_the_same(
 ) -> tuple[list[float], float]:
     """Return for each prompt whether the nearest one in another language, by cosine, is of the same case.
 
-    Prompts whose case stands in no other language are left out.
-
-    Args:
-        states: the states, without their mean.
-        languages: each prompt's language.
-        cases: each prompt's case.
+    The states are without their mean. Prompts whose case is in no other language are left out.
 
     Returns:
         One or zero a prompt, and how often a random prompt in another language would do.
@@ -142,15 +130,7 @@ def language_told(
     layer: int,
     seed: int,
 ) -> list[float]:
-    """Fit a language probe on the states of half of the cases, and return where it is right on the others.
-
-    Args:
-        states: the states.
-        languages: each prompt's language.
-        cases: each prompt's case.
-        layer: where the states stand.
-        seed: of the half.
-    """
+    """Fit a language probe on the states of half of the cases, and return where it is right on the others."""
     known = sorted(set(cases))
     fitted = set(random.Random(f"halves {seed}").sample(known, (len(known) + 1) // 2))
     rows = [i for i, case in enumerate(cases) if case in fitted]

@@ -95,13 +95,6 @@ def decode(
 ) -> tuple[Int[Tensor, "prompt top"], list[int]]:
     """Return the logits of normed states, without the unembedding's bias.
 
-    Args:
-        depass: the model.
-        states: the states.
-        answers: a token id for each.
-        top: how many tokens.
-        batch_size: how many states at once.
-
     Returns:
         The tokens with the highest logits, and the rank of the answer, from 1 for the highest.
     """

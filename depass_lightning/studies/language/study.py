@@ -256,11 +256,7 @@ class Language:
 
 
 def split_layers(count: int) -> list[int]:
-    """Return four layers at which states are split by default, evenly spread inside the model.
-
-    Args:
-        count: the model's number of blocks.
-    """
+    """Return four layers at which states are split by default, evenly spread inside the model."""
     return sorted({min(max(1, round(count * place / 5)), count - 1) for place in range(1, 5)})
 
 

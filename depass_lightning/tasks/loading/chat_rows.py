@@ -23,11 +23,7 @@ from depass_lightning.utils.sections import Conversation, Documents
 
 
 def is_chat_row(row: Row) -> bool:
-    """Return whether a row has one of the layouts above.
-
-    Args:
-        row: the row.
-    """
+    """Return whether a row has one of the layouts above."""
     return any(row.get(key) is not None for key in ("messages", "completion", "chosen", "documents"))
 
 

@@ -12,19 +12,12 @@ from depass_lightning.utils.sections import Conversation
 
 
 def is_label_row(row: Row) -> bool:
-    """Whether a row is a text with a label.
-
-    Args:
-        row: the row.
-    """
+    """Whether a row is a text with a label."""
     return "text" in row and "label" in row
 
 
 def label_fields(row: Row) -> tuple[str, str, str | None]:
     """Return a row's text, its label and the foil, if it has one; an index as text.
-
-    Args:
-        row: the row.
 
     Raises:
         DePassError: the text is empty, or a label is neither a name nor a number.

@@ -72,13 +72,7 @@ def text_field(row: Row, key: str) -> str:
 
 
 def name_field(row: Row, key: str, number: int) -> str:
-    """Return a row's name: the value of a field, or the row's number if it is missing or null.
-
-    Args:
-        row: the row.
-        key: the field.
-        number: the row's number.
-    """
+    """Return a row's name: the value of a field, or the row's number if it is missing or null."""
     value = row.get(key)
     return str(number if value is None else value)
 
