@@ -274,7 +274,13 @@ def target_values(decoder: Decoder, attribution: Attribution, ids: Tensor) -> Fl
     """
     position = torch.tensor([attribution.position], device=ids.device)
     _, uncapped, _ = decoder.logits(ids, position)
-    logits = uncapped[:, 0, attribution.target_ids].to(decoder.dtype)
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    return logits[:, 0] - logits[:, 1:].logsumexp(1)  # a contrast, or the log-odds against several tokens
+    return contrast(uncapped[:, 0, attribution.target_ids].to(decoder.dtype))
+
+
+def contrast(logits: Float[Tensor, "row token"]) -> Float[Tensor, "row"]:
+    """Return a token's logit, a contrast, or the log-odds against several tokens.
+
+    Args:
+        logits: those of the target's tokens.
+    """
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 0] - logits[:, 1:].logsumexp(1)

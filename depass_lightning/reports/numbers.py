@@ -25,7 +25,9 @@ MEASURES = {
     "lds": "linear datamodeling score",
     **{f"drop_{count}": f"log-probability lost without the top {count}" for count in (1, 3, 5)},
     "on_target": "score on the evidence",
+    "pearson": "Pearson",
     "seconds_per_prompt": "seconds per prompt",
+    "spearman": "Spearman",
 }
 DEFINITIONS = {
     "correct": "The fraction of the prompts whose right answer is the model's most likely next token.",

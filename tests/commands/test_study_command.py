@@ -22,6 +22,7 @@ HANDFUL = {
     "paper_neurons": ("study.size=5", "study.pool=9"),
     "paper_truthful": ("study.size=9", "study.draws=1", "study.layers=[1,2]", "study.counts=[0,1,4]"),
     "paper_language": ("study.size=8", "study.layers=[1]"),
+    "circuits": ("study.size=3", "study.pool=9", "study.tasks=[ioi]", "study.ablations=[mean,resample]"),
 }
 TWO = ("trainer.devices=2", "trainer.strategy=ddp_fork")
 

@@ -3,6 +3,7 @@
 import importlib.util
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from depass_lightning import DePass, DePassError
 from depass_lightning.faithfulness import Interval
+from depass_lightning.faithfulness.true_ablation import Replacement
+from depass_lightning.storage import OtherRunError
+from depass_lightning.studies.circuits.edge_scores import METHODS as EDGE_METHODS
+from depass_lightning.studies.circuits.edge_scores import EdgeRuns
 from depass_lightning.studies.circuits.node_scores import METHODS, NodePairs, node_scores
 from depass_lightning.studies.circuits.prompt_pairs import CORRUPTED, PAIRS, prompt_pairs
 from depass_lightning.studies.circuits.study import CircuitFaithfulness
@@ -74,7 +79,10 @@ def test_a_real_tokenizer_has_prompts_of_every_task() -> None:
 def test_scores_are_those_of_a_naive_twin(tiny: DePass) -> None:
     """MLPs by autograd on the model's own modules; a node's patching by replacing one module's output."""
     pairs = NodePairs.of(tiny, prompt_pairs(tiny, "ioi", 6), 2)
-    scored: dict[Any, Any] = {**node_scores(tiny, pairs, METHODS, ["zero", "resample"], steps=3)}
+    replacements: tuple[Replacement, ...] = ("zero", "resample")
+    scored: dict[Any, Any] = {
+        replacement: node_scores(tiny, pairs, METHODS, replacement, steps=3) for replacement in replacements
+    }
     attribution, other = pairs.attributions[0], torch.tensor([pairs.corrupted[0]])
     nodes = [i for i, node in enumerate(attribution.components) if node.kind == "mlp"]
     ids = torch.tensor([attribution.token_ids])
@@ -128,29 +136,75 @@ def test_scores_are_those_of_a_naive_twin(tiny: DePass) -> None:
         assert scored[name][0]["half"].tolist() == pytest.approx(expected_half, abs=1e-5)
 
 
-def test_the_study_runs_from_its_config(tiny: DePass, tmp_path: Path) -> None:
+def test_edges_of_eap_sum_to_attribution_patching(tiny: DePass) -> None:
+    """A node's outgoing edges under EAP; our rules' edges are those of the circuit, without the constants."""
+    pairs = NodePairs.of(tiny, prompt_pairs(tiny, "ioi", 8), 3)
+    replacements: tuple[Replacement, ...] = ("zero", "mean", "resample")
+    for replacement in replacements:
+        nodes = node_scores(tiny, pairs, ["atp", "eap_ig"], replacement, steps=2)
+        runs = EdgeRuns(tiny, pairs, replacement, steps=2, batch_size=2)
+        edges = runs.scores(EDGE_METHODS)
+        for name, method in (("atp", "eap"), ("eap_ig", "eap_ig")):
+            by_layer = torch.stack([row[name] for row in nodes]).mean(0)
+            heads, mlps = by_layer[:12].unflatten(0, (3, 4)), by_layer[12:, None]  # 3 blocks of 4 heads
+            expected = torch.cat([heads, mlps], 1).flatten()
+            found = torch.where(runs.edges, edges[method], 0).sum(1)[1:-1]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        circuits = pairs.circuits(tiny, "half")
+        chosen = [c.difference if replacement == "resample" else c for c in circuits]
+        expected = torch.stack([c.edges[0] for c in chosen if c is not None]).mean(0)
+        torch.testing.assert_close(edges["half"][0, 1:], expected[0, 2:])
+        assert circuits[0].nodes[1].kind == "bias"
+        values = runs.values(edges["eap"], [0.0, 0.5, 1.0])
+        for attribution, value in zip(pairs.attributions, values, strict=True):
+            assert [value.values[0], value.values[2]] == [value.empty, value.whole]
+            assert value.whole == pytest.approx(attribution.value, rel=1e-5)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_study_runs_from_its_config_and_goes_on_where_it_was(
+    tiny: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with initialize_config_module("depass_lightning.conf", version_base="1.3"):
         overrides = ["study.size=2", "study.pool=4", "study.methods=[half,eap_ig,patching]", "study.steps=2"]
         config = compose("analyze", ["experiment=circuits", *overrides])
-    result = instantiate(config.study, _convert_="all").run(tiny, tmp_path)
-    assert [(row["ablation"], row["method"]) for row in result.table] == [
-        (ablation, method)
+    study = instantiate(config.study, _convert_="all")
+    result = study.run(tiny, tmp_path)
+    assert [(row["circuit"], row["ablation"], row["method"]) for row in result.table] == [
+        (circuit, ablation, method)
+        for circuit, methods in (("nodes", ("half", "eap_ig", "patching")), ("edges", ("half", "eap_ig")))
         for ablation in ("zero", "mean", "resample")
-        for method in ("half", "eap_ig", "patching")
+        for method in methods
     ]
     for row in result.table:
         assert isinstance(row["cpr"], Interval)
         assert isinstance(row["cmd"], Interval)
-        assert ("pearson" in row) == (row["method"] != "patching")
+        assert ("pearson" in row) == (row["method"] != "patching" and row["circuit"] == "nodes")
     assert all(curve.y[-1] == pytest.approx(1) for panel in result.panels for curve in panel.curves.values())
+    assert "IOI, edges, resampled" in [panel.name for panel in result.panels]
     assert any("agreement is left out" in note for note in result.notes)
     assert (tmp_path / "report.html").exists()
+    # What a killed run has left is not computed again.
+    (tmp_path / "rows" / "ioi-nodes-mean.parquet").unlink()
+    computed: list[str] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        computed.append(arguments[3])
+        return node_scores(*arguments, **options)
+
+    monkeypatch.setattr("depass_lightning.studies.circuits.study.node_scores", counted)
+    monkeypatch.setattr("depass_lightning.studies.circuits.study.EdgeRuns", None)
+    assert study.run(tiny, tmp_path).table == result.table
+    assert computed == ["mean"]
+    with pytest.raises(OtherRunError, match="steps was 2 and is 3"):
+        replace(study, steps=3).run(tiny, tmp_path)
 
 
 def test_wrong_settings_are_refused(tiny: DePass, tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"tasks": ["known"]}, "tasks are ioi, greater_than, agreement, one at least; got known"),
         ({"methods": []}, "methods are half.*got none"),
+        ({"circuits": ["edges"], "methods": ["patching"]}, "methods for edges are half.*got none"),
         ({"ablations": ["noise"]}, "ablations are zero.*got noise"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
     ]

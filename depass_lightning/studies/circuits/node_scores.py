@@ -14,7 +14,7 @@ With `a` what a node is on the prompt and `b` what replaces it where it is ablat
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from depass_lightning.depass import DePass
+from depass_lightning.engine.rules import RuleName
 from depass_lightning.faithfulness.true_ablation import (
     Replacement,
     ablation_effects,
@@ -40,7 +41,7 @@ from depass_lightning.tasks import Example
 from depass_lightning.utils.batching import in_batches
 from depass_lightning.utils.tokenization import encode
 
-RULES = ("half", "shap")
+RULES: tuple[RuleName, ...] = ("half", "shap")
 METHODS = (*RULES, "atp", "eap_ig", "patching", "gradient_norm", "random")
 Scores = Mapping[str, Float[Tensor, "node"]]  # by method
 
@@ -58,6 +59,7 @@ class NodePairs:
     examples: Sequence[Example]
     attributions: Sequence[Attribution]
     corrupted: Sequence[Sequence[int]]
+    _circuits: dict[str, list[Circuit]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, depass: DePass, examples: Sequence[Example], size: int, **options: Any) -> "NodePairs":
@@ -96,6 +98,36 @@ class NodePairs:
         corrupted = [encode(example.variants[CORRUPTED], depass.tokenizer).ids for example, _ in chosen]
         return cls([example for example, _ in chosen], [nodes for _, nodes in chosen], corrupted)
 
+    def circuits(self, depass: DePass, rule: RuleName, progress: bool = False) -> list[Circuit]:
+        """Return the prompts' circuits under a rule, computed once.
+
+        Args:
+            depass: the model.
+            rule: the linear rule.
+            progress: show a progress bar.
+
+        Raises:
+            DePassError: the rule does not apply to the model.
+        """
+
+        def work(indices: list[int]) -> list[Circuit]:
+            examples = [self.examples[index] for index in indices]
+            return [
+                depass.circuit(
+                    example.prompt,
+                    example.target(),
+                    nodes=("embedding", "heads", "mlps"),
+                    rule=rule,
+                    corrupted=example.variants[CORRUPTED],
+                )
+                for example in examples
+            ]
+
+        if rule not in self._circuits:
+            kinds = [(0, len(ids)) for ids in self.corrupted]
+            self._circuits[rule] = in_batches(kinds, 1, work, progress, f"{rule} circuits")
+        return self._circuits[rule]
+
     def references(self, replacement: Replacement) -> Sequence[Sequence[int]]:
         """Return the prompts that ablated nodes are taken from, as for `ablation_effects`."""
         return () if replacement == "zero" else self.corrupted
@@ -105,19 +137,19 @@ def node_scores(
     depass: DePass,
     pairs: NodePairs,
     methods: Sequence[str],
-    replacements: Sequence[Replacement],
+    replacement: Replacement,
     *,
     steps: int = 5,
     batch_size: int = 64,
     progress: bool = False,
-) -> dict[Replacement, list[Scores]]:
+) -> list[Scores]:
     """Score the nodes of all prompts by each method; `patching` is always among them.
 
     Args:
         depass: the model.
         pairs: the prompts.
         methods: any of `METHODS`.
-        replacements: what replaces an ablated node.
+        replacement: what replaces an ablated node.
         steps: the number of gradients that `eap_ig` averages.
         batch_size: the number of ablated passes that run together.
         progress: show progress bars.
@@ -125,48 +157,37 @@ def node_scores(
     Raises:
         DePassError: a rule does not apply to the model.
     """
-    decoder = depass.decoder
-    substitutes = {
-        name: substitutes_of(decoder, pairs.attributions, name, pairs.references(name), 0)
-        for name in replacements
-    }
+    decoder, references = depass.decoder, pairs.references(replacement)
+    substitutes = substitutes_of(decoder, pairs.attributions, replacement, references, 0)
+    circuits = {rule: pairs.circuits(depass, rule, progress) for rule in RULES if rule in methods}
 
-    def work(indices: list[int]) -> list[dict[Replacement, Scores]]:
+    def work(indices: list[int]) -> list[Scores]:
         (index,) = indices
-        example, attribution = pairs.examples[index], pairs.attributions[index]
-        circuits = {
-            rule: depass.circuit(
-                example.prompt, example.target(), rule=rule, corrupted=example.variants[CORRUPTED]
-            )
-            for rule in RULES
-            if rule in methods
-        }
+        attribution = pairs.attributions[index]
         with as_depass_runs(decoder):
             gradients = _Gradients(depass, attribution, pairs.corrupted[index], steps)
-            scores = {name: gradients.scores(substitutes[name](index)) for name in replacements}
-        for name, by_method in scores.items():
-            by_method |= {rule: _of_circuit(circuits[rule], attribution, name) for rule in circuits}
-            by_method["random"] = attribution.scores
-        return [{name: {m: scores[name][m] for m in methods if m != "patching"} for name in replacements}]
+            scores = gradients.scores(substitutes(index))
+        scores |= {
+            rule: _of_circuit(rows[index], attribution, replacement) for rule, rows in circuits.items()
+        }
+        scores["random"] = attribution.scores
+        return [{method: scores[method] for method in methods if method != "patching"}]
 
     lengths = [attribution.position + 1 for attribution in pairs.attributions]
     scored = in_batches([(decoder.regime(n), n) for n in lengths], 1, work, progress, "scoring")
-    results: dict[Replacement, list[Scores]] = {}
-    for name in replacements:
-        effects = ablation_effects(
-            decoder,
-            pairs.attributions,
-            name,
-            references=pairs.references(name),
-            start=0,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        results[name] = [
-            {**row[name], "patching": torch.tensor([effect[i] for i in range(len(effect))])}
-            for row, effect in zip(scored, effects, strict=True)
-        ]
-    return results
+    effects = ablation_effects(
+        decoder,
+        pairs.attributions,
+        replacement,
+        references=references,
+        start=0,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [
+        {**row, "patching": torch.tensor([effect[i] for i in range(len(effect))])}
+        for row, effect in zip(scored, effects, strict=True)
+    ]
 
 
 class _Gradients:

@@ -7,7 +7,6 @@
 Source: Hong et al., "DePass" (arXiv 2510.18462), the experiments on tokens, heads and neurons.
 """
 
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -36,15 +35,11 @@ from depass_lightning.prompts import prompts_of
 from depass_lightning.sources import Heads, Module, Neurons, Source, Tokens
 from depass_lightning.storage import (
     ATTRIBUTION_SCHEMA,
-    UNREADABLE,
     Manifest,
-    check_file,
-    checked_file,
     keep_manifest,
     read_rows,
     task_fingerprint,
     weights_fingerprint,
-    write_shard,
 )
 from depass_lightning.studies.comparison.method_runs import (
     AGAINST,
@@ -61,11 +56,10 @@ from depass_lightning.studies.comparison.method_runs import (
 from depass_lightning.studies.comparison.prompt_splits import Split, sampled
 from depass_lightning.studies.study_files import write_experiment
 from depass_lightning.studies.study_result import StudyResult, data_name
+from depass_lightning.studies.study_rows import keep_rows, kept_rows
 from depass_lightning.targets import AnswerTarget
 from depass_lightning.tasks import Example
 from depass_lightning.utils.distributed import from_first
-
-log = logging.getLogger(__name__)
 
 Components = Literal["tokens", "heads", "neurons", "mlps"]
 Extra = Literal["lds", "soft"]
@@ -183,7 +177,7 @@ class MethodComparison:
         resumed = from_first(lambda: keep_manifest(manifest, rows))
         for name, method in methods.items():
             path = rows / f"{name}.parquet"
-            if resumed and (kept := _kept(path)):
+            if resumed and (kept := kept_rows(path, _kept)):
                 runs[name] = kept
                 continue
             runs[name] = run_method(
@@ -296,30 +290,13 @@ def _keep(path: Path, run: MethodRun) -> None:
     types = {name: pa.list_(pa.float64()) if name == "circuit_values" else pa.float64() for name in others}
     schema = pa.schema([*known, *(pa.field(name, kind) for name, kind in types.items())])
     rows = [{"index": i, **row} for i, row in enumerate(run.rows)]
-    schema = schema.with_metadata({SECONDS: str(run.seconds)})
-
-    def write() -> None:
-        with checked_file(path) as draft:
-            write_shard(draft, rows, schema)
-
-    from_first(write)
+    keep_rows(path, rows, schema.with_metadata({SECONDS: str(run.seconds)}))
 
 
-def _kept(path: Path) -> MethodRun | None:
-    """Read what `_keep` wrote, where it did and the file is as it was."""
-
-    def read() -> MethodRun | None:
-        if not path.exists():
-            return None
-        try:
-            check_file(path)
-            metadata = pq.read_schema(path).metadata
-            return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
-        except (DePassError, *UNREADABLE) as error:
-            log.warning("%s; the method is run again", error)
-            return None
-
-    return from_first(read)
+def _kept(path: Path) -> MethodRun:
+    """Read what `_keep` wrote."""
+    metadata = pq.read_schema(path).metadata
+    return MethodRun(read_rows(path), float(metadata[SECONDS.encode()]))
 
 
 def _can_be_explained(depass: DePass, example: Example) -> bool:
