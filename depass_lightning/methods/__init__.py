@@ -7,19 +7,15 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.attention_weights import AttentionRollout, LastLayerAttention, MeanAttention
 from depass_lightning.methods.base import Baseline, Method
-from depass_lightning.methods.context_cite import ContextCite
 from depass_lightning.methods.depass_rules import Calibrated, DePassMethod, under
-from depass_lightning.methods.gradients import GradientNorm, InputGradient
+from depass_lightning.methods.gradients import GradientNorm, GradientShap, InputGradient, IntegratedGradients
 from depass_lightning.methods.information_flow import InformationFlow
-from depass_lightning.methods.integrated import IntegratedGradients
-from depass_lightning.methods.lime import Lime
 from depass_lightning.methods.occlusion import Occlusion
 from depass_lightning.methods.patching import AttributionPatching
 from depass_lightning.methods.random_scores import Random, RandomLastFirst
 from depass_lightning.methods.reagent import ReAGent
-from depass_lightning.methods.shap import GradientShap
-from depass_lightning.methods.shapley import Shapley
 from depass_lightning.methods.sizes import Activation, Norm
+from depass_lightning.methods.token_subsets import ContextCite, Lime, Shapley
 from depass_lightning.methods.value_zeroing import ValueZeroing
 from depass_lightning.sources import Source
 

@@ -4,13 +4,89 @@ Source: Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" 
 Li et al., "Understanding Neural Networks through Representation Erasure" (2016, arXiv 1612.08220), for words.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from depass_lightning.methods.model_runs import Batch
-from depass_lightning.methods.token_ablation import AblationBaseline
+from depass_lightning.depass import DePass
+from depass_lightning.errors import DePassError
+from depass_lightning.methods.gradients import embeddings_of
+from depass_lightning.methods.model_runs import Batch, embeddings_replaced, run
+from depass_lightning.methods.token_method import TokenBaseline
+from depass_lightning.prompts import pad
+from depass_lightning.sources import Source
+
+
+class AblationBaseline(TokenBaseline):
+    """A method that runs the model on prompts without some of their tokens.
+
+    Where `how="remove"` would leave nothing, the last token stays.
+
+    Raises:
+        DePassError: `how` is unknown, or there are no rows.
+    """
+
+    def __init__(
+        self,
+        depass: DePass,
+        source: Source | None = None,
+        *,
+        how: Literal["remove", "zero"] = "remove",
+        rows: int = 64,
+    ) -> None:
+        super().__init__(depass, source)
+        if how not in ("remove", "zero"):
+            raise DePassError(f"{self.name}: how must be 'remove' or 'zero'; got {how!r}")
+        if rows < 1:
+            raise DePassError(f"{self.name}: rows must be at least 1; got {rows}")
+        self.how = how
+        self.rows = rows
+
+    def values(
+        self, batch: Batch, rows: Int[Tensor, "run"], removed: Bool[Tensor, "run position"]
+    ) -> Float[Tensor, "run"]:
+        """Return the target's value in prompts without some of their tokens.
+
+        Args:
+            batch: the prompts.
+            rows: the prompt of each run.
+            removed: the tokens that are ablated in each run.
+        """
+        wanted, weights = batch.wanted()
+        values = []
+        for start in range(0, len(rows), self.rows):
+            part = slice(start, start + self.rows)
+            logits = self._logits(batch, rows[part], removed[part])
+            values.append(self.read(batch, logits, wanted[rows[part]], weights[rows[part]]))
+        return torch.cat(values)
+
+    def read(
+        self, batch: Batch, logits: Float[Tensor, "run vocabulary"], wanted: Tensor, weights: Tensor
+    ) -> Float[Tensor, "run"]:
+        """Return what a run is judged by: the target's value.
+
+        Args:
+            batch: the prompts.
+            logits: the logits, before any soft cap.
+            wanted: `[run, token]` the tokens whose logits make up each target.
+            weights: `[run, token]` the weight of each.
+        """
+        return batch.read(logits, wanted, weights)
+
+    def _logits(self, batch: Batch, rows: Tensor, removed: Tensor) -> Tensor:
+        if self.how == "zero":
+            embeddings = embeddings_of(batch).detach()[rows].masked_fill(removed[..., None], 0)
+            with embeddings_replaced(batch.decoder, embeddings):
+                return run(batch.decoder, batch.ids[rows], batch.positions[rows])[1]
+        kept = batch.real[rows] & ~removed
+        empty = ~kept.any(1)
+        kept[empty, batch.positions[rows][empty]] = True  # a model needs one token to read
+        both = zip(batch.ids[rows].cpu(), kept.cpu(), strict=True)
+        ids = pad([row[left].tolist() for row, left in both])
+        return run(batch.decoder, ids.to(batch.ids.device), kept.sum(1) - 1)[1]
 
 
 class Occlusion(AblationBaseline):

@@ -1,9 +1,12 @@
 """Random scores, which every method has to beat."""
 
+import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -19,6 +22,25 @@ from depass_lightning.sources.tokens import Positional
 def seed_of(ids: Sequence[int], seed: int) -> int:
     """Return a seed below 2 to the power of 32 that depends on a prompt and on another seed alone."""
     return zlib.crc32(f"{seed} {list(ids)}".encode())
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw random numbers from a seed inside, and restore the random states afterwards.
+
+    Args:
+        seed: below 2 to the power of 32.
+        device: the device, other than the CPU, that numbers are drawn on.
+    """
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # captum uses NumPy's generator
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
 
 
 class Random(Baseline):

@@ -1,19 +1,29 @@
-"""Scores from the target's value on subsets of a prompt's tokens or spans."""
+"""Methods that are fitted to the target's value on subsets of a prompt's tokens or spans.
+
+Sources: Castro et al., "Polynomial calculation of the Shapley value based on sampling" (2009), and Strumbelj
+& Kononenko, "An Efficient Explanation of Individual Classifications using Game Theory" (JMLR 2010), for
+Shapley values; Ribeiro et al., "Why Should I Trust You? Explaining the Predictions of Any Classifier" (KDD
+2016, arXiv 1602.04938), algorithm 1, for LIME; Cohen-Wang et al., "ContextCite: Attributing Model Generation
+to Context" (NeurIPS 2024, arXiv 2409.00729), section 3. Shapley values and LIME are captum's.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
+import captum.attr
 import torch
+from captum._utils.models.linear_model import SkLearnLasso
 from jaxtyping import Bool, Float, Int
+from sklearn.linear_model import Lasso
 from torch import Tensor
 from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.model_runs import Batch
-from depass_lightning.methods.random_scores import seed_of
-from depass_lightning.methods.token_ablation import AblationBaseline
+from depass_lightning.methods.occlusion import AblationBaseline
+from depass_lightning.methods.random_scores import seed_of, seeded
 from depass_lightning.sources import Source
 from depass_lightning.utils.sections import ablatable
 
@@ -27,17 +37,7 @@ class SubsetBaseline(AblationBaseline):
     """A method that is fitted to the target's value on subsets of a prompt's tokens or spans.
 
     Special tokens and a template, which stand for no text, are never removed and score zero; with documents,
-    only these are removed. What is drawn depends on the
-    seed and the prompt alone.
-
-    Args:
-        depass: the model, with its tokenizer.
-        source: `Tokens()` or `Spans(...)`, whose tokens go together.
-        samples: the number of draws.
-        seed: of the draws.
-        how: `remove` takes tokens out of the prompt, which is encoded again and read after its last token;
-            `zero` sets their embeddings to zero and keeps all positions.
-        rows: the number of ablated prompts in one pass.
+    only these are removed. What is drawn depends on the seed and the prompt alone.
 
     Raises:
         DePassError: `how` is unknown, or a number is less than one.
@@ -111,18 +111,40 @@ def removed_positions(
     return (~kept.to(members.device)).double() @ members.T.double() > 0
 
 
-class SurrogateBaseline(SubsetBaseline):
-    """A linear surrogate with an L1 penalty, from which tokens or spans are kept to the target's value.
+class Shapley(SubsetBaseline):
+    """What a token or span adds to the target's value, the mean over random orders of entering.
+
+    Scores sum to the value less what it is with no text at all, whatever the number of orders. One order
+    takes as many ablated prompts as there are tokens or spans.
 
     Args:
         depass: the model, with its tokenizer.
         source: `Tokens()` or `Spans(...)`, whose tokens go together.
-        samples: the number of ablated prompts.
-        alpha: the weight of the penalty.
+        samples: the number of orders.
         seed: of the draws.
         how: `remove` takes tokens out of the prompt, which is encoded again and read after its last token;
             `zero` sets their embeddings to zero and keeps all positions.
         rows: the number of ablated prompts in one pass.
+
+    Raises:
+        DePassError: `how` is unknown, or a number is less than one.
+    """
+
+    name: ClassVar[str] = "shapley"
+
+    @override
+    def fit(self, values: Values, count: int, seed: int) -> Tensor:
+        with seeded(seed, torch.device("cpu")):
+            scores = captum.attr.ShapleyValueSampling(lambda kept: values(kept > 0.5)).attribute(
+                torch.ones(1, count, dtype=torch.float64),
+                n_samples=self.samples,
+                perturbations_per_eval=self.rows,
+            )
+        return scores[0]
+
+
+class SurrogateBaseline(SubsetBaseline):
+    """A linear surrogate with an L1 penalty, from which tokens or spans are kept to the target's value.
 
     Raises:
         DePassError: `how` is unknown, a number is less than one, or alpha is not positive.
@@ -143,3 +165,80 @@ class SurrogateBaseline(SubsetBaseline):
         if not alpha > 0:
             raise DePassError(f"{self.name}: alpha must be positive; got {alpha}")
         self.alpha = alpha
+
+
+class Lime(SurrogateBaseline):
+    """The weights of a LASSO from which tokens or spans are kept to the target's value.
+
+    Each is kept with probability 1/2, and an ablated prompt weighs the more the more of the prompt it keeps.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`, whose tokens go together.
+        samples: the number of ablated prompts.
+        alpha: the weight of the L1 penalty.
+        seed: of the draws.
+        how: `remove` takes tokens out of the prompt, which is encoded again and read after its last token;
+            `zero` sets their embeddings to zero and keeps all positions.
+        rows: the number of ablated prompts in one pass.
+
+    Raises:
+        DePassError: `how` is unknown, a number is less than one, or alpha is not positive.
+    """
+
+    name: ClassVar[str] = "lime"
+
+    @override
+    def fit(self, values: Values, count: int, seed: int) -> Tensor:
+        with seeded(seed, torch.device("cpu")):
+            lasso = SkLearnLasso(alpha=self.alpha, max_iter=ITERATIONS)
+            scores = captum.attr.Lime(lambda kept: values(kept > 0.5), interpretable_model=lasso).attribute(
+                torch.ones(1, count, dtype=torch.float64),
+                n_samples=self.samples,
+                perturbations_per_eval=self.rows,
+            )
+        return scores[0]
+
+
+class ContextCite(SurrogateBaseline):
+    """The weights of a LASSO from which tokens or spans are kept to the log-odds of the target.
+
+    Each is kept with probability 1/2, independently. The LASSO's inputs are standardised indicators, whose
+    weights are taken back to the indicators' scale. For a token the log-odds are its logit less the logarithm
+    of the summed exponentials of all other logits; for a contrast the difference of the two logits.
+
+    Args:
+        depass: the model, with its tokenizer.
+        source: `Tokens()` or `Spans(...)`, whose tokens go together.
+        samples: the number of ablated prompts.
+        alpha: the weight of the L1 penalty.
+        seed: of the draws.
+        how: `remove` takes tokens out of the prompt, which is encoded again and read after its last token;
+            `zero` sets their embeddings to zero and keeps all positions.
+        rows: the number of ablated prompts in one pass.
+
+    Raises:
+        DePassError: `how` is unknown, a number is less than one, or alpha is not positive.
+    """
+
+    name: ClassVar[str] = "context_cite"
+
+    @override
+    def read(self, batch: Batch, logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+        values = super().read(batch, logits, wanted, weights)
+        others = logits.to(values.dtype).scatter(1, wanted[:, :1], -torch.inf).logsumexp(1)
+        return torch.where(weights[:, 1] == 0, values - others, values)
+
+    @override
+    def fit(self, values: Values, count: int, seed: int) -> Tensor:
+        kept = torch.rand(self.samples, count, generator=torch.Generator().manual_seed(seed)) < 0.5
+        outputs = values(kept).double().cpu()
+        indicators = kept.double()
+        scale = indicators.std(0, correction=0)
+        varies = scale > 0  # a candidate that is kept in every draw, or in none, has no weight
+        weights = torch.zeros(count, dtype=torch.float64)
+        if varies.any():
+            inputs = (indicators - indicators.mean(0))[:, varies] / scale[varies]
+            lasso = Lasso(alpha=self.alpha, max_iter=ITERATIONS).fit(inputs.numpy(), outputs.numpy())
+            weights[varies] = torch.from_numpy(lasso.coef_).double() / scale[varies]
+        return weights
