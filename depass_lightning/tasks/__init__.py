@@ -6,12 +6,10 @@ from typing import Any
 
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks import (
-    chat,
     counterfact,
     ioi,
     jsonl,
     known,
-    labelled,
     language,
     longra,
     multilingual,
@@ -30,8 +28,8 @@ _LOADERS = {
     "multilingual": multilingual.load,
     "language": language.load,
     "jsonl": jsonl.load,
-    "labelled": labelled.load,
-    "chat": chat.load,
+    "labelled": jsonl.load_labelled,
+    "chat": jsonl.load_chat,
     "rag": rag.load,
 }
 NAMES = tuple(_LOADERS)

@@ -1,4 +1,4 @@
-"""Custom prompts: one JSON object per line, or one prompt per line of a `.txt` file.
+"""Rows of one's own: one JSON object per line, or one prompt per line of a `.txt` file.
 
 `{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` is
 required. Without a target, the model's most likely next token is explained. The target is used unchanged: for
@@ -7,7 +7,8 @@ are read too (`loading/chat_rows.py`), and labelled texts (`loading/label_rows.p
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import ANSWER, LABEL, Example, Span, Task
 from depass_lightning.tasks.loading.chat_rows import chat_fields, is_chat_row
 from depass_lightning.tasks.loading.label_rows import is_label_row, label_fields
-from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
+from depass_lightning.tasks.loading.rows import Row, load_rows, name_field, text_field
 from depass_lightning.utils.sections import Conversation
 
 
@@ -29,9 +30,37 @@ def load(size: int | None, seed: int, split: str, path: str | Path | None) -> Ta
         path: the file. `evidence` lists strings (all their occurrences in the prompt) or `[start, end]`
             ranges.
     """
+    return _of_file("jsonl", path, "prompts.jsonl", example_of, size)
+
+
+def load_chat(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:  # noqa: ARG001
+    """Read rows of conversations, completions or preferences; a prompt that is text is a turn of the user.
+
+    The model's chat template writes every prompt. The arguments are those of `load`.
+    """
+    return _of_file("chat", path, "conversations.jsonl", partial(example_of, user=True), size)
+
+
+def load_labelled(size: int | None, seed: int, split: str, path: str | Path | None) -> Task:  # noqa: ARG001
+    """Read rows `{text, label, foil, id, evidence}`: texts with the labels that a classifier should give.
+
+    The arguments are those of `load`.
+    """
+    return _of_file("labelled", path, "reviews.csv", _labelled, size)
+
+
+def _of_file(
+    name: str, path: str | Path | None, file: str, read: Callable[[Row, int], Example], size: int | None
+) -> Task:
     if path is None:
-        raise DePassError("the jsonl task reads a file; give its path (path=prompts.jsonl)")
-    return load_rows("jsonl", path, example_of, size)
+        raise DePassError(f"the {name} task reads a file; give its path (path={file})")
+    return load_rows(name, path, read, size)
+
+
+def _labelled(row: Row, number: int) -> Example:
+    if not is_label_row(row):
+        raise DePassError(f"a row needs the fields 'text' and 'label'; it has {', '.join(row) or 'none'}")
+    return example_of(row, number)
 
 
 def load_listed(rows: Sequence[Mapping[str, Any]], size: int | None = None) -> Task:

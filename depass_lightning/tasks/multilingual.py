@@ -12,7 +12,7 @@ from typing import Any
 
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.example import Example, Task
-from depass_lightning.tasks.loading.rows import check_text, name_field, read_rows, text_field
+from depass_lightning.tasks.loading.rows import check_text, first_reason, name_field, read_rows, text_field
 from depass_lightning.tasks.synthetic.facts import FACTS
 
 ENGLISH = "original"  # the name of English in the release
@@ -51,8 +51,8 @@ def load(
         raise DePassError(f"there is no language {language!r}; there are {', '.join(known)}")
     examples = [example for case in cases for name, example in case.items() if language in (None, name)]
     if not examples:
-        first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
-        raise DePassError(f"{path} has no row that the task 'multilingual' can use{first}")
+        reason = first_reason(skipped)
+        raise DePassError(f"{path} has no row that the task 'multilingual' can use{reason}")
     return Task("multilingual", examples, skipped)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from depass_lightning.errors import DePassError, reason_of
-from depass_lightning.tasks.loading.rows import read_rows, text_field
+from depass_lightning.errors import DePassError
+from depass_lightning.tasks.loading.rows import converted, text_field
 from depass_lightning.tasks.synthetic.facts import FACTS, PARAPHRASES
 
 # The names of the numeric labels in the public rows.
@@ -39,17 +39,12 @@ class Texts:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def head(self, size: int | None) -> "Texts":
-        """Return the first `size` texts; None returns all."""
-        return Texts(self.name, self.texts[:size], self.labels[:size], self.skipped)
-
 
 def load_texts(
     name: str,
     *,
     split: str = "train",
     path: str | Path | None = None,
-    size: int | None = None,
     seed: int = 0,
 ) -> Texts:
     """Load labelled texts.
@@ -59,7 +54,6 @@ def load_texts(
         split: "train" or "test" of generated texts; ignored for a file.
         path: rows `{text, label}` in a file, folder or data set of `tasks.load`; a label is an index into
             `LABELS` or a name.
-        size: the maximum number of texts; None means all.
         seed: the seed of the false answers and the order of generated texts.
 
     Raises:
@@ -70,22 +64,9 @@ def load_texts(
     if path is None:
         if split not in ("train", "test"):
             raise DePassError(f"labelled texts have no split {split!r}; they have 'train' and 'test'")
-        texts = _statements(seed, split) if name == "truthful" else _relations(seed, split)
-        return texts.head(size)
-    texts, labels, skipped = [], [], []
-    for number, row, fault in read_rows(path):
-        try:
-            if fault or not isinstance(row, dict):
-                raise DePassError(fault or f"not an object with named fields: {row!r}")
-            text, label = labelled(name, row)
-            texts.append(text)
-            labels.append(label)
-        except Exception as error:  # any error skips only this row
-            skipped.append({"row": number, "reason": reason_of(error), "path": str(path)})
-    if not texts:
-        first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
-        raise DePassError(f"{path} has no row of labelled texts{first}")
-    return Texts(name, texts, labels, skipped).head(size)
+        return _statements(seed, split) if name == "truthful" else _relations(seed, split)
+    rows, skipped = converted(path, lambda row, _: labelled(name, row), "of labelled texts")
+    return Texts(name, [text for text, _ in rows], [label for _, label in rows], skipped)
 
 
 def labelled(name: str, row: dict[str, Any]) -> tuple[str, str]:

@@ -141,7 +141,7 @@ def test_what_a_template_refuses_is_skipped(tmp_path: Path) -> None:
         DePassError, match="has no prompt that the model can read; the prompt of '1' is a conv"
     ):
         task.formatted(DePass.from_pretrained("tiny").tokenizer)
-    with pytest.raises(DePassError, match="the chat task reads conversations"):
+    with pytest.raises(DePassError, match="the chat task reads a file"):
         load("chat")
 
 

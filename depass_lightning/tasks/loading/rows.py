@@ -4,9 +4,9 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +17,7 @@ from depass_lightning.tasks.loading.hub import HUB, hub_rows, saved_rows
 from depass_lightning.utils.atomic_files import read_limited
 
 Row = dict[str, Any]
+Result = TypeVar("Result")
 FILE_BYTES = 2**30
 MAX_CHARACTERS = 10_000_000  # of a text
 
@@ -35,30 +36,67 @@ def load_rows(
     Raises:
         DePassError: there is no such file or data set, or no usable row.
     """
-    examples: dict[str, Example] = {}
+    ids: set[str] = set()
+
+    def example_of(row: Row, number: int) -> Example:
+        example = read(row, number)
+        if example.id in ids:
+            raise DePassError(f"the id {example.id!r} is taken by an earlier row")
+        check_text("the row", json.dumps(dataclasses.asdict(example), ensure_ascii=False))
+        ids.add(example.id)
+        return example
+
+    return Task(name, *converted(path, example_of, f"that the task {name!r} can use", size))
+
+
+def converted(
+    path: str | Path | list[Row], read: Callable[[Row, int], Result], kind: str, size: int | None = None
+) -> tuple[list[Result], list[Row]]:
+    """Convert rows one by one; any error skips only its row.
+
+    Args:
+        path: a file, folder or data set of `read_rows`, or the rows.
+        read: converts a row and its number, or raises `DePassError` with the reason.
+        kind: which rows there should be, for the error.
+        size: the maximum number of results, from the first row; None means all.
+
+    Returns:
+        The results, and the rows that are skipped, with the reasons.
+
+    Raises:
+        DePassError: there is no such file or data set, or no usable row.
+    """
+    results: list[Result] = []
     skipped: list[Row] = []
     listed = isinstance(path, list)
     rows = [(number, row, "") for number, row in enumerate(path, start=1)] if listed else read_rows(path)
     place = "the list of rows" if listed else str(path)
     for number, row, fault in rows:
-        if len(examples) == size:
+        if len(results) == size:
             break
         try:
-            if fault:
-                raise DePassError(fault)
-            if not isinstance(row, dict):
-                raise DePassError(f"not an object with named fields: {row!r}")
-            example = read(row, number)
-            if example.id in examples:
-                raise DePassError(f"the id {example.id!r} is taken by an earlier row")
-            check_text("the row", json.dumps(dataclasses.asdict(example), ensure_ascii=False))
-            examples[example.id] = example
+            results.append(read(checked(row, fault), number))
         except Exception as error:  # any error skips only this row
             skipped.append({"row": number, "reason": reason_of(error), "path": place})
-    if not examples:
-        first = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
-        raise DePassError(f"{place} has no row that the task {name!r} can use{first}")
-    return Task(name, list(examples.values()), skipped)
+    if not results:
+        raise DePassError(f"{place} has no row {kind}{first_reason(skipped)}")
+    return results, skipped
+
+
+def checked(row: Any, fault: str) -> Row:
+    """Return a row of `read_rows` that is an object.
+
+    Raises:
+        DePassError: it is not, or could not be read.
+    """
+    if fault or not isinstance(row, dict):
+        raise DePassError(fault or f"not an object with named fields: {row!r}")
+    return row
+
+
+def first_reason(skipped: Sequence[Row]) -> str:
+    """Return the end of an error about rows that are all skipped: why the first one is."""
+    return f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
 
 
 def text_field(row: Row, key: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.tasks.example import Example, Span, Task
-from depass_lightning.tasks.loading.rows import read_rows, read_text, text_field
+from depass_lightning.tasks.loading.rows import checked, read_rows, read_text, text_field
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,10 @@ def read_passages(path: str | Path) -> list[Passage]:
 
 def _passage(path: Path, number: int, row: Any, fault: str) -> Passage:
     try:
-        if fault or not isinstance(row, dict):
-            raise DePassError(fault or f"not an object with named fields: {row!r}")
-        if "text" in row:
-            return Passage(text_field(row, "text"))
-        return answered(text_field(row, "prompt"), text_field(row, "target"))
+        fields = checked(row, fault)
+        if "text" in fields:
+            return Passage(text_field(fields, "text"))
+        return answered(text_field(fields, "prompt"), text_field(fields, "target"))
     except Exception as error:  # any error in a row
         raise DePassError(
             f"row {number} of {path}: {reason_of(error)}; rows have {{prompt, target}} or {{text}}"
