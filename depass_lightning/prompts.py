@@ -124,11 +124,6 @@ def read_length(decoder: Decoder, prompt: Prompt, position: int) -> int:
 
     Tokens after the target's position cannot reach it and are cut off, except where the shorter prompt would
     get other rotary frequencies.
-
-    Args:
-        decoder: the model.
-        prompt: the prompt.
-        position: the target's, counted from 0.
     """
     same = decoder.regime(position + 1) == decoder.regime(len(prompt.ids))
     return position + 1 if same else len(prompt.ids)

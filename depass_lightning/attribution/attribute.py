@@ -212,13 +212,6 @@ def assemble(
 ) -> Iterator[tuple[tuple[int, int, int], Attribution]]:
     """Name a batch's scores.
 
-    Args:
-        decoder: the model.
-        questions: `[batch][target]`.
-        readout: the model's own answers to them.
-        scores: of each source.
-        settings: how the pass was made.
-
     Yields:
         The indices of prompt, source and target with their `Attribution`.
     """

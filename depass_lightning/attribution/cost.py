@@ -97,14 +97,7 @@ def estimate(decoder: Decoder, prompts: Sequence[Prompt], settings: Settings, ba
 
 
 def propagated_rows(source: Source, prompt: Prompt, decoder: Decoder, settings: Settings) -> list[int]:
-    """Count the rows of a source's components in each block but the last, where only the target's are needed.
-
-    Args:
-        source: what the state is split into.
-        prompt: the prompt.
-        decoder: the model.
-        settings: how the pass is made.
-    """
+    """Count the rows of a source's components in each block but the last, which needs only the target's."""
     layers, length, extra = len(decoder.blocks), len(prompt.ids), int(settings.bias)
     if isinstance(source, Positional):
         owners = source.owners(prompt)

@@ -75,11 +75,6 @@ def decompose_batch(
 def decompose_layers(decoder: Decoder, prompt: Prompt, settings: Settings) -> Iterator[Decomposition]:
     """Decompose one prompt at every layer, from the first at which all components exist.
 
-    Args:
-        decoder: the model.
-        prompt: the prompt.
-        settings: how the pass is made, with one source.
-
     Yields:
         One layer's decomposition after another; none is kept here.
 

@@ -79,14 +79,7 @@ def propagate_to(
 def describe_components(
     source: Source, prompt: Prompt, decoder: Decoder, settings: Settings
 ) -> list[Component]:
-    """Describe all components of a prompt, each group's bias and rounding last.
-
-    Args:
-        source: what the state is split into.
-        prompt: the prompt.
-        decoder: the model.
-        settings: how the pass is made.
-    """
+    """Describe all components of a prompt, each group's bias and rounding last."""
     layers = source.layers(len(decoder.blocks))
     components = []
     for layer, group in zip(layers, source.describe(prompt, decoder), strict=True):

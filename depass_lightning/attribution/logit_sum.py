@@ -16,10 +16,6 @@ from depass_lightning.targets import Contrast, LogitTarget, LogOdds, LogProb, To
 def finite(value: float, name: str) -> float:
     """Return a target's value if it is finite.
 
-    Args:
-        value: the model's value of the target.
-        name: the name of the target, for the error.
-
     Raises:
         DePassError: the value is infinite or NaN, so no scores can sum to it.
     """
@@ -129,11 +125,7 @@ class LogitSum:
         return others[weights > 0], weights[weights > 0]
 
     def value(self, logits: Float[Tensor, "vocabulary"]) -> float:
-        """Return the sum.
-
-        Args:
-            logits: the logits that scores sum to.
-        """
+        """Return the sum."""
         return float(self.weights.to(logits) @ logits[self.tokens.to(logits.device)])
 
 

@@ -26,12 +26,7 @@ class OutputNames:
 
     @classmethod
     def of(cls, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None) -> "OutputNames":
-        """Return the names of a model's outputs.
-
-        Args:
-            decoder: the model.
-            tokenizer: its tokenizer, if there is one.
-        """
+        """Return the names of a model's outputs."""
         return cls(decoder.head, decoder.outputs, tokenizer)
 
     def id_of(self, output: str | int, prompt: str | None, *, first: bool = False) -> int:

@@ -98,11 +98,6 @@ def results_of(
 def difference(prompt: Prompt, chosen: Attribution, rejected: Attribution) -> Attribution:
     """Return the scores of one answer less those of another.
 
-    Args:
-        prompt: the prompt alone.
-        chosen: the attribution of the first answer.
-        rejected: that of the second one, to the same source's components.
-
     Returns:
         An attribution to the prompt's components, then to the tokens of either answer, then to constants. Its
         prediction is the more likely answer, its probability the chosen one's among the two.

@@ -177,10 +177,6 @@ def _reads_of_answer(prompt: Prompt, target: Continuation) -> tuple[Read, ...]:
 def inner_reading(target: Direction | ProbeLogit, hidden: int) -> tuple[Float[Tensor, "hidden"], float]:
     """Return the vector and the constant that read a target inside the model from a state.
 
-    Args:
-        target: the target.
-        hidden: the size of the residual stream.
-
     Returns:
         The vector, `[hidden]`, and the constant added to its dot product with the state.
 
@@ -319,13 +315,6 @@ def questions_of(
     sources: Sequence[Source],
 ) -> list[list[Question]]:
     """Resolve every prompt's targets, and check that the sources can split the prompts.
-
-    Args:
-        decoder: the model.
-        tokenizer: its tokenizer, if there is one.
-        prompts: the prompts.
-        targets: for each prompt one target or several.
-        sources: what the state is split into.
 
     Returns:
         For each prompt a list of its questions.

@@ -104,15 +104,7 @@ class ModelAnswer:
         tokens: Sequence["ModelAnswer"],
         names: OutputNames,
     ) -> "ModelAnswer":
-        """Join the answers for the tokens of a given answer.
-
-        Args:
-            prompt: the prompt with the answer.
-            target: the target.
-            reads: where its tokens are read.
-            tokens: the model's answer for each of them.
-            names: the model's tokens or labels.
-        """
+        """Join the answers for the tokens of a given answer."""
         weighted = list(zip(reads, tokens, strict=True))
         remainders = [
             read.weight * token.remainder for read, token in weighted if token.remainder is not None
@@ -142,14 +134,7 @@ class ModelAnswer:
         logits: Float[Tensor, "vocabulary"],
         names: OutputNames,
     ) -> "ModelAnswer":
-        """Name the answer to a question about a direction inside the model.
-
-        Args:
-            question: the question.
-            value: the model's value of the target.
-            logits: the model's logits at its position.
-            names: the model's tokens or labels.
-        """
+        """Name the answer to a question about a direction inside the model."""
         kind = "direction" if isinstance(question.target, Direction) else "probe logit"
         prediction = names.text_of(int(logits.argmax()))
         return cls(f"{kind} at layer {question.layer}", value, prediction, ids=[])
@@ -309,11 +294,7 @@ class Readout:
         )
 
     def split(self, count: int) -> "list[Readout]":
-        """Divide the targets.
-
-        Args:
-            count: the maximum number of targets in each part.
-        """
+        """Divide the targets."""
         tensors = (self.positions, self.vectors, self.constants, self.values)
         parts = zip(*(tensor.split(count, 1) for tensor in tensors), strict=True)
         return [

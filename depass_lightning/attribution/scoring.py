@@ -41,12 +41,7 @@ class Scores:
     errors: list[list[ApproximationError]] | None = None
 
     def notes(self, row: int, target: int) -> dict[str, Any]:
-        """The metadata of one prompt's scores for one target.
-
-        Args:
-            row: the prompt's index in the batch.
-            target: the target's index.
-        """
+        """The metadata of one prompt's scores for one target."""
         return {} if self.errors is None else {"approximation": asdict(self.errors[target][row])}
 
 
@@ -54,12 +49,6 @@ def score(
     recording: Recording, prompts: Sequence[Prompt], readout: Readout, settings: Settings
 ) -> list[Scores]:
     """Score every source's components for each target.
-
-    Args:
-        recording: the recorded pass.
-        prompts: the prompts, in the recording's order.
-        readout: how the targets are read.
-        settings: how the pass is made.
 
     Returns:
         For each source its scores, the bias component's and then rounding's last in each group.

@@ -35,13 +35,6 @@ def compare(
 ) -> int:
     """Attribute a task with each of several models, and write what changed from one to the next.
 
-    Args:
-        config: the configuration; `compare` lists the models.
-        folder: the run's folder; each model's output files are in a subfolder.
-        load: loads the model that a configuration names.
-        run: attributes a task with a model, and writes the output files into a folder.
-        console: prints the table.
-
     Raises:
         DePassError: fewer than two models, two equal ones, or one that cannot be loaded.
     """

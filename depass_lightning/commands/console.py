@@ -133,10 +133,6 @@ def reason_in_line(error: Exception) -> str:
 def existing_folder(path: str | Path, key: str) -> Path:
     """Return the folder that a setting names.
 
-    Args:
-        path: the setting's value.
-        key: the setting's name, for the error.
-
     Raises:
         DePassError: the value is empty, or there is no such folder.
     """
@@ -154,14 +150,7 @@ def predict(
     data: LightningDataModule | DataLoader[Any],
     kept: Callable[[], str],
 ) -> None:
-    """Run `trainer.predict` in all processes; if it is interrupted, print what has been saved.
-
-    Args:
-        trainer: starts the processes.
-        module: the module whose `predict_step` runs.
-        data: its data.
-        kept: describes the finished part; an empty text is not printed.
-    """
+    """Run `trainer.predict` in all processes; if it is interrupted, print what has been saved."""
     try:
         trainer.predict(module, data, return_predictions=False)
     except BaseException:
@@ -235,9 +224,6 @@ def loggers_of(config: DictConfig) -> Iterator[list[Logger]]:
     """Instantiate a run's loggers, and finish its Weights & Biases run however the command ends.
 
     A process has one such run at a time: if it stayed open, the next job of a sweep would log to it.
-
-    Args:
-        config: the configuration; `logger` has one entry per logger.
     """
     code = 1
     loggers: list[Logger] = []

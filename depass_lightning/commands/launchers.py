@@ -32,9 +32,6 @@ WORKERS = {"JoblibLauncher": "joblib", "LocalLauncher": "submitit_local"}
 def check_launch(config: DictConfig) -> None:
     """Refuse a launch of `analyze.py` that would hang, or whose processes would use different folders.
 
-    Args:
-        config: the configuration of a run, or of one job of a sweep.
-
     Raises:
         DePassError: the launch cannot work; the message names one that does.
     """

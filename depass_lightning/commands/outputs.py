@@ -103,13 +103,7 @@ def write_results(
 
 
 def print_results(results: Results, console: Console, prompts: int = 6) -> None:
-    """Print a run: the first prompt in colour, a table of several prompts, and the run's numbers.
-
-    Args:
-        results: the results of the run.
-        console: prints to the terminal.
-        prompts: the maximum number of prompts in the table.
-    """
+    """Print a run: the first prompt in colour, a table of several prompts, and the run's numbers."""
     most = prompts
     if results.generated and len(results.rows):
         most = _lengths(RowFile(results.rows.path, ["id"]))[0]

@@ -36,9 +36,6 @@ def rewritten(arguments: Sequence[str]) -> list[str]:
 
     For a single prompt, `faithfulness=none` is added unless the command line has another value.
 
-    Args:
-        arguments: the command line without the program.
-
     Raises:
         DePassError: keys exclude each other, standard input is empty, or a value is not text.
     """

@@ -75,10 +75,6 @@ random order, has the number's name with the suffix `_chance`.
 def report_sweep(folder: str | Path, console: Console) -> int:
     """Collect the runs below a folder into `sweep.parquet` and `sweep.html`, and print them.
 
-    Args:
-        folder: the folder of a sweep, or any folder that contains runs.
-        console: prints the table.
-
     Returns:
         The exit code: 1 if a run is unfinished or broken.
 

@@ -22,9 +22,6 @@ LINES = ("probability", "on_target", "value")  # curves of a probe set, drawn wi
 def write_timelines(folder: str | Path) -> list[Path]:
     """Write `timeline.html` next to the attributions of every probe set and source with two or more steps.
 
-    Args:
-        folder: the run's folder; the callback has written to its subfolder `depass`.
-
     Returns:
         The paths of the pages.
 
@@ -63,9 +60,6 @@ def write_timelines(folder: str | Path) -> list[Path]:
 
 def read_frames(folder: Path) -> tuple[list[Frame], dict[str, Mapping[str, Any]]]:
     """Read the attributions of one probe set.
-
-    Args:
-        folder: the folder of `step-000120.parquet` and so on.
 
     Returns:
         One frame per step, in order, and each prompt's evidence by its id. A step whose file cannot be read

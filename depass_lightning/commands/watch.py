@@ -77,16 +77,7 @@ def make_monitor(config: DictConfig, task: Task) -> ProbeMonitor:
 
 
 class Watcher:
-    """Searches a folder for new checkpoints, and attributes them.
-
-    Args:
-        config: the configuration.
-        folder: the run's folder; a state in it is continued.
-        watched: the folder that a training writes to.
-        task: the prompts.
-        load: loads the model that a configuration names.
-        loggers: where the scalars and maps are logged.
-    """
+    """Searches a folder for new checkpoints, and attributes them."""
 
     def __init__(
         self,

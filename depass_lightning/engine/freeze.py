@@ -40,14 +40,7 @@ class BlockNorms:
 
     @classmethod
     def of(cls, block: Block, hidden: int, expects: torch.dtype, dtype: torch.dtype) -> "BlockNorms":
-        """Probe all norms of a block.
-
-        Args:
-            block: the block.
-            hidden: the size of the residual stream.
-            expects: the precision of the norms' input.
-            dtype: the precision of the result.
-        """
+        """Probe all norms of a block."""
 
         def probe(norm: nn.Module | None, size: int = hidden) -> NormParameters | None:
             return None if norm is None else NormParameters.of(norm, attention.module, size, expects, dtype)
@@ -69,12 +62,6 @@ def freeze(
     block: Block, capture: Capture, state: Float[Tensor, "batch position hidden"], probes: BlockNorms
 ) -> FrozenBlock:
     """Freeze one block.
-
-    Args:
-        block: the block.
-        capture: everything that its hooks have seen.
-        state: the state that entered it, in the precision of the result.
-        probes: what its norms do.
 
     Raises:
         DePassError: the block's attention gives no probabilities, or a norm is of an unknown kind.

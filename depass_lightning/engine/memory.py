@@ -59,20 +59,11 @@ class Budget:
         return cls(working or _SHARED_BYTES, available() // 4, available() // 4, available() // 2)
 
     def kept(self, *, backward: bool) -> int:
-        """The bytes that a recording may hold.
-
-        Args:
-            backward: it is for a backward pass.
-        """
+        """The bytes that a recording may hold."""
         return self.backward if backward else self.recording
 
     def rows(self, width: int, dtype: torch.dtype) -> int:
-        """The number of rows that may be processed at once.
-
-        Args:
-            width: the numbers that are in memory for each row.
-            dtype: their precision.
-        """
+        """The number of rows that may be processed at once."""
         return max(1, self.working // (width * dtype.itemsize))
 
 
@@ -116,11 +107,6 @@ class Storage:
     @classmethod
     def of(cls, rows: int, like: Float[Tensor, "*any hidden"], budget: Budget) -> "Storage":
         """Allocate rows of zeros.
-
-        Args:
-            rows: the number of rows.
-            like: a tensor of their width, precision and device.
-            budget: the bytes that may be kept in memory.
 
         Raises:
             DePassError: the disk, or an accelerator's memory, has no room for them.

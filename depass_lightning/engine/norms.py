@@ -49,13 +49,7 @@ class NormParameters:
 
     @classmethod
     def nothing(cls, hidden: int, device: torch.device, dtype: torch.dtype) -> "NormParameters":
-        """What stands for a norm where a sublayer has none.
-
-        Args:
-            hidden: the size of the residual stream.
-            device: where it is.
-            dtype: its precision.
-        """
+        """What stands for a norm where a sublayer has none."""
         return cls(torch.ones(hidden, device=device, dtype=dtype), None, False)
 
     def direction(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
@@ -104,11 +98,7 @@ class FrozenNorm:
 
     @classmethod
     def nothing(cls, states: Float[Tensor, "batch position hidden"]) -> "FrozenNorm":
-        """What stands for a norm where states are read as they are.
-
-        Args:
-            states: what is read, in the precision of the result.
-        """
+        """What stands for a norm where states are read as they are."""
         probe = NormParameters.nothing(states.shape[-1], states.device, states.dtype)
         return cls(probe, states.new_ones(states.shape[:2]))
 
@@ -128,12 +118,7 @@ class FrozenNorm:
     def transposed(
         self, states: Float[Tensor, "*any hidden"], scale: Float[Tensor, "*any"]
     ) -> Float[Tensor, "*any hidden"]:
-        """Propagate derivatives with respect to the norm's output back to its input.
-
-        Args:
-            states: the derivatives.
-            scale: this norm's scale at each of them.
-        """
+        """Propagate derivatives with respect to the norm's output back to its input."""
         states = states * self.probe.weight
         if self.probe.centred:
             states = states - states.mean(-1, keepdim=True)

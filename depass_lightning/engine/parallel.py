@@ -38,13 +38,7 @@ class ComponentParallel:
     def keep_own(
         self, start_positions: Int[Tensor, "batch component"], lengths: Int[Tensor, "batch"], positions: int
     ) -> Int[Tensor, "batch component"]:
-        """Keep only this rank's components, by moving all other start positions past the end of the prompt.
-
-        Args:
-            start_positions: the position where each component starts.
-            lengths: the number of real positions of each prompt.
-            positions: the number of positions, padding included.
-        """
+        """Keep only this rank's components: all other start positions are moved past the prompt's end."""
         rows = (lengths[:, None] - start_positions).clamp_min(0).sum(0).cumsum(0)
         # Early components have the most rows: rows are divided evenly, not components.
         bounds = rows[-1] * torch.tensor([self.rank, self.rank + 1]) / self.world
@@ -54,22 +48,13 @@ class ComponentParallel:
         return torch.where(kept, start_positions, positions)
 
     def summed(self, values: Tensor) -> Tensor:
-        """Sum values over all ranks.
-
-        Args:
-            values: this rank's values; the same shape on every rank.
-        """
+        """Sum values over all ranks."""
         values = values.contiguous()
         dist.all_reduce(values, group=self.group)
         return values
 
     def merged(self, rule: CompetingRule, summary: Summary) -> Summary:
-        """Merge the summaries of all ranks' components into what normalises the shares.
-
-        Args:
-            rule: the rule.
-            summary: the summary of this rank's components.
-        """
+        """Merge the summaries of all ranks' components into what normalises the shares."""
         if isinstance(rule, SoftmaxRule):
             maximum, sums = summary
             greatest = maximum.contiguous().clone()

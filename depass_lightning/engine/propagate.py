@@ -132,15 +132,7 @@ def after_attention(
     block: FrozenBlock,
     positions: Int[Tensor, "batch target"],
 ) -> DecomposedState:
-    """Return a group of neurons after the next block's attention, at the targets, without propagating it.
-
-    Args:
-        recording: the recorded pass.
-        injection: the group's origin.
-        group: the neurons at the block's entry.
-        block: the block.
-        positions: `[batch, target]` the targets.
-    """
+    """Return a group of neurons after the next block's attention, at the targets, without propagating it."""
     length = recording.input_ids.shape[1]
     everywhere = torch.arange(length, device=positions.device).expand(len(positions), -1)
     base = injection.begin(recording, DenseGroup(group.base), everywhere)

@@ -97,12 +97,7 @@ class Recording:
 
 
 def brought(value: Any, device: torch.device) -> Any:
-    """Bring what is frozen to a device, except the arguments with which the model called its own modules.
-
-    Args:
-        value: a frozen block, or a part of one.
-        device: the device; nothing is copied that is there already.
-    """
+    """Bring what is frozen to a device, except the arguments with which the model called its own modules."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, AttentionCall):
@@ -120,13 +115,7 @@ def brought(value: Any, device: torch.device) -> Any:
 
 
 def recorded_bytes(decoder: Decoder, batch: int, positions: int) -> int:
-    """Estimate the bytes that a full recording of a batch holds.
-
-    Args:
-        decoder: the model.
-        batch: the number of prompts.
-        positions: the number of tokens of the longest.
-    """
+    """Estimate the bytes that a full recording of a batch holds."""
     hidden, neurons = decoder.hidden_size, decoder.neurons
     # Queries and keys, or the probabilities.
     mixture = 2 * hidden if implementation(decoder) == RECORDED else decoder.heads * positions

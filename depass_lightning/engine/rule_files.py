@@ -68,10 +68,6 @@ def _weight(path: str, index: int, block: Any, name: str) -> float:
 def check_rule(rule: CalibratedRule, decoder: Decoder) -> None:
     """Refuse a rule that was fitted to another kind of model.
 
-    Args:
-        rule: the rule.
-        decoder: the model that it is used on.
-
     Raises:
         DePassError: the model's type or its number of blocks is another one.
     """

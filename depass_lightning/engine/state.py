@@ -66,11 +66,7 @@ class DecomposedState:
         return state
 
     def join(self, group: ComponentGroup) -> "DecomposedState":
-        """Return a state with another group added, whose components compete among themselves only.
-
-        Args:
-            group: as many components as each earlier group has.
-        """
+        """Return a state with another group added, whose components compete among themselves only."""
         old = self.layout
         real = old.present.any(3).any(2)[:, :, None, None]
         present = torch.cat([old.present, real.expand_as(old.present[:, :, :1])], 2)
@@ -136,11 +132,7 @@ class DecomposedState:
             self.norm_rows(mlp.skip)
 
     def norm_rows(self, norm: FrozenNorm) -> None:
-        """Norm all rows in place.
-
-        Args:
-            norm: a norm on the residual stream itself.
-        """
+        """Norm all rows in place."""
         scale, count = self.at_positions(norm.scale), self.layout.components
         for first in range(0, count, self._fill_step):
             index = self.layout.index[:, :, first : first + self._fill_step].to(self.rows.device)

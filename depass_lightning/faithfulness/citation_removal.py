@@ -49,12 +49,7 @@ class CitationRemoval:
             raise DePassError(f"samples must be 0 or at least 2; got {self.samples}")
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return the measures of every case whose components stand for text and whose target is an answer.
-
-        Args:
-            cases: what is measured; the explained token or whole answer is the answer.
-            depass: the model that was attributed.
-        """
+        """Return the measures of every case whose components stand for text and whose target is an answer."""
         columns: list[Columns] = [{} for _ in cases]
         if self.samples:
             columns = LinearDatamodeling(self.samples, self.seed, self.batch_size).columns(cases, depass)
@@ -93,10 +88,6 @@ class CitationRemoval:
 
 
 def log_probability(reading: AnswerReading) -> float:
-    """Return the logarithm of an answer's probability, exact where that is close to 0 or 1.
-
-    Args:
-        reading: what the model gives the answer.
-    """
+    """Return the logarithm of an answer's probability, exact where that is close to 0 or 1."""
     odds = reading.log_odds
     return -log1p(exp(-odds)) if odds > 0 else odds - log1p(exp(odds))

@@ -192,12 +192,7 @@ class ComponentMasking:
         check_percents(self.percents)
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return the curves of every case whose components are heads or neurons.
-
-        Args:
-            cases: the attributions; an answer is right where the model generates all of its tokens.
-            depass: the model that was attributed.
-        """
+        """Return the curves of every case whose components are heads or neurons."""
         columns: list[Columns] = [{} for _ in cases]
         indices = [i for i, case in enumerate(cases) if case.attribution.source in ("heads", "neurons")]
         attributions = [cases[i].attribution for i in indices]

@@ -54,12 +54,7 @@ class LinearDatamodeling:
             raise DePassError(f"a correlation needs two samples at least; got {self.samples}")
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return the score of every case whose components stand for text and whose target is a token.
-
-        Args:
-            cases: what is measured; the explained token is the answer whose log-odds are followed.
-            depass: the model that was attributed.
-        """
+        """Return the score of every case whose components stand for text and whose target is a token."""
         columns: list[Columns] = [{} for _ in cases]
         predictions: dict[int, Tensor] = {}
         keys: dict[int, object] = {}

@@ -101,11 +101,7 @@ class ScoreMeasure(Measure):
         return self.function.__name__
 
     def __call__(self, case: Case) -> float | bool | None:
-        """Return the measure of one case.
-
-        Args:
-            case: the attribution, and what is known about its prompt.
-        """
+        """Return the measure of one case."""
         return self.function(case)
 
     @override

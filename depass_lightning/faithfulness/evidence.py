@@ -71,12 +71,7 @@ def text_components(attribution: Attribution) -> list[int]:
 
 
 def without_last(attribution: Attribution, components: Sequence[int]) -> list[int]:
-    """Return those of the components that do not hold the last token, after which the target is read.
-
-    Args:
-        attribution: the scores.
-        components: indices of components that represent tokens.
-    """
+    """Return those of the components that do not hold the last token, after which the target is read."""
     ends = [span[1] if span else 0 for span in attribution.positions]
     return [i for i in components if ends[i] <= prompt_end(attribution)]
 

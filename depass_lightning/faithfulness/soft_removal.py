@@ -88,12 +88,7 @@ class SoftRemoval:
             raise DePassError(f"soft removal needs one sample at least; got {self.samples}")
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return both measures of every case whose components stand for text and whose target is a token.
-
-        Args:
-            cases: what is measured; the explained token is the answer whose probability is followed.
-            depass: the model that was attributed.
-        """
+        """Return both measures of every case whose components stand for text and whose target is a token."""
         return [
             self._case(case, depass.decoder) if case.target_ids and removable(case.attribution) else {}
             for case in cases

@@ -224,12 +224,7 @@ class TokenRemoval:
             check_percents(self.rationales)
 
     def columns(self, cases: Sequence[Case], depass: DePass) -> list[Columns]:
-        """Return the curves of every case whose components represent text and whose target is a token.
-
-        Args:
-            cases: the attributions; the explained token is the answer whose probability is read.
-            depass: the model that was attributed.
-        """
+        """Return the curves of every case whose components represent text and whose target is a token."""
         columns: list[Columns] = [{} for _ in cases]
         indices = [i for i, case in enumerate(cases) if case.answer_ids and text_components(case.attribution)]
         if not indices:

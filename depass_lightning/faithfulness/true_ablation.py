@@ -230,13 +230,7 @@ def _masks(
 def activations(
     decoder: Decoder, places: Mapping[str, Place], ids: Sequence[int]
 ) -> dict[str, Float[Tensor, "1 position component size"]]:
-    """Return what the components of one prompt are.
-
-    Args:
-        decoder: the model, already set up to be run (`as_depass_runs`).
-        places: where they are.
-        ids: the prompt.
-    """
+    """Return what the components of one prompt are; the model is already set up (`as_depass_runs`)."""
     table = torch.tensor([list(ids)], device=decoder.device)
     with reading(places, 1) as seen:
         decoder.logits(table, torch.tensor([len(ids) - 1], device=decoder.device))

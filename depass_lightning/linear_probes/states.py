@@ -93,10 +93,6 @@ def hidden_states(
 def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
     """Return layers as indices.
 
-    Args:
-        count: the model's number of blocks, which is itself a layer: what leaves the last block.
-        layers: as for `hidden_states`.
-
     Raises:
         DePassError: there is none, or the model has no such layer.
     """

@@ -48,13 +48,7 @@ class AblationBaseline(TokenBaseline):
     def values(
         self, batch: Batch, rows: Int[Tensor, "run"], removed: Bool[Tensor, "run position"]
     ) -> Float[Tensor, "run"]:
-        """Return the target's value in prompts without some of their tokens.
-
-        Args:
-            batch: the prompts.
-            rows: the prompt of each run.
-            removed: the tokens that are ablated in each run.
-        """
+        """Return the target's value in prompts without some of their tokens."""
         wanted, weights = batch.wanted()
         values = []
         for start in range(0, len(rows), self.rows):

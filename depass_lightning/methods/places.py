@@ -111,10 +111,6 @@ def reading(places: Mapping[Key, Place], rows: int) -> Iterator[dict[Key, Tensor
     """Record the components in the passes inside: by place `[row, position, component, size]` of the last.
 
     A pass goes on from what is recorded, so that it has a gradient.
-
-    Args:
-        places: where they are.
-        rows: the number of rows of a pass.
     """
     seen: dict[Key, Tensor] = {}
 

@@ -30,10 +30,5 @@ class TokenBaseline(Baseline):
     def summed(
         self, batch: Batch, token_scores: Float[Tensor, "batch position"]
     ) -> Float[Tensor, "batch group component"]:
-        """Return the sum of each component's tokens, as `score` does.
-
-        Args:
-            batch: the prompts.
-            token_scores: a number a token; what is padded may be anything.
-        """
+        """Return the sum of each component's tokens, as `score` does."""
         return summed(token_scores, self.owners(batch))[:, None, 1:]

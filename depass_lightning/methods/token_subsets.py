@@ -73,13 +73,7 @@ class SubsetBaseline(AblationBaseline):
 
     @abstractmethod
     def fit(self, values: Values, count: int, seed: int) -> Float[Tensor, "candidate"]:
-        """Return the scores of one prompt's candidates.
-
-        Args:
-            values: the target's value on subsets of the candidates.
-            count: the number of candidates.
-            seed: of this prompt's draws.
-        """
+        """Return the scores of one prompt's candidates."""
 
     def _candidates(self, batch: Batch, row: int, owners: Tensor) -> Tensor:
         """Return the numbers of the components of one prompt that stand for text."""
@@ -100,13 +94,7 @@ def removed_positions(
     owners: Int[Tensor, "position"],
     candidates: Int[Tensor, "candidate"],
 ) -> Bool[Tensor, "subset position"]:
-    """Return the positions of the candidates that are not kept.
-
-    Args:
-        kept: which candidates are kept.
-        owners: the component that each position belongs to.
-        candidates: the numbers of the candidates' components.
-    """
+    """Return the positions of the candidates that are not kept."""
     members = owners[:, None] == candidates  # [position, candidate]
     return (~kept.to(members.device)).double() @ members.T.double() > 0
 

@@ -112,9 +112,6 @@ def chosen(module: nn.Module) -> Any:
 def features(module: nn.Module) -> tuple[int, int]:
     """The numbers of a linear layer's inputs and outputs, without reading its weights.
 
-    Args:
-        module: a linear layer of the model.
-
     Raises:
         DePassError: the module does not expose it.
     """
@@ -133,11 +130,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Whether a layer adds a constant.
-
-    Args:
-        module: a linear layer or a norm.
-    """
+    """Whether a layer adds a constant."""
     module = chosen(module)
     base = getattr(module, "base_layer", module)
     return getattr(base, "bias", None) is not None or _with_biases(module, None, torch.float32) is not None
@@ -160,11 +153,7 @@ def bias_of(module: nn.Module, dtype: torch.dtype) -> Float[Tensor, "out"]:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The model's own module inside those of `peft` that adapt its parameters, one around another.
-
-    Args:
-        module: a module whose parameters are no layers of their own, such as experts.
-    """
+    """The model's own module inside those of `peft` that adapt its parameters, one around another."""
     while hasattr(module, "parameter_name") and isinstance(module.base_layer, nn.Module):
         module = module.base_layer
     return module
@@ -196,11 +185,7 @@ def parameter_of(module: nn.Module, name: str, dtype: torch.dtype | None) -> Ten
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a layer's weights are kept more coarsely than in half precision, by whatever library.
-
-    Args:
-        module: a linear layer of the model, with adapters or without.
-    """
+    """Whether a layer's weights are kept more coarsely than in half precision, by whatever library."""
     return any(
         type(tensor) not in PLAIN
         or tensor.dtype.itemsize < 2

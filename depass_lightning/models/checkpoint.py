@@ -36,11 +36,7 @@ class _Inert:
 
 
 def is_checkpoint(entry: str) -> bool:
-    """Whether an entry names a checkpoint file, with or without a part of it.
-
-    Args:
-        entry: a path, perhaps with `#` and a prefix.
-    """
+    """Whether an entry names a checkpoint file, with or without a part of it."""
     return _parted(entry)[0].suffix in SUFFIXES
 
 

@@ -103,9 +103,6 @@ class Decoder:
     def config_of(model: nn.Module) -> PretrainedConfig:
         """The configuration of a model's decoder, its text part where there are others.
 
-        Args:
-            model: a Hugging Face causal language model.
-
         Raises:
             DePassError: it is none.
         """
@@ -337,9 +334,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def original(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model itself, inside what compiles it or adds adapters to it.
-
-    Args:
-        model: a Hugging Face causal language model.
 
     Raises:
         DePassError: it is none, or its adapters are no linear maps.

@@ -73,9 +73,6 @@ class OutputHead:
     def of(cls, model: PreTrainedModel) -> "OutputHead":
         """Find a model's output head.
 
-        Args:
-            model: a Hugging Face language model or classifier.
-
         Raises:
             DePassError: the model has no head, or its labels are not those of its configuration.
         """

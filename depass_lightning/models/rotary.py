@@ -23,11 +23,7 @@ def _settings(config: Any) -> list[dict[str, Any]]:
 
 
 def is_rotary(config: Any) -> bool:
-    """Whether a model has rotary positions, which no table limits.
-
-    Args:
-        config: the configuration of a model's decoder.
-    """
+    """Whether a model has rotary positions, which no table limits."""
     return any(_settings(config))
 
 
@@ -82,11 +78,7 @@ def position_limit(decoder: Any, config: Any, asked: int | None) -> int | None:
 
 
 class Frequencies:
-    """The frequencies of a model's rotary modules that change them, saved to be restored.
-
-    Args:
-        model: the model.
-    """
+    """The frequencies of a model's rotary modules that change them, saved to be restored."""
 
     def __init__(self, model: nn.Module) -> None:
         self._saved = [

@@ -241,11 +241,6 @@ def class_name(kind: type) -> str:
 def submodule(parent: nn.Module, path: str, owner: str) -> nn.Module:
     """Find a declared submodule.
 
-    Args:
-        parent: the module that contains it.
-        path: attribute names joined by dots.
-        owner: the parent's name in an error.
-
     Raises:
         DePassError: there is no such submodule, so the declaration does not describe this model.
     """

@@ -57,12 +57,7 @@ def check_weights(
 
 
 def inside(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the names that are inside the model's decoder, without saved constants.
-
-    Args:
-        model: the model.
-        names: names of weights that the model does not have.
-    """
+    """Return the names that are inside the model's decoder, without saved constants."""
     # Names of modules, not of weights: a model without blocks has an empty list of them.
     parts = {name for name, _ in model.named_modules()} - {getattr(model, "base_model_prefix", "")}
     ignored = [CONSTANTS]

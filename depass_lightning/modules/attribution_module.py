@@ -67,9 +67,7 @@ class Explained:
     def target(self, example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> Target:
         """Return the target of an example, for all kinds but "generation".
 
-        Args:
-            example: the prompt and its answer.
-            tokenizer: to count the answer's tokens; None explains the first one.
+        Without a tokenizer, which counts the answer's tokens, the first one is explained.
         """
         assert self.kind != "generation"
         if self.kind == "own":

@@ -15,7 +15,13 @@ class Study(Protocol):
     """What `depass_lightning.studies` has one of for each of the paper's experiments."""
 
     def run(self, depass: DePass, folder: str | Path, *, progress: bool = False) -> StudyResult:
-        """Run the experiment and write it into a folder."""
+        """Run the experiment and write it into a folder.
+
+        Args:
+            depass: the model, with its tokenizer.
+            folder: where to write.
+            progress: show progress bars.
+        """
         ...
 
 

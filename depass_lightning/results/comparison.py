@@ -35,12 +35,6 @@ def compare_scores(
 ) -> Comparison:
     """Compare scores (before) with other scores (after), component by component.
 
-    Args:
-        names: the components' names.
-        scores: `[component]` their scores.
-        other_names: the names of the other scores' components.
-        other_scores: `[component]` the other scores.
-
     Raises:
         DePassError: the two are not over the same components.
     """

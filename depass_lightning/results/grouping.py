@@ -51,10 +51,6 @@ def words_summed(attribution: "Attribution") -> "Attribution":
 def sections_summed(attribution: "Attribution", by: SectionUnit) -> "Attribution":
     """Return an attribution with the components of each sentence, paragraph, turn or document summed.
 
-    Args:
-        attribution: its components must be positions of a text.
-        by: the unit.
-
     Raises:
         DePassError: the text or the tokens' offsets are not known, or there is no such unit in it.
     """
@@ -97,11 +93,7 @@ def sections_summed(attribution: "Attribution", by: SectionUnit) -> "Attribution
 
 
 def characters_of(attribution: "Attribution") -> list[tuple[int, int]]:
-    """Return each component's character range, without the white space around it.
-
-    Args:
-        attribution: of a prompt whose tokens' offsets are known.
-    """
+    """Return each component's character range, without the white space around it."""
     offsets, spans = attribution.offsets or [], []
     for position in attribution.positions:
         covered = [(s, e) for s, e in offsets[slice(*position)] if e > s] if position else []
@@ -128,11 +120,6 @@ def part_sums(attribution: "Attribution") -> dict[str, float]:
 
 def citations(attribution: "Attribution", k: int, by: SectionUnit) -> list[Citation]:
     """Return the parts of the documents with the largest scores, the largest first.
-
-    Args:
-        attribution: of a prompt with documents.
-        k: the largest number of citations.
-        by: what is cited: a sentence, a paragraph or a document.
 
     Raises:
         DePassError: the prompt has no documents, or its components are no positions.

@@ -191,13 +191,7 @@ class Source(ABC):
 
 @dataclass
 class GroupInjection:
-    """Groups of components at every position that begin inside blocks, or at the first one's input.
-
-    Args:
-        source: what the state is split into.
-        recording: the recorded pass.
-        settings: what else the source needs of the pass.
-    """
+    """Groups of components at every position that begin inside blocks, or at the first one's input."""
 
     source: "GroupSource"
     recording: Recording
@@ -285,23 +279,12 @@ class GroupSource(Source):
     def entering(self, recording: Recording, layer: int, settings: SplitContext) -> Tensor | None:
         """Return the components at the input of the first block.
 
-        Args:
-            recording: the recorded pass.
-            layer: the first block.
-            settings: what else the source needs of the pass.
-
         Returns:
             `[batch, component, position, hidden]`, or None where none begin there.
         """
 
     def inside(self, block: FrozenBlock, place: Place, settings: SplitContext) -> Begun | None:
-        """Return the components that begin inside a block, and constants that belong to none of them.
-
-        Args:
-            block: the block.
-            place: where in it.
-            settings: what the source needs of the pass.
-        """
+        """Return the components that begin inside a block, and constants that belong to none of them."""
 
 
 def with_constants(

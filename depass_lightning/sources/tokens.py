@@ -30,12 +30,7 @@ LEAST = 8  # components of `Tokens(refine=)`
 def summed(
     scores: Float[Tensor, "batch position"], owners: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch component"]:
-    """Return the sum over each component's positions.
-
-    Args:
-        scores: one score per position.
-        owners: the component of each position.
-    """
+    """Return the sum over each component's positions."""
     sums = scores.new_zeros(len(scores), int(owners.max()) + 1)
     return sums.scatter_add_(1, owners.to(scores.device), scores)
 

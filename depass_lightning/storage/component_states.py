@@ -19,10 +19,6 @@ HEADER = "decomposition"
 def write_states(folder: str | Path, states: Mapping[int, Decomposition]) -> dict[int, str]:
     """Write every prompt's components at a layer to `<index>.safetensors`.
 
-    Args:
-        folder: the folder of the files; created if it is missing.
-        states: the components by the prompts' indices.
-
     Returns:
         The SHA-256 of each file, by the prompts' indices.
     """

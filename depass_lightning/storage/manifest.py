@@ -88,10 +88,6 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 def keep_manifest(manifest: Manifest, folder: str | Path) -> bool:
     """Check that a run may add rows to a folder, and write its manifest if the folder has no rows.
 
-    Args:
-        manifest: the manifest of the new run.
-        folder: the folder of its rows.
-
     Returns:
         Whether the folder has rows of the same run.
 

@@ -64,12 +64,7 @@ def _labelled(row: Row, number: int) -> Example:
 
 
 def load_listed(rows: Sequence[Mapping[str, Any]], size: int | None = None) -> Task:
-    """Read rows from a list instead of a file.
-
-    Args:
-        rows: the rows of `load`.
-        size: the maximum number of prompts, from the first row; None means all.
-    """
+    """Read rows from a list instead of a file."""
     return load_rows("prompts", [dict(row) for row in rows], example_of, size)
 
 

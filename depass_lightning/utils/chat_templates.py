@@ -53,11 +53,6 @@ def formatted(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "the pr
     Documents are a turn of the user where the tokenizer has a chat template. Other texts are returned
     unchanged.
 
-    Args:
-        text: the text.
-        tokenizer: the model's tokenizer.
-        name: what error messages call the text.
-
     Raises:
         DePassError: there is no chat template, or it refuses the conversation.
     """

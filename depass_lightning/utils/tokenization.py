@@ -81,12 +81,6 @@ def check_vocabulary(
 ) -> None:
     """Refuse tokens that were added to a tokenizer but not to the model.
 
-    Args:
-        name: what contains the ids, for error messages.
-        ids: the token ids.
-        tokenizer: decodes the token for the message.
-        vocabulary: the number of tokens with embeddings, or None if unknown.
-
     Raises:
         DePassError: an id is not below the vocabulary's size.
     """
@@ -110,12 +104,6 @@ def beginning_of(text: str, limit: int | None) -> str:
 
 def check_beginning(name: str, text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
     """Refuse a text that is far too long before it is tokenised, which may exhaust memory.
-
-    Args:
-        name: the name of the text in error messages.
-        text: the text.
-        tokenizer: the model's tokenizer.
-        limit: the model's context in tokens, or None if unknown.
 
     Raises:
         DePassError: the text has over ten million characters, or far more tokens than the context.

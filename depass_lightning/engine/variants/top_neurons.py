@@ -86,11 +86,7 @@ class TopNeuronApproximation:
     stop: int
 
     def estimate(self, top: int) -> tuple[Float[Tensor, "batch component"], list[ApproximationError]]:
-        """Scores with `2 * top` neurons carried exactly, and for each prompt how they differ from `top`.
-
-        Args:
-            top: how many neurons to begin with.
-        """
+        """Scores with `2 * top` neurons carried exactly, and for each prompt how they differ from `top`."""
         count, before = self.group.values.shape[2], self.group.base.shape[1]
         doubled = min(2 * top, count)
         better = self.scores(doubled)
@@ -102,11 +98,7 @@ class TopNeuronApproximation:
         return better, estimates
 
     def scores(self, top: int) -> Float[Tensor, "batch component"]:
-        """Every component's score; constants that join after the components start are not counted.
-
-        Args:
-            top: how many neurons are carried exactly.
-        """
+        """Every component's score; constants that join after the components start are not counted."""
         chosen = self._largest(top)
         exact, forward = self._forward(chosen)
         before = self.group.base.shape[1]

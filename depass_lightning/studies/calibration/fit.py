@@ -52,13 +52,7 @@ class Ablated:
     effects: list[list[dict[str, Tensor]]]
 
     def agreements(self, depass: DePass, rule: LinearPaths, batch_size: int = 16) -> list[dict[str, float]]:
-        """Return each prompt's correlations, by kind and replacement.
-
-        Args:
-            depass: the model.
-            rule: whose scores are compared with the effects.
-            batch_size: how many prompts are scored at once.
-        """
+        """Return each prompt's correlations, by kind and replacement."""
         scores = scores_of(depass, self.questions, self.kinds, rule, batch_size)
         return [
             {
@@ -72,13 +66,7 @@ class Ablated:
         ]
 
     def residuals(self, depass: DePass, rule: LinearPaths, batch_size: int = 16) -> Float[Tensor, "residual"]:
-        """Return the differences whose squares sum to the mean of one less the correlation.
-
-        Args:
-            depass: the model.
-            rule: whose scores are compared with the effects.
-            batch_size: how many prompts are scored at once.
-        """
+        """Return the differences whose squares sum to the mean of one less the correlation."""
         scores = scores_of(depass, self.questions, self.kinds, rule, batch_size)
         parts = [
             (_standardised(effect) - _standardised(scored.scores[index])) / (2 * len(index)) ** 0.5
@@ -98,15 +86,7 @@ def _standardised(values: Float[Tensor, "component"]) -> Float[Tensor, "componen
 def scores_of(
     depass: DePass, questions: Sequence[Question], kinds: Sequence[str], rule: LinearPaths, batch_size: int
 ) -> list[list[Attribution]]:
-    """Return each prompt's scores under a linear rule, `[prompt][kind]`, from one recorded pass.
-
-    Args:
-        depass: the model.
-        questions: one a prompt.
-        kinds: the kinds of components.
-        rule: the rule.
-        batch_size: how many prompts are scored at once.
-    """
+    """Return each prompt's scores under a linear rule, `[prompt][kind]`, from one recorded pass."""
     sources = [KINDS[kind] for kind in kinds]
     settings = settings_of(depass.decoder, sources, rule="shap", memory_budget=depass.memory_budget)
     settings = replace(settings, rule=rule, rule_name=rule.name)
@@ -168,14 +148,7 @@ def depth_of(block: int, blocks: int, depths: int) -> int:
 
 
 def fit(depass: DePass, ablated: Ablated, depths: int, batch_size: int = 16) -> list[tuple[float, float]]:
-    """Return the fitted weights of the gate and of attention's scores, of each block.
-
-    Args:
-        depass: the model.
-        ablated: the prompts with their effects.
-        depths: how many depths have weights of their own.
-        batch_size: how many prompts are scored at once.
-    """
+    """Return the fitted weights of the gate and of attention's scores, of each block."""
     blocks = len(depass.decoder.blocks)
     start = np.repeat(START, depths)
 

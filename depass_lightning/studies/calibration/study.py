@@ -87,11 +87,6 @@ class Calibration:
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Fit the rule, and write its file `rule.json` and the agreements into a folder.
 
-        Args:
-            depass: the model, with its tokenizer.
-            folder: where to write.
-            progress: show progress bars.
-
         Raises:
             DePassError: a file is wrong, depths are more than blocks, or the model answers no prompt right.
         """

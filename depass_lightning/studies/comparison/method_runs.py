@@ -292,12 +292,7 @@ def lower_is_better(measure: str) -> bool:
 
 
 def notes_on(table: Sequence[Mapping[str, Cell]], against: str = AGAINST) -> list[str]:
-    """Return how the table is read, and where another method is ahead.
-
-    Args:
-        table: as `compare_rows` gives it.
-        against: the method that the others were held against.
-    """
+    """Return how the table is read, and where another method is ahead."""
     notes = [
         f"Intervals are bootstrap 95% CIs over prompts. A difference is {against} less the method, per "
         "prompt; its p-value is that of a sign-flip test, corrected for the number of methods (Holm).",

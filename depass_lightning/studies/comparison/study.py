@@ -154,11 +154,6 @@ class MethodComparison:
         A method whose rows are there, of the same comparison, is not run again. Inside
         `utils.distributed.sharing` the processes share out the prompts, and the first one writes.
 
-        Args:
-            depass: the model, with its tokenizer.
-            folder: where to write.
-            progress: show a progress bar for each method.
-
         Raises:
             DePassError: a setting or the file is wrong, the model answers no prompt right, or the folder
                 holds rows of another comparison.

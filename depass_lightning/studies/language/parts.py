@@ -42,16 +42,7 @@ def carry_parts(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Carried:
-    """Carry the two parts of each source to the end of every prompt; all sources share one recorded pass.
-
-    Args:
-        depass: the model.
-        prompts: the prompts.
-        sources: the subspaces, one a source.
-        rule: how neurons are shared.
-        batch_size: how many prompts go through the model at once.
-        progress: show a progress bar.
-    """
+    """Carry the two parts of each source to the end of every prompt; all sources share one recorded pass."""
     decoder = depass.decoder
     settings = settings_of(decoder, sources, rule=rule, memory_budget=depass.memory_budget)
     unembedded = decoder.unembedded()

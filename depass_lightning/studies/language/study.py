@@ -80,11 +80,6 @@ class Language:
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Run the experiment and write it into a folder, the best layer's probe included.
 
-        Args:
-            depass: the model.
-            folder: where to write.
-            progress: show a progress bar while carrying.
-
         Raises:
             DePassError: a setting or a file is wrong, or no prompt can be used.
         """

@@ -98,11 +98,6 @@ class Truthful:
     def run(self, depass: DePass, folder: str | os.PathLike[str], *, progress: bool = False) -> StudyResult:
         """Run the experiment and write it into a folder, the probe included (`probe.safetensors`).
 
-        Args:
-            depass: the model, with a tokenizer that knows where its tokens stand in the text.
-            folder: where to write.
-            progress: show a progress bar while attributing.
-
         Raises:
             DePassError: a setting or a file is wrong, or no prompt can be used.
         """
@@ -272,11 +267,7 @@ class Truthful:
 
 
 def misled_prompts(depass: DePass, task: Task) -> tuple[list[Misled], list[str]]:
-    """Read a task's prompts as the model does.
-
-    Args:
-        depass: the model.
-        task: prompts with the role `misleading`, the variant `plain` and a foil.
+    """Read a task's prompts, with a role `misleading`, a variant `plain` and a foil, as the model does.
 
     Returns:
         The prompts that can be used, and why the others cannot.
@@ -324,16 +315,7 @@ def blamed_by_depass(
     batch_size: int,
     progress: bool = False,
 ) -> list[list[int]]:
-    """Order each prompt's misleading tokens by how much they speak against "true", the most first.
-
-    Args:
-        depass: the model.
-        probe: the probe, with the label "true".
-        prompts: the prompts.
-        rule: how neurons are shared.
-        batch_size: how many prompts go through the model at once.
-        progress: show a progress bar.
-    """
+    """Order each prompt's misleading tokens by how much they speak against "true", the most first."""
     attributions = depass.attribute(
         [misled.prompt.text for misled in prompts],
         [probe.target("true", misled.places[-1]) for misled in prompts],

@@ -46,9 +46,6 @@ def hub_rows(address: str) -> list[dict[str, Any]]:
 def saved_rows(folder: Path) -> list[dict[str, Any]]:
     """Load the rows of a data set that was saved by `save_to_disk`.
 
-    Args:
-        folder: the folder of the data set or of one of its splits.
-
     Raises:
         DePassError: the folder has no saved data set, or several splits.
     """

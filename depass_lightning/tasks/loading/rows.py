@@ -118,10 +118,6 @@ def name_field(row: Row, key: str, number: int) -> str:
 def check_text(what: str, text: str) -> str:
     """Return a text unchanged if it can be stored and tokenised.
 
-    Args:
-        what: the name of the text in error messages.
-        text: the text.
-
     Raises:
         DePassError: the text has a lone surrogate, which JSON allows but tokenizers and files do not, or it
             is so long that tokenizers would crash.
@@ -138,10 +134,6 @@ def check_text(what: str, text: str) -> str:
 
 def read_text(path: Path, kind: str) -> str:
     """Read a text file.
-
-    Args:
-        path: the file.
-        kind: the expected kind of file, for error messages.
 
     Raises:
         DePassError: the file is missing, not a regular file, too large, or not in UTF-8.
