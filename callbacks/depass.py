@@ -43,8 +43,9 @@ class DePassCallback(Callback):
         every_n_steps: also run after every this many optimiser steps.
         folder: where pages and scores are written, in a folder `depass`; None for the first logger's folder,
             or the trainer's `default_root_dir` without a logger.
-        options: `size`, `source`, `target`, `answer`, `max_overhead`, `faithfulness`, `batch_size`,
-            `on_error`, `alarms`, `control`, `scalars`, and the rule's settings, as for `ProbeMonitor`.
+        options: `size`, `source`, `target`, `answer`, `max_overhead`, `faithfulness`, `circuit`,
+            `batch_size`, `on_error`, `alarms`, `control`, `scalars`, and the rule's settings, as for
+            `ProbeMonitor`.
 
     Raises:
         DePassError: an argument is invalid; when training starts, the probes, the model or the tokenizer

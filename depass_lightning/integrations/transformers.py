@@ -45,8 +45,9 @@ class DePassTrainerCallback(TrainerCallback):
         every_n_steps: also run after every this many optimiser steps.
         folder: where pages and scores are written, in a folder `depass`; None for `output_dir`.
         sinks: where runs are logged; None for what `report_to` names, of W&B, TensorBoard and MLflow.
-        options: `size`, `source`, `target`, `answer`, `max_overhead`, `faithfulness`, `batch_size`,
-            `on_error`, `alarms`, `control`, `scalars`, and the rule's settings, as for `ProbeMonitor`.
+        options: `size`, `source`, `target`, `answer`, `max_overhead`, `faithfulness`, `circuit`,
+            `batch_size`, `on_error`, `alarms`, `control`, `scalars`, and the rule's settings, as for
+            `ProbeMonitor`.
 
     Raises:
         DePassError: an argument is invalid; when training starts, the probes, the model or the tokenizer

@@ -104,6 +104,7 @@ class History:
         curves: each scalar at every step.
         intervals: the interval of each mean at every step; None where there is none.
         bands: the null band of each scalar at every step, where there are control prompts.
+        circuits: the scores of the circuit's largest edges by step, where circuits are computed.
     """
 
     def __init__(self) -> None:
@@ -111,6 +112,7 @@ class History:
         self.curves: dict[str, list[float]] = {}
         self.intervals: dict[str, list[Band | None]] = {}
         self.bands: dict[str, list[Band | None]] = {}
+        self.circuits: dict[int, dict[str, float]] = {}
         self._first_rows: dict[str, dict[str, float]] = {}
         self._first: dict[str, dict[str, Any]] = {}
         self._previous: dict[str, dict[str, Any]] = {}
@@ -171,6 +173,7 @@ class History:
         scored: Mapping[str, Attribution],
         rows: Mapping[str, Mapping[str, float]],
         bands: Mapping[str, Band],
+        edges: Mapping[str, float] | None = None,
     ) -> None:
         """Append one run.
 
@@ -180,6 +183,7 @@ class History:
             scored: the attributions of the probes that succeeded, by their ids.
             rows: the scalars of these probes, by their ids.
             bands: the null bands of the scalars.
+            edges: the largest edges of the circuit.
         """
         ends = intervals(list(rows.values()), list(metrics))
         kinds: list[tuple[dict[str, Any], Mapping[str, Any], Any]] = [
@@ -191,6 +195,8 @@ class History:
             for name in dict.fromkeys((*curves, *now)):
                 curves.setdefault(name, [missing] * len(self.steps)).append(now.get(name, missing))
         self.steps.append(step)
+        if edges:
+            self.circuits[step] = dict(edges)
         self._first_rows = {id: dict(row) for id, row in rows.items()} | self._first_rows
         scores = {id: {"names": list(a.names), "scores": a.scores.clone()} for id, a in scored.items()}
         self._previous.update(scores)
@@ -208,6 +214,7 @@ class History:
             "intervals": self.intervals,
             "null_bands": self.bands,
             "stable_from": self.stable_from(),
+            "circuits": self.circuits,
         }
 
     def stable_from(self, threshold: float = STABLE) -> int | None:
@@ -237,7 +244,8 @@ class History:
         runs = {"first": dict(self._first), "previous": dict(self._previous), "rows": dict(self._first_rows)}
         ranges = {"intervals": self.intervals, "bands": self.bands}
         lists = {key: {name: list(band) for name, band in kind.items()} for key, kind in ranges.items()}
-        return {"steps": list(self.steps), "curves": curves, **runs, **lists}
+        circuits = {step: dict(edges) for step, edges in self.circuits.items()}
+        return {"steps": list(self.steps), "curves": curves, **runs, **lists, "circuits": circuits}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "History":
@@ -253,4 +261,5 @@ class History:
         history.bands = {name: list(ends) for name, ends in state["bands"].items()}
         history._first, history._previous = dict(state["first"]), dict(state["previous"])
         history._first_rows = dict(state["rows"])
+        history.circuits = {step: dict(edges) for step, edges in state["circuits"].items()}
         return history

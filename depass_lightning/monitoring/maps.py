@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from depass_lightning.monitoring.results import Result
+from depass_lightning.reports.circuit_page import write_circuit_page
 from depass_lightning.reports.page import page_html
 from depass_lightning.storage import ATTRIBUTION_SCHEMA, attribution_to_row, write_json, write_shard
 from depass_lightning.utils.atomic_files import safe_path, write_whole
@@ -18,6 +19,8 @@ CARDS = {
     "spearman_previous": "rank correlation with the previous run",
     "faithfulness": "faithfulness, random removal minus removal of the top",
     "kept_faithfulness": "faithfulness with the last token kept",
+    "circuit_overlap_first": "circuit edges shared with the first run",
+    "circuit_overlap_previous": "circuit edges shared with the previous run",
     "failed": "failed probes",
 }
 COLUMNS = ("probe", "prompt", "target", "prediction", "top tokens", "gained most", "lost most")
@@ -49,7 +52,7 @@ def place_of(result: Result) -> Path:
 
 
 def write_maps(result: Result, folder: Path) -> MapFiles | None:
-    """Write a result's history, its page and its scores; without attributions the history alone.
+    """Write a result's history, circuit, page and scores; without attributions the history alone.
 
     The scores have the columns of an analysis, so that `read_attributions` reads them.
 
@@ -62,6 +65,11 @@ def write_maps(result: Result, folder: Path) -> MapFiles | None:
     """
     folder = folder / place_of(result)
     write_json(folder / "history.json", result.history.as_json())
+    if result.circuit is not None:
+        result.circuit.save(folder / f"circuit-{result.step:06d}.safetensors")
+        title = f"{result.name}, step {result.step}: the circuit"
+        timeline = result.history.circuits
+        write_circuit_page(folder / "circuit.html", result.circuit, title=title, timeline=timeline)
     if not result.attributions:
         return None
     path = folder / f"step-{result.step:06d}.html"

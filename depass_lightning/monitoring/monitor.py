@@ -29,6 +29,7 @@ from depass_lightning.monitoring.alarms import AlarmEvent, Alarms, name_alarms, 
 from depass_lightning.monitoring.discovery import ModelFinder, TrackedModel, find_tokenizer
 from depass_lightning.monitoring.history import SCALARS, History
 from depass_lightning.monitoring.maps import page
+from depass_lightning.monitoring.probe_circuits import CIRCUIT_SCALARS
 from depass_lightning.monitoring.probe_sets import (
     AnswerPart,
     ProbePrompt,
@@ -60,6 +61,7 @@ class MonitorOptions(RuleOptions, total=False):
     answer: AnswerPart
     max_overhead: float | None
     faithfulness: int
+    circuit: bool
     batch_size: int
     on_error: Literal["log", "raise"]
     alarms: Alarms
@@ -106,16 +108,16 @@ class ProbeMonitor:
             `monitoring/dataloader_prompts.py`), a list of `(prompt, target)` or of `Example`; or a mapping
             from names to such sets.
         size: the maximum number of probes of each set.
-        source: what the states are split into: a source or its name ("tokens", "heads", ...), or several in a
-            list or a mapping from names; several share one pass and are logged separately. None for
-            `Tokens()`.
+        source: what the states are split into: a source or its name ("tokens", "heads", ...), by default
+            tokens; or several in a list or a mapping from names, which share one pass.
         target: what is explained: "contrast", each probe's target, against its foil where it has one;
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
             others; "logprob", its log-probability; "own", the model's most likely next token.
         answer: "whole" explains all tokens of an answer, "first" only its first token.
-        max_overhead: the largest fraction of the wall time that the probes may take: to stay below it, `due`
-            skips runs. None for no limit.
+        max_overhead: the largest fraction of the wall time that probes may take (`due`); None for no limit.
         faithfulness: the number of probes of each set for which token removal is measured.
+        circuit: also write each set's mean circuit, by a linear rule (`half` for `auto`), and compare its
+            largest edges with earlier runs'.
         batch_size: the number of probes in one pass; a batch that fails is halved until the probe to blame is
             found.
         on_error: "log" reports a failing probe and its reason; "raise" raises an error.
@@ -142,6 +144,7 @@ class ProbeMonitor:
         answer: AnswerPart = "whole",
         max_overhead: float | None = None,
         faithfulness: int = 4,
+        circuit: bool = False,
         batch_size: int = 8,
         on_error: Literal["log", "raise"] = "log",
         alarms: Alarms = (),
@@ -165,15 +168,13 @@ class ProbeMonitor:
             )
         check_target_kind(target, answer)
         self.probes = name_sets(probes)
-        self.size = size
+        self.size, self.batch_size = size, batch_size
         self.sources = name_sources(source)
-        self.alarms = name_alarms(alarms, (*SCALARS, "failed"), self.probes, control)
-        self.control = control
-        self.logged = scalars
+        self.alarms = name_alarms(alarms, (*SCALARS, *CIRCUIT_SCALARS, "failed"), self.probes, control)
+        self.control, self.logged = control, scalars
         self.target: TargetKind = target
         self.answer: AnswerPart = answer
-        self.faithfulness = faithfulness
-        self.batch_size = batch_size
+        self.faithfulness, self.circuit = faithfulness, circuit
         self.on_error: Literal["log", "raise"] = on_error
         self.settings: RuleOptions = {"rule": AUTO, **settings}
         self.throttle = Throttle(max_overhead)
@@ -352,7 +353,8 @@ class ProbeMonitor:
         depass = DePass(model.model, self._tokenizer)
         sources = fitting(depass, list(self.sources.values()))
         settings_by_rule(depass.decoder, sources, **self.settings)  # checks them before training begins
-        return ProbeRunner(depass, model.device, sources, self.batch_size, model.sharded, self.settings)
+        options = self.batch_size, model.sharded, self.settings, self.circuit
+        return ProbeRunner(depass, model.device, sources, *options)
 
     def _results(self, model: TrackedModel, step: int, record: bool) -> list[Result]:
         """Attribute this rank's share, gather the others', and measure each set under each source."""
@@ -373,7 +375,7 @@ class ProbeMonitor:
                 if name == self.control:
                     control[source] = result.changes()
                 if record:
-                    history.add(step, result.metrics, result.scored, result.by_id, result.bands)
+                    result.record()
                     self.history[key] = history
                 results.append(result)
         return results

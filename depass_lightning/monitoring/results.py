@@ -13,9 +13,11 @@ from depass_lightning.monitoring.history import (
     similarities,
     summarise,
 )
+from depass_lightning.monitoring.probe_circuits import largest_edges, overlaps
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.monitoring.runner import Finding, Outcome
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.circuit import Circuit
 from depass_lightning.results.comparison import Comparison
 
 BANDED = ("value", "probability", "on_target", "similarity_first", "spearman_first")
@@ -36,6 +38,7 @@ class Result:
         metrics: the scalars of the set.
         history: the runs so far, this one included.
         bands: the null bands of its scalars, where there are control prompts.
+        circuit: the mean over the probes, under the first source; None if it was not computed.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Result:
     metrics: dict[str, float]
     history: History
     bands: Mapping[str, Band] = field(default_factory=dict)
+    circuit: Circuit | None = None
 
     @property
     def by_id(self) -> dict[str, dict[str, float]]:
@@ -73,6 +77,11 @@ class Result:
     def ends(self) -> dict[str, float]:
         """The ends of the intervals by their full names: `depass/ioi/value_low`, `depass/ioi/value_high`."""
         return _named(self.name, self.intervals)
+
+    def record(self) -> None:
+        """Append the run to the history."""
+        edges = largest_edges(self.circuit)
+        self.history.add(self.step, self.metrics, self.scored, self.by_id, self.bands, edges)
 
     def changes(self) -> dict[str, list[float]]:
         """Return each probe's change since its first run of every scalar that has a null band."""
@@ -121,8 +130,12 @@ def result_of(
     ]
     metrics = summarise(rows, _scalars(probes, rows, history))
     metrics["failed"] = float(len(probes) - len(scored))
+    circuits = [finding.circuit for _, finding in scored if finding.circuit is not None]
+    circuit = Circuit.mean(circuits) if circuits and index == 0 else None
+    if circuit is not None:
+        metrics |= overlaps(largest_edges(circuit), [*history.circuits.values()])
     bands = history.null_band(metrics, control or {})
-    return Result(name, step, asked, attributions, curves, drifts, rows, metrics, history, bands)
+    return Result(name, step, asked, attributions, curves, drifts, rows, metrics, history, bands, circuit)
 
 
 def _scalars(

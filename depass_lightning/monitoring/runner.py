@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +15,10 @@ from depass_lightning.attribution.settings import RuleOptions
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import Case, Columns, TokenRemoval, evaluate
+from depass_lightning.monitoring.probe_circuits import circuit_of_probe, circuit_options
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.circuit import Circuit
 from depass_lightning.sources import Source
 from depass_lightning.utils.distributed import from_all, sharing
 
@@ -41,10 +43,12 @@ class Finding:
     Attributes:
         attributions: one per source.
         curves: each source's columns of `TokenRemoval`; empty if they were not measured.
+        circuit: the probe's circuit; None if it was not computed.
     """
 
     attributions: list[Attribution]
     curves: list[Columns]
+    circuit: Circuit | None = None
 
 
 Outcome = Finding | Failure
@@ -63,6 +67,7 @@ class ProbeRunner:
         together: all ranks run the same probes, because their weights are sharded: a batch that fails on one
             has failed on all.
         settings: the rule and other settings of `DePass.attribute`.
+        circuit: compute the probes' circuits too.
     """
 
     depass: DePass
@@ -71,6 +76,10 @@ class ProbeRunner:
     batch_size: int
     together: bool = False
     settings: RuleOptions = field(default_factory=RuleOptions)
+    circuit: bool = False
+
+    def __post_init__(self) -> None:
+        self.circuit_options = circuit_options(self.settings) if self.circuit else {}
 
     def outcomes(self, probes: Sequence[ProbePrompt], removal: int = 0) -> list[Outcome]:
         """Return each probe's outcome, in order.
@@ -121,6 +130,13 @@ class ProbeRunner:
             **self.settings,
         )
         outcomes = [_checked(attributions) for attributions in scored]
+        if self.circuit:
+            outcomes = [
+                replace(outcome, circuit=circuit_of_probe(self.depass, probe, self.circuit_options))
+                if isinstance(outcome, Finding)
+                else outcome
+                for probe, outcome in zip(probes, outcomes, strict=True)
+            ]
         sample = [outcome for outcome in outcomes[:removal] if isinstance(outcome, Finding)]
         self._remove([(finding, i) for finding in sample for i in range(len(self.sources))])
         return outcomes

@@ -1,6 +1,7 @@
 """A circuit as a page, as a figure and as a tree in the terminal: its largest edges that reach the target."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -18,12 +19,18 @@ from depass_lightning.utils.atomic_files import write_whole
 
 LARGEST = 3000  # edges on a page
 DRAWN = 40  # edges of a figure
+TIMELINE = 60  # edges of a timeline
 BRANCHES, DEPTH = 5, 3  # of a tree
 SMALLEST = 0.03  # edge of a tree, as a fraction of the value
 
 
 def write_circuit_page(
-    path: str | os.PathLike[str], circuit: Circuit, *, title: str, subtitle: str = ""
+    path: str | os.PathLike[str],
+    circuit: Circuit,
+    *,
+    title: str,
+    subtitle: str = "",
+    timeline: Mapping[int, Mapping[str, float]] | None = None,
 ) -> None:
     """Write the page of a circuit: one file, which needs no network.
 
@@ -32,6 +39,7 @@ def write_circuit_page(
         circuit: the circuit.
         title: the page's title.
         subtitle: a sentence below the title.
+        timeline: by training step, the scores of the circuit's largest edges then; None shows none.
     """
     largest = circuit.top(LARGEST)
     numbers = {id(node): number for number, node in enumerate(circuit.nodes)}
@@ -66,8 +74,33 @@ def write_circuit_page(
         subtitle=visible(subtitle),
         settings={name: visible(value) for name, value in settings.items()},
         style=Markup(asset("page.css")),
+        timeline=_timeline(timeline) if timeline else None,
     )
     write_whole(path, page.encode("utf-8", errors="replace"))
+
+
+def _timeline(steps: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Return a table of edges by step, the largest at any step first; absent edges have no cell."""
+    largest: dict[str, float] = {}
+    for edges in steps.values():
+        for name, score in edges.items():
+            largest[name] = max(largest.get(name, 0.0), abs(score))
+    names = sorted(largest, key=largest.__getitem__, reverse=True)
+    scale = largest[names[0]] or 1.0
+
+    def cell(score: float | None) -> tuple[str, bool, str] | None:
+        return None if score is None else (signed(score), score > 0, f"{abs(score) / scale:.2f}")
+
+    runs = list(steps.values())
+    changes = [
+        (len(now.keys() - before.keys()), len(before.keys() - now.keys()))
+        for before, now in zip([runs[0], *runs], runs, strict=False)
+    ]
+    return {
+        "steps": list(zip(steps, changes, strict=True)),
+        "rows": [(visible(name), [cell(edges.get(name)) for edges in runs]) for name in names[:TIMELINE]],
+        "edges": len(names),
+    }
 
 
 def _node_data(circuit: Circuit, node: Component, score: float) -> dict[str, Any]:

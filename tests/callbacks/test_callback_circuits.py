@@ -1,0 +1,66 @@
+"""`circuit=True`: a set's mean circuit at every run, and how its largest edges change between runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from depass_lightning import Circuit, DePass, DePassError
+from depass_lightning.callbacks import DePassCallback
+from depass_lightning.monitoring import probe_circuits
+from depass_lightning.monitoring.history import History
+from tests.reference.training import PROMPTS, OwnModule, fit, trainer
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """So few edges are compared that they change during a tiny training."""
+    monkeypatch.setattr(probe_circuits, "EDGES", 6)
+    return 6
+
+
+def test_edges_that_appear_and_vanish_are_logged(tmp_path: Path, few: int) -> None:
+    module, names = OwnModule(), ("circuit_overlap_first", "circuit_overlap_previous")
+    callback = DePassCallback(
+        {"ioi": list(PROMPTS)},
+        source=["tokens", "heads"],
+        circuit=True,
+        alarms=["circuit_overlap_first below 0.99"],
+    )
+    trained = trainer(tmp_path, [callback])
+    fit(trained, module)
+    folder, steps = tmp_path / "depass/ioi/tokens", [0, 2, 4, 6]
+    circuits = [Circuit.load(folder / f"circuit-{step:06d}.safetensors") for step in steps]
+    depass = DePass(module.inside.lm.eval(), module.tokenizer)
+    nodes = ("embedding", "heads", "mlps")
+    expected = Circuit.mean([depass.circuit(prompt, target, nodes=nodes) for prompt, target in PROMPTS])
+    torch.testing.assert_close(circuits[-1].edges, expected.edges, rtol=1e-4, atol=1e-6)
+    assert circuits[-1].prompts == len(PROMPTS)
+    curves = callback.history["ioi/tokens"].curves
+    pairs = list(zip([circuits[0], *circuits], circuits, strict=False))
+    changes = [before.compare(now, edges=few) for before, now in pairs]
+    assert curves[names[1]] == pytest.approx([change.overlap for change in changes])
+    assert curves[names[0]] == pytest.approx([circuits[0].compare(now, few).overlap for now in circuits])
+    assert any(change.appeared for change in changes)
+    assert not set(names) & callback.history["ioi/heads"].curves.keys()
+    assert f"depass/ioi/tokens/{names[1]}" in trained.callback_metrics
+    written = json.loads((folder / "history.json").read_text())["circuits"]
+    assert list(written) == [str(step) for step in steps]
+    assert set(written["6"].values()) == {edge.score for edge in circuits[-1].top(few)}
+    page = (folder / "circuit.html").read_text()
+    counts = [re.findall(rf">{sign}(\d+)</th>", page) for sign in ("\\+", "−")]
+    assert counts[0] == [str(len(change.appeared)) for change in changes[1:]]
+    assert counts[1] == [str(len(change.vanished)) for change in changes[1:]]
+    assert all(f">{name}</th>" in page for name in callback.history["ioi/tokens"].circuits[0])
+    assert {path.name for path in (tmp_path / "depass/ioi/heads").glob("circuit*")} == set()
+    resumed = History.from_state_dict(callback.history["ioi/tokens"].state_dict())
+    assert resumed.circuits == callback.history["ioi/tokens"].circuits
+
+
+def test_a_rule_without_circuits_ends_training_before_it_begins(tmp_path: Path) -> None:
+    module = OwnModule()
+    with pytest.raises(DePassError, match="circuit=True needs a linear rule, not 'softmax'"):
+        fit(trainer(tmp_path, [DePassCallback(list(PROMPTS), circuit=True, rule="softmax")]), module)
+    assert module.losses == []
