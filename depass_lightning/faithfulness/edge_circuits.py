@@ -169,8 +169,9 @@ class _Hooks:
             reader = self._reading(number, first if block.parallel else number)
             yield (mlp.norm or mlp.module).register_forward_pre_hook(reader)
 
-            def wrote(outputs: Float[Tensor, "row position 1 hidden"]) -> None:
+            def wrote(outputs: Float[Tensor, "row position 1 hidden"]) -> Tensor:
                 self._write(number, block.scale * outputs[None, :, :, 0])
+                return outputs
 
             yield place_of(self.decoder, index, "mlp").hooked(wrote, self.rows)
 
@@ -224,14 +225,14 @@ class _Hooks:
 
         return hook
 
-    def _joining(self, block: Block) -> Callable[[Tensor], Tensor | None]:
+    def _joining(self, block: Block) -> Callable[[Tensor], Tensor]:
         """Join the heads of several calls of attention, and keep what they write."""
         first, output = self.layout.heads_of(block.index), block.attention.output
 
-        def change(heads: Float[Tensor, "row position head size"]) -> Tensor | None:
+        def change(heads: Float[Tensor, "row position head size"]) -> Tensor:
             if self.called is not None:
                 self.parts.append((self.called, heads))
-                return None
+                return heads
             for members, part in self.parts:
                 places = torch.tensor(members, device=heads.device)
                 heads = heads.index_copy(2, places, part.index_select(2, places))
