@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from depass_lightning.results.attribution import Attribution
     from depass_lightning.results.attributions import Attributions
     from depass_lightning.results.circuit import Circuit
-    from depass_lightning.results.decomposition import Decomposition
+    from depass_lightning.results.component import Decomposition
     from depass_lightning.results.generation import Generation
     from depass_lightning.sources import Components, Heads, Module, Neurons, Spans, Subspace, Tokens
     from depass_lightning.targets import (

@@ -37,7 +37,7 @@ from depass_lightning.prompts import IdsLike, prompts_of
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.attributions import Attributions
 from depass_lightning.results.circuit import Circuit
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Source, Tokens, as_source
 from depass_lightning.targets import LogitReading, TargetLike, as_targets

@@ -14,7 +14,7 @@ from depass_lightning.engine.variants.rounding import rounding_states
 from depass_lightning.errors import DePassError
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition
 from depass_lightning.sources import Tokens, resolve_layer
 from depass_lightning.utils.batching import in_batches
 

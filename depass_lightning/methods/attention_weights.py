@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from depass_lightning.errors import DePassError
+from depass_lightning.methods.base import TokenBaseline
 from depass_lightning.methods.model_runs import Batch
-from depass_lightning.methods.token_method import TokenBaseline
 
 
 class _Attention(TokenBaseline):

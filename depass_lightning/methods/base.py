@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from depass_lightning.attribution.output_names import OutputNames
@@ -18,7 +18,8 @@ from depass_lightning.errors import DePassError
 from depass_lightning.methods.model_runs import Batch, as_depass_runs
 from depass_lightning.prompts import IdsLike, prompts_of, read_length
 from depass_lightning.results.attribution import Attribution
-from depass_lightning.sources import Source, Tokens
+from depass_lightning.sources import Source, Spans, Tokens
+from depass_lightning.sources.tokens import Positional, summed
 from depass_lightning.targets import (
     Continuation,
     LabelTarget,
@@ -235,3 +236,26 @@ class Baseline(Method):
             method=self.name,
             metadata=metadata,
         )
+
+
+class TokenBaseline(Baseline):
+    """A method that scores the model's input: a span as the sum of its tokens, or by a rule for spans.
+
+    Raises:
+        DePassError: it is something else, or at another layer than 0.
+    """
+
+    sources: ClassVar[tuple[type[Source], ...]] = (Tokens, Spans)
+
+    def owners(self, batch: Batch) -> Int[Tensor, "batch position"]:
+        """Return which component each position belongs to, the first one being 1; padding belongs to 0."""
+        assert isinstance(self.source, Positional)
+        lengths = [len(ids) for ids in batch.rows]
+        owners = self.source.owner_table(batch.prompts, lengths, batch.ids.shape[1], first=1)
+        return owners.to(batch.ids.device)
+
+    def summed(
+        self, batch: Batch, token_scores: Float[Tensor, "batch position"]
+    ) -> Float[Tensor, "batch group component"]:
+        """Return the sum of each component's tokens, as `score` does."""
+        return summed(token_scores, self.owners(batch))[:, None, 1:]

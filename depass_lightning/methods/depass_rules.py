@@ -8,7 +8,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.base import Method
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.sources import Source
 from depass_lightning.targets import LogitReading

@@ -17,8 +17,8 @@ from depass_lightning.engine.norms import past
 from depass_lightning.engine.record import record
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.attention_weights import rolled_out
+from depass_lightning.methods.base import TokenBaseline
 from depass_lightning.methods.model_runs import Batch
-from depass_lightning.methods.token_method import TokenBaseline
 
 
 class InformationFlow(TokenBaseline):

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
+from depass_lightning.methods.base import TokenBaseline
 from depass_lightning.methods.gradients import embeddings_of
 from depass_lightning.methods.model_runs import Batch, embeddings_replaced, run
-from depass_lightning.methods.token_method import TokenBaseline
 from depass_lightning.prompts import pad
 from depass_lightning.sources import Source
 

@@ -18,8 +18,8 @@ from typing_extensions import override
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.methods.attention_weights import rolled_out
+from depass_lightning.methods.base import TokenBaseline
 from depass_lightning.methods.model_runs import Batch, run
-from depass_lightning.methods.token_method import TokenBaseline
 from depass_lightning.models.affine import Projection
 from depass_lightning.sources import Source
 

@@ -15,7 +15,7 @@ from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import ROW_MEASURES, Case, Measure, evaluate
 from depass_lightning.methods import DePassMethod, Method
 from depass_lightning.modules.prompt_datamodule import PromptBatch
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
 from depass_lightning.targets import AnswerTarget, LogitReading, Reduction, Target, Token

@@ -1,9 +1,12 @@
-"""What one component of a decomposed state is."""
+"""What one component of a decomposed state is, and the states of all of them at one layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from depass_lightning.errors import DePassError
 
@@ -41,6 +44,26 @@ class Component:
     def remainder(self) -> bool:
         """Whether this is a remainder: the state next to heads or neurons, a bias, or a sum of others."""
         return self.kind in ("state", "bias", "others")
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Every component's state at one layer.
+
+    Attributes:
+        states: `[component, position, hidden]`; within each group they sum to the model's residual stream.
+        components: what each state belongs to.
+        layer: the block whose input this is; the number of blocks for the last block's output.
+    """
+
+    states: Float[Tensor, "component position hidden"]
+    components: list[Component]
+    layer: int
+
+    @property
+    def names(self) -> list[str]:
+        """The components' labels."""
+        return [component.label for component in self.components]
 
 
 def constant(kind: str, layer: int | None = None) -> Component:

@@ -8,14 +8,13 @@ from depass_lightning.storage.attribution_rows import (
 )
 from depass_lightning.storage.checksums import check_file, checked_file
 from depass_lightning.storage.component_states import read_states, write_states
-from depass_lightning.storage.fingerprint import weights_fingerprint
-from depass_lightning.storage.json_files import read_json_lines, write_json, write_json_lines
 from depass_lightning.storage.manifest import (
     Manifest,
     OtherRunError,
     keep_manifest,
     read_manifest,
     task_fingerprint,
+    weights_fingerprint,
 )
 from depass_lightning.storage.run_store import RunStore
 from depass_lightning.storage.shards import (
@@ -26,6 +25,7 @@ from depass_lightning.storage.shards import (
     read_rows,
     write_shard,
 )
+from depass_lightning.utils.atomic_files import read_json_lines, write_json, write_json_lines
 
 __all__ = [
     "ATTRIBUTION_SCHEMA",

@@ -9,8 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from depass_lightning.errors import DePassError
-from depass_lightning.results.component import from_columns, to_columns
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition, from_columns, to_columns
 from depass_lightning.utils.atomic_files import write_whole
 
 HEADER = "decomposition"

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from depass_lightning.errors import DePassError
-from depass_lightning.storage.json_files import write_json
+from depass_lightning.utils.atomic_files import write_json
 
 NAME = "manifest.json"
 
@@ -116,6 +119,25 @@ def fingerprint(content: Any) -> str:
     """Return 16 hexadecimal digits that identify a JSON value."""
     written = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return 16 hexadecimal digits that depend on the name, shape, type and value of every weight.
+
+    Parameters and stored buffers are hashed (SHA-256) in the order of their names, one tensor on the CPU at
+    a time. The device does not matter; the floating-point type does, since it changes what the model
+    computes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # a quantised layer's extra state
+            digest.update(f"{name} {tensor!r}".encode())
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        raw = tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def task_fingerprint(examples: Iterable[Any]) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from depass_lightning.errors import DePassError
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition
 from depass_lightning.storage.attribution_rows import ATTRIBUTION_SCHEMA
 from depass_lightning.storage.checksums import check_file, checked_file
 from depass_lightning.storage.component_states import state_path, write_states
-from depass_lightning.storage.json_files import read_json_lines, write_json_lines
 from depass_lightning.storage.shards import (
     INDEX,
     UNREADABLE,
@@ -24,7 +23,13 @@ from depass_lightning.storage.shards import (
     read_indices,
     write_shard,
 )
-from depass_lightning.utils.atomic_files import file_hash, remove_halves, rename
+from depass_lightning.utils.atomic_files import (
+    file_hash,
+    read_json_lines,
+    remove_halves,
+    rename,
+    write_json_lines,
+)
 
 PACKED = 64  # shards of one process that are packed into one, to keep the number of files small
 SKIPPED = ".skipped.jsonl"

@@ -5,10 +5,12 @@ of the same relation. With a file, they are those of CounterFact (Meng et al. 20
 Factual Associations in GPT", arXiv:2202.05262) in the layout of the DePass release, in that of the original
 (`requested_rewrite`), or in that of `NeelNanda/counterfact-tracing` on the hub (`target_true`).
 
-The split "misleading" puts a false statement before each prompt (`misled.py`).
+The split "misleading" puts a false statement before each prompt.
 """
 
 import random
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import Example, Span, Task
 from depass_lightning.tasks.loading.rows import load_rows, name_field, text_field
 from depass_lightning.tasks.synthetic.facts import FACTS
-from depass_lightning.tasks.synthetic.misleading import false_answers, misled
 
 SPLITS = ("train", "test", "misleading")
 
@@ -58,9 +59,9 @@ def _of_facts(seed: int, split: str) -> list[Example]:
             name = f"counterfact-{split}-{fact.relation}-{number}-{wording}"
             examples.append(_example(name, prompt, fact.answer, span, fact.relation))
             statements[name] = generator.choice(fact.prompts("train"))[0]
-    false = false_answers(examples, seed)
+    false = _false_answers(examples, seed)
     if split == "misleading":
-        examples = [misled(example, statements[example.id], false[example.id]) for example in examples]
+        examples = [_misled(example, statements[example.id], false[example.id]) for example in examples]
     else:
         examples = [replace(example, foil=false[example.id]) for example in examples]
     generator.shuffle(examples)
@@ -70,9 +71,9 @@ def _of_facts(seed: int, split: str) -> list[Example]:
 def _misleading(task: Task, seed: int) -> Task:
     """Put a false statement in the prompt's wording before each prompt; prompts without one are skipped."""
     examples = list(task)
-    false = false_answers(examples, seed)
+    false = _false_answers(examples, seed)
     examples_with_foil = [
-        misled(example, example.prompt, false[example.id]) for example in examples if example.id in false
+        _misled(example, example.prompt, false[example.id]) for example in examples if example.id in false
     ]
     skipped = [
         {"row": index + 1, "reason": f"no other row has the relation {example.labels['relation']!r}"}
@@ -122,3 +123,63 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
     name, relation = name_field(row, "case_id", number), str(row.get("relation_id", "unknown"))
     span = (start, start + len(subject))
     return _example(name, prompt, answer, span, relation, foil.strip() if isinstance(foil, str) else None)
+
+
+def _misled(example: Example, statement: str, foil: str) -> Example:
+    """Put a false statement before a prompt.
+
+    Args:
+        example: the prompt and its correct answer.
+        statement: the statement without the answer: `"The capital of France is"`.
+        foil: the false answer, with its leading space.
+
+    Returns:
+        The example with the roles `misleading` (the whole statement) and `false_answer` (its end), the false
+        answer as its foil, and two variants: `plain`, the prompt alone, and `correct`, the prompt after the
+        statement with the correct answer.
+    """
+    false = f"{statement}{foil}."
+    shift = len(false) + 1
+    roles = {
+        name: tuple((start + shift, end + shift) for start, end in spans)
+        for name, spans in example.roles.items()
+    }
+    return Example(
+        example.id,
+        f"{false} {example.prompt}",
+        example.answer,
+        foil,
+        {
+            "misleading": ((0, len(false)),),
+            "false_answer": ((len(false) - len(foil), len(false) - 1),),
+            **roles,
+        },
+        (),
+        {"plain": example.prompt, "correct": f"{statement}{example.answer}. {example.prompt}"},
+        example.labels,
+    )
+
+
+def _false_answers(examples: Iterable[Example], seed: int) -> dict[str, str]:
+    """Draw a false answer for each example from the correct answers to other examples of its relation.
+
+    Args:
+        examples: examples with the label `relation`; an existing foil is used unchanged.
+        seed: the seed of the draw, which depends on the relation's answers and the example's id, not on
+            order.
+
+    Returns:
+        The false answers by the examples' ids, without examples whose relation has no other answer.
+    """
+    examples = list(examples)
+    answers: dict[str, set[str]] = defaultdict(set)
+    for example in examples:
+        answers[example.labels["relation"]].add(example.known_answer)
+    false = {}
+    for example in examples:
+        others = sorted(answers[example.labels["relation"]] - {example.answer})
+        if example.foil is not None:
+            false[example.id] = example.foil
+        elif others:
+            false[example.id] = random.Random(f"false {seed} {example.id}").choice(others)
+    return false

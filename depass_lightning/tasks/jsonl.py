@@ -3,7 +3,9 @@
 `{"prompt": "The sky is", "target": " blue", "foil": " green", "evidence": ["sky"]}`; only `prompt` is
 required. Without a target, the model's most likely next token is explained. The target is used unchanged: for
 most models, a word includes its leading space. Rows of conversations, completions, preferences and documents
-are read too (`loading/chat_rows.py`), and labelled texts (`loading/label_rows.py`).
+are read too (`loading/chat_rows.py`), and labelled texts: `{"text": "A lovely film.", "label": "positive"}`.
+A label is a name or an index of the model's labels (`config.id2label`); `foil` is one to compare it with. A
+text may be a conversation. The only output of a reward model may be named by any number.
 """
 
 import re
@@ -15,7 +17,6 @@ from typing import Any
 from depass_lightning.errors import DePassError
 from depass_lightning.tasks.example import ANSWER, LABEL, Example, Span, Task
 from depass_lightning.tasks.loading.chat_rows import chat_fields, is_chat_row
-from depass_lightning.tasks.loading.label_rows import is_label_row, label_fields
 from depass_lightning.tasks.loading.rows import Row, load_rows, name_field, text_field
 from depass_lightning.utils.sections import Conversation
 
@@ -58,7 +59,7 @@ def _of_file(
 
 
 def _labelled(row: Row, number: int) -> Example:
-    if not is_label_row(row):
+    if not _is_label_row(row):
         raise DePassError(f"a row needs the fields 'text' and 'label'; it has {', '.join(row) or 'none'}")
     return example_of(row, number)
 
@@ -80,8 +81,8 @@ def example_of(row: dict[str, Any], number: int, *, user: bool = False) -> Examp
         DePassError: a field is missing or cannot be used.
     """
     labels: dict[str, str] = {}
-    if is_label_row(row):
-        prompt, answer, foil = label_fields(row)
+    if _is_label_row(row):
+        prompt, answer, foil = _label_fields(row)
         labels = {ANSWER: LABEL}
     elif is_chat_row(row):
         prompt, answer, foil = chat_fields(row, user=user)
@@ -115,3 +116,22 @@ def _spans(item: Any, prompt: str) -> list[Span]:
             return [(start, end)]
         raise DePassError(f"the evidence range {item} is not inside the prompt's {len(prompt)} characters")
     raise DePassError(f"evidence must be strings or [start, end] ranges, not {item!r}")
+
+
+def _is_label_row(row: Row) -> bool:
+    """Whether a row is a text with a label."""
+    return "text" in row and "label" in row
+
+
+def _label_fields(row: Row) -> tuple[str, str, str | None]:
+    """Return a row's text, its label and the foil, if it has one; an index as text."""
+    text: Any = row["text"]
+    text = Conversation(text) if isinstance(text, list) else text_field(row, "text")
+    return text, _label(row, "label"), None if row.get("foil") is None else _label(row, "foil")
+
+
+def _label(row: Row, key: str) -> str:
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise DePassError(f"the field {key!r} must be the name or the index of a label, not {value!r}")
+    return str(value).strip()

@@ -2,12 +2,14 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from depass_lightning.errors import DePassError
 
@@ -55,6 +57,21 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Write one JSON object, indented, with its keys in order."""
+    return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one JSON object per line."""
+    return write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read what `write_json_lines` wrote."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from depass_lightning import DePassError
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition
 from depass_lightning.storage import RunStore, check_file, checked_file, read_rows, write_states
 from depass_lightning.utils.atomic_files import write_whole
 from tests.commands.test_analyze import run

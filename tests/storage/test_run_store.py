@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from depass_lightning.errors import DePassError
-from depass_lightning.results.decomposition import Decomposition
+from depass_lightning.results.component import Decomposition
 from depass_lightning.storage import RunStore, read_rows, run_store
 from tests.reference.attributions import spans
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from depass_lightning.errors import DePassError
-from depass_lightning.utils.paired_tests import holm, sign_flip_test
+from depass_lightning.utils.bootstrap import holm, sign_flip_test
 
 
 def test_few_differences_are_tried_with_all_signs() -> None:

@@ -22,8 +22,8 @@ from depass_lightning.studies.study_files import write_experiment
 from depass_lightning.studies.study_result import Cell, StudyResult, data_name
 from depass_lightning.targets import AnswerTarget
 from depass_lightning.tasks import Example
+from depass_lightning.utils.bootstrap import sign_flip_test
 from depass_lightning.utils.distributed import from_first
-from depass_lightning.utils.paired_tests import sign_flip_test
 
 FILE = "rule.json"
 ALPHA = 0.05  # the level at which a difference is reported

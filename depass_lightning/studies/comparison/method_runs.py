@@ -40,8 +40,7 @@ from depass_lightning.methods import Method
 from depass_lightning.studies.study_result import Cell, Curve, Panel
 from depass_lightning.targets import AnswerTarget
 from depass_lightning.tasks import Example
-from depass_lightning.utils.bootstrap import bootstrap
-from depass_lightning.utils.paired_tests import holm, sign_flip_test
+from depass_lightning.utils.bootstrap import bootstrap, holm, sign_flip_test
 
 AGAINST = "depass"  # the method that the others are compared with
 
