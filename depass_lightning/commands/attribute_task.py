@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from depass_lightning.commands.console import (
     loggers_of,
     predict,
 )
-from depass_lightning.commands.outputs import Results, write_results
+from depass_lightning.commands.outputs import Results, number_of, write_results
 from depass_lightning.commands.shell import first_process, print_stderr, waiting
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
@@ -363,13 +363,9 @@ def versions() -> dict[str, str]:
 
 def log_results(loggers: list[Logger], results: Results) -> None:
     """Log the run's numbers with every logger, and its page and table with Weights & Biases."""
-    numbers = {
-        key: entry["value"] if isinstance(entry, Mapping) else entry
-        for key, entry in results.summary.items()
-        if isinstance(entry, int | float) or (isinstance(entry, Mapping) and "value" in entry)
-    }
+    numbers = {f"analysis/{name}": number_of(entry) for name, entry in results.summary.items()}
     for logger in loggers:
-        logger.log_metrics({f"analysis/{name}": float(value) for name, value in numbers.items()})
+        logger.log_metrics({name: number for name, number in numbers.items() if number is not None})
         if is_named(logger, "WandbLogger") and results.page is not None:
             import wandb  # slow to import
 

@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement
 
 from omegaconf import DictConfig
 
+from depass_lightning.commands.outputs import number_of
 from depass_lightning.commands.shell import print_stderr
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.alarms import Alarm
@@ -57,8 +58,8 @@ class Check:
         for alarm in alarms:
             if alarm.runs > 1 or alarm.probes is not None:
                 raise DePassError(f"check.alarms: {alarm.condition!r} is for training; a check has one run")
-            if _number(reference, alarm.scalar) is None:
-                known = ", ".join(name for name in reference if _number(reference, name) is not None)
+            if number_of(reference.get(alarm.scalar)) is None:
+                known = ", ".join(name for name in reference if number_of(reference.get(name)) is not None)
                 raise DePassError(f"check.alarms: {path} has no number {alarm.scalar!r}; it has {known}")
         return cls(alarms, reference)
 
@@ -81,7 +82,7 @@ class Check:
 
     def _failure(self, alarm: Alarm, summary: Mapping[str, Any]) -> str | None:
         """Return what is wrong with a number, or None."""
-        reference, value = _number(self.reference, alarm.scalar), _number(summary, alarm.scalar)
+        reference, value = number_of(self.reference.get(alarm.scalar)), number_of(summary.get(alarm.scalar))
         assert reference is not None
         if value is None:
             return f"{alarm.condition}: the analysis has no number {alarm.scalar!r}"
@@ -90,11 +91,3 @@ class Check:
         if not alarm.holds(value, reference, band):
             return None
         return f"{alarm.condition}: {value:.4g}, the reference has {reference:.4g}"
-
-
-def _number(summary: Mapping[str, Any], name: str) -> float | None:
-    """Return a number of a summary, or its mean; None for other entries."""
-    entry = summary.get(name)
-    if isinstance(entry, Mapping):
-        entry = entry.get("value")
-    return float(entry) if isinstance(entry, int | float) and not isinstance(entry, bool) else None

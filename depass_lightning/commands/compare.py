@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depass_lightning.commands.outputs import example_of
+from depass_lightning.commands.outputs import example_of, number_of
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
@@ -152,12 +152,8 @@ def _model_config(config: DictConfig, label: str) -> DictConfig:
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     """Return a summary's plain numbers."""
-    numbers = {}
-    for name, entry in summary.items():
-        value = entry.get("value") if isinstance(entry, Mapping) else entry
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            numbers[name] = float(value)
-    return numbers
+    numbers = {name: number_of(entry) for name, entry in summary.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -177,6 +177,13 @@ def _leading_components(attributions: Sequence[Attribution]) -> list[Component]:
     return [component for component, _ in counts.most_common(NOTED)]
 
 
+def number_of(entry: Any) -> float | None:
+    """Return a number of a summary, or its mean over prompts; None for other entries."""
+    if isinstance(entry, Mapping):
+        entry = entry.get("value")
+    return float(entry) if isinstance(entry, int | float) and not isinstance(entry, bool) else None
+
+
 def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return the summary, without the number of skipped prompts if it is zero."""
     return {key: value for key, value in summary.items() if key != "skipped" or value}

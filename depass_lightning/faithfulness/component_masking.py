@@ -103,12 +103,10 @@ class AnswerCheck:
     """Whether the model's greedy continuation is the answer.
 
     Attributes:
-        first: whether it begins with the answer's first token.
         exact: whether it contains all of the answer's tokens.
         probability: the probability of the whole answer.
     """
 
-    first: bool
     exact: bool
     probability: float
 
@@ -356,5 +354,5 @@ def _check_batch(
         answer = torch.tensor(list(prompt.answer), device=answer_logits.device)
         hits = answer_logits.argmax(-1) == answer
         log_probabilities = answer_logits.log_softmax(-1).gather(1, answer[:, None])
-        checks.append(AnswerCheck(bool(hits[0]), bool(hits.all()), float(log_probabilities.sum().exp())))
+        checks.append(AnswerCheck(bool(hits.all()), float(log_probabilities.sum().exp())))
     return checks

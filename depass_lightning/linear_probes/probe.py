@@ -160,7 +160,6 @@ def train_probe(
     layer: int,
     regularisation: float = 1.0,
     iterations: int = 1000,
-    standardise: bool = True,
     seed: int = 0,
 ) -> LinearProbe:
     """Fit a logistic regression on states, and judge it on others.
@@ -173,8 +172,6 @@ def train_probe(
         layer: where the states stand.
         regularisation: scikit-learn's `C`: the smaller, the stronger.
         iterations: how many `saga` takes at most.
-        standardise: fit on features of mean zero and variance one; the weights are those of the states
-            themselves either way.
         seed: of the solver.
 
     Raises:
@@ -182,10 +179,8 @@ def train_probe(
     """
     _check(states, labels, held_out, held_out_labels)
     features = states.double()
-    mean, scale = torch.zeros_like(features[0]), torch.ones_like(features[0])
-    if standardise:
-        mean, scale = features.mean(0), features.std(0, unbiased=False)
-        scale = torch.where(scale > 0, scale, 1.0)
+    mean, scale = features.mean(0), features.std(0, unbiased=False)
+    scale = torch.where(scale > 0, scale, 1.0)
     model = LogisticRegression(
         C=regularisation, solver="saga", max_iter=iterations, random_state=seed, tol=1e-4
     )

@@ -34,17 +34,6 @@ class Probes:
         """The probe of the layer with the highest validation accuracy, the first of several such."""
         return self.probes[max(range(len(self.probes)), key=lambda i: self.validation[i])]
 
-    def at(self, layer: int) -> LinearProbe:
-        """Return a layer's probe.
-
-        Raises:
-            DePassError: there is none.
-        """
-        for probe in self.probes:
-            if probe.layer == layer:
-                return probe
-        raise DePassError(f"there is no probe at layer {layer}; add it to layers")
-
 
 def train_probes(
     depass: DePass,
@@ -56,7 +45,6 @@ def train_probes(
     batch_size: int = 32,
     regularisation: float = 1.0,
     iterations: int = 1000,
-    standardise: bool = True,
     seed: int = 0,
 ) -> Probes:
     """Fit a probe at every layer on the states of labelled texts.
@@ -70,7 +58,6 @@ def train_probes(
         batch_size: how many texts go through the model at once.
         regularisation: scikit-learn's `C`: the smaller, the stronger the penalty.
         iterations: the maximum number of iterations of `saga`.
-        standardise: fit on features of mean zero and variance one.
         seed: of the draw and of the solver.
 
     Raises:
@@ -92,7 +79,6 @@ def train_probes(
         layers=wanted,
         regularisation=regularisation,
         iterations=iterations,
-        standardise=standardise,
         seed=seed,
     )
 
@@ -106,7 +92,6 @@ def fit_probes(
     layers: Sequence[int],
     regularisation: float = 1.0,
     iterations: int = 1000,
-    standardise: bool = True,
     seed: int = 0,
 ) -> Probes:
     """Fit a probe at every layer on states that are there already, as `train_probes` does.
@@ -119,7 +104,6 @@ def fit_probes(
         layers: where the states stand.
         regularisation: scikit-learn's `C`: the smaller, the stronger the penalty.
         iterations: the maximum number of iterations of `saga`.
-        standardise: fit on features of mean zero and variance one.
         seed: the seed of the draw and of the solver.
 
     Raises:
@@ -131,7 +115,6 @@ def fit_probes(
     settings = {
         "regularisation": regularisation,
         "iterations": iterations,
-        "standardise": standardise,
         "seed": seed,
     }
 

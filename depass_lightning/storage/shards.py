@@ -129,12 +129,11 @@ def read_indices(path: str | Path) -> list[int]:
     return open_shard(path).read(columns=[INDEX])[INDEX].to_pylist()
 
 
-def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read rows in the order of their index.
 
     Args:
         path: a Parquet file, or a folder of Parquet files.
-        columns: the columns to read; None reads all.
 
     Raises:
         DePassError: there is no Parquet file at `path`.
@@ -143,8 +142,7 @@ def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[di
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.exists() for file in files):
         raise DePassError(f"{path} holds no Parquet file; give a run's attributions folder, or a file in it")
-    names = None if columns is None else list(dict.fromkeys([INDEX, *columns]))
-    table = pa.concat_tables([open_shard(file).read(columns=names) for file in files])
+    table = pa.concat_tables([open_shard(file).read() for file in files])
     return table.sort_by(INDEX).to_pylist()
 
 

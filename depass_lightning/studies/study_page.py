@@ -1,19 +1,16 @@
 """The page of an experiment: its figures, its table, and everything that the numbers depend on."""
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from depass_lightning.reports.numbers import measure_name, model_name, plain, visible
-from depass_lightning.reports.palette import DARK, LIGHT, css_variables
+from depass_lightning.reports.page import asset, rendered
 from depass_lightning.studies.study_figures import curves_figure, points_figure
 from depass_lightning.studies.study_result import StudyResult, written
 
@@ -45,10 +42,10 @@ def experiment_html(experiment: StudyResult) -> str:
     if experiment.clouds:
         figures.append(_figure("Points", points_figure, experiment.clouds))
     columns = experiment.columns()
-    environment = Environment(
-        loader=PackageLoader("depass_lightning", "reports/assets"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("experiment.html.j2").render(
+    return rendered(
+        "experiment",
+        SCRIPT,
+        {},
         title=visible(experiment.title),
         facts={name: visible(value) for name, value in facts.items()},
         settings={
@@ -70,13 +67,7 @@ def experiment_html(experiment: StudyResult) -> str:
             curve.low is not None for panel in experiment.panels for curve in panel.curves.values()
         ),
         command=experiment.command,
-        style=Markup(
-            resources.files("depass_lightning.reports").joinpath("assets/page.css").read_text("utf-8")
-        ),
-        light=css_variables(LIGHT),
-        dark=css_variables(DARK),
-        script=Markup(SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        style=Markup(asset("page.css")),
     )
 
 

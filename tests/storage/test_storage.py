@@ -128,11 +128,10 @@ def test_an_empty_folder_says_what_belongs_there(tmp_path):
         read_rows(tmp_path)
 
 
-def test_columns_can_be_chosen_and_files_read_together(tmp_path):
+def test_the_files_of_a_folder_are_read_together(tmp_path):
     write_shard(tmp_path / "one.parquet", rows(2), SCHEMA)
     write_shard(tmp_path / "two.parquet", rows(1), SCHEMA)
-    assert read_rows(tmp_path, columns=["word"]) == rows(1, 2)
-    assert read_rows(tmp_path, columns=[]) == [{"index": 1}, {"index": 2}]
+    assert read_rows(tmp_path) == rows(1, 2)
 
 
 def test_the_schema_has_a_column_for_every_field():

@@ -167,7 +167,7 @@ def run_method(
 
 
 def compare_rows(
-    runs: Mapping[str, MethodRun], *, against: str = AGAINST, draws: int = 1000
+    runs: Mapping[str, MethodRun], *, against: str = AGAINST
 ) -> tuple[list[Panel], list[dict[str, Cell]]]:
     """Make the curves and the table of a comparison.
 
@@ -176,7 +176,6 @@ def compare_rows(
         against: the method that the others are held against; a column `..._difference` has what it has more
             than each of them, and `..._p` the p-value of no difference, corrected for the number of methods
             (`sign_flip_test`, `holm`).
-        draws: how many times prompts are drawn for an interval.
 
     Returns:
         A panel for each curve that the rows have, and a row of the table for each method.
@@ -187,7 +186,7 @@ def compare_rows(
     _check(runs, against)
     panels = []
     for column, (name, across, upward) in PANELS.items():
-        curves = {method: _curve(column, run.rows, draws) for method, run in runs.items()}
+        curves = {method: _curve(column, run.rows) for method, run in runs.items()}
         drawn = {method: curve for method, curve in curves.items() if curve is not None}
         if drawn:
             panels.append(Panel(name, across, upward, drawn))
@@ -199,13 +198,13 @@ def compare_rows(
     for method, run in runs.items():
         row: dict[str, Cell] = {"method": method}
         for column in columns:
-            row[column] = _interval(numbers[method], column, draws)
+            row[column] = _interval(numbers[method], column)
             if method != against:
                 differences = _differences(numbers[against], numbers[method], column)
-                row[f"{column}_difference"] = bootstrap(differences, draws=draws) if differences else None
+                row[f"{column}_difference"] = bootstrap(differences) if differences else None
                 row[f"{column}_p"] = sign_flip_test(differences) if differences else None
         if run.rows[0].get("circuit_values"):
-            row |= _circuits(run.rows, draws)
+            row |= _circuits(run.rows)
         row["seconds_per_prompt"] = run.seconds / len(run.rows)
         table.append(row)
     for column in columns:
@@ -213,11 +212,11 @@ def compare_rows(
     return panels, table
 
 
-def _circuits(rows: Sequence[Mapping[str, Any]], draws: int) -> dict[str, Cell]:
+def _circuits(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
     """Return CPR and CMD, which are not means over prompts but of means over them."""
     columns = [row["circuit_values"] for row in rows]
     values = [CircuitValues(FRACTIONS, kept, whole, empty) for *kept, whole, empty in columns]
-    scores = circuit_scores(values, draws=draws)
+    scores = circuit_scores(values)
     return {"cpr": scores.cpr, "cmd": scores.cmd}
 
 
@@ -240,12 +239,12 @@ def _check(runs: Mapping[str, MethodRun], against: str) -> None:
             raise DePassError(f"{method} has rows of other prompts than {against}, or in another order")
 
 
-def _curve(column: str, rows: Sequence[Mapping[str, Any]], draws: int) -> Curve | None:
+def _curve(column: str, rows: Sequence[Mapping[str, Any]]) -> Curve | None:
     """Return a curve's mean over prompts with its intervals."""
     percents = rows[0].get("masked_percents" if column.startswith("mask") else "percents")
     if percents is None:
         return None
-    metric = CurveMean(column, percents, points=True, draws=draws, sync_on_compute=False)
+    metric = CurveMean(column, percents, points=True, sync_on_compute=False)
     metric.update(rows)
     mean = metric.compute()
     if mean is None:
@@ -271,9 +270,9 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return measured | {name: float(row[name]) for name in NUMBERS if row.get(name) is not None}
 
 
-def _interval(rows: Sequence[Mapping[str, float]], column: str, draws: int) -> Interval | None:
+def _interval(rows: Sequence[Mapping[str, float]], column: str) -> Interval | None:
     values = [row[column] for row in rows if column in row]
-    return bootstrap(values, draws=draws) if values else None
+    return bootstrap(values) if values else None
 
 
 def _differences(

@@ -16,6 +16,8 @@ from depass_lightning.prompts import Prompt
 from depass_lightning.sources import Subspace
 from depass_lightning.utils.batching import in_batches
 
+CHUNK = 64  # states whose logits are in memory together
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -82,7 +84,6 @@ def decode(
     answers: Sequence[int],
     *,
     top: int,
-    batch_size: int = 64,
 ) -> tuple[Int[Tensor, "prompt top"], list[int]]:
     """Return the logits of normed states, without the unembedding's bias.
 
@@ -92,9 +93,9 @@ def decode(
     weight = depass.decoder.unembedded().weight
     tokens, ranks = [], []
     with exact(weight.device):
-        for start in range(0, len(states), batch_size):
-            logits = states[start : start + batch_size].to(weight) @ weight.T
-            batch_answers = torch.tensor(answers[start : start + batch_size], device=weight.device)
+        for start in range(0, len(states), CHUNK):
+            logits = states[start : start + CHUNK].to(weight) @ weight.T
+            batch_answers = torch.tensor(answers[start : start + CHUNK], device=weight.device)
             ranks += (1 + (logits > logits.gather(1, batch_answers[:, None])).sum(1)).tolist()
             tokens.append(logits.topk(top).indices.cpu())
     return torch.cat(tokens), ranks
