@@ -113,7 +113,7 @@ def describe_nodes(depass: DePass, circuit: Circuit, edges: int = 60) -> Circuit
                 continue
             values, _ = block.attention.head_values(block.resid_pre)
             states[node.label] = block.attention.head_outputs(values)[0, node.index or 0, position]
-            if block.attention.convolution is None:
+            if block.attention.has_scores:
                 weights = block.attention.probabilities[0, node.index or 0]  # [query, key]
                 weights = weights / weights.sum(-1, keepdim=True)
                 patterns[node.label] = [[round(float(weight), 3) for weight in row] for row in weights]

@@ -61,7 +61,7 @@ def _follows_scores(decoder: Decoder) -> bool:
             try:
                 for layer in range(recording.layers):
                     attention = recording.block(layer).attention
-                    if attention.convolution is None:
+                    if attention.has_scores:
                         through_scores(decoder, attention, [recording.state(layer)], mean=True)
                 _followed[decoder] = True
             except DePassError as error:

@@ -207,7 +207,7 @@ def _through_attention(
 ) -> _Gradients:
     """Propagate derivatives from attention's output back to its input."""
     mixture, scores = attention.mixture, []
-    if attention.convolution is None:  # a linear mixer has no control path, only values
+    if attention.has_scores:  # a linear mixer has no control path, only values
         if rule.control:
             outputs = list(rule.control * middle.states)
             scores = through_scores(decoder, attention, outputs, mean=rule.uniform > 0)

@@ -290,14 +290,19 @@ def _hooks(
         biases.append((leaf, bias_of(module, dtype).to(output.device)))
         return output + leaf
 
+    def held(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        return output.detach()
+
     hooks: list[tuple[nn.Module, Hook]] = []
+    if parts.value_norm is not None:  # the map before it may be that of the keys
+        hooks.append((parts.value_norm, held))
     within = None
     for name, module in parts.module.named_modules():
         weight = getattr(module, "weight", None)
         if (within is not None and name.startswith(within)) or not isinstance(weight, Tensor):
             continue
         within = f"{name}."  # a layer with adapters is one layer
-        if module is parts.value.module:
+        if module is parts.value.module and parts.value_norm is None:
             hooks.append((module, detached))
         elif module is not parts.output.module:
             if weight.ndim == 1:

@@ -272,7 +272,7 @@ class _Sweep:
         """Yield by path what the heads' nodes read, `[node, position, hidden]`, and what is constant."""
         paths = self.rule.for_block(gradients.block.index)
         mixture = attention.mixture
-        if attention.convolution is None:  # a linear mixer has no control path, only values
+        if attention.has_scores:  # a linear mixer has no control path, only values
             uniform = None
             if paths.control:
                 for path, states, constants, even in self._through_scores(attention, paths, gradients):

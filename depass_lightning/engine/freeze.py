@@ -35,6 +35,7 @@ class BlockNorms:
     after_attention: NormParameters | None
     mlp: NormParameters | None
     after_mlp: NormParameters | None
+    values: NormParameters | None
     heads: NormParameters | None
     neurons: NormParameters | None
 
@@ -53,6 +54,7 @@ class BlockNorms:
             after_attention=probe(attention.post_norm),
             mlp=probe(mlp.norm),
             after_mlp=probe(mlp.post_norm),
+            values=probe(attention.value_norm, attention.output.shape[1] // attention.heads),
             heads=probe(attention.inner_norm, attention.output.shape[1]),
             neurons=None if inner is None else probe(inner, mlp.width),
         )
@@ -96,12 +98,15 @@ class _Freezer:
             scaled = self._norm("latent", self.probes.latent)
             weight = (value.weight * scaled.probe.weight) @ inner.weight
             value, norm = AffineMap(weight, value.bias), FrozenNorm(norm.probe, norm.scale * scaled.scale)
+        convolution = None
+        if self.probes.values is not None:
+            value, convolution = self._with_normed_values(value, self.probes.values)
         post = self._post("attention post-norm", self.probes.after_attention)
         read, scale = self._after_norm(parts.output.linear(dtype), "heads", self.probes.heads)
         if parts.output_bias is not None:
             bias = parts.output_bias.detach().to(read.weight)
             read = AffineMap(read.weight, bias if read.bias is None else read.bias + bias)
-        output, added = self._projected(read, post)
+        output, added = self._projected(parts, read, post)
         skip = self._skip(parts, call_norm, post)
         gates = self._gates()
         if scale is not None:
@@ -116,8 +121,22 @@ class _Freezer:
             call=AttentionCall(self.block, *capture.attention_call, call_norm, post),
             skip=skip,
             gates=gates,
+            convolution=convolution,
         )
         return self._with_scaled_heads(frozen) if parts.scaled_heads else frozen
+
+    def _with_normed_values(
+        self, value: AffineMap, probe: NormParameters
+    ) -> tuple[AffineMap, FrozenConvolution]:
+        """The value map times the weights of the norm of each head's values, and that norm's scales."""
+        states, normed = self.capture.norms["values"]  # [batch, position, value head, size]
+        name = f"block {self.block.index}: the norm of values"
+        scale = FrozenNorm.fit(probe, states, normed, name).scale
+        scale = scale.repeat_interleave(len(probe.weight), 2)  # [batch, position, channel]
+        weight = probe.weight.repeat(states.shape[2])
+        bias = None if value.bias is None else value.bias * weight
+        convolution = FrozenConvolution(None, scale.new_ones(scale.shape[2], 1), scale)
+        return AffineMap(value.weight * weight[:, None], bias), convolution
 
     def _with_scaled_heads(self, frozen: FrozenAttention) -> FrozenAttention:
         """Fit each head's factor at each position to the output map's input, and multiply the gates by it."""
@@ -170,7 +189,7 @@ class _Freezer:
         post = self._post("attention post-norm", self.probes.after_attention)
         device = self.state.device  # the maps of an absent mixer are not on the model's device
         value = parts.value.linear(dtype).to(device)
-        output, added = self._projected(parts.output.linear(dtype).to(device), post)
+        output, added = self._projected(parts, parts.output.linear(dtype).to(device), post)
         skip = self._skip(parts, norm, post)
         frozen = FrozenAttention(
             norm=replace(norm, probe=replace(norm.probe, bias=None)),
@@ -226,7 +245,7 @@ class _Freezer:
                 gates, neurons, gate, down = self._with_shared(parts.experts, gates, neurons, gate, down)
                 everywhere = torch.ones_like(gates[..., 0], dtype=torch.bool)
                 routed = (*routed, Expert(slice(width, gates.shape[2]), everywhere))
-        down, constant = self._projected(down, post, added)
+        down, constant = self._projected(parts, down, post, added)
         if post is not None:
             neurons = neurons * post.scale[..., None]
         skip = self._skip(parts, norm, post)
@@ -270,10 +289,14 @@ class _Freezer:
         return None if probe is None else self._norm(name, probe)
 
     def _projected(
-        self, linear: AffineMap, post: FrozenNorm | None, added: Tensor | None = None
+        self,
+        parts: AttentionParts | MLPParts,
+        linear: AffineMap,
+        post: FrozenNorm | None,
+        added: Tensor | None = None,
     ) -> tuple[AffineMap, Tensor | None]:
-        """Return a sublayer's last map with the norm after it and the block's scale, and what it adds."""
-        weight, scale = linear.weight, self.block.scale
+        """Return a sublayer's last map with the norm and the factor after it, and what it adds."""
+        weight, scale = linear.weight, self.block.factor(parts)
         if linear.bias is not None:
             added = linear.bias.expand(self.state.shape) + (0 if added is None else added)
         if post is not None:
@@ -290,11 +313,14 @@ class _Freezer:
         self, parts: AttentionParts | MLPParts, norm: FrozenNorm, post: FrozenNorm | None
     ) -> FrozenNorm | None:
         """What the residual stream itself goes through past a sublayer, if anything."""
-        if parts.residual_weight is not None:
-            weight = whole(parts.residual_weight).detach().to(self.state)
-            weight = weight.expand(self.state.shape[-1])
-            return FrozenNorm(NormParameters(weight, None, False), torch.ones_like(self.state[..., 0]))
-        return {"none": None, "norm": norm, "post_norm": post}[parts.residual]
+        skip = {"none": None, "norm": norm, "post_norm": post}[parts.residual]
+        factor = parts.residual_weight
+        if factor is None:
+            return skip
+        factor = whole(factor).detach().to(self.state) if isinstance(factor, Tensor) else factor
+        skip = FrozenNorm.nothing(self.state) if skip is None else skip
+        bias = None if skip.probe.bias is None else skip.probe.bias * factor
+        return replace(skip, probe=replace(skip.probe, weight=skip.probe.weight * factor, bias=bias))
 
     def _with_skipped_bias(
         self, added: Tensor | None, skip: FrozenNorm | None, residual: ResidualNorm

@@ -42,12 +42,12 @@ class AttentionCall:
         """Propagate a derivative with respect to what is added to the residual stream back through a norm."""
         if self.post_norm is not None:
             output = self.post_norm.transposed(output, self.post_norm.scale)
-        return output * self.block.scale
+        return output * self.block.factor(self.block.attention)
 
 
 @dataclass(frozen=True)
 class FrozenConvolution:
-    """What a linear mixer does to values before it mixes them: a causal convolution between two factors.
+    """What happens to values before they are mixed: a causal convolution between two factors.
 
     Args:
         before: factors of the values; None for none.
@@ -106,8 +106,8 @@ class FrozenAttention:
         skip: the norm that the residual stream itself goes through past it, whose bias is among `bias_terms`;
             None where the stream passes unchanged.
         gates: factors of the heads' mixed values, side by side; None for none.
-        convolution: of a linear mixer, what it does to values before it mixes them; its matrix is in
-            `mixture`, and its constants are among `bias_terms`.
+        convolution: what happens to values before they are mixed, in a linear mixer or by a norm of each
+            head's values. A mixer's matrix is in `mixture`, and its constants are among `bias_terms`.
     """
 
     norm: FrozenNorm
@@ -124,6 +124,11 @@ class FrozenAttention:
     def heads(self) -> int:
         """The number of query heads."""
         return self.mixture.heads
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether queries and keys determine the mixture; in a linear mixer they do not."""
+        return self.call.block.attention.mixer is None
 
     @cached_property
     def probabilities(self) -> Float[Tensor, "batch head query key"]:
@@ -160,13 +165,20 @@ class FrozenAttention:
         """
         batch, positions, _ = states.shape
         scale = self.norm.scale.flatten()
-        values = self.norm(states.flatten(0, 1), scale) @ self.value.weight.T
-        values = values.view(batch, positions, -1)
-        if self.convolution is not None:
-            values = self.convolution(values[:, :, None])[:, :, 0]
+        values = (self.norm(states.flatten(0, 1), scale) @ self.value.weight.T).view(batch, positions, -1)
         constant = self.norm.constant_through(self.value)
-        constants = None if constant is None else self.mixed(constant.expand(batch, positions, -1))
-        return self.mixed(values), constants
+        constants = None if constant is None else self.mixed(self.convolved(constant.expand_as(values)))
+        return self.mixed(self.convolved(values)), constants
+
+    def convolved(
+        self, values: Float[Tensor, "batch position channel"]
+    ) -> Float[Tensor, "batch position channel"]:
+        """What is mixed of the value map's outputs.
+
+        Args:
+            values: the value heads' values side by side.
+        """
+        return values if self.convolution is None else self.convolution(values[:, :, None])[:, :, 0]
 
     def mixed(
         self, values: Float[Tensor, "batch position channel"]

@@ -80,6 +80,7 @@ class Capture:
             "attention post-norm": attention.post_norm,
             "mlp": mlp.norm,
             "mlp post-norm": mlp.post_norm,
+            "values": attention.value_norm,
             "heads": attention.inner_norm,
             "neurons": None if mlp.dense is None else mlp.dense.inner_norm,
         }

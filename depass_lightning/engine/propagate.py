@@ -115,7 +115,7 @@ def propagate(
                 propagate_mlp(state, block.mlp, local)
             group = injection.inside(block, "resid_post")
             next_is_last = positions is not None and layer == stop - 2
-            direct = next_is_last and recording.decoder.blocks[layer + 1].attention.mixer is None
+            direct = next_is_last and recording.decoder.blocks[layer + 1].attention.has_plain_values
             if isinstance(group, NeuronGroup) and state is None and direct and not block.parallel:
                 deferred = group  # the next block's attention reads it at the targets only
             else:

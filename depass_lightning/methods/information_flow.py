@@ -62,7 +62,8 @@ def _routes(block: FrozenBlock) -> Float[Tensor, "batch query key"]:
     constant = attention.norm.constant_through(attention.value)
     if constant is not None:
         values = values + constant
-    values = values.view(batch, positions, attention.key_value_heads, -1)
+    values = attention.convolved(values.view(batch, positions, -1))
+    values = values.unflatten(2, (attention.key_value_heads, -1))  # [batch, position, value head, size]
     values = values.repeat_interleave(attention.heads // attention.key_value_heads, 2)
     written = attention.head_outputs(values)  # [batch, head, key, hidden]
     whole = block.resid_mid

@@ -120,14 +120,17 @@ def _optional(module: nn.Module, path: str | None, owner: str) -> nn.Module | No
     return None if path is None else submodule(module, path, owner)
 
 
-def _parameter(module: nn.Module, name: str | None, owner: str) -> Tensor | None:
-    """A block's declared parameter, read where it is used."""
-    if name is None:
-        return None
-    parameter = getattr(module, name, None)
-    if not isinstance(parameter, Tensor):
-        raise DePassError(f"{owner} has no parameter '{name}', which its family's declaration names")
-    return parameter
+def _weights(
+    spec: AttentionSpec | MLPSpec, module: nn.Module, owner: str
+) -> tuple[Tensor | float | None, Tensor | float]:
+    """A block's declared factors of the residual stream past a sublayer, and of the sublayer's output."""
+    read = []
+    for name in (spec.residual_weight, spec.output_weight):
+        weight = None if name is None else getattr(module, name, None)
+        if name is not None and not isinstance(weight, Tensor | float | int):
+            raise DePassError(f"{owner} has no factor '{name}', which its family's declaration names")
+        read.append(weight)
+    return read[0], 1.0 if read[1] is None else read[1]
 
 
 def _attention(
@@ -153,6 +156,7 @@ def _attention(
         projection, norm = (submodule(inside, name, owner) for name in spec.latent)
         latent = Projection(projection, slice(0, features(value)[0])), norm
     rows = _value_rows(spec, features(value)[1], heads, size, owner)
+    residual_weight, output_weight = _weights(spec, module, owner)
     return AttentionParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
@@ -163,12 +167,14 @@ def _attention(
         heads=heads,
         in_mask=spec.in_mask,
         residual=spec.residual,
-        residual_weight=_parameter(module, spec.residual_weight, owner),
+        residual_weight=residual_weight,
+        output_weight=output_weight,
         gate=_gate(inside, spec.gate, heads, size, owner),
         probabilities=probabilities,
         weights=_optional(inside, spec.weights, owner),
         inner_norm=_optional(inside, spec.inner_norm, owner),
         output_bias=None if spec.output_bias is None else getattr(inside, spec.output_bias, None),
+        value_norm=_optional(inside, spec.value_norm, owner),
         value_scale=1.0 if spec.value_scale is None else float(getattr(inside, spec.value_scale, 1.0)),
         gate_activation=spec.gate_activation,
         scaled_heads=spec.scaled_heads,
@@ -196,6 +202,7 @@ def _mixer(
         raise DePassError(
             f"{owner}: {type(inside).__name__} is no mixer of kind '{kind}': {error}"
         ) from error
+    residual_weight, output_weight = _weights(spec, module, owner)
     return AttentionParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
@@ -204,7 +211,8 @@ def _mixer(
         output=mixer.output,
         heads=mixer.heads,
         residual=spec.residual,
-        residual_weight=_parameter(module, spec.residual_weight, owner),
+        residual_weight=residual_weight,
+        output_weight=output_weight,
         mixer=mixer,
     )
 
@@ -240,6 +248,7 @@ def _mlp(spec: MLPSpec, module: nn.Module, config: Any, owner: str) -> MLPParts:
     post_norm = _optional(module, spec.post_norm, owner)
     if names is not None and experts is not None and names.post_norm is not None:
         post_norm = submodule(inside, names.post_norm, owner)
+    residual_weight, output_weight = _weights(spec, module, owner)
     return MLPParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
@@ -247,7 +256,8 @@ def _mlp(spec: MLPSpec, module: nn.Module, config: Any, owner: str) -> MLPParts:
         dense=_dense(spec, inside, owner) if experts is None else None,
         experts=experts,
         residual=spec.residual,
-        residual_weight=_parameter(module, spec.residual_weight, owner),
+        residual_weight=residual_weight,
+        output_weight=output_weight,
     )
 
 

@@ -29,12 +29,14 @@ class AttentionParts:
         in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
         residual_weight: what the residual stream is multiplied with past it, if anything.
+        output_weight: what its output is multiplied with.
         gate: the map to the gates, one for each head or for each of the output map's inputs.
         mixer: the linear mixer in attention's place, if there is one.
         probabilities: computes them, if the module does not return them.
         weights: the module that returns the probabilities, if that is not `module`.
         inner_norm: the norm before the output map, if any.
         output_bias: what is added after the output map, in addition to its bias.
+        value_norm: the norm of each head's values, if any.
         value_scale: a factor of the values.
         gate_activation: what follows the map to the gates; see `AttentionSpec`.
         scaled_heads: heads' outputs are scaled by further factors; see `AttentionSpec`.
@@ -49,7 +51,9 @@ class AttentionParts:
     latent: tuple[Projection, nn.Module] | None = None
     in_mask: str | None = None
     residual: ResidualNorm = "none"
-    residual_weight: Tensor | None = None
+    residual_weight: Tensor | float | None = None
+    output_weight: Tensor | float = 1.0
+    value_norm: nn.Module | None = None
     gate: Projection | None = None
     mixer: Mixer | None = None
     probabilities: Callable[..., Tensor] | None = None
@@ -59,6 +63,11 @@ class AttentionParts:
     value_scale: float = 1.0
     gate_activation: str = "sigmoid"
     scaled_heads: bool = False
+
+    @property
+    def has_plain_values(self) -> bool:
+        """Whether nothing comes between the value map and the mixing of positions."""
+        return self.mixer is None and self.value_norm is None
 
     @property
     def mixing(self) -> nn.Module:
@@ -78,6 +87,7 @@ class MLPParts:
         experts: or its experts.
         residual: which norm is on the residual stream itself; see `AttentionSpec`.
         residual_weight: what the residual stream is multiplied with past it, if anything.
+        output_weight: what its output is multiplied with.
         absent: the block has no MLP.
     """
 
@@ -87,7 +97,8 @@ class MLPParts:
     dense: DenseParts | None = None
     experts: ExpertsParts | None = None
     residual: ResidualNorm = "none"
-    residual_weight: Tensor | None = None
+    residual_weight: Tensor | float | None = None
+    output_weight: Tensor | float = 1.0
     absent: bool = False
 
     @property
@@ -153,6 +164,14 @@ class Block:
     def exit(self) -> nn.Module:
         """The module whose output is the state that leaves the block."""
         return self.module if self.ends is None else self.ends[1]
+
+    def factor(self, parts: AttentionParts | MLPParts) -> float:
+        """Return what a sublayer's output is multiplied with.
+
+        Args:
+            parts: one of the two sublayers.
+        """
+        return self.scale * float(parts.output_weight)
 
     @property
     def has_biases(self) -> bool:

@@ -36,7 +36,10 @@ class AttentionSpec:
         in_mask: the name of an argument that the mask holds already, but that eager attention adds once more.
         residual: which of its norms is on the residual stream itself: none; `norm`, so that its output is
             added to the normed stream; or `post_norm`, of the sum of the stream and its output.
-        residual_weight: the block's parameter that the residual stream is multiplied by past it.
+        residual_weight: the block's attribute, after any such norm, that the residual stream is multiplied
+            by past it.
+        output_weight: the block's attribute that its output is multiplied by.
+        value_norm: the norm of each head's values, inside `module`.
         value_scale: the attribute of `module` that is a factor of the values.
         gate: the map, inside `module`, whose activation the heads' outputs are multiplied by, with one output
             per dimension of these or per head; or the query map, if it gives each head's queries, then gates.
@@ -62,6 +65,8 @@ class AttentionSpec:
     in_mask: str | None = None
     residual: ResidualNorm = "none"
     residual_weight: str | None = None
+    output_weight: str | None = None
+    value_norm: str | None = None
     value_scale: str | None = None
     gate: str | None = None
     gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
@@ -107,7 +112,8 @@ class MLPSpec:
         inner_norm: the norm of the neurons' values, inside `module`, before that map.
         experts: the family's blocks may have a mixture of experts in place of these.
         residual: which of its norms is on the residual stream itself; see `AttentionSpec`.
-        residual_weight: the block's parameter that the residual stream is multiplied with past it.
+        residual_weight: see `AttentionSpec`.
+        output_weight: the block's attribute that its output is multiplied by.
     """
 
     module: str = "mlp"
@@ -120,6 +126,7 @@ class MLPSpec:
     experts: ExpertsSpec | None = None
     residual: ResidualNorm = "none"
     residual_weight: str | None = None
+    output_weight: str | None = None
 
 
 @dataclass(frozen=True)

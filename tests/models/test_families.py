@@ -35,7 +35,7 @@ from depass_lightning.engine.validate import validate
 from depass_lightning.methods import make_method
 from depass_lightning.models import families
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.spec import ExpertsSpec
+from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, MLPSpec
 from tests.reference.models import distance, padded, prompt
 from tests.reference.twin import LINEAR, Rule
 from tests.reference.zoo import ALL, FIRST, ZOO, build, derivatives
@@ -59,6 +59,7 @@ KINDS = (
     "bloom-normed",
     "qwen3_5",
     "bitnet",
+    "gemma4",
 )
 ADDING = (
     "mpt",
@@ -336,6 +337,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
         {"experts": ExpertsSpec(shared="shared_experts")},
         "block 1 of .*",
     ),
+    "no factor of the output": ("minimax", {"output_weight": None}, "block 0 of .*"),
     "no projection before the unembedding": ("opt-350m", "projection", "unembedding"),
 }
 
@@ -367,6 +369,20 @@ def test_wrong_declarations_are_caught(case: str) -> None:
     assert validate(Decoder(model, spec)) < 1e-5
     with pytest.raises(DePassError, match=said):
         validate(Decoder(model, wrong))
+
+
+def test_a_missing_norm_of_the_values_is_caught() -> None:
+    model = build("gemma4")
+    (spec,) = families.declared_families(model.config)
+
+    def wrong(block: Any) -> tuple[AttentionSpec, MLPSpec | None]:
+        assert spec.by_block is not None
+        attention, mlp = spec.by_block(block)
+        assert attention is not None
+        return replace(attention, value_norm=None), mlp
+
+    with pytest.raises(DePassError, match="block 0 of Gemma4"):
+        validate(Decoder(model, replace(spec, by_block=wrong)))
 
 
 def test_the_wrong_half_of_a_fused_map_is_caught() -> None:
@@ -422,7 +438,8 @@ def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["lfm2", "bamba", "granitemoehybrid-dense", "qwen3_next", "nemotron_h", "mamba", "bert"]
+    "name",
+    ["lfm2", "bamba", "granitemoehybrid-dense", "qwen3_next", "nemotron_h", "mamba", "bert", "minimax"],
 )
 @pytest.mark.covering(4)
 def test_mixers_in_both_engines(name: str) -> None:

@@ -106,6 +106,8 @@ def _full_attention(decoder: Decoder, block: Block) -> str:
         words.append("sinks")
     if parts.gate is not None:
         words.append("gated")
+    if parts.value_norm is not None:
+        words.append("values normed")
     if has_bias(parts.value.module):
         words.append("biases")
     return ", ".join(words)
@@ -125,7 +127,8 @@ def _mlp(block: Block, decoder: Decoder) -> str:
 
 def _other(decoder: Decoder) -> Iterable[str]:
     spec = decoder.spec
-    if spec.residual_scale is not None:
+    parts = [(block, part) for block in decoder.blocks for part in (block.attention, block.mlp)]
+    if any(block.factor(part) != 1 for block, part in parts):
         yield "sublayers scaled"
     if decoder.logit_scale != 1:
         yield "logits scaled"
@@ -237,6 +240,8 @@ def types() -> str:
         names = [name for name, of in rows.items() if of in (kind, f"{kind}_text", f"{kind}_text_model")]
         if kind in declared:
             said = f"exact: {', '.join(names)}"
+            if kind in reasons:
+                said += f"; other configurations are refused: {reasons[kind]}"
         elif kind in reasons:
             said = f"refused: {reasons[kind]}"
         else:

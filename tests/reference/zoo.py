@@ -343,6 +343,25 @@ ZOO |= {
     ),
 }
 ZOO |= {
+    "minimax": (
+        "minimax",
+        EXPERTS
+        | HEAD
+        | {"block_size": 4, "full_attn_alpha_factor": 1.3, "full_attn_beta_factor": 0.7}
+        | {"linear_attn_alpha_factor": 0.8, "linear_attn_beta_factor": 1.2}
+        | {"mlp_alpha_factor": 1.1, "mlp_beta_factor": 0.9},
+    ),
+    **{
+        name: (
+            f"{name}_text",
+            HEAD
+            | WINDOW
+            | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+            | {"global_head_dim": 12, "num_global_key_value_heads": 3, "attention_k_eq_v": True}
+            | {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0, "attention_bias": True},
+        )
+        for name in ("gemma4", "gemma4_unified")
+    },
     "bailing_hybrid": (
         "bailing_hybrid",
         LATENT
@@ -405,6 +424,8 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **cha
     for own, buffer in model.named_buffers():
         if own.endswith("e_score_correction_bias"):
             buffer.uniform_(-0.2, 0.2, generator=generator)
+        elif own.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1.5, generator=generator)
     model.to(dtype=dtype).eval()
     if dtype == torch.float64:
         stay_in_float64(model)
@@ -466,7 +487,7 @@ class Frozen(Double):
                 self.activated.append(result)
             return result
         result = super().__torch_function__(function, types, args, kwargs)
-        if function in HELD:
+        if function in HELD or (function is torch.pow and args[1] == -0.5):  # a norm's scale
             return result.detach()
         if function in SIGMOIDS:
             self.slopes.append(result.detach())
@@ -537,6 +558,9 @@ def mixer_values(model: nn.Module) -> dict[nn.Module, Tensor]:
                 values[inner.in_proj_qkvz] = inner.fix_query_key_value_ordering(*every)[2].flatten()
             else:
                 values[inner.in_proj_qkv] = torch.arange(2 * inner.key_dim, inner.conv_dim)
+        elif kind.endswith("LightningAttention"):
+            values[inner.output_gate] = torch.zeros(0, dtype=torch.long)
+            values[inner.qkv_proj] = torch.arange(180).view(6, 3, 10)[:, 2].flatten()
         elif "rg_lru" in parts:
             values[inner.linear_y] = torch.zeros(0, dtype=torch.long)
         elif kind.endswith("ShortConv"):

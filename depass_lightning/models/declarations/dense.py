@@ -1,6 +1,7 @@
 """Decoders with norms before each sublayer and a dense MLP, most of them gated."""
 
 from dataclasses import replace
+from typing import Any
 
 from depass_lightning.models.spec import AttentionSpec, FamilySpec, MLPSpec
 
@@ -14,6 +15,21 @@ _SANDWICH = FamilySpec(
 LATENT = AttentionSpec(
     value="kv_b_proj", layout="interleaved", latent=("kv_a_proj_with_mqa", "kv_a_layernorm")
 )
+
+
+def _two_sublayers(config: Any) -> bool:
+    """Whether Gemma 4's blocks have no third sublayer and no experts, and share no values."""
+    names = ("hidden_size_per_layer_input", "num_kv_shared_layers", "enable_moe_block")
+    return not any(getattr(config, name, 0) for name in names)
+
+
+def _gemma4(block: Any) -> tuple[AttentionSpec, MLPSpec]:
+    """Gemma 4's sublayers; in some blocks the keys' projection gives the values too."""
+    attention = replace(_SANDWICH.attention, value_norm="v_norm")
+    if block.self_attn.v_proj is None:
+        attention = replace(attention, value="k_proj")
+    return attention, _SANDWICH.mlp_with(residual_weight="layer_scalar", output_weight="layer_scalar")
+
 
 DENSE: list[FamilySpec] = [
     # Pre-norm decoders with a gated MLP. Biases, head norms, windows and layers without rotary positions are
@@ -74,6 +90,11 @@ DENSE: list[FamilySpec] = [
     ),
     # Norms before and after each sublayer.
     _SANDWICH,
+    FamilySpec(
+        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        by_block=_gemma4,
+        when=_two_sublayers,
+    ),
     FamilySpec(
         ("glm4",),
         attention=AttentionSpec(post_norm="post_self_attn_layernorm"),

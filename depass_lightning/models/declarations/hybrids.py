@@ -46,6 +46,21 @@ _OLMO_FULL = (
 
 HYBRIDS: list[FamilySpec] = [
     FamilySpec(
+        ("minimax",),
+        attention=AttentionSpec(
+            residual="norm",
+            residual_weight="attn_alpha_factor",
+            output_weight="attn_beta_factor",
+            mixers=(("self_attn", "lightning_attention"),),
+        ),
+        mlp=MLPSpec(
+            residual="norm",
+            residual_weight="mlp_alpha_factor",
+            output_weight="mlp_beta_factor",
+            experts=ExpertsSpec(),
+        ),
+    ),
+    FamilySpec(
         ("olmo_hybrid",),
         by_block=lambda block: _OLMO_LINEAR if hasattr(block, "linear_attn") else _OLMO_FULL,
     ),

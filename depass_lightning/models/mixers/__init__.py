@@ -3,10 +3,19 @@
 from depass_lightning.models.mixers.base import Mixer
 from depass_lightning.models.mixers.gated_delta import GatedDelta
 from depass_lightning.models.mixers.gated_recurrence import GatedRecurrence
+from depass_lightning.models.mixers.lightning_attention import LightningAttention
 from depass_lightning.models.mixers.selective_scan import SelectiveScan
 from depass_lightning.models.mixers.short_convolution import ShortConvolution
 from depass_lightning.models.mixers.state_space import StateSpace
 
 MIXERS: dict[str, type[Mixer]] = {
-    mixer.kind: mixer for mixer in (GatedDelta, GatedRecurrence, SelectiveScan, ShortConvolution, StateSpace)
+    mixer.kind: mixer
+    for mixer in (
+        GatedDelta,
+        GatedRecurrence,
+        LightningAttention,
+        SelectiveScan,
+        ShortConvolution,
+        StateSpace,
+    )
 }

@@ -136,18 +136,18 @@ def gates_of_norm(
     shape: torch.Size,
     activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
 ) -> Float[Tensor, "batch position channel"]:
-    """What a gated norm multiplies each of its inputs with: its weight, its activated gate and its scale.
+    """What a norm multiplies each of its inputs with: its weight, its activated gate and its scale.
 
     Args:
-        call: the norm's arguments (states and gate) and its output.
+        call: the norm's arguments (states, and a gate if it has one) and its output.
         weight: its weight.
         group: the number of channels that share a scale.
         shape: of the result.
         activation: the gate's.
     """
-    (states, gate, *_), output = call
-    states, gate, output = (tensor.to(weight) for tensor in (states, gate, output))
-    factor = activation(gate) * weight
+    (states, *gate), output = call
+    states, output = states.to(weight), output.to(weight)
+    factor = activation(gate[0].to(weight)) * weight if gate else weight
     direction = (states * factor).unflatten(-1, (-1, group))
     tiny = torch.finfo(weight.dtype).tiny
     fitted = (direction * output.unflatten(-1, (-1, group))).sum(-1) / direction.square().sum(-1).clamp_min(
