@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from depass_lightning.engine.experts import FrozenExperts
 from depass_lightning.engine.frozen import (
     AttentionCall,
     Expert,
@@ -184,7 +185,10 @@ class _Freezer:
     def _mixer(self, mixer: Mixer) -> FrozenAttention:
         """A linear mixer in attention's place."""
         parts, dtype = self.block.attention, self.state.dtype
-        mixing = mixer.mixing({**self.capture.mixed, "state": ((), self.state)}, dtype)
+        seen = {**self.capture.mixed, "state": ((), self.state)}
+        if mixer.has_softmax:
+            seen["probabilities"] = (), self._mixture().whole()
+        mixing = mixer.mixing(seen, dtype)
         norm = self._norm("attention", self.probes.attention)
         post = self._post("attention post-norm", self.probes.after_attention)
         device = self.state.device  # the maps of an absent mixer are not on the model's device
@@ -236,7 +240,7 @@ class _Freezer:
             added = routed = None
         else:
             assert parts.experts is not None
-            experts = _Experts(parts.experts, self.capture, dtype, self.state.shape[:2])
+            experts = FrozenExperts(parts.experts, self.capture, dtype, self.state.shape[:2])
             gates, neurons, gate, down, added = experts.frozen()
             routed = experts.routed()
             up_projection, normed = ExpertsUp(parts.experts), self.capture.seen["experts"][0]
@@ -352,55 +356,4 @@ class _Freezer:
             torch.cat([neurons, own_neurons], 2),
             gate.joined(own_gate),
             AffineMap(torch.cat([down.weight, own_down.weight], 1), own_down.bias),
-        )
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """Makes one dense layer of a mixture of experts, with its routing held fixed."""
-
-    parts: ExpertsParts
-    capture: Capture
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def routed(self) -> tuple[Expert, ...]:
-        """Which neurons are each expert's, and which positions were routed to it."""
-        width, active = self.parts.width, self._weights() != 0
-        return tuple(
-            Expert(slice(expert * width, (expert + 1) * width), mask.view(self.shape))
-            for expert, mask in enumerate(active.T)
-        )
-
-    def _weights(self) -> Float[Tensor, "at expert"]:
-        """How much each expert counts at each position, flattened."""
-        states, indices, weights = self.capture.seen["experts"]
-        count = states.numel() // states.shape[-1]
-        routed = torch.zeros(count, self.parts.count, device=states.device, dtype=self.dtype)
-        weights = weights.reshape(count, -1).to(self.dtype) * self.parts.scale
-        return routed.scatter_add_(1, indices.view(count, -1), weights)
-
-    def frozen(self) -> tuple[Tensor, Tensor, AffineMap, AffineMap, Tensor | None]:
-        """Pre-activations, neurons, the gate map, the down map, and what experts' biases add."""
-        states, indices, _ = self.capture.seen["experts"]
-        states = states.reshape(-1, states.shape[-1]).to(self.dtype)
-        count, width, routed = self.parts.count, self.parts.width, self._weights()
-        gate_up, bias, down, down_bias = self.parts.weights(self.dtype)
-        gate_rows = self.parts.gate_rows
-        gates, neurons = states.new_zeros(2, len(states), count, width)
-        for expert in indices.unique().tolist():
-            rows = (indices.view(len(states), -1) == expert).any(1)
-            both = torch.nn.functional.linear(
-                states[rows], gate_up[expert], None if bias is None else bias[expert]
-            )
-            gates[rows, expert] = both[:, gate_rows]
-            neurons[rows, expert] = self.parts.activated(both) * routed[rows, expert, None]
-        return (
-            gates.view(*self.shape, -1),
-            neurons.view(*self.shape, -1),
-            AffineMap(
-                gate_up[:, gate_rows].flatten(0, 1), None if bias is None else bias[:, gate_rows].flatten()
-            ),
-            AffineMap(down.transpose(0, 1).flatten(1), None),
-            None if down_bias is None else (routed @ down_bias).view(*self.shape, -1),
         )

@@ -22,7 +22,8 @@ class Capture:
     Args:
         everything: record all that `freeze` needs; else only what enters and leaves the block, and its
             attention's mixed values.
-        mixed_values: attention's mixed values from an earlier run of the block, which are not recomputed.
+        mixed_values: attention's mixed values, call by call; of an earlier run of the block where everything
+            is recorded, so that they are not recomputed.
     """
 
     everything: bool
@@ -32,7 +33,7 @@ class Capture:
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     probabilities: Tensor | None = None
     mixture: ScoredMixture | None = None
-    mixed_values: Tensor | None = None
+    mixed_values: list[Tensor] = field(default_factory=list)
     mixed: dict[str, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
 
@@ -48,12 +49,11 @@ class Capture:
 
     def mix(self, mixture: ScoredMixture, values: Tensor) -> Float[Tensor, "batch head query size"]:
         """Compute attention's mixed values, if the block's attention goes through `engine/mixture.py`."""
-        mixed = mixture.mixed(values) if self.mixed_values is None else self.mixed_values
         if self.everything:
             self.mixture = mixture
-        else:
-            self.mixed_values = mixed
-        return mixed
+            return self.mixed_values.pop(0) if self.mixed_values else mixture.mixed(values)
+        self.mixed_values.append(mixture.mixed(values))
+        return self.mixed_values[-1]
 
     def hooks(self, block: Block) -> list[RemovableHandle]:
         """Register the hooks on a block.
@@ -88,10 +88,10 @@ class Capture:
             norm.register_forward_hook(self._norm(name)) for name, norm in norms.items() if norm is not None
         ]
         handles.append(attention.module.register_forward_pre_hook(self._call, with_kwargs=True))
-        if attention.mixer is None:
+        if attention.mixer is None or attention.mixer.has_softmax:
             hook = self._returned if attention.probabilities is None else self._asked(attention.probabilities)
             handles.append(attention.mixing.register_forward_hook(hook, with_kwargs=True))
-        else:
+        if attention.mixer is not None:
             handles += [
                 module.register_forward_hook(self._mixed(name))
                 for name, module in attention.mixer.recorded.items()

@@ -87,7 +87,7 @@ class Recording:
         return brought(frozen, self.final_state.device)
 
     def _replay(self, block: Block, kept: Capture) -> Capture:
-        capture = Capture(everything=True, mixed_values=kept.mixed_values)
+        capture = Capture(everything=True, mixed_values=[*kept.mixed_values])
         with undisturbed(self.decoder.model, attention=implementation(self.decoder)), ExitStack() as stack:
             stack.enter_context(listening(block.attention.mixing, capture.mix))
             for handle in capture.hooks(block):

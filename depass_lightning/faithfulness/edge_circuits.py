@@ -170,7 +170,7 @@ class _Hooks:
             yield (mlp.norm or mlp.module).register_forward_pre_hook(reader)
 
             def wrote(outputs: Float[Tensor, "row position 1 hidden"]) -> Tensor:
-                self._write(number, block.scale * outputs[None, :, :, 0])
+                self._write(number, block.factor(mlp) * outputs[None, :, :, 0])
                 return outputs
 
             yield place_of(self.decoder, index, "mlp").hooked(wrote, self.rows)
@@ -239,7 +239,7 @@ class _Hooks:
             self.parts = []
             weight = output.linear(self.decoder.dtype).weight.view(-1, *heads.shape[2:])
             outputs = torch.einsum("bnhi,dhi->hbnd", heads.detach().to(weight), weight)
-            self._write(first, block.scale * outputs)
+            self._write(first, block.factor(block.attention) * outputs)
             return heads
 
         return change

@@ -31,7 +31,6 @@ REFUSED = {
     "norms multiplied by a gate of their input, or residual streams with biases": frozenset({"axk2", "zaya"}),
     "a residual stream that each sublayer scales by a different factor": frozenset({"beam"}),
     "convolutions after its sublayers, which also mix positions": frozenset({"inkling_text"}),
-    "attention that subtracts one head's probabilities from another's": frozenset({"diffllama"}),
     "attention output maps that a router selects for each position": frozenset({"jetmoe"}),
     "values that are clamped, which is not linear": frozenset({"dbrx"}),
     "experts whose inputs the router scales, so that their pre-activations depend on it": frozenset(

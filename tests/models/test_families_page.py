@@ -22,6 +22,8 @@ INSIDE_ANOTHER = {
     "dots3_note": "dots3_note_text",
     "emu3": "emu3_text_model",
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }

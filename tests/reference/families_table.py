@@ -126,7 +126,6 @@ def _mlp(block: Block, decoder: Decoder) -> str:
 
 
 def _other(decoder: Decoder) -> Iterable[str]:
-    spec = decoder.spec
     parts = [(block, part) for block in decoder.blocks for part in (block.attention, block.mlp)]
     if any(block.factor(part) != 1 for block, part in parts):
         yield "sublayers scaled"

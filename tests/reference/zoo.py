@@ -362,6 +362,7 @@ ZOO |= {
         )
         for name in ("gemma4", "gemma4_unified")
     },
+    "diffllama": ("diffllama", HEAD | {"attention_bias": True, "num_key_value_heads": 2}),
     "bailing_hybrid": (
         "bailing_hybrid",
         LATENT
@@ -460,6 +461,9 @@ class Frozen(Double):
             return _attention(*args, **(kwargs or {}))
         if function is nn.functional.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
+        if function in (nn.functional.rms_norm, torch.rms_norm):
+            scaled = function(*args, **(kwargs or {}))
+            return args[0] * (scaled / args[0]).detach()
         if function in PRODUCTS and len(args) == 2:
             first, second = args
             if self._among(second, self.activated):
@@ -487,7 +491,7 @@ class Frozen(Double):
                 self.activated.append(result)
             return result
         result = super().__torch_function__(function, types, args, kwargs)
-        if function in HELD or (function is torch.pow and args[1] == -0.5):  # a norm's scale
+        if function in HELD or (function is torch.pow and isinstance(args[1], float)):  # a norm's scale
             return result.detach()
         if function in SIGMOIDS:
             self.slopes.append(result.detach())

@@ -45,6 +45,7 @@ _OLMO_FULL = (
 
 
 HYBRIDS: list[FamilySpec] = [
+    FamilySpec(("diffllama",), attention=AttentionSpec(mixers=(("self_attn", "differential_attention"),))),
     FamilySpec(
         ("minimax",),
         attention=AttentionSpec(

@@ -1,6 +1,7 @@
 """Linear mixers in attention's place, by the kind that a declaration names."""
 
 from depass_lightning.models.mixers.base import Mixer
+from depass_lightning.models.mixers.differential_attention import DifferentialAttention
 from depass_lightning.models.mixers.gated_delta import GatedDelta
 from depass_lightning.models.mixers.gated_recurrence import GatedRecurrence
 from depass_lightning.models.mixers.lightning_attention import LightningAttention
@@ -11,6 +12,7 @@ from depass_lightning.models.mixers.state_space import StateSpace
 MIXERS: dict[str, type[Mixer]] = {
     mixer.kind: mixer
     for mixer in (
+        DifferentialAttention,
         GatedDelta,
         GatedRecurrence,
         LightningAttention,
