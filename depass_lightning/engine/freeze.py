@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from depass_lightning.engine.experts import FrozenExperts
 from depass_lightning.engine.frozen import (
     AttentionCall,
     Expert,
@@ -15,6 +14,7 @@ from depass_lightning.engine.frozen import (
     FrozenConvolution,
     FrozenMLP,
 )
+from depass_lightning.engine.frozen_experts import FrozenExperts
 from depass_lightning.engine.hooks import Capture
 from depass_lightning.engine.mixture import DenseMixture, Mixture
 from depass_lightning.engine.norms import FrozenNorm, NormParameters
