@@ -1,7 +1,7 @@
-"""`python analyze.py compare=[...]`: the same prompts through several checkpoints, revisions or adapters."""
+"""`python analyze.py compare=[...]`: the same prompts through several models, or several finished runs."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,23 @@ from rich.table import Table
 from rich.text import Text
 
 from depass_lightning.commands.outputs import example_of, number_of
+from depass_lightning.commands.sweep_report import read_runs
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from depass_lightning.models.folder import fault_of_file
+from depass_lightning.reports.compare_page import compared, write_compare_page
 from depass_lightning.reports.numbers import amount, measure_name
-from depass_lightning.reports.timeline_page import Frame, write_timeline
-from depass_lightning.storage import attribution_from_row, write_json
+from depass_lightning.reports.sweep import AXES, varying
+from depass_lightning.results.attribution import Attribution
+from depass_lightning.results.comparison import Comparison
+from depass_lightning.storage import RowFile, attribution_from_row, write_json
 from depass_lightning.utils.atomic_files import safe_name
 
 ADAPTER = "adapter_config.json"
+ROWS = Path("attributions", "attributions.parquet")
 SHOWN = ("correct", "evidence_first", "patch_top_area", "recover_top_area", "cosine", "spearman")
+Rows = dict[str, dict[str, Any]]
 
 
 def compare(
@@ -33,38 +39,140 @@ def compare(
     run: Callable[..., Any],
     console: Console,
 ) -> int:
-    """Attribute a task with each of several models, and write what changed from one to the next.
+    """Compare finished runs, or attribute a task with each of several models, and write what changed.
 
     Raises:
-        DePassError: fewer than two models, two equal ones, or one that cannot be loaded.
+        DePassError: fewer than two entries, two equal ones, one that cannot be loaded or read, or no prompt
+            whose scores can be compared.
     """
     entries = [str(entry) for entry in config.compare]
     if len(entries) < 2 or len(set(entries)) < len(entries):
         raise DePassError(f"compare={entries}: give two different models or more, as compare=[first,second]")
+    finished = [is_run(entry) for entry in entries]
+    if any(finished) and not all(finished):
+        raise DePassError(f"compare={entries}: give models alone, or folders of finished runs alone")
+    if all(finished):
+        labels, summaries, kept = read_finished(entries)
+    else:
+        labels, summaries, kept = _attribute_models(config, folder, load, run, entries)
+    prompts, comparisons = _compared_prompts(kept)
+    rows = [
+        {"model": label, "from": entry} | _numbers(summary) | _aggregates(place, prompts, comparisons)
+        for place, (label, entry, summary) in enumerate(zip(labels, entries, summaries, strict=True))
+    ]
+    write_json(folder / "compare.json", {"models": rows})
+    page = folder / "compare.html"
+    most = sorted(prompts, key=lambda id: min(c.cosine for c in comparisons[id]))[: config.report.prompts]
+    cut = len(most) < len(prompts)
+    write_compare_page(
+        page,
+        {id: prompts[id] for id in most},
+        labels,
+        title=f"What changed from {labels[0]} to {labels[-1]}",
+        subtitle=f"the {len(most):,} of {len(prompts):,} prompts that changed most" if cut else "",
+        examples={id: example_of(row) for id, row in kept[-1].items() if id in most},
+        table=[{name: row.get(name) for name in ("mean_value", *SHOWN)} for row in rows],
+    )
+    console.print(_table(rows))
+    console.print(Text(f"\npage     {page}\nfolder   {folder}"), soft_wrap=True)
+    return 0
+
+
+def is_run(entry: str) -> bool:
+    """Return whether an entry of `compare=` is the folder of a run of `analyze.py`.
+
+    Args:
+        entry: the entry.
+    """
+    return (Path(entry).expanduser() / ROWS.parent).is_dir()
+
+
+def read_finished(entries: Sequence[str]) -> tuple[list[str], Sequence[Mapping[str, Any]], list[Rows]]:
+    """Read finished runs.
+
+    Args:
+        entries: the runs' folders.
+
+    Returns:
+        A label for each run, which names the settings that differ; its numbers; and its rows by their ids.
+
+    Raises:
+        DePassError: a run is not finished, or its files cannot be read.
+    """
+    folders = [Path(entry).expanduser() for entry in entries]
+    runs = [read_runs(folder, folder.parent)[0] for folder in folders]
+    for entry, run in zip(entries, runs, strict=True):
+        if run["status"] != "done":
+            raise DePassError(f"{entry} cannot be compared, it is {run['status']}: {run['reason']}")
+    axes = [axis for axis in varying(runs) if axis in AXES]
+    labels = [" · ".join(str(run[axis]) for axis in axes if run[axis] is not None) for run in runs]
+    if len(set(labels)) < len(labels) or not all(labels):
+        labels = labelled(entries)
+    return labels, runs, [{row["id"]: row for row in RowFile(folder / ROWS)} for folder in folders]
+
+
+def _attribute_models(
+    config: DictConfig,
+    folder: Path,
+    load: Callable[[DictConfig], DePass],
+    run: Callable[..., Any],
+    entries: Sequence[str],
+) -> tuple[list[str], Sequence[Mapping[str, Any]], list[Rows]]:
+    """Attribute the task with each model; return what `read_finished` returns."""
     if config.trainer.get("devices", 1) not in (1, "auto"):
         raise DePassError(
             "compare= runs on one process; leave trainer.devices out, or sweep with -m model=..."
         )
-    frames, rows, examples = [], [], {}
-    labels = labelled(entries)
-    for place, (entry, label) in enumerate(zip(entries, labels, strict=True)):
+    labels, summaries, kept = labelled(entries), [], []
+    for entry, label in zip(entries, labels, strict=True):
         load_model = partial(load_entry, entry, config, load)
         results = run(_model_config(config, label), folder / label, load_model).results
-        attributions = {row["id"]: attribution_from_row(row) for row in results.rows}
-        frames.append(Frame(label, place, attributions))
-        rows.append({"model": label, "from": entry} | _numbers(results.summary))
-        examples |= {row["id"]: example_of(row) for row in results.rows}
-    changes = changed(frames)
-    for row, change in zip(rows, changes, strict=True):
-        row |= change
-    write_json(folder / "compare.json", {"models": rows})
-    page = folder / "compare.html"
-    title = f"What changed from {labels[0]} to {labels[-1]}"
-    subtitle = f"{config.task.name}, {len(labels)} models"
-    write_timeline(page, frames, title=title, subtitle=subtitle, examples=examples)
-    console.print(_table(rows))
-    console.print(Text(f"\npage     {page}\nfolder   {folder}"), soft_wrap=True)
-    return 0
+        summaries.append(results.summary)
+        kept.append({row["id"]: row for row in results.rows})
+    return labels, summaries, kept
+
+
+def _compared_prompts(
+    kept: Sequence[Rows],
+) -> tuple[dict[str, list[Attribution]], dict[str, list[Comparison]]]:
+    """Return the attributions of the prompts that all runs have, and their comparisons with the first run's.
+
+    Runs of one prompt each are compared even if its name differs.
+    """
+    prompts, comparisons, refused = {}, {}, None
+    for id, rows in _in_all(kept):
+        first, *others = attributions = [attribution_from_row(row) for row in rows]
+        try:
+            comparisons[id] = [compared(first, other) for other in others]
+            prompts[id] = attributions
+        except DePassError as error:
+            refused = refused or error
+    if not prompts:
+        raise refused or DePassError("the runs have no prompt in common; nothing to compare")
+    return prompts, comparisons
+
+
+def _in_all(kept: Sequence[Rows]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    if all(len(rows) == 1 for rows in kept):
+        yield next(iter(kept[-1])), [next(iter(rows.values())) for rows in kept]
+        return
+    for id in kept[0]:
+        if all(id in rows for rows in kept):
+            yield id, [rows[id] for rows in kept]
+
+
+def _aggregates(
+    place: int, prompts: Mapping[str, Sequence[Attribution]], comparisons: Mapping[str, Sequence[Comparison]]
+) -> dict[str, float]:
+    """Return one run's means over the compared prompts, and those of its comparisons with the first run."""
+    count = len(prompts)
+    with_first = [of_prompt[place - 1] for of_prompt in comparisons.values()] if place else []
+    return {
+        "prompts_in_both": count,
+        "mean_value": sum(attributions[place].value for attributions in prompts.values()) / count,
+        "cosine": sum(one.cosine for one in with_first) / count if place else 1.0,
+        "spearman": sum(one.spearman for one in with_first) / count if place else 1.0,
+    }
 
 
 def load_entry(entry: str, config: DictConfig, load: Callable[[DictConfig], DePass]) -> DePass:
@@ -119,26 +227,6 @@ def labelled(entries: Sequence[str]) -> list[str]:
         name if short.count(name) == 1 else number for name, number in zip(short, numbered, strict=True)
     ]
     return labels if len(set(labels)) == len(labels) else numbered
-
-
-def changed(frames: Sequence[Frame]) -> list[dict[str, Any]]:
-    """Compare each frame's scores with the first frame's, over the prompts that both have."""
-    rows = []
-    for frame in frames:
-        comparisons = [
-            frames[0].attributions[id].compare(attribution)
-            for id, attribution in frame.attributions.items()
-            if id in frames[0].attributions and frames[0].attributions[id].names == attribution.names
-        ]
-        count = len(comparisons)
-        rows.append(
-            {
-                "prompts_in_both": count,
-                "cosine": sum(comparison.cosine for comparison in comparisons) / count if count else None,
-                "spearman": sum(comparison.spearman for comparison in comparisons) / count if count else None,
-            }
-        )
-    return rows
 
 
 def _model_config(config: DictConfig, label: str) -> DictConfig:

@@ -16,6 +16,7 @@ DRAWING = (
     "page_sections.js",
     "page_matrix.js",
     "page_heat.js",
+    "page_compare.js",
     "page_components.js",
     "page_facts.js",
     "page_list.js",

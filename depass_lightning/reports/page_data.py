@@ -59,22 +59,22 @@ def prompt_data(
         "sections": _sections(attribution),
         "citations": _citations(attribution),
         "marks": _marks(attribution, example) if known else [],
-        "share": _rounded(attribution.positive_fraction(evidence))
+        "share": rounded(attribution.positive_fraction(evidence))
         if known and evidence and placed(attribution)
         else None,
         "first": example.get("evidence_first"),
         "answer": visible(example.get("answer") or ""),
         "target": visible(attribution.target),
-        "value": _rounded(attribution.value),
+        "value": rounded(attribution.value),
         "prediction": visible(attribution.prediction),
         "predicted": prediction_name(attribution),
         "answer_start": attribution.answer_start,
         "facts": answer_facts(attribution),
-        "probability": _rounded(attribution.probability),
+        "probability": rounded(attribution.probability),
         "rank": attribution.rank,
         "right": example.get("correct"),
         "unread": unread_words(attribution),
-        "completeness": _rounded(attribution.completeness) if complete(attribution) else None,
+        "completeness": rounded(attribution.completeness) if complete(attribution) else None,
     }
 
 
@@ -105,7 +105,7 @@ def _citations(attribution: Attribution, most: int = 3) -> list[dict[str, Any]]:
     except DePassError:  # a component has several sentences
         return []
     return [
-        {"document": visible(name), "text": visible(text), "score": _rounded(score), "tokens": span}
+        {"document": visible(name), "text": visible(text), "score": rounded(score), "tokens": span}
         for name, text, score, span in cited
     ]
 
@@ -160,7 +160,7 @@ def mean_data(
         grids: the page's grids; a new one is added.
     """
     mean = mean or mean_of(attributions)
-    return None if mean is None else {"value": _rounded(mean.value), "view": _view(mean, grids)}
+    return None if mean is None else {"value": rounded(mean.value), "view": _view(mean, grids)}
 
 
 def _components(attribution: Attribution) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _components(attribution: Attribution) -> dict[str, Any]:
         if span is not None and text is not None and text != "".join(tokens[slice(*span)]):
             texts[i] = text
         names.append(None if visible(name) == text else visible(name))
-    scores = [_rounded(score) for score in attribution.scores.tolist()]
+    scores = [rounded(score) for score in attribution.scores.tolist()]
     repeats = repeats_of(attribution)
     data = {"names": names, "texts": texts, "scores": scores, "spans": attribution.positions}
     return data | ({"repeats": repeats} if repeats else {})
@@ -208,6 +208,10 @@ def _marks(attribution: Attribution, example: Mapping[str, Any]) -> list[dict[st
     return sorted(marks, key=lambda mark: not mark["right"])
 
 
-def _rounded(number: float | None) -> float | None:
-    """Return a number with five digits; None for NaN, which JSON lacks."""
+def rounded(number: float | None) -> float | None:
+    """Return a number with five digits; None for NaN, which JSON lacks.
+
+    Args:
+        number: the number.
+    """
     return None if number is None or not math.isfinite(number) else float(f"{number:.5g}")

@@ -1,4 +1,4 @@
-"""The training timeline: one page with a slider over the steps of a run, or over several models.
+"""The training timeline: one page with a slider over the steps of a run.
 
 It is the report's page (`page.py`) with each prompt's scores and answers at every step. All steps share one
 colour scale, so that growth is visible.
@@ -22,11 +22,11 @@ CHANGING = ("value", "prediction", "probability", "rank", "share", "completeness
 
 @dataclass(frozen=True)
 class Frame:
-    """One step of a training, or one model among several.
+    """One step of a training.
 
     Attributes:
         label: the name at the slider: "step 120".
-        step: the training step, or the model's index; the horizontal axis of the curves.
+        step: the training step; the horizontal axis of the curves.
         attributions: the attributions by the prompt's id.
     """
 

@@ -1,4 +1,4 @@
-"""`analyze.py compare=[...]` and `timeline=`: several models on the same prompts, and a training."""
+"""`analyze.py compare=[...]`: several models on the same prompts, or finished runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from depass_lightning import DePass
 from depass_lightning.commands.compare import labelled, load_entry
 from depass_lightning.errors import DePassError
 from depass_lightning.models.checkpoint import load_checkpoint
-from depass_lightning.storage import read_attributions
+from depass_lightning.storage import read_attributions, read_rows
 from tests.commands.test_analyze import run
 from tests.commands.test_timeline import data_of
 
@@ -53,12 +53,48 @@ def test_models_are_compared_on_the_same_prompts(
     assert {**second, "model": "", "from": "", "seconds": 0} == pytest.approx(
         {**third, "model": "", "from": "", "seconds": 0}
     )
-    timeline = data_of((tmp_path / "compare.html").read_text(encoding="utf-8"))["timeline"]
-    assert timeline["labels"] == ["tiny", "moved", "moved.ckpt"]
-    for label, place in (("tiny", 0), ("moved", 1)):
-        own = read_attributions(tmp_path / label / "attributions")
-        shown = timeline["frames"][0][place]["scores"]["tokens"]
-        assert shown == pytest.approx(own[0].scores.tolist(), rel=1e-3, abs=1e-4)
+    prompts = data_of((tmp_path / "compare.html").read_text(encoding="utf-8"))["prompts"]
+    changes = [prompt["change"] for prompt in prompts]
+    assert changes == sorted(changes, reverse=True)
+    first_id = read_rows(tmp_path / "tiny" / "attributions")[0]["id"]
+    prompt = next(prompt for prompt in prompts if prompt["id"] == first_id)
+    assert [row["label"] for row in prompt["rows"]] == ["tiny", "moved", "moved.ckpt"]
+    before, after = (read_attributions(tmp_path / label / "attributions")[0] for label in ("tiny", "moved"))
+    view = prompt["rows"][1]["views"]["tokens"]
+    assert view["scores"] == pytest.approx(after.scores.tolist(), rel=1e-3, abs=1e-4)
+    assert view["change"] == pytest.approx((after.scores - before.scores).tolist(), rel=1e-3, abs=1e-4)
+
+
+def test_finished_runs_are_compared_without_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rule in ("half", "softmax"):
+        assert run(tmp_path / rule, f"rule={rule}", *FEW) == 0
+    assert run(tmp_path / "heads", "source=modules", *FEW) == 0
+    monkeypatch.setattr(DePass, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    half, softmax, heads = (tmp_path / name for name in ("half", "softmax", "heads"))
+    (tmp_path / "both").mkdir()
+    assert run(tmp_path / "both", f"compare=[{half},{softmax}]", "report.prompts=2") == 0
+    assert re.search(r"\n softmax +100% ", capsys.readouterr().out)
+    page = (tmp_path / "both" / "compare.html").read_text(encoding="utf-8")
+    assert "What changed from half to softmax" in page
+    assert "the 2 of 4 prompts that changed most" in page
+    assert len(data_of(page)["prompts"]) == 2
+    rows = json.loads((tmp_path / "both" / "compare.json").read_text())["models"]
+    pairs = list(zip(*(read_attributions(run / "attributions") for run in (half, softmax)), strict=True))
+    cosines = [before.compare(after).cosine for before, after in pairs]
+    assert rows[1]["cosine"] == pytest.approx(sum(cosines) / 4)
+    assert rows[1]["mean_value"] == pytest.approx(sum(after.value for _, after in pairs) / 4)
+    capsys.readouterr()
+    for second, message in (
+        (heads, "scores of tokens cannot be compared with scores of modules"),
+        ("tiny", "give models alone, or folders of finished runs alone"),
+    ):
+        assert run(tmp_path / "both", f"compare=[{half},{second}]") == 1
+        assert message in capsys.readouterr().err
+    (half / "summary.json").unlink()
+    assert run(tmp_path / "both", f"compare=[{half},{softmax}]") == 1
+    assert "it is unfinished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

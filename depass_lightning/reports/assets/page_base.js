@@ -89,7 +89,7 @@ for (const grid of DATA.grids) {
   grid.left = grid.layers.flatMap((_, row) => grid.remainders.map((column) => row * grid.columns.length + column));
   grid.spans = grid.names.map(() => null);
 }
-for (const view of [DATA.mean?.view, ...PROMPTS.map((prompt) => prompt.views.tokens)]) {
+for (const view of [DATA.mean?.view, ...PROMPTS.flatMap((prompt) => [prompt, ...(prompt.rows ?? [])]).map((prompt) => prompt.views.tokens)]) {
   if (view?.grid == null) continue;
   const grid = DATA.grids[view.grid];
   Object.assign(view, { names: grid.names, spans: grid.spans, remainders: grid.left });

@@ -1,6 +1,6 @@
 // The components as bars, the strongest first or in the order of the text.
 
-PANELS.push({ fits: (prompt) => prompt.views.tokens.scores.length > 0, draw: componentsPanel });
+PANELS.push({ fits: (prompt) => prompt.rows == null && prompt.views.tokens.scores.length > 0, draw: componentsPanel });
 
 const FEW = 12;
 

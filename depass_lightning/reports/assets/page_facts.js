@@ -1,6 +1,6 @@
 // Numbers of the chosen prompt.
 
-PANELS.push({ fits: () => true, draw: factsPanel });
+PANELS.push({ fits: (prompt) => prompt.rows == null, draw: factsPanel });
 
 function factsPanel(prompt) {
   const facts = [

@@ -1,6 +1,6 @@
 // Heads and modules of all layers as a heat map: one row per layer, one column per head, and the rest of the state.
 
-PANELS.push({ fits: (prompt) => viewOf(prompt).grid != null, draw: heatPanel });
+PANELS.push({ fits: (prompt) => prompt.rows == null && viewOf(prompt).grid != null, draw: heatPanel });
 
 const NUMBERED = 8; // columns; with at most this number, cells show their scores
 
@@ -11,9 +11,8 @@ function heatPanel(prompt) {
 }
 
 // hover(i, cell) is called with the component that the pointer enters.
-function heatMap(view, { hover }) {
+function heatMap(view, { hover, scale = strongest(view) }) {
   const grid = DATA.grids[view.grid];
-  const scale = strongest(view);
   const width = grid.columns.length;
   const kind = commonWord(grid.cells.map((column) => grid.columns[column]));
   const rows = grid.layers.map((layer, row) => [

@@ -18,6 +18,7 @@ const FILTERS = {
 };
 
 const SORTS = {
+  ...(PROMPTS[0].rows ? { "change of the scores": (p) => p.change, "change of the value": (p) => Math.abs(p.value) } : {}),
   "as given": null,
   id: (p) => p.id,
   value: (p) => p.value,
@@ -78,7 +79,7 @@ function listRow(i, place) {
     "div",
     { id: `prompt-${i}`, class: "item", role: "option", "aria-selected": String(i === leading(state.chosen)), "aria-setsize": state.visible.length, "aria-posinset": place + 1, onclick: () => choose(i, { show: true }) },
     element("span", { class: "item-head" }, element("b", {}, listName(prompt)), element("span", { class: good ? "good" : "bad", title }, good == null ? "" : good ? "✓" : "✗"),
-      element("span", { class: "item-value" }, rows ? `${rows[1] - rows[0]} targets` : signed(prompt.value))),
+      element("span", { class: "item-value" }, rows ? `${rows[1] - rows[0]} targets` : prompt.rows ? plain(prompt.change) : signed(prompt.value))),
     element("span", { class: "item-text", dir: "auto" }, snippet(prompt)),
     strip,
   );

@@ -5,7 +5,8 @@ function drawMean() {
   if (byId("mean").hidden) return;
   const { view, value } = DATA.mean;
   const over = `mean value ${signed(value)}`;
-  const head = element("div", { class: "panel-head" }, element("h2", {}, "Mean over prompts ", element("small", {}, over)));
+  const name = PROMPTS[0].rows ? "Mean change over prompts " : "Mean over prompts ";
+  const head = element("div", { class: "panel-head" }, element("h2", {}, name, element("small", {}, over)));
   const hover = (i, cell) => {
     unlight();
     lit = [...byId("mean").querySelectorAll(`[data-component="${i}"]`)];

@@ -68,7 +68,7 @@ function light(i, node) {
   for (const part of lit) part.classList.add("lit");
   const marks = view.spans[i] ? prompt.marks.filter((mark) => mark.tokens.some((t) => within(t, view.spans[i]))) : [];
   const roles = marks.map((mark) => element("small", { class: "role" }, mark.name + (mark.right && mark.name !== "evidence" ? ", evidence" : "")));
-  showTip(node, bare(nameOf(prompt, view, i)), view, i, ...roles);
+  showTip(node, bare(nameOf(prompt, view, i)), view, i, ...scoresOf(prompt, i), ...roles);
 }
 
 // A component's name and score, and its share of all supporting or opposing scores in its group.

@@ -1,6 +1,6 @@
 // The prompt itself, its tokens coloured by score.
 
-PANELS.push({ fits: () => true, draw: promptPanel });
+PANELS.push({ fits: (prompt) => prompt.rows == null, draw: promptPanel });
 
 function promptPanel(prompt) {
   const view = viewOf(prompt);
@@ -36,7 +36,7 @@ function promptText(prompt, view, scale) {
     const written = i < 0 ? prompt.tokens[start] : textOf(prompt, view, i);
     const row = rows.find((row) => start <= PROMPTS[row].target_position && PROMPTS[row].target_position < end);
     pieces.push({ i, start, end, row, node: appendPiece(place, prompt, { i, start, end, row, written, begins: begun != null }) });
-    const given = prompt.target_position != null || prompt.answer_start != null;
+    const given = prompt.change || prompt.target_position != null || prompt.answer_start != null;
     if (!given && start <= prompt.position && prompt.position < end) appendAnswer(answerPlace(text, place, prompt), prompt);
   }
   const shadeBy = (shown) => pieces.forEach((piece) => paint(piece, shown, viewOf(shown), shown === prompt ? scale : strongest(viewOf(shown))));
@@ -89,6 +89,7 @@ function paint({ i, start, end, node }, prompt, view, scale) {
   node.classList.toggle("answer", target);
   node.classList.toggle("wrong", target && prompt.rank > 1);
   node.classList.toggle("mute", !target && !scored);
+  node.classList.toggle("unmatched", scored && view.scores[i] == null);
 }
 
 // The model's next token, after the position at which the target is read.
@@ -116,7 +117,7 @@ function elsewhere(prompt, view, scale) {
   const left = inText(view) ? view.scores.map((_, i) => i) : view.remainders;
   const chips = left.flatMap((i) => {
     const score = view.scores[i];
-    if (view.spans[i] || left.length > 40) return [];
+    if (view.spans[i] || score == null || left.length > 40) return [];
     const ground = shade(score / scale);
     const chip = element("span", { class: "chip", "data-component": i, onpointerenter: (event) => light(i, event.target), onpointerleave: hideTip },
       `${nameOf(prompt, view, i)} ${signed(score)}`);

@@ -1,4 +1,4 @@
-// The timeline: a slider over training steps, or over several models, and the changes since the first.
+// The timeline: a slider over training steps, and the changes since the first.
 
 const TIMELINE = DATA.timeline;
 const timeline = { frame: TIMELINE ? TIMELINE.labels.length - 1 : 0, timer: null };
@@ -107,16 +107,9 @@ function changesPanel(prompt) {
   const view = viewOf(prompt);
   const name = prompt.views[state.view] ? state.view : "tokens";
   const before = TIMELINE.frames[state.chosen][0].scores[name];
-  const changes = view.scores.map((score, i) => ({ i, before: before[i], by: score - before[i] })).filter(({ by }) => by);
-  changes.sort((a, b) => Math.abs(b.by) - Math.abs(a.by));
-  const row = ({ i, before, by }) =>
-    element("li", { "data-component": i, onpointerenter: (event) => light(i, event.currentTarget), onpointerleave: hideTip },
-      element("span", { class: "name", dir: "auto" }, bare(nameOf(prompt, view, i)), indexOf(view, i)),
-      element("span", { class: "from" }, `${signed(before)} → ${signed(view.scores[i])}`),
-      element("span", { class: by < 0 ? "against" : "for" }, signed(by)),
-    );
+  const changes = view.scores.map((score, i) => ({ i, before: before[i], after: score, by: score - before[i] })).filter(({ by }) => by);
   return element("div", { class: "panel changes-panel" },
     element("h2", {}, `What changed since ${TIMELINE.labels[0]}`),
-    element("ol", { class: "changes" }, ...changes.slice(0, 8).map(row)),
+    changeRows(prompt, view, changes, 8),
   );
 }
