@@ -93,7 +93,7 @@ _MODULES = {
     "results.attribution": "Attribution",
     "results.attributions": "Attributions",
     "results.circuit": "Circuit",
-    "results.decomposition": "Decomposition",
+    "results.component": "Decomposition",
     "results.generation": "Generation",
     "sources": "Components Heads Module Neurons Spans Subspace Tokens",
     "targets": "Continuation Contrast Direction Label LogOdds LogProb Preference ProbeLogit Reward Token",
