@@ -79,7 +79,6 @@ def circuit_values(
     *,
     references: Sequence[Sequence[int]] = (),
     fractions: Sequence[float] = FRACTIONS,
-    absolute: bool = False,
     progress: bool = False,
 ) -> list[CircuitValues]:
     """Return the target's value with only the highest nodes kept, all others ablated at every position.
@@ -93,7 +92,6 @@ def circuit_values(
         replacement: what stands in an ablated node's place.
         references: as for `ablation_effects`; the benchmark resamples from a counterfactual of each prompt.
         fractions: the fractions of the nodes that are kept, each rounded down to whole nodes.
-        absolute: rank by the scores' size whatever the sign.
         progress: show a progress bar.
 
     Raises:
@@ -108,7 +106,7 @@ def circuit_values(
         raise DePassError("a circuit has the same heads, neurons or modules for all prompts")
     indices = [target.index for target in targets]
     scores = torch.stack([attribution.scores[indices] for attribution in attributions]).mean(0)
-    order = (scores.abs() if absolute else scores).sort(descending=True, stable=True).indices.tolist()
+    order = scores.sort(descending=True, stable=True).indices.tolist()
     counts = [*(int(fraction * len(targets)) for fraction in fractions), len(targets), 0]
     circuits = [order[:count] for count in counts]
     masks = _masks(circuits, places, targets, decoder.device)

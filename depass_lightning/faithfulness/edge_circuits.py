@@ -59,11 +59,7 @@ def edge_layout(decoder: Decoder) -> FlowLayout:
 
 
 def possible_edges(decoder: Decoder) -> Bool[Tensor, "from to"]:
-    """Return which pairs of a model's nodes have an edge.
-
-    Args:
-        decoder: the model.
-    """
+    """Return which pairs of a model's nodes have an edge."""
     layout = edge_layout(decoder)
     edges = torch.ones(layout.target + 1, layout.target + 1, dtype=torch.bool).triu(1)
     for block in decoder.blocks:
@@ -94,13 +90,7 @@ class PairBatch:
     def of(
         cls, decoder: Decoder, attributions: Sequence[Attribution], corrupted: Sequence[Sequence[int]]
     ) -> "PairBatch":
-        """Join prompts.
-
-        Args:
-            decoder: the model.
-            attributions: the prompts and targets; the scores are not used.
-            corrupted: the token ids of each corrupted prompt.
-        """
+        """Join the prompts and targets of attributions, whose scores are not used."""
         ids = [attribution.token_ids[: attribution.position + 1] for attribution in attributions]
         ends = torch.tensor([attribution.position for attribution in attributions])
         targets = torch.tensor([attribution.target_ids for attribution in attributions])
@@ -267,13 +257,7 @@ def _added(states: Tensor, change: Tensor) -> Tensor:
 def node_outputs(
     decoder: Decoder, batch: PairBatch, ids: Tensor
 ) -> tuple[Float[Tensor, "node row position hidden"], Float[Tensor, "row"]]:
-    """Run the model as it is; return what each node but the target writes, and the targets' values.
-
-    Args:
-        decoder: the model, already set up to be run (`as_depass_runs`).
-        batch: the prompts.
-        ids: the token ids of the prompts, or of the corrupted ones.
-    """
+    """Run the model on one of the two sets of prompts; return what nodes write, and the targets' values."""
     hooks = _Hooks(decoder, (len(ids), ids.shape[1]), None, lambda nodes, _: [([*range(len(nodes))], None)])
     with hooks.registered():
         values = batch.values(decoder, ids)
@@ -289,11 +273,10 @@ def ablated_values(
     """Return the targets' values with some edges kept and all others ablated, from one forward pass.
 
     Args:
-        decoder: the model, already set up to be run (`as_depass_runs`).
+        decoder: the model, already set up to be run (`as_depass_runs`), as for the functions around this one.
         batch: the prompts.
         kept: the edges of the circuit.
-        substitutes: what replaces each node's output where an edge is ablated; broadcast over rows and
-            positions.
+        substitutes: what replaces each node's output along other edges; rows and positions are broadcast.
     """
     removed = (possible_edges(decoder) & ~kept).to(decoder.device)
 
@@ -314,13 +297,7 @@ def ablated_values(
 def input_gradients(
     decoder: Decoder, batch: PairBatch, embeddings: Float[Tensor, "row position hidden"]
 ) -> Float[Tensor, "node row position hidden"]:
-    """Return the targets' gradients by what each node reads, for all nodes but the embedding.
-
-    Args:
-        decoder: the model, already set up to be run (`as_depass_runs`).
-        batch: the prompts.
-        embeddings: what the token embeddings are replaced with.
-    """
+    """Return the targets' gradients by what each node but the embedding reads, at given token embeddings."""
     taps: dict[int, Tensor] = {}
 
     def inputs(nodes: range, written: Tensor) -> list[Group]:

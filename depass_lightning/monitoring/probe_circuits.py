@@ -38,26 +38,13 @@ def circuit_options(settings: RuleOptions) -> dict[str, Any]:
 
 
 def circuit_of_probe(depass: DePass, probe: ProbePrompt, options: Mapping[str, Any]) -> Circuit:
-    """Return a probe's circuit, with one node for all tokens.
-
-    Args:
-        depass: the model.
-        probe: the probe.
-        options: as `circuit_options` returns them.
-
-    Raises:
-        DePassError: as for `DePass.circuit`.
-    """
+    """Return a probe's circuit, with one node for all tokens."""
     prompt = {"prompt": probe.prompt} if probe.ids is None else {"input_ids": [list(probe.ids)]}
     return depass.circuit(**prompt, target=probe.target, nodes=("embedding", "heads", "mlps"), **options)
 
 
 def largest_edges(circuit: Circuit | None) -> dict[str, float]:
-    """Return the scores of a circuit's largest edges by the edges' names.
-
-    Args:
-        circuit: the circuit; None has no edges.
-    """
+    """Return the scores of a circuit's largest edges by the edges' names; None has no edges."""
     edges = [] if circuit is None else circuit.top(EDGES)
     paths = {edge.path: "" if edge.path == "value" else f", {edge.path}" for edge in edges}
     return {f"{edge.source.label} → {edge.reader.label}{paths[edge.path]}": edge.score for edge in edges}
@@ -67,10 +54,6 @@ def overlaps(edges: Mapping[str, float], runs: Sequence[Mapping[str, float]]) ->
     """Return how many of the largest edges of this run and of an earlier one are the same, of all of either.
 
     A first run is compared with itself.
-
-    Args:
-        edges: those of this run.
-        runs: those of the runs so far.
     """
     scalars = {}
     for name, before in zip(CIRCUIT_SCALARS, (runs[0], runs[-1]) if runs else (edges, edges), strict=True):

@@ -16,13 +16,7 @@ Rows = TypeVar("Rows")
 
 
 def keep_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write one part's rows on the first process, whole and with a checksum.
-
-    Args:
-        path: the Parquet file.
-        rows: one mapping per row.
-        schema: the columns.
-    """
+    """Write one part's rows on the first process, whole and with a checksum."""
 
     def write() -> None:
         with checked_file(path) as draft:
@@ -32,12 +26,7 @@ def keep_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) 
 
 
 def kept_rows(path: Path, read: Callable[[Path], Rows]) -> Rows | None:
-    """Read what `keep_rows` wrote; None if there is no file, or it is damaged.
-
-    Args:
-        path: the Parquet file.
-        read: reads it.
-    """
+    """Read what `keep_rows` wrote; None if there is no file, or it is damaged."""
 
     def read_checked() -> Rows | None:
         if not path.exists():

@@ -39,15 +39,7 @@ COPIES = 16  # tensors of the size of all nodes' outputs that a pass with gradie
 
 
 class EdgeRuns:
-    """Scores edges, and ablates those outside a circuit.
-
-    Args:
-        depass: the model.
-        pairs: the prompts.
-        replacement: what replaces a node's output where an edge is ablated.
-        steps: the number of gradients that `eap_ig` averages.
-        batch_size: the maximum number of prompts that run together; fewer where memory is short.
-        progress: show progress bars.
+    """Scores edges, and ablates those outside a circuit, with at most `batch_size` prompts in a pass.
 
     Raises:
         DePassError: the model's residual stream is not the sum of what nodes write.
@@ -73,14 +65,7 @@ class EdgeRuns:
         self.means = self._means() if replacement == "mean" else None
 
     def scores(self, methods: Sequence[str]) -> dict[str, Float[Tensor, "from to"]]:
-        """Return each method's scores of all edges, averaged over the prompts.
-
-        Args:
-            methods: any of `METHODS`.
-
-        Raises:
-            DePassError: a rule does not apply to the model.
-        """
+        """Return each method's scores of all edges, averaged over the prompts."""
         scores: dict[str, Tensor] = {}
         for rule in RULES:
             if rule in methods:
@@ -95,12 +80,7 @@ class EdgeRuns:
     def values(
         self, scores: Float[Tensor, "from to"], fractions: Sequence[float] = FRACTIONS
     ) -> list[CircuitValues]:
-        """Return each prompt's value with only the edges with the largest absolute scores kept.
-
-        Args:
-            scores: of all edges.
-            fractions: the fractions of the edges that are kept, each rounded down to whole edges.
-        """
+        """Return each prompt's value with only the edges with the largest absolute scores kept."""
         places = self.edges.flatten().nonzero()[:, 0]
         order = places[scores.flatten()[places].abs().sort(descending=True, stable=True).indices]
         counts = [*(int(fraction * len(places)) for fraction in fractions), len(places), 0]

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from depass_lightning.attribution.edges import CircuitOptions
 from depass_lightning.depass import DePass
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.faithfulness.true_ablation import (
@@ -99,29 +100,13 @@ class NodePairs:
         return cls([example for example, _ in chosen], [nodes for _, nodes in chosen], corrupted)
 
     def circuits(self, depass: DePass, rule: RuleName, progress: bool = False) -> list[Circuit]:
-        """Return the prompts' circuits under a rule, computed once.
-
-        Args:
-            depass: the model.
-            rule: the linear rule.
-            progress: show a progress bar.
-
-        Raises:
-            DePassError: the rule does not apply to the model.
-        """
+        """Return the prompts' circuits under a rule, computed once."""
 
         def work(indices: list[int]) -> list[Circuit]:
-            examples = [self.examples[index] for index in indices]
-            return [
-                depass.circuit(
-                    example.prompt,
-                    example.target(),
-                    nodes=("embedding", "heads", "mlps"),
-                    rule=rule,
-                    corrupted=example.variants[CORRUPTED],
-                )
-                for example in examples
-            ]
+            (example,) = (self.examples[index] for index in indices)
+            options: CircuitOptions = {"rule": rule, "nodes": ("embedding", "heads", "mlps")}
+            options["corrupted"] = example.variants[CORRUPTED]
+            return [depass.circuit(example.prompt, example.target(), **options)]
 
         if rule not in self._circuits:
             kinds = [(0, len(ids)) for ids in self.corrupted]
@@ -143,20 +128,7 @@ def node_scores(
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[Scores]:
-    """Score the nodes of all prompts by each method; `patching` is always among them.
-
-    Args:
-        depass: the model.
-        pairs: the prompts.
-        methods: any of `METHODS`.
-        replacement: what replaces an ablated node.
-        steps: the number of gradients that `eap_ig` averages.
-        batch_size: the number of ablated passes that run together.
-        progress: show progress bars.
-
-    Raises:
-        DePassError: a rule does not apply to the model.
-    """
+    """Score the nodes of all prompts by each method; `patching` is always among them."""
     decoder, references = depass.decoder, pairs.references(replacement)
     substitutes = substitutes_of(decoder, pairs.attributions, replacement, references, 0)
     circuits = {rule: pairs.circuits(depass, rule, progress) for rule in RULES if rule in methods}
