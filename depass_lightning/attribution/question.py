@@ -316,9 +316,6 @@ def questions_of(
 ) -> list[list[Question]]:
     """Resolve every prompt's targets, and check that the sources can split the prompts.
 
-    Returns:
-        For each prompt a list of its questions.
-
     Raises:
         DePassError: a target cannot be explained, or a prompt cannot be split.
     """

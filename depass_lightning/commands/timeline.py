@@ -20,10 +20,7 @@ LINES = ("probability", "on_target", "value")  # curves of a probe set, drawn wi
 
 
 def write_timelines(folder: str | Path) -> list[Path]:
-    """Write `timeline.html` next to the attributions of every probe set and source with two or more steps.
-
-    Returns:
-        The paths of the pages.
+    """Write a `timeline.html` for every probe set and source with two or more steps, and return the paths.
 
     Raises:
         DePassError: the folder has no attributions of `DePassCallback`.

@@ -28,9 +28,6 @@ def propagate_attention(
         state: the components; changed in place where all positions are kept.
         attention: the frozen attention.
         positions: the only positions that are needed afterwards, as indices into the state's; None for all.
-
-    Returns:
-        The components after attention, at the positions that are kept.
     """
     if positions is not None and attention.convolution is None:
         return _at_targets(state, attention, positions)

@@ -78,9 +78,6 @@ def through_scores(
         outputs: each target's derivative with respect to what attention adds to the residual stream.
         mean: take the softmax's mean derivative on the line from zero scores.
 
-    Returns:
-        The derivative of each target.
-
     Raises:
         DePassError: a norm inside attention is neither an RMSNorm nor a LayerNorm, or the mean derivative
             cannot be taken.

@@ -56,11 +56,7 @@ class Capture:
         return self.mixed_values[-1]
 
     def hooks(self, block: Block) -> list[RemovableHandle]:
-        """Register the hooks on a block.
-
-        Returns:
-            The handles that remove them.
-        """
+        """Register the hooks on a block."""
         handles = [
             block.entry.register_forward_pre_hook(self._enter, with_kwargs=True),
             block.exit.register_forward_hook(self._leave),

@@ -101,10 +101,10 @@ def fit_probes(
         labels: the training texts' labels.
         held_out: the test texts' states.
         held_out_labels: the test texts' labels.
-        layers: where the states stand.
-        regularisation: scikit-learn's `C`: the smaller, the stronger the penalty.
-        iterations: the maximum number of iterations of `saga`.
-        seed: the seed of the draw and of the solver.
+        layers: where the states are read.
+        regularisation: as in `train_probes`.
+        iterations: as in `train_probes`.
+        seed: as in `train_probes`.
 
     Raises:
         DePassError: there are fewer than ten training texts, or as for `train_probe`.

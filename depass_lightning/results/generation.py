@@ -101,11 +101,7 @@ def _passed_on(
     columns: list[int],
     hops: int | None,
 ) -> tuple[Float[Tensor, "component"], list[float]]:
-    """Pass the scores of generated tokens on to what supports these tokens.
-
-    Returns:
-        The answer's scores after the last hop, and the absolute score that each hop moved.
-    """
+    """Pass generated tokens' scores on to what supports them; return also the score that each hop moved."""
     positive = rows.clamp(min=0)
     total = positive.sum(1, keepdim=True)
     supported = total[:, 0] > 0

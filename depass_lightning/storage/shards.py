@@ -67,9 +67,6 @@ def merge_shards(
         expected: the indices that must exist.
         without: the indices of rows to leave out.
 
-    Returns:
-        The number of merged rows.
-
     Raises:
         DePassError: there are no shards, or rows are missing.
     """

@@ -63,14 +63,11 @@ WIDE = 6  # columns: more of them, with intervals, are wider than a terminal
 
 
 def write_experiment(experiment: StudyResult, folder: str | os.PathLike[str]) -> Path:
-    """Write an experiment's figures, files and page, each whole or not at all.
+    """Write an experiment's figures, files and page, each whole or not at all, and return the page's path.
 
     Args:
         experiment: what was found.
         folder: where to write; it is made where it is missing.
-
-    Returns:
-        The path of the page.
 
     Raises:
         DePassError: a curve or a cloud has not one value for each place, or a number is missing in it.

@@ -126,17 +126,10 @@ def _from_public(row: dict[str, Any], number: int) -> Example:
 
 
 def _misled(example: Example, statement: str, foil: str) -> Example:
-    """Put a false statement before a prompt.
+    """Put a false statement before a prompt: `"The capital of France is"` and the foil, its false answer.
 
-    Args:
-        example: the prompt and its correct answer.
-        statement: the statement without the answer: `"The capital of France is"`.
-        foil: the false answer, with its leading space.
-
-    Returns:
-        The example with the roles `misleading` (the whole statement) and `false_answer` (its end), the false
-        answer as its foil, and two variants: `plain`, the prompt alone, and `correct`, the prompt after the
-        statement with the correct answer.
+    The roles are `misleading` (the whole statement) and `false_answer` (its end), the variants `plain`, the
+    prompt alone, and `correct`, the prompt after the statement with the correct answer.
     """
     false = f"{statement}{foil}."
     shift = len(false) + 1
@@ -161,15 +154,9 @@ def _misled(example: Example, statement: str, foil: str) -> Example:
 
 
 def _false_answers(examples: Iterable[Example], seed: int) -> dict[str, str]:
-    """Draw a false answer for each example from the correct answers to other examples of its relation.
+    """Return a false answer by each example's id: its foil, or the answer to another example of its relation.
 
-    Args:
-        examples: examples with the label `relation`; an existing foil is used unchanged.
-        seed: the seed of the draw, which depends on the relation's answers and the example's id, not on
-            order.
-
-    Returns:
-        The false answers by the examples' ids, without examples whose relation has no other answer.
+    Draws do not depend on the order. Examples whose relation has no other answer have none.
     """
     examples = list(examples)
     answers: dict[str, set[str]] = defaultdict(set)

@@ -29,9 +29,6 @@ def in_batches(
         progress: show a progress bar.
         description: the label of the progress bar.
 
-    Returns:
-        One result per prompt.
-
     Raises:
         DePassError: the batch size is less than one, or another process failed.
     """
