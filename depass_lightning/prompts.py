@@ -250,13 +250,7 @@ def pad(rows: list[list[int]]) -> Int[Tensor, "batch position"]:
 
 
 def continued(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    """Append an answer's tokens to a prompt by their ids, which tokenising the text again may not give.
-
-    Args:
-        prompt: the prompt.
-        ids: what was generated, or is given.
-        tokenizer: to show the tokens by; None shows ids.
-    """
+    """Append an answer's tokens to a prompt by their ids, which tokenising the text again may not give."""
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     text, tokens, offsets = prompt.text, list(prompt.tokens), list(prompt.offsets or [])
     for run, written in _runs(ids, special, tokenizer):

@@ -110,14 +110,6 @@ def attribute_by_rule(
 ) -> list[BySource]:
     """Attribute every prompt's questions to sources under several rules, with a separate pass for each rule.
 
-    Args:
-        decoder: the model.
-        tokenizer: as in `attribute`.
-        questions: `[prompt][target]`.
-        settings: those of each rule, by the indices of its sources.
-        batch_size: as in `attribute`.
-        progress: show progress bars.
-
     Returns:
         `[prompt][source][target]`.
 

@@ -65,14 +65,7 @@ class Estimate:
 
 
 def estimate(decoder: Decoder, prompts: Sequence[Prompt], settings: Settings, batch_size: int) -> Estimate:
-    """Estimate what attributing prompts takes.
-
-    Args:
-        decoder: the model.
-        prompts: the prompts.
-        settings: how the pass is made.
-        batch_size: how many prompts go through the model at once.
-    """
+    """Estimate what attributing prompts takes."""
     ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
     batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
     longest = ordered[-1]

@@ -12,6 +12,8 @@ from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.errors import DePassError
 from depass_lightning.targets import Contrast, LogitTarget, LogOdds, LogProb, Token
 
+LISTED = 3  # alternatives of a log-odds target, in its name
+
 
 def finite(value: float, name: str) -> float:
     """Return a target's value if it is finite.
@@ -132,11 +134,6 @@ class LogitSum:
 def true_value(target: LogitTarget, ids: list[int], logits: Float[Tensor, "vocabulary"]) -> float | None:
     """Return the log-probability or log-odds that a target's value is the linear part of.
 
-    Args:
-        target: the target.
-        ids: its tokens, as `target_ids` finds them.
-        logits: the model's own logits at its position.
-
     Returns:
         The number in nats; None for a target that is linear in the logits.
     """
@@ -149,15 +146,8 @@ def true_value(target: LogitTarget, ids: list[int], logits: Float[Tensor, "vocab
     return float(exact[ids[0]] - others.logsumexp(0))
 
 
-def target_name(target: LogitTarget, ids: list[int], names: OutputNames, shown: int = 3) -> str:
-    """Return the name of a target in results.
-
-    Args:
-        target: the target.
-        ids: its tokens, as `target_ids` finds them.
-        names: the model's tokens or labels.
-        shown: how many alternatives are listed.
-    """
+def target_name(target: LogitTarget, ids: list[int], names: OutputNames) -> str:
+    """Return the name of a target in results."""
     token, *others = (repr(names.text_of(token)) for token in ids)
     if isinstance(target, Contrast):
         return f"{token} − {others[0]}"
@@ -165,5 +155,5 @@ def target_name(target: LogitTarget, ids: list[int], names: OutputNames, shown: 
         return f"{token} − mean logit" if target.centred else token
     if isinstance(target, LogProb):
         return f"linear log-probability of {token}"
-    rest = f" and {len(others) - shown} more" if len(others) > shown else ""
-    return f"linear log-odds of {token}" + (f" against {', '.join(others[:shown])}{rest}" if others else "")
+    rest = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
+    return f"linear log-odds of {token}" + (f" against {', '.join(others[:LISTED])}{rest}" if others else "")

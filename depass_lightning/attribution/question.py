@@ -229,12 +229,6 @@ def answer_ids(
 ) -> list[int]:
     """Return the token ids of a given answer, which are appended to a prompt's.
 
-    Args:
-        decoder: the model.
-        tokenizer: its tokenizer, if there is one.
-        prompt: the prompt; its ids stay as they are.
-        answer: the answer as text or ids.
-
     Raises:
         DePassError: the model does not generate text; or the answer has no tokens, text that the model does
             not know or ids that do not exist, or is too long for the model's context.
@@ -273,12 +267,6 @@ def with_answer(
     decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, targets: list[Target]
 ) -> tuple[Prompt, list[Target]]:
     """Append the answer that some of a prompt's targets explain.
-
-    Args:
-        decoder: the model.
-        tokenizer: its tokenizer, if there is one.
-        prompt: the prompt.
-        targets: its targets.
 
     Returns:
         The prompt with its answer, and the targets with positions that still refer to the prompt alone.

@@ -46,11 +46,7 @@ class ComponentGroup(ABC):
 
     @abstractmethod
     def prepend(self, state: Float[Tensor, "batch position hidden"]) -> "ComponentGroup":
-        """Return the same group with one more component in front.
-
-        Args:
-            state: that component's state at all positions.
-        """
+        """Return the same group with one more component in front."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +134,7 @@ class NeuronGroup(ComponentGroup):
     def gradient_of_values(
         self, gradient: Float[Tensor, "batch position hidden"]
     ) -> Float[Tensor, "batch position neuron"]:
-        """Return the gradient with respect to each neuron's value, from that with respect to the state.
-
-        Args:
-            gradient: the gradient with respect to the state.
-        """
+        """Return the gradient with respect to each neuron's value, from that with respect to the state."""
         if len(self.columns) == 1:
             return gradient @ self.columns[0].T
         return gradient @ self.columns.transpose(1, 2)

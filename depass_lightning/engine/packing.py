@@ -134,11 +134,7 @@ class Layout:
         return self.index.shape[1]
 
     def chunks(self, rows: int) -> list[Chunk]:
-        """Divide the segments into chunks; a segment is never divided.
-
-        Args:
-            rows: the most rows of a chunk; a single larger segment is a chunk by itself.
-        """
+        """Divide the segments into chunks; a segment is never divided."""
         if rows not in self._chunks:
             self._chunks[rows] = [self._chunk(*run) for run in _runs(self._counts, rows)]
         return self._chunks[rows]
@@ -169,11 +165,7 @@ class Layout:
         )
 
     def component_blocks(self, rows: int) -> list[ComponentBlock]:
-        """Divide the components into blocks.
-
-        Args:
-            rows: the most rows of a block; a single component may have more.
-        """
+        """Divide the components into blocks."""
         if rows not in self._blocks:
             present = self.index < self.rows
             self._blocks[rows] = [

@@ -44,24 +44,13 @@ class Injection(Protocol):
         ...
 
     def inside(self, block: FrozenBlock, place: Place) -> ComponentGroup | None:
-        """The group of components that starts inside a block, if one does.
-
-        Args:
-            block: the block.
-            place: between its attention and its MLP, or after its MLP.
-        """
+        """The group of components that starts inside a block, if one does."""
         ...
 
     def begin(
         self, recording: Recording, group: ComponentGroup, positions: Int[Tensor, "batch position"]
     ) -> DecomposedState:
-        """Start a state with the first such group.
-
-        Args:
-            recording: the recorded pass.
-            group: the group.
-            positions: the positions that are needed, as indices into the prompts.
-        """
+        """Start a state with the first such group."""
         ...
 
 

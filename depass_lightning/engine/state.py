@@ -105,11 +105,7 @@ class DecomposedState:
             self.storage.release_pages()
 
     def keep_mlp_input(self, earlier: "DecomposedState | None") -> None:
-        """Set `mlp_input` after a group has started between attention and MLP of a parallel block.
-
-        Args:
-            earlier: this state before that group joined, if there was one.
-        """
+        """Set `mlp_input` after a group has joined the earlier state, if any, inside a parallel block."""
         index, old = self.layout.index.to(self.rows.device), 0
         self.mlp_input = torch.zeros_like(self.rows)
         if earlier is not None and earlier.mlp_input is not None:
@@ -121,11 +117,7 @@ class DecomposedState:
         self.mlp_input[-1] = 0
 
     def skip_mlp(self, mlp: FrozenMLP) -> None:
-        """Take the residual stream past an MLP, which still reads it as it was.
-
-        Args:
-            mlp: the MLP; without a norm on the residual stream itself, nothing changes.
-        """
+        """Take the residual stream past an MLP, which still reads it as it was."""
         if mlp.skip is not None:
             if self.mlp_input is None:
                 self.mlp_input = self.rows.clone()
@@ -151,11 +143,7 @@ class DecomposedState:
         return values[batch, self.positions].flatten(0, 1)
 
     def select_positions(self, positions: Int[Tensor, "batch target"]) -> "DecomposedState":
-        """Return the same components at a few positions only.
-
-        Args:
-            positions: the positions to keep, as indices into this state's positions.
-        """
+        """Return the same components at a few positions only, as indices into this state's positions."""
         layout, kept = self.layout, positions.cpu()
         batch = torch.arange(len(kept))[:, None]
         smaller = Layout(

@@ -204,11 +204,6 @@ class ComponentMasking:
 def answer_ids(depass: DePass, prompt: str | None, answer: str) -> list[int]:
     """Return the tokens of an answer, tokenised as the prompt's continuation.
 
-    Args:
-        depass: the model, with its tokenizer.
-        prompt: the prompt; None if only its ids are known.
-        answer: the answer's text, with its leading space.
-
     Raises:
         DePassError: there is no tokenizer.
     """

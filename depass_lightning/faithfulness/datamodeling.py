@@ -94,13 +94,7 @@ def removable(attribution: Attribution) -> list[int]:
 
 
 def ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> AblatedPrompt:
-    """Return a case's prompt without some of its components.
-
-    Args:
-        case: the attribution, whose target is a token.
-        candidates: the components that may be removed.
-        kept: which of these stay.
-    """
+    """Return a case's prompt without some of its components."""
     attribution = case.attribution
     check_position(attribution)
     removed: set[int] = set()

@@ -62,13 +62,7 @@ def run(
 
 
 class Batch:
-    """Prompts that are scored together: cut after their targets' positions, and padded on the right.
-
-    Args:
-        decoder: the model.
-        tokenizer: to name tokens by; None shows ids.
-        questions: one a prompt, each about tokens.
-    """
+    """Prompts that are scored together: cut after their targets' positions, and padded on the right."""
 
     def __init__(
         self,

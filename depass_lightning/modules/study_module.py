@@ -26,13 +26,7 @@ class Study(Protocol):
 
 
 class StudyModule(LightningModule):
-    """Run an experiment in the one step of a prediction; all processes share its prompts.
-
-    Args:
-        study: the experiment.
-        depass: the model.
-        folder: where it is written.
-    """
+    """Run an experiment in the one step of a prediction; all processes share its prompts."""
 
     def __init__(self, study: Study, depass: DePass, folder: Path) -> None:
         super().__init__()

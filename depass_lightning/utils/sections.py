@@ -252,13 +252,7 @@ def first_visible(text: str, span: tuple[int, int]) -> int:
 
 
 def tokens_of(sections: Sequence[Section], text: str, offsets: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return the positions of each section's tokens: those whose first visible character is in it.
-
-    Args:
-        sections: sections that do not overlap, in the order of the text.
-        text: the text.
-        offsets: each token's characters.
-    """
+    """Return the positions of each section's tokens: those whose first visible character is in it."""
     starts = [section.start for section in sections]
     tokens: list[list[int]] = [[] for _ in sections]
     for position, span in enumerate(offsets):

@@ -93,12 +93,7 @@ def check_vocabulary(
 
 
 def beginning_of(text: str, limit: int | None) -> str:
-    """Return the beginning of a text, long enough to show whether it far exceeds the context.
-
-    Args:
-        text: the text.
-        limit: the model's context in tokens, or None if unknown.
-    """
+    """Return the beginning of a text, long enough to show whether it far exceeds the context."""
     return text[: MAX_CHARACTERS if limit is None else min(MAX_CHARACTERS, CHARACTERS_PER_POSITION * limit)]
 
 
@@ -123,12 +118,7 @@ def check_beginning(name: str, text: str, tokenizer: PreTrainedTokenizerBase, li
 
 
 def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the text of a token, with its leading space.
-
-    Args:
-        token: the token's id.
-        tokenizer: the model's tokenizer; None returns the id.
-    """
+    """Return the text of a token, with its leading space; its id without a tokenizer."""
     if tokenizer is None:
         return str(token)
     text = str(tokenizer.decode([token])).replace("▁", " ")
@@ -174,14 +164,7 @@ def token_pieces(
 def unknown_words(
     ids: list[int], text: str, offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, ...]:
-    """Return the distinct words that the tokenizer replaces by its unknown token.
-
-    Args:
-        ids: the prompt's ids.
-        text: the prompt.
-        offsets: each token's character range in the text, or None if unknown.
-        tokenizer: the model's tokenizer.
-    """
+    """Return the distinct words that the tokenizer replaces by its unknown token."""
     if offsets is None or tokenizer.unk_token_id is None:
         return ()
     pairs = zip(ids, offsets, strict=True)

@@ -12,6 +12,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.linear_probes import LinearProbe
 from depass_lightning.prompts import prompts_of
 from depass_lightning.studies import read_experiment
+from depass_lightning.studies.language import parts
 from depass_lightning.studies.language.measures import (
     language_told,
     measure,
@@ -68,10 +69,11 @@ def test_parts_and_the_bias_component_add_up_where_there_is_one():
         torch.testing.assert_close(carried.states[0, :, row], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_decoding_is_the_unembedding(tiny):
+def test_decoding_is_the_unembedding(tiny, monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK", 2)
     states = basis(5, 64, seed=4)
     answers = [3, 9, 27, 81, 243]
-    tokens, ranks = decode(tiny, states, answers, top=4, batch_size=2)
+    tokens, ranks = decode(tiny, states, answers, top=4)
     logits = states @ tiny.model.lm_head.weight.T
     assert tokens.tolist() == logits.argsort(dim=1, descending=True)[:, :4].tolist()
     order = logits.argsort(dim=1, descending=True).tolist()

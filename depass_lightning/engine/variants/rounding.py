@@ -90,11 +90,6 @@ def summed_gates(
 ) -> tuple[Float[Tensor, "batch position neuron"], Float[Tensor, "batch position hidden"]]:
     """What the gates of all components sum to in a block, which rounding keeps from the recorded ones.
 
-    Args:
-        block: the block.
-        rounded: what rounding has added to the state that enters it, and no component has.
-        rule: how neurons are shared.
-
     Returns:
         The sum, and what rounding has added to the state that leaves the block.
     """

@@ -233,14 +233,7 @@ def _shares(
     bulk: Float[Tensor, "segment 1 neuron"],
     count: Int[Tensor, "segment 1 1"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shares of what is carried, and the bulk's slope in `g / T` and constant.
-
-    Args:
-        scaled: what is carried: its gates over the temperature; overwritten.
-        present: which of it takes part.
-        bulk: the bulk's gates over the temperature, summed.
-        count: how many the bulk has.
-    """
+    """Shares of what is carried, and the bulk's slope in `g / T` and constant."""
     scaled.masked_fill_(~present, -math.inf)
     # Where the bulk is empty, its sum is only what rounding left.
     mean = torch.where(count > 0, bulk / count.clamp_min(1), 0)

@@ -30,10 +30,7 @@ def split_of(prompt: str) -> Split:
 def sampled(examples: Sequence[Example], split: Split | None, seed: int = 0) -> list[Example]:
     """Return the examples of a split, in an order that depends on the seed and on each prompt's text alone.
 
-    Args:
-        examples: a task's examples.
-        split: the split; None returns all examples in their own order.
-        seed: of the order.
+    Without a split, all examples are returned in their order.
 
     Raises:
         DePassError: there is no such split, or none of the examples is in it.

@@ -52,18 +52,7 @@ def measure(
     layer: int,
     seed: int = 0,
 ) -> Measures:
-    """Measure one part.
-
-    Args:
-        states: the part's states, one a prompt.
-        task: the prompts, with the labels `language` and `case`.
-        top: the tokens that each state decodes to.
-        ranks: the rank of each prompt's answer among all tokens, from 1 for the first.
-        answers: the answers' first tokens.
-        words: each language's words.
-        layer: where the states stand.
-        seed: of the half of the cases that the language's probe is fitted on.
-    """
+    """Measure one part's states: `top` are the tokens that they decode to, `ranks` those of the answers."""
     languages, cases = ([example.labels[name] for example in task] for name in ("language", "case"))
     centred = (states - states.mean(0)).double()
     hits, chance = nearest_means_the_same(centred, languages, cases)
