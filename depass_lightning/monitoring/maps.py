@@ -35,11 +35,13 @@ class MapFiles:
         result: the result.
         page: its page, `step-000123.html`.
         scores: its scores, `step-000123.parquet`.
+        circuit: the page of its circuit and the circuit itself, if it was computed.
     """
 
     result: Result
     page: Path
     scores: Path
+    circuit: tuple[Path, Path] | None = None
 
 
 def place_of(result: Result) -> Path:
@@ -65,11 +67,13 @@ def write_maps(result: Result, folder: Path) -> MapFiles | None:
     """
     folder = folder / place_of(result)
     write_json(folder / "history.json", result.history.as_json())
+    circuit = None
     if result.circuit is not None:
-        result.circuit.save(folder / f"circuit-{result.step:06d}.safetensors")
+        circuit = folder / "circuit.html", folder / f"circuit-{result.step:06d}.safetensors"
+        result.circuit.save(circuit[1])
         title = f"{result.name}, step {result.step}: the circuit"
         timeline = result.history.circuits
-        write_circuit_page(folder / "circuit.html", result.circuit, title=title, timeline=timeline)
+        write_circuit_page(circuit[0], result.circuit, title=title, timeline=timeline)
     if not result.attributions:
         return None
     path = folder / f"step-{result.step:06d}.html"
@@ -80,7 +84,8 @@ def write_maps(result: Result, folder: Path) -> MapFiles | None:
             zip(_examples(result), result.attributions, result.curves, strict=True)
         )
     ]
-    return MapFiles(result, path, write_shard(path.with_suffix(".parquet"), rows, ATTRIBUTION_SCHEMA))
+    scores = write_shard(path.with_suffix(".parquet"), rows, ATTRIBUTION_SCHEMA)
+    return MapFiles(result, path, scores, circuit)
 
 
 def page(result: Result) -> str:

@@ -87,8 +87,10 @@ class WandbSink:
         row: dict[str, Any] = dict(scalars)
         for files in maps:
             name = f"depass/{wandb_name(files.result.name)}"
-            page = files.page.read_text(encoding="utf-8")
-            row[f"{name}/map"] = wandb.Html(page, inject=False, data_is_not_path=True)
+            pages = {"map": files.page} | ({"circuit": files.circuit[0]} if files.circuit else {})
+            for key, path in pages.items():
+                page = path.read_text(encoding="utf-8")
+                row[f"{name}/{key}"] = wandb.Html(page, inject=False, data_is_not_path=True)
             columns, rows = table(files.result)
             # a Table that was logged cannot be changed, so each step has its own
             row[f"{name}/table"] = wandb.Table(columns=columns, data=rows)
@@ -109,6 +111,8 @@ class WandbSink:
         metadata = {"step": files.result.step, **files.result.metrics}
         artifact = wandb.Artifact(name, type="attributions", metadata=metadata)
         artifact.add_file(str(files.scores), name="attributions.parquet")
+        if files.circuit:
+            artifact.add_file(str(files.circuit[1]), name="circuit.safetensors")
         return artifact
 
 
@@ -143,6 +147,11 @@ class TensorBoardSink:
         for probe, attribution in list(zip(result.probes, result.attributions, strict=True))[:FIGURES]:
             tag = f"depass/{result.name}/map/{probe.id}"
             self._writer.add_figure(tag, tokens_figure(attribution), global_step=step)
+        if result.circuit is not None:
+            from depass_lightning.reports.circuit_page import circuit_figure
+
+            figure = circuit_figure(result.circuit)
+            self._writer.add_figure(f"depass/{result.name}/circuit", figure, global_step=step)
         columns, rows = table(result)
         lines: list[list[Any]] = [columns, ["---"] * len(columns), *rows]
         text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
@@ -170,7 +179,7 @@ class MLflowSink:
         self._scalars.log(scalars, maps, step)
         for files in maps:
             place = place_of(files.result).as_posix()
-            for file in (files.page, files.scores):
+            for file in (files.page, files.scores, *(files.circuit or ())):
                 self._client.log_artifact(self._run_id, str(file), artifact_path=place)
             columns, rows = table(files.result)
             text = io.StringIO()

@@ -3,14 +3,16 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from depass_lightning import Circuit, DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
-from depass_lightning.monitoring import probe_circuits
+from depass_lightning.monitoring import ProbeMonitor, probe_circuits
 from depass_lightning.monitoring.history import History
+from depass_lightning.monitoring.sinks import MLflowSink, Sink, TensorBoardSink, WandbSink
 from tests.reference.training import PROMPTS, OwnModule, fit, trainer
 
 
@@ -57,6 +59,27 @@ def test_edges_that_appear_and_vanish_are_logged(tmp_path: Path, few: int) -> No
     assert {path.name for path in (tmp_path / "depass/ioi/heads").glob("circuit*")} == set()
     resumed = History.from_state_dict(callback.history["ioi/tokens"].state_dict())
     assert resumed.circuits == callback.history["ioi/tokens"].circuits
+
+
+def test_loggers_get_the_circuit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the services' clients are called: the page, the figure and the files."""
+    monkeypatch.setattr("wandb.Artifact", lambda *_, **__: Mock())
+    monkeypatch.setattr("wandb.Html", lambda page, **_: page)
+    monkeypatch.setattr("wandb.Table", lambda **_: None)
+    run, writer, client = Mock(id="r"), Mock(), Mock()
+    module = OwnModule()
+    sinks: list[Sink] = [WandbSink(run), TensorBoardSink(writer), MLflowSink(client, "r")]
+    probes = {"ioi": list(PROMPTS)}
+    monitor = ProbeMonitor(module, module.tokenizer, probes, circuit=True, on_error="raise")
+    monitor.publish(monitor.run(3), sinks, tmp_path)
+    folder = tmp_path / "depass/ioi"
+    page, circuit = folder / "circuit.html", folder / "circuit-000003.safetensors"
+    assert run.log.call_args.args[0]["depass/ioi/circuit"] == page.read_text()
+    artifact = run.log_artifact.call_args.args[0]
+    artifact.add_file.assert_called_with(str(circuit), name="circuit.safetensors")
+    assert "depass/ioi/circuit" in [call.args[0] for call in writer.add_figure.call_args_list]
+    logged = {call.args[1] for call in client.log_artifact.call_args_list}
+    assert {str(page), str(circuit)} < logged
 
 
 def test_a_rule_without_circuits_ends_training_before_it_begins(tmp_path: Path) -> None:
