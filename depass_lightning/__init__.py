@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Label,
         LogOdds,
         LogProb,
+        Masked,
         Preference,
         ProbeLogit,
         Reward,
@@ -68,6 +69,7 @@ __all__ = [
     "LogOdds",
     "LogProb",
     "MLPSpec",
+    "Masked",
     "ModelSpec",
     "Module",
     "Neurons",
@@ -96,7 +98,8 @@ _MODULES = {
     "results.component": "Decomposition",
     "results.generation": "Generation",
     "sources": "Components Heads Module Neurons Spans Subspace Tokens",
-    "targets": "Continuation Contrast Direction Label LogOdds LogProb Preference ProbeLogit Reward Token",
+    "targets": "Continuation Contrast Direction Label LogOdds LogProb Masked Preference ProbeLogit "
+    "Reward Token",
     "utils.sections": "Conversation Documents",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -73,11 +73,17 @@ class Prompt:
         """The prompt's part of an attribution's metadata: the words that the tokenizer does not know."""
         return {"unknown_words": list(self.unknown)} if self.unknown else {}
 
-    def text_until(self, position: int) -> str | None:
-        """The text up to and with a token, or None where it is unknown."""
+    def text_until(self, position: int, *, inclusive: bool = True) -> str | None:
+        """The text up to a token, or None where it is unknown.
+
+        Args:
+            position: the token.
+            inclusive: with the token itself.
+        """
         if self.offsets is None:
-            return self.text if self.text and position == len(self.ids) - 1 else None
-        return self.text[: self.offsets[position][1]]
+            whole = self.text and inclusive and position == len(self.ids) - 1
+            return self.text if whole else None
+        return self.text[: self.offsets[position][int(inclusive)]]
 
 
 def prompts_of(

@@ -166,11 +166,18 @@ class Preference:
         return chosen, rejected
 
 
-def _check_choices(name: str, of: str, reduce: str = "sum") -> None:
+def _check_choices(
+    name: str, of: str, reduce: str = "sum", comparison: tuple[object, object] = (None, None)
+) -> None:
     for argument, value, known in (("of", of, LogitReading), ("reduce", reduce, Reduction)):
         if value not in get_args(known):
             choices = " or ".join(map(repr, get_args(known)))
             raise DePassError(f"{name}: {argument}={value!r} is unknown; choose {choices}")
+    output, other = comparison
+    if other is not None and (of != "logit" or output is None):
+        raise DePassError(
+            f"{name}: against= compares the logits of two outputs; name both, and leave of= out"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,16 +235,12 @@ class Label:
     position: int = -1
 
     def __post_init__(self) -> None:
-        _check_choices("Label", self.of)
-        if self.against is not None and (self.of != "logit" or self.label is None):
-            raise DePassError("Label: against= compares the logits of two named labels; leave of= out")
+        _check_choices("Label", self.of, comparison=(self.label, self.against))
 
     @property
     def logit_target(self) -> "LogitTarget":
         """The same target as one of logits."""
-        if self.against is not None and self.label is not None:
-            return Contrast(self.label, self.against, self.position)
-        return token_target(self.label, self.of, self.position)
+        return _compared(self.label, self.against, self.of, self.position)
 
 
 @dataclass(frozen=True)
@@ -250,9 +253,49 @@ class Reward:
         return Token(0)
 
 
+@dataclass(frozen=True)
+class Masked:
+    """One token at a masked position, for a masked language model: its logit, or a value computed from it.
+
+    For such a model, the targets of tokens, and plain texts and ids, refer to a masked position, too.
+
+    Args:
+        position: the position of the mask token; negative counts from the text's end; None for the only mask
+            token of the text.
+        token: the token as text or id; None for the model's most likely one.
+        against: the token to compare it with, by the difference of their logits; None for none.
+        of: without `against`, what is explained, as in `Continuation`.
+
+    Raises:
+        DePassError: `of` is unknown, or given together with `against`.
+    """
+
+    position: int | None = None
+    token: str | int | None = None
+    against: str | int | None = None
+    of: LogitReading = "logit"
+
+    def __post_init__(self) -> None:
+        _check_choices("Masked", self.of, comparison=(self.token, self.against))
+
+    @property
+    def logit_target(self) -> "LogitTarget":
+        """The same target as one of logits."""
+        return _compared(self.token, self.against, self.of, -1 if self.position is None else self.position)
+
+
+def _compared(
+    output: str | int | None, other: str | int | None, of: LogitReading, position: int
+) -> "LogitTarget":
+    """Return the target that one output is, in comparison with another one if there is one."""
+    if output is not None and other is not None:
+        return Contrast(output, other, position)
+    return token_target(output, of, position)
+
+
 LogitTarget = Token | Contrast | LogOdds | LogProb  # a weighted sum of logits at one position
-LabelTarget = Label | Reward
-Target = LogitTarget | LabelTarget | Continuation | Preference | Direction | ProbeLogit
+HeadTarget = Label | Reward | Masked  # of a classifier or a masked language model
+Target = LogitTarget | HeadTarget | Continuation | Preference | Direction | ProbeLogit
 TargetLike = Target | str | int | None
 # How a known answer's first token is explained.
 AnswerTarget = Literal["contrast", "token", "centred", "log_odds", "logprob"]
@@ -306,7 +349,7 @@ def as_target(target: TargetLike) -> Target:
         return target
     raise DePassError(
         f"target {target!r} is a {type(target).__name__}; pass a token's text or id, Token(...), "
-        "Contrast(...), LogOdds(...), LogProb(...), Label(...), Reward(), Continuation(...), "
+        "Contrast(...), LogOdds(...), LogProb(...), Label(...), Reward(), Masked(...), Continuation(...), "
         "Preference(...), Direction(...), ProbeLogit(...), or None for the model's own next token"
     )
 

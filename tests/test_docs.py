@@ -26,6 +26,7 @@ GUIDES = (
     "which-document",
     "why-this-answer",
     "why-this-label",
+    "encoders",
     "chosen-or-rejected",
 )
 SAID = {  # what the pages' own numbers are taken from
@@ -39,6 +40,7 @@ SAID = {  # what the pages' own numbers are taken from
     "which-document": "Travel notes: Anna moved to Lisbon in May.",
     "why-this-answer": "from the answer's earlier tokens",
     "why-this-label": "most likely label",
+    "encoders": "masked token",
     "chosen-or-rejected": "from the chosen answer's tokens",
 }
 

@@ -18,10 +18,12 @@ from depass_lightning.sources.base import is_whole
 from depass_lightning.targets import (
     Continuation,
     Direction,
-    LabelTarget,
+    HeadTarget,
+    Label,
     LogitTarget,
     LogOdds,
     LogProb,
+    Masked,
     Preference,
     ProbeLogit,
     Reward,
@@ -42,12 +44,14 @@ class Read:
         ids: the token whose logit is explained, and those that it is compared with; None for the model's own
             next token, which only the pass shows, and for a vector.
         weight: how much it counts in the target.
+        before: the text before the explained token, which a token's text is tokenised after; None if unknown.
     """
 
     position: int
     target: LogitTarget | Direction | ProbeLogit
     ids: list[int] | None = None
     weight: float = 1.0
+    before: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +101,12 @@ class Question:
             return cls(prompt, target, _reads_of_answer(prompt, target), layers)
         if isinstance(target, Preference):
             raise DePassError("a Preference takes two passes of its own; explain it alone, not in a list")
-        if isinstance(target, LogitTarget | LabelTarget):
+        if isinstance(target, LogitTarget | HeadTarget):
             logit_target = _of_logits(decoder, target)
-            position = _position(decoder, prompt, logit_target)
-            text = prompt.text_until(position)
+            position = _position(decoder, tokenizer, prompt, target)
+            text = prompt.text_until(position, inclusive=decoder.head.kind != "masked")
             ids = target_ids(logit_target, text, OutputNames.of(decoder, tokenizer))
-            return cls(prompt, target, (Read(position, logit_target, ids),), layers)
+            return cls(prompt, target, (Read(position, logit_target, ids, before=text),), layers)
         position = prompt.resolve_position(target.position)
         name = type(target).__name__
         vector, constant = inner_reading(target, decoder.hidden_size)
@@ -127,11 +131,13 @@ class Question:
         return self.layer, self.vector is None
 
 
-def _of_logits(decoder: Decoder, target: LogitTarget | LabelTarget) -> LogitTarget:
-    """Return a target of labels as one of logits; refuse targets that the model's outputs do not have."""
+def _of_logits(decoder: Decoder, target: LogitTarget | HeadTarget) -> LogitTarget:
+    """Return a target of the model's head as one of logits; refuse those that its outputs do not have."""
     labels, name, model = decoder.head.labels, type(target).__name__, type(decoder.model).__name__
-    if isinstance(target, LabelTarget):
-        if not labels:
+    if isinstance(target, HeadTarget):
+        if isinstance(target, Masked) and decoder.head.kind != "masked":
+            raise DePassError(f"{model} predicts no masked tokens; explain Token(...) or Label(...)")
+        if isinstance(target, Label | Reward) and not labels:
             raise DePassError(f"{model} predicts tokens and has no labels; explain Token(...), not {name}")
         if isinstance(target, Reward) and len(labels) > 1:
             raise DePassError(f"{model} has {len(labels)} labels, not one reward; explain Label(...)")
@@ -145,15 +151,49 @@ def _of_logits(decoder: Decoder, target: LogitTarget | LabelTarget) -> LogitTarg
     return target
 
 
-def _position(decoder: Decoder, prompt: Prompt, target: LogitTarget) -> int:
+def _position(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    target: LogitTarget | HeadTarget,
+) -> int:
     """Return where a target is read."""
+    position = None if isinstance(target, Reward) else target.position
+    default = position is None or (position == -1 and not isinstance(target, Masked))
+    if decoder.head.kind == "masked" and default:
+        return _only_mask(tokenizer, prompt)
     if decoder.head.kind != "sequence":
-        return prompt.resolve_position(target.position)
-    if target.position != -1:
+        return prompt.resolve_position(-1 if position is None else position)
+    if not default:
         raise DePassError(
             f"{type(decoder.model).__name__} labels a whole text, not its tokens; leave position= out"
         )
     return decoder.head.position_of(prompt.ids)
+
+
+def _only_mask(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> int:
+    """Return the position of a prompt's only mask token.
+
+    Raises:
+        DePassError: there is none or there are several, or no tokenizer shows which token it is.
+    """
+    mask = None if tokenizer is None else tokenizer.mask_token_id
+    if tokenizer is None or mask is None:
+        raise DePassError(
+            f"{prompt.name}: no tokenizer shows which token is the mask; give its position, Masked(position)"
+        )
+    places = [place for place, token in enumerate(prompt.ids) if token == mask]
+    if len(places) == 1:
+        return places[0]
+    if not places:
+        raise DePassError(
+            f"{prompt.name} has no mask token; put {tokenizer.mask_token!r} in place of the word that the "
+            "model predicts, or give a position, Masked(position)"
+        )
+    raise DePassError(
+        f"{prompt.name} has {len(places)} mask tokens, at positions {', '.join(map(str, places))}; give the "
+        f"one to explain, such as Masked({places[0]})"
+    )
 
 
 def _reads_of_answer(prompt: Prompt, target: Continuation) -> tuple[Read, ...]:
@@ -212,12 +252,13 @@ def check_continues(decoder: Decoder) -> None:
     """Refuse a model that does not generate text.
 
     Raises:
-        DePassError: it is a classifier.
+        DePassError: it is a classifier or a masked language model.
     """
     if decoder.head.kind != "causal":
+        instead = "Masked(...)" if decoder.head.kind == "masked" else "Label(...) or Reward()"
         raise DePassError(
             f"{type(decoder.model).__name__} continues no text, so there is no answer to explain; take "
-            "Label(...) or Reward()"
+            f"{instead}"
         )
 
 

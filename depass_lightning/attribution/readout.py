@@ -57,7 +57,6 @@ class ModelAnswer:
     @classmethod
     def of_token(
         cls,
-        prompt: Prompt,
         read: Read,
         logits: Float[Tensor, "vocabulary"],
         uncapped: Float[Tensor, "vocabulary"],
@@ -66,8 +65,7 @@ class ModelAnswer:
         """Read the answer to a question about tokens.
 
         Args:
-            prompt: the prompt.
-            read: what is read of it.
+            read: what is read of a prompt.
             logits: the model's logits at its position.
             uncapped: the same before a soft cap, which is what scores sum to.
             names: the model's tokens or labels.
@@ -78,7 +76,7 @@ class ModelAnswer:
         best, target, ids = int(logits.argmax()), read.target, read.ids
         assert isinstance(target, LogitTarget)
         if ids is None:
-            ids = target_ids(target, prompt.text_until(read.position), names, best)
+            ids = target_ids(target, read.before, names, best)
             assert ids is not None
         name, summed = target_name(target, ids, names), LogitSum.of(target, ids, logits)
         value, true = finite(summed.value(uncapped), name), true_value(target, ids, logits)
@@ -203,7 +201,6 @@ def _answer(recording: Recording, names: OutputNames, row: int, question: Questi
         return ModelAnswer.of_vector(question, value, recording.logits[row, places[0]].to(dtype), names)
     tokens = [
         ModelAnswer.of_token(
-            prompt,
             read,
             recording.logits[row, place].to(dtype),
             recording.uncapped[row, place].to(dtype),

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from depass_lightning.models.affine import device_of
-from depass_lightning.models.decoder import unwrapped
 from depass_lightning.models.rotary import Frequencies
 from depass_lightning.models.sharding import opened
+from depass_lightning.models.unwrapping import unwrapped
 
 POLL = 0.0005  # seconds
 

@@ -27,7 +27,7 @@ from depass_lightning.engine.norms import past
 from depass_lightning.engine.record import Recording, record
 from depass_lightning.errors import DePassError
 from depass_lightning.models.block import Block
-from depass_lightning.models.decoder import Decoder, unwrapped
+from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.families import (
     FAMILIES,
     declared_families,
@@ -35,6 +35,7 @@ from depass_lightning.models.families import (
     supported_model_types,
 )
 from depass_lightning.models.spec import FamilySpec
+from depass_lightning.models.unwrapping import unwrapped
 
 logger = logging.getLogger(__name__)
 

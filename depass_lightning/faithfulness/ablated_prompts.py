@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
-from depass_lightning.models.decoder import unwrapped
 from depass_lightning.models.families import families_of_class
 from depass_lightning.models.output_heads import OutputHead
 from depass_lightning.models.rotary import regime
+from depass_lightning.models.unwrapping import unwrapped
 from depass_lightning.utils.batching import in_batches
 
 
@@ -27,11 +27,13 @@ class AblatedPrompt:
         ids: the tokens that are left.
         seen: which of them keep their embedding; that of the others is set to zero.
         answer: the ids of the answer's tokens.
+        position: which of the tokens the answer is read at; None for where the model's head reads a text.
     """
 
     ids: Sequence[int]
     seen: Sequence[bool]
     answer: Sequence[int]
+    position: int | None = None
 
 
 class AnswerReading(NamedTuple):
@@ -71,7 +73,7 @@ def answers_of(
 
     def work(batch: list[int]) -> list[AnswerReading]:
         asked = [prompts[i] for i in batch]
-        logits = _label_logits(inner, head, asked) if head.labels else _answer_logits(inner, asked)
+        logits = _answer_logits(inner, asked) if head.kind == "causal" else _head_logits(inner, head, asked)
         wanted = torch.tensor([prompt.answer for prompt in asked], device=logits.device)[:, :, None]
         answers = logits.gather(2, wanted)  # [batch, token, 1]
         odds = head.log_odds(logits, wanted).double()  # [batch, token]
@@ -92,7 +94,8 @@ def answers_of(
     kinds = []
     for prompt in prompts:
         length = len(prompt.ids) + len(prompt.answer) - 1
-        alike = (length,) if head.labels else regime(config, length)  # texts with labels are not padded
+        # Texts of an encoder or with labels are not padded.
+        alike = regime(config, length) if head.kind == "causal" else (length,)
         kinds.append(((all(prompt.seen), len(prompt.answer), alike), length))
     with undisturbed(model, attention=None):
         return in_batches(kinds, batch_size, work, progress, "asking")
@@ -137,15 +140,21 @@ def _answer_logits(
     return logits[:, -count:].float()
 
 
-def _label_logits(
+def _head_logits(
     model: PreTrainedModel, head: OutputHead, prompts: Sequence[AblatedPrompt]
-) -> Float[Tensor, "batch 1 label"]:
-    """Return a classifier's logits of prompts of one length."""
+) -> Float[Tensor, "batch 1 output"]:
+    """Return a classifier's or masked language model's logits of prompts of one length."""
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt.ids) for prompt in prompts], device=device)
     with _zeroed(model, torch.tensor([list(prompt.seen) for prompt in prompts], device=device)):
-        logits = head.label_logits(model, ids, torch.arange(ids.shape[1], device=device))
-    ends = torch.tensor([head.position_of(prompt.ids) for prompt in prompts], device=logits.device)
+        if head.labels:
+            logits = head.label_logits(model, ids, torch.arange(ids.shape[1], device=device))
+        else:
+            logits = model(input_ids=ids).logits
+    places = [
+        head.position_of(prompt.ids) if prompt.position is None else prompt.position for prompt in prompts
+    ]
+    ends = torch.tensor(places, device=logits.device)
     return logits[torch.arange(len(prompts)), ends][:, None].float()
 
 

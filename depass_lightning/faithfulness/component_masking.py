@@ -25,7 +25,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.engine.isolation import undisturbed
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import check_position
+from depass_lightning.faithfulness.evidence import read_token
 from depass_lightning.faithfulness.token_removal import check_percents
 from depass_lightning.methods.places import Place, place_of, replaced
 from depass_lightning.models.decoder import Decoder
@@ -68,11 +68,13 @@ class MaskedPrompt:
         ids: the prompt's tokens.
         answer: the answer's tokens, at least one.
         kept: `[component]`, false where a head or neuron is masked; None masks none.
+        position: the token that the answer is read at; None for where the model's head reads a text.
     """
 
     ids: Sequence[int]
     answer: Sequence[int]
     kept: Tensor | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,6 @@ def masking_curves(
     prompts: list[MaskedPrompt] = []
     plans = []
     for attribution, answer in zip(attributions, answers, strict=True):
-        check_position(attribution)
         ids = attribution.token_ids[: attribution.last + 1]
         text = attribution.text if len(ids) == len(attribution.token_ids) else None
         answer = answer_ids(depass, text, answer) if isinstance(answer, str) else list(answer)
@@ -157,7 +158,7 @@ def masking_curves(
         plans.append(
             {name: [[numbers[key] for key in keys] for keys in orders] for name, orders in plan.items()}
         )
-        prompts += [MaskedPrompt(ids, answer, kept) for kept in masks.values()]
+        prompts += [MaskedPrompt(ids, answer, kept, read_token(attribution)) for kept in masks.values()]
     checks = check_answers(depass.decoder, prompts, layers, batch_size, progress)
     return [_curves(percents, plan, checks) for plan in plans]
 
@@ -335,7 +336,10 @@ def _check_batch(
     ids = pad([[*prompt.ids, *prompt.answer[:-1]] for prompt in prompts]).to(device)  # [batch, position]
     # The positions after which the answer's tokens follow, for each prompt.
     end = decoder.head.position_of
-    places = [[end(prompt.ids) + i for i in range(len(prompt.answer))] for prompt in prompts]
+    starts = [end(prompt.ids) if prompt.position is None else prompt.position for prompt in prompts]
+    places = [
+        [start + i for i in range(len(prompt.answer))] for start, prompt in zip(starts, prompts, strict=True)
+    ]
     hooked = {number: layer.place for number, layer in enumerate(layers)}
     masks = {number: layer.masked(prompts) for number, layer in enumerate(layers)}
     with replaced(hooked, masks, {}):

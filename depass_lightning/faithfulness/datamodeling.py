@@ -19,7 +19,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, answers_of
 from depass_lightning.faithfulness.ablation_agreement import rank_correlation
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import check_position, prompt_end, text_components, without_last
+from depass_lightning.faithfulness.evidence import ablated_prompt, prompt_end, text_components, without_last
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.results.attribution import Attribution
 
@@ -96,10 +96,9 @@ def removable(attribution: Attribution) -> list[int]:
 def ablated(case: Case, candidates: Sequence[int], kept: Sequence[bool]) -> AblatedPrompt:
     """Return a case's prompt without some of its components."""
     attribution = case.attribution
-    check_position(attribution)
     removed: set[int] = set()
     for component, keep in zip(candidates, kept, strict=True):
         if not keep:
             removed.update(range(*(attribution.positions[component] or (0, 0))))
-    ids = [attribution.token_ids[i] for i in range(prompt_end(attribution) + 1) if i not in removed]
-    return AblatedPrompt(ids, [True] * len(ids), case.answer_ids)
+    left = [i for i in range(prompt_end(attribution) + 1) if i not in removed]
+    return ablated_prompt(attribution, left, case.answer_ids)

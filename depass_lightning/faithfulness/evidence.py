@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from depass_lightning.errors import DePassError
+from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.utils.sections import ablatable
 
@@ -33,17 +33,26 @@ def prompt_end(attribution: Attribution) -> int:
     return attribution.last if start is None else start - 1
 
 
-def check_position(attribution: Attribution) -> None:
-    """Refuse the label of a token inside a text, whose position changes as other tokens are removed.
+def read_token(attribution: Attribution) -> int | None:
+    """Return the token that an encoder's target is read at, which is never removed; None for other targets.
 
-    Raises:
-        DePassError: it explains such a label, of an encoder.
+    It is a mask token, or a token that a classifier labels.
     """
-    if 0 < attribution.position < attribution.last:
-        raise DePassError(
-            f"the label of token {attribution.position} of {len(attribution.tokens)} cannot be followed "
-            "while others are removed; these measures take labels of whole texts"
-        )
+    inside = attribution.metadata.get("encoder") in ("masked", "token")
+    return attribution.position if inside else None
+
+
+def ablated_prompt(attribution: Attribution, kept: Sequence[int], answer: Sequence[int]) -> AblatedPrompt:
+    """Return an attribution's prompt with only some of its tokens.
+
+    Args:
+        attribution: the scores, with their prompt's token ids.
+        kept: the positions of these tokens, ascending; `read_token` is one of them, where there is one.
+        answer: the ids of the answer's tokens.
+    """
+    read = read_token(attribution)
+    ids = [attribution.token_ids[place] for place in kept]
+    return AblatedPrompt(ids, [True] * len(ids), answer, None if read is None else kept.index(read))
 
 
 def answer_tokens(attribution: Attribution) -> list[int]:
@@ -58,15 +67,19 @@ def text_components(attribution: Attribution) -> list[int]:
     """Return the indices of the components that represent text up to the target's position.
 
     A bias is not among them, and neither are special tokens, which the tokenizer adds and which have no
-    characters of the text, and the tokens of a template. Of a prompt with documents only these count. Without
-    offsets, every component that represents tokens counts.
+    characters of the text, the tokens of a template, and the token of `read_token`. Of a prompt with
+    documents only these count. Without offsets, every component that represents tokens counts.
     """
     offsets, count, last = attribution.offsets, len(attribution.tokens), prompt_end(attribution)
     text = set(ablatable(attribution.text, attribution.sections, offsets, count))
+    read = read_token(attribution)
     return [
         i
         for i, span in enumerate(attribution.positions)
-        if span is not None and span[1] <= last + 1 and not text.isdisjoint(range(*span))
+        if span is not None
+        and span[1] <= last + 1
+        and read not in range(*span)
+        and not text.isdisjoint(range(*span))
     ]
 
 

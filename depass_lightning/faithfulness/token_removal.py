@@ -21,7 +21,7 @@ Comprehensiveness and sufficiency are the corresponding single numbers, over a f
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -31,7 +31,7 @@ from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.ablated_prompts import AblatedPrompt, AnswerReading, answers_of
 from depass_lightning.faithfulness.evaluate import Case, Columns
-from depass_lightning.faithfulness.evidence import check_position, prompt_end, text_components, without_last
+from depass_lightning.faithfulness.evidence import ablated_prompt, prompt_end, text_components, without_last
 from depass_lightning.results.attribution import Attribution
 
 PERCENTS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -256,7 +256,6 @@ class _Plan:
         zeroed: bool,
         keep_last: bool,
     ) -> None:
-        check_position(attribution)
         self.attribution = attribution
         self.percents = [float(percent) for percent in percents]
         self.zeroed = zeroed
@@ -289,11 +288,11 @@ class _Plan:
     def prompts(self, answer: int | Sequence[int]) -> list[AblatedPrompt]:
         """Return the ablated prompts, then, where `zeroed`, those with embeddings set to zero."""
         answer = [answer] if isinstance(answer, int) else answer
-        ids = self.attribution.token_ids[: prompt_end(self.attribution) + 1]
-        prompts = [AblatedPrompt([ids[i] for i in kept], [True] * len(kept), answer) for kept in self.kept]
+        prompts = [ablated_prompt(self.attribution, kept, answer) for kept in self.kept]
         if self.zeroed:
+            whole = ablated_prompt(self.attribution, range(prompt_end(self.attribution) + 1), answer)
             sets = [set(kept) for kept in self.kept]
-            prompts += [AblatedPrompt(ids, [i in kept for i in range(len(ids))], answer) for kept in sets]
+            prompts += [replace(whole, seen=[i in kept for i in range(len(whole.ids))]) for kept in sets]
         return prompts
 
     def read(self, readings: Sequence[AnswerReading]) -> RemovalCurves:

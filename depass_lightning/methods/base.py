@@ -22,7 +22,7 @@ from depass_lightning.sources import Source, Spans, Tokens
 from depass_lightning.sources.tokens import Positional, summed
 from depass_lightning.targets import (
     Continuation,
-    LabelTarget,
+    HeadTarget,
     LogitTarget,
     Preference,
     TargetLike,
@@ -164,7 +164,7 @@ class Baseline(Method):
         for aim in targets:
             if isinstance(aim, list):
                 raise DePassError(f"{self.name} takes one target a prompt; call it once for each target")
-            if not isinstance(aim, LogitTarget | LabelTarget | Continuation | Preference):
+            if not isinstance(aim, LogitTarget | HeadTarget | Continuation | Preference):
                 raise DePassError(
                     f"{self.name} explains tokens, labels and answers, not {type(aim).__name__}"
                 )

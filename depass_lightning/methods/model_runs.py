@@ -135,6 +135,6 @@ class Batch:
     def _read(self, logits: Tensor, uncapped: Tensor) -> list[ModelAnswer]:
         logits, uncapped = logits.to(self.decoder.dtype), uncapped.to(self.decoder.dtype)
         return [
-            ModelAnswer.of_token(question.prompt, question.reads[0], logits[row], uncapped[row], self.names)
+            ModelAnswer.of_token(question.reads[0], logits[row], uncapped[row], self.names)
             for row, question in enumerate(self.questions)
         ]

@@ -73,6 +73,8 @@ def bind_head(
     """
     owner = type(module).__name__
     dense, last = submodule(module, spec.dense, owner), submodule(module, spec.norm, owner)
+    if spec.activation is not None:
+        module = nn.Sequential(dense, submodule(module, spec.activation, owner), last)
     hidden = sizes[0]
     same = nn.Linear(hidden, hidden, bias=False, device=device_of(dense))
     nn.init.eye_(same.weight)
@@ -81,7 +83,7 @@ def bind_head(
             f"{owner} maps the residual stream's {hidden} dimensions to {features(dense)[1]}; a decomposed "
             "pass needs the same number"
         )
-    first = module if norm is None else norm
+    first = dense if norm is None else norm
     return Block(
         index=index,
         module=module if norm is None else nn.Sequential(norm, module),

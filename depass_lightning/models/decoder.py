@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import AffineMap, features, has_bias, is_quantised, linear_of, rows_of
@@ -17,6 +17,7 @@ from depass_lightning.models.output_heads import OutputHead
 from depass_lightning.models.rotary import Regime, position_limit, regime
 from depass_lightning.models.sharding import check_shards
 from depass_lightning.models.spec import FamilySpec, HeadSpec, ModelSpec, configured, submodule
+from depass_lightning.models.unwrapping import check_values, original, unwrapped
 
 READOUT_ROWS = 16_384  # of the unembedding that are read at once
 
@@ -25,7 +26,7 @@ class Decoder:
     """Binds a family's declaration to one model.
 
     Args:
-        model: a causal language model of transformers, a classifier built on one, or a model of a declared
+        model: a causal or masked language model of transformers, a classifier, or a model of a declared
             class; it may be compiled or have `peft` adapters.
         spec: its family's declaration (`engine/validate.py` finds and checks it).
         compute_dtype: the precision that components are carried in; by default float64 for a model in
@@ -49,7 +50,7 @@ class Decoder:
     ) -> None:
         self.model: Any = original(model) if spec.model is None else unwrapped(model)
         owner = type(self.model).__name__
-        _check_weights(self.model)
+        check_values(self.model)
         check_shards(self.model)
         self.config = self.config_of(model) if spec.model is None else _described(self.model, spec.model)
         self.spec, self.causal = spec, spec.causal(self.config)
@@ -61,10 +62,11 @@ class Decoder:
         else:
             self.token_embedding = submodule(inner, spec.model.embedding, owner)
             self.head = OutputHead("causal", submodule(inner, spec.model.unembedding, owner))
-        if not (self.causal or self.head.labels):
+        if not self.causal and self.head.kind == "causal":
             raise DePassError(
-                f"{owner} is an encoder that predicts masked tokens or none; of encoders only classifiers "
-                "are supported (AutoModelForSequenceClassification, AutoModelForTokenClassification)"
+                f"{owner} has no causal mask, so that it predicts no next token; load it as a masked "
+                "language model (AutoModelForMaskedLM) or a classifier "
+                "(AutoModelForSequenceClassification, AutoModelForTokenClassification)"
             )
         self.unembedding = self.head.output
         self.final_norm = None if spec.final_norm is None else submodule(inner, spec.final_norm, owner)
@@ -75,15 +77,7 @@ class Decoder:
             bind(spec, index, module, self.config, f"block {index} of {owner}")
             for index, module in enumerate(modules.children())
         ]
-        if spec.head is not None and not self.head.labels:
-            norm, self.final_norm = self.final_norm, None
-            head = submodule(self.model, spec.head.module, owner)
-            self.blocks.append(
-                bind_head(spec.head, len(self.blocks), norm, head, (self.hidden_size, self.heads))
-            )
-        elif self.head.pooled is not None:
-            pooler, sizes = HeadSpec("", norm="exit"), (self.hidden_size, self.heads)
-            self.blocks.append(bind_head(pooler, len(self.blocks), None, self.head.pooled, sizes))
+        self._bind_head(owner)
         self.recomputes = recomputes and all(
             any(  # the class may be wrapped, as FSDP2 does
                 hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS")
@@ -98,6 +92,17 @@ class Decoder:
         spread = len({place for place in places.values() if place not in ("cpu", "disk")}) > 1
         takes = "logits_to_keep" in inspect.signature(self.model.forward).parameters and spec.head is None
         self._takes_logits_to_keep = takes and not spread
+
+    def _bind_head(self, owner: str) -> None:
+        """Bind what is between the last block and the output map, if anything, as an additional block."""
+        spec, sizes = self.spec.head, (self.hidden_size, self.heads)
+        if spec is not None and not self.head.labels:
+            norm, self.final_norm = self.final_norm, None
+            head = submodule(self.model, spec.module, owner)
+            self.blocks.append(bind_head(spec, len(self.blocks), norm, head, sizes))
+        elif self.head.pooled is not None:
+            pooler = HeadSpec("", norm="exit")
+            self.blocks.append(bind_head(pooler, len(self.blocks), None, self.head.pooled, sizes))
 
     @staticmethod
     def config_of(model: nn.Module) -> PretrainedConfig:
@@ -125,8 +130,8 @@ class Decoder:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What an attribution's metadata has of the model: its name, and whether it is an encoder."""
-        return {"model": self.name} | ({} if self.causal else {"encoder": True})
+        """What an attribution's metadata has of the model: its name, and the kind of an encoder's head."""
+        return {"model": self.name} | ({} if self.causal else {"encoder": self.head.kind})
 
     @property
     def embedding(self) -> Float[Tensor, "vocabulary hidden"]:
@@ -319,35 +324,6 @@ class Decoder:
         return logits, before, kept.tolist()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """What is inside of what compiles a model or adds adapters to it.
-
-    Raises:
-        DePassError: its adapters are no linear maps.
-    """
-    inner: Any = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "get_base_model"):  # peft: the layers with adapters are in the model's own places
-        _check_adapter(inner)
-        inner = inner.get_base_model()
-    return getattr(inner, "_orig_mod", inner)
-
-
-def original(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model itself, inside what compiles it or adds adapters to it.
-
-    Raises:
-        DePassError: it is none, or its adapters are no linear maps.
-    """
-    inner = unwrapped(model)
-    if not isinstance(inner, PreTrainedModel):
-        raise DePassError(
-            f"{type(inner).__name__} is not a Hugging Face causal language model; pass the model itself, for "
-            "instance AutoModelForCausalLM.from_pretrained(...), or declare the class with "
-            "depass_lightning.register_family (docs/your-own-model.md)"
-        )
-    return inner
-
-
 def _described(model: nn.Module, spec: ModelSpec) -> PretrainedConfig:
     """Return a configuration with the fields that the engine reads, for a model of another library."""
     config: Any = PretrainedConfig()
@@ -356,31 +332,3 @@ def _described(model: nn.Module, spec: ModelSpec) -> PretrainedConfig:
     config.max_position_embeddings = spec.positions(model)
     config.final_logit_softcapping = spec.soft_cap(model)
     return config
-
-
-def _check_weights(model: nn.Module) -> None:
-    """Refuse a model without values; those that `accelerate` fetches when they are needed are there."""
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return
-    empty = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
-    if empty is not None:
-        raise DePassError(
-            f"'{empty}' of {type(model).__name__} is on the meta device, where it has no values; load the "
-            "model's weights (from_pretrained), or fill it by model.to_empty(device=...) and load_state_dict"
-        )
-
-
-def _check_adapter(model: Any) -> None:
-    """Refuse adapters that are no linear maps of every position alike."""
-    adapter = getattr(model, "active_peft_config", None)
-    kind = str(getattr(getattr(adapter, "peft_type", None), "value", "this adapter"))
-    if getattr(adapter, "is_prompt_learning", False):
-        raise DePassError(
-            f"{kind} puts learnt states before or into every prompt, which are no tokens that could be "
-            "explained; pass model.get_base_model() to explain the model without them"
-        )
-    if getattr(adapter, "alora_invocation_tokens", None):
-        raise DePassError(
-            f"{kind} with alora_invocation_tokens changes the model's maps from one position on; load it "
-            "without them to explain it"
-        )

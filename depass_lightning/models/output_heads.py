@@ -13,8 +13,12 @@ from typing_extensions import override
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import features
 
-HeadKind = Literal["causal", "sequence", "token"]
-CLASSES: dict[str, HeadKind] = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
+HeadKind = Literal["causal", "masked", "sequence", "token"]
+CLASSES: dict[str, HeadKind] = {
+    "ForMaskedLM": "masked",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+}
 MAPS = ("score", "classifier")  # names of a classifier's last map
 
 
@@ -51,8 +55,8 @@ class OutputHead:
     """The map from the last hidden state to tokens or to labels.
 
     Args:
-        kind: `causal`, the next token at each position; `sequence`, the labels of a whole text, read at one
-            position; `token`, the labels of each position.
+        kind: `causal`, the next token at each position; `masked`, the token at each position; `sequence`, the
+            labels of a whole text, read at one position; `token`, the labels of each position.
         output: the map, with a row for each token or label.
         labels: the labels' names, in the order of the rows; empty for tokens.
         independent: whether labels do not exclude each other, as in a multi-label classifier or for the only
@@ -77,7 +81,7 @@ class OutputHead:
             DePassError: the model has no head, or its labels are not those of its configuration.
         """
         owner, kind = type(model).__name__, _kind(model)
-        if kind == "causal":
+        if kind in ("causal", "masked"):
             unembedding = model.get_output_embeddings()
             if unembedding is None:
                 raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")

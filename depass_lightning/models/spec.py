@@ -136,14 +136,16 @@ class HeadSpec:
     They are bound as an additional block that has only an MLP, whose output replaces the residual stream.
 
     Args:
-        module: the module that has them, inside the model.
+        module: the module that has them, inside the model; empty for the model itself.
         dense: the map, inside `module`.
         norm: the norm, inside `module`.
+        activation: the activation, inside `module`, where `module` has other parts, too.
     """
 
     module: str
     dense: str = "dense"
     norm: str = "LayerNorm"
+    activation: str | None = None
 
 
 def _always(_config: Any) -> bool:

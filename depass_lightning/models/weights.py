@@ -13,6 +13,7 @@ SHOWN = 3  # the most names in an error
 CONSTANTS = re.compile(
     r"\b(attn|attention|crossattention)\.(masked_)?bias$|rotary_emb|inv_freq|position_ids$"
 )
+SECOND_HEAD = re.compile(r"^cls\.seq_relationship\.")  # BERT was pretrained to predict the next sentence, too
 
 
 def check_weights(
@@ -60,7 +61,7 @@ def inside(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names that are inside the model's decoder, without saved constants."""
     # Names of modules, not of weights: a model without blocks has an empty list of them.
     parts = {name for name, _ in model.named_modules()} - {getattr(model, "base_model_prefix", "")}
-    ignored = [CONSTANTS]
+    ignored = [CONSTANTS, SECOND_HEAD]
     if isinstance(model, PreTrainedModel):
         ignored += [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return sorted(

@@ -13,8 +13,10 @@ from typing_extensions import override
 from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.errors import DePassError, reason_of
 from depass_lightning.faithfulness import ROW_MEASURES, Case, Measure, evaluate
+from depass_lightning.faithfulness.evidence import read_token
 from depass_lightning.methods import DePassMethod, Method
 from depass_lightning.modules.prompt_datamodule import PromptBatch
+from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import Decomposition
 from depass_lightning.results.generation import Generation
 from depass_lightning.storage import attribution_to_row
@@ -213,9 +215,11 @@ class AttributionModule(LightningModule):
         if self.generates:
             pairs = zip(indices, examples, strict=True)
             return [row for index, example in pairs for row in self._generated_rows(index, example)]
+        # Only a causal model continues a text by an answer of several tokens.
+        tokenizer = self.depass.tokenizer if self.depass.decoder.head.kind == "causal" else None
         attributions = self.method.attribute(
             [example.prompt for example in examples],
-            [self.explained.target(example, self.depass.tokenizer) for example in examples],
+            [self.explained.target(example, tokenizer) for example in examples],
             batch_size=len(examples),
         )
         own_token = self.explained.kind == "own"
@@ -230,7 +234,7 @@ class AttributionModule(LightningModule):
             if example.answer is None or not self.judged:
                 columns.pop("correct", None)  # no answer is known to be correct
             elif own_token:
-                columns["correct"] = self._is_answer(case.target_ids[0], example.answer, example.prompt)
+                columns["correct"] = self._is_answer(case.attribution, example.answer)
             case.attribution.metadata |= self.run  # the model by its configured name
             row = attribution_to_row(case.attribution)
             rows.append({"index": index, **row, **_known(example), **columns, **self.run})
@@ -259,11 +263,14 @@ class AttributionModule(LightningModule):
             rows.append({**row, **known, **self.run})
         return rows
 
-    def _is_answer(self, output: int, answer: str, prompt: str) -> bool:
-        """Whether a token or label is the answer to a prompt, or the answer's first token."""
+    def _is_answer(self, attribution: Attribution, answer: str) -> bool:
+        """Whether the explained token or label is the answer, or the answer's first token."""
         names = OutputNames.of(self.depass.decoder, self.depass.tokenizer)
+        text, masked = attribution.text, read_token(attribution)
+        if masked is not None and attribution.offsets is not None:
+            text = text[: attribution.offsets[masked][0]]
         try:
-            return output == names.id_of(answer, prompt, first=True)
+            return attribution.target_ids[0] == names.id_of(answer, text, first=True)
         except DePassError:  # the model has no such token or label
             return False
 

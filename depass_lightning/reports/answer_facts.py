@@ -13,7 +13,7 @@ PARTS = {
 
 
 def prediction_name(attribution: Attribution) -> str:
-    """Return what an attribution's prediction is: the next token, a label, or the beginning of an answer.
+    """Return what an attribution's prediction is: a next or masked token, a label, or an answer's start.
 
     Args:
         attribution: the attribution.
@@ -22,6 +22,8 @@ def prediction_name(attribution: Attribution) -> str:
         return "the more likely answer"
     if attribution.metadata.get("labels"):
         return "most likely label"
+    if attribution.metadata.get("encoder") == "masked":
+        return "masked token"
     return "model's answer begins" if attribution.whole_answer else "next token"
 
 

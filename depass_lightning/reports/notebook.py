@@ -8,7 +8,12 @@ from rich.console import Console, RenderableType
 from depass_lightning.reports.answer_facts import answer_facts, prediction_text
 from depass_lightning.reports.components import asked_for, complete, made
 from depass_lightning.reports.numbers import plain, signed, visible
-from depass_lightning.reports.prompt_segments import prompt_segments, strengths, unread_words
+from depass_lightning.reports.prompt_segments import (
+    prediction_place,
+    prompt_segments,
+    strengths,
+    unread_words,
+)
 from depass_lightning.results.attribution import Attribution
 
 # A notebook's background is unknown. Half-transparent tones of medium lightness keep the text readable.
@@ -56,7 +61,7 @@ def _segments(attribution: Attribution) -> list[dict[str, object]]:
     unread, shown = True, []
     for segment in prompt_segments(attribution):
         number = segment.component
-        read = unread and segment.end > attribution.last
+        read = unread and segment.end > prediction_place(attribution)
         unread = unread and not read
         shown.append(
             {

@@ -20,7 +20,7 @@ from depass_lightning.reports.components import (
     strongest_of,
 )
 from depass_lightning.reports.numbers import bare, visible
-from depass_lightning.reports.prompt_segments import unread_words
+from depass_lightning.reports.prompt_segments import prediction_place, unread_words
 from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import Component
 from depass_lightning.utils.sections import tokens_of
@@ -53,6 +53,7 @@ def prompt_data(
         "tokens": [visible(token) for token in attribution.tokens],
         "special": [i for i, (start, end) in enumerate(attribution.offsets or ()) if start == end],
         "position": attribution.last,
+        "read": prediction_place(attribution),
         "target_position": _target_position(attribution),
         "row": visible(bare(str(example.get("row", name)))),
         "views": views,

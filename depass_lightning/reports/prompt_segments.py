@@ -42,6 +42,12 @@ def prompt_segments(attribution: Attribution) -> Iterator[PromptSegment]:
         start = end
 
 
+def prediction_place(attribution: Attribution) -> int:
+    """Return the token that the model's prediction is shown after: a masked one, or the last one."""
+    masked = attribution.metadata.get("encoder") == "masked"
+    return attribution.position if masked else attribution.last
+
+
 def unread_words(attribution: Attribution) -> str:
     """Return a note on the words of the prompt that the tokenizer does not know; "" if it knows all."""
     words = [visible(word) for word in attribution.metadata.get("unknown_words", ())]

@@ -1,4 +1,4 @@
-"""Classifiers on encoders, whose tokens also see what follows them."""
+"""Encoders, whose tokens also see what follows them: classifiers and masked language models."""
 
 from __future__ import annotations
 
@@ -8,23 +8,38 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
-from depass_lightning import Continuation, Contrast, DePass, DePassError, Heads, Label, Module, Spans, Tokens
+from depass_lightning import (
+    Continuation,
+    Contrast,
+    DePass,
+    DePassError,
+    Heads,
+    Label,
+    LogOdds,
+    Masked,
+    Module,
+    Spans,
+    Tokens,
+)
+from depass_lightning.commands.prompt_arguments import rewritten
 from depass_lightning.engine import mixture
-from depass_lightning.faithfulness import ablation_effects, removal_curves
+from depass_lightning.faithfulness import ablation_effects, answered_right, removal_curves
 from depass_lightning.methods import make_method
 from depass_lightning.models import families
 from depass_lightning.models.spec import FamilySpec
 from depass_lightning.storage import read_rows
+from depass_lightning.tasks import Example
 from tests.commands.test_analyze import run
 from tests.reference.models import SMALL, distance, padded, prompt, randomise, stay_in_float64
 from tests.reference.zoo import derivatives
@@ -53,6 +68,12 @@ def encoder(kind: str, auto: Any = AutoModelForSequenceClassification, **changes
     return model
 
 
+def masked_model(kind: str, **changes: Any) -> Any:
+    """A tiny random masked language model; the head of ELECTRA's generator must be as wide as its states."""
+    changes |= {"embedding_size": 36} if kind == "electra" else {}
+    return encoder(kind, AutoModelForMaskedLM, **changes)
+
+
 @torch.no_grad()
 def real_logits(model: Any, ids: Tensor) -> Tensor:
     """What the model gives a text alone."""
@@ -75,6 +96,39 @@ def test_scores_are_the_real_models_derivatives(kind: str, rule: Any, auto: Any)
         assert distance(scored.scores[: len(ids)], tokens) < 1e-6
         assert abs(float(scored.scores[-1]) - biases) < 1e-6
         assert bool((scored.scores != 0).all())
+
+
+@pytest.mark.parametrize("rule", ["taylor", "half"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.covering(5)
+def test_scores_of_masked_tokens_are_the_real_models_derivatives(kind: str, rule: Any) -> None:
+    """At a position inside the text, by the same oracle; the head's norm and activation are frozen, too."""
+    model, ids = masked_model(kind), prompt(9)
+    tokens, biases, value = derivatives(model, ids, 7, 5, half=rule == "half", position=4)
+    for engine in ("propagate", "adjoint"):
+        (scored,) = DePass(model).attribute(
+            input_ids=ids[None], target=Masked(4, 7, against=5), rule=rule, engine=engine
+        )
+        assert abs(scored.value - value) < 1e-10
+        assert distance(scored.scores[: len(ids)], tokens) < 1e-6
+        assert abs(float(scored.scores[-1]) - biases) < 1e-6
+        assert bool((scored.scores != 0).all())
+
+
+@pytest.mark.parametrize("rule", ["softmax", "max", "linear", "shap", "dual"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+@pytest.mark.covering(5)
+def test_scores_of_every_rule_sum_to_the_masked_token(kind: str, rule: Any) -> None:
+    model, ids = masked_model(kind), prompt(9)
+    depass, expected = DePass(model), float(real_logits(model, ids)[-3, 7])
+    for source in (Tokens(), Heads(), Module("mlp")):
+        (scored,) = depass.attribute(input_ids=ids[None], target=Masked(-3, 7), rule=rule, source=source)
+        assert abs(scored.value - expected) < 1e-10
+        assert rule == "dual" or scored.completeness < 2e-6
+    (inside,) = depass.attribute(input_ids=ids[None], target=Masked(4, 7, of="logprob"), rule="taylor")
+    assert inside.remainder is not None
+    logs = real_logits(model, ids)[4].log_softmax(0)
+    assert abs(inside.value + inside.remainder - float(logs[7])) < 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,14 +191,29 @@ def test_padded_batches_equal_single_runs(kind: str, side: str) -> None:
             torch.testing.assert_close(one.scores, single.scores, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_of_masked_texts_equal_single_runs(side: str) -> None:
+    model = masked_model("roberta")
+    texts = [prompt(9), prompt(6, seed=1)]
+    ids, mask = padded(texts, side)
+    for rule in ("taylor", "softmax"):
+        batch = DePass(model).attribute(input_ids=ids, attention_mask=mask, target=Masked(3), rule=rule)
+        for text, one in zip(texts, batch, strict=True):
+            (single,) = DePass(model).attribute(input_ids=text[None], target=Masked(3), rule=rule)
+            best = real_logits(model, text)[3]
+            assert abs(one.value - float(best.max())) < 1e-10
+            assert one.target_ids == [int(best.argmax())]
+            torch.testing.assert_close(one.scores, single.scores, atol=1e-6, rtol=1e-6)
+
+
 def test_what_an_encoder_does_not_have_is_refused() -> None:
     depass = DePass(encoder("bert"))
     with pytest.raises(DePassError, match="continues no text"):
         depass.attribute(input_ids=prompt(6)[None], target=Continuation([3, 4]))
     with pytest.raises(DePassError, match="continues no text"):
         depass.attribute_generation(input_ids=prompt(6)[None])
-    with pytest.raises(DePassError, match="BertForMaskedLM is an encoder that predicts masked tokens"):
-        DePass(encoder("bert", AutoModelForMaskedLM))
+    with pytest.raises(DePassError, match="BertLMHeadModel has no causal mask"):
+        DePass(encoder("bert", AutoModelForCausalLM))
     with pytest.raises(DePassError, match="more than the model's context of 63"):
         DePass(encoder("roberta")).attribute(input_ids=prompt(64)[None], target=Label(1))
 
@@ -160,17 +229,24 @@ def test_an_encoder_that_is_declared_as_causal_is_refused(monkeypatch: pytest.Mo
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "very", "good", "bad", "film", "not"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: Any) -> Path:
-    """A BERT classifier with its tokenizer, which adds [CLS] and [SEP]."""
+def tokenizer_of_words() -> PreTrainedTokenizerFast:
+    """A tokenizer that adds [CLS] and [SEP]."""
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     words.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names = ("pad", "unk", "cls", "sep", "mask")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, **{f"{name}_token": f"[{name.upper()}]" for name in names}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A BERT classifier with its tokenizer."""
     place = tmp_path_factory.mktemp("encoder")
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(place)
+    tokenizer_of_words().save_pretrained(place)
     labels = {0: "negative", 1: "positive"}
     model = encoder(
         "bert", id2label=labels, label2id={name: index for index, name in labels.items()}, num_labels=2
@@ -197,11 +273,102 @@ def test_an_analysis_of_an_encoder(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.fixture(scope="module")
+def masked_folder(tmp_path_factory: Any) -> Path:
+    """A masked BERT as it was published: with a second head, and a pooler, that it does not use."""
+    place = tmp_path_factory.mktemp("masked")
+    tokenizer_of_words().save_pretrained(place)
+    model = masked_model("bert", vocab_size=len(WORDS)).float()
+    unused = {"cls.seq_relationship.weight": torch.ones(2, 36), "bert.pooler.dense.bias": torch.ones(36)}
+    model.save_pretrained(place, state_dict=model.state_dict() | unused)
+    return place
+
+
+def test_the_only_mask_token_is_explained(masked_folder: Path) -> None:
+    depass = DePass.from_pretrained(str(masked_folder))
+    text = "a very [MASK] film"
+    logits = real_logits(depass.model, torch.tensor([2, 5, 6, 4, 9, 3]))[3]
+    best = depass.attribute(text)
+    assert (best.position, best.prediction) == (3, WORDS[int(logits.argmax())])
+    assert best.names[:6] == ["[CLS]", "a", " very", " [MASK]", " film", "[SEP]"]
+    for target in (Masked(token="good", against="bad"), Contrast("good", "bad"), Masked(3, 7, 8)):
+        one = depass.attribute(text, target)
+        assert one.value == pytest.approx(float(logits[7] - logits[8]), abs=1e-5)
+        assert one.target == "'good' − 'bad'"
+    (odds,) = depass.attribute([text], LogOdds("good", against=["bad", "not"]))
+    assert odds.target_ids == [7, 8, 10]
+    second = depass.attribute("[MASK] very [MASK] film", Masked(1, "a"))
+    assert second.position == 1
+    for wrong, message in (
+        ("a good film", r"no mask token; put '\[MASK\]'"),
+        ("[MASK] very [MASK] film", r"2 mask tokens, at positions 1, 3; .* Masked\(1\)"),
+    ):
+        with pytest.raises(DePassError, match=message):
+            depass.attribute(wrong)
+    with pytest.raises(DePassError, match="give its position"):
+        DePass(depass.model).attribute(input_ids=[2, 5, 4, 3])
+    with pytest.raises(DePassError, match="take Masked"):
+        depass.attribute(text, Continuation("good film"))
+    with pytest.raises(DePassError, match="has no labels"):
+        depass.attribute(text, Label("good"))
+    with pytest.raises(DePassError, match="predicts no masked tokens"):
+        DePass.from_pretrained("tiny").attribute("Mary", Masked())
+    with pytest.raises(DePassError, match="name both, and leave of= out"):
+        Masked(against="bad")
+
+
+def test_a_mask_token_takes_the_space_before_it() -> None:
+    """As RoBERTa's does: the word that it hides has this space."""
+    letters = {"<mask>": 0, "Ġ": 1, "a": 2, "b": 3, "Ġa": 4, "Ġab": 5, "ab": 6, "<pad>": 7}
+    merges = [("Ġ", "a"), ("Ġa", "b"), ("a", "b")]
+    pairs = Tokenizer(models.BPE(letters, merges))
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    pairs.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, mask_token=mask, pad_token="<pad>")
+    depass = DePass(masked_model("roberta", vocab_size=len(letters)), tokenizer)
+    one = depass.attribute("ab <mask> ab", Masked(token=" ab", against="ab"))
+    assert (one.position, one.target_ids, one.target) == (1, [5, 6], "' ab' − 'ab'")
+
+
+def test_an_analysis_of_masked_texts(masked_folder: Path, tmp_path: Path) -> None:
+    model = [f"model.name={masked_folder}", "model=hf"]
+    typed = ["prompt=a very [MASK] film", "target=good", "foil=bad"]
+    assert run(tmp_path / "one", *model, *rewritten(typed)) == 0
+    (row,) = read_rows(tmp_path / "one" / "attributions")
+    assert (row["target"], row["position"]) == ("'good' − 'bad'", 3)
+    page = (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
+    assert '"predicted": "masked token"' in page.replace('":"', '": "')
+    assert '"read": 3' in page.replace('":', '": ').replace(":  ", ": "), "it is shown after the mask"
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a [MASK] bad film", "target": "very"}, {"prompt": "not [MASK]", "target": "good"}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert run(tmp_path / "several", *model, *rewritten([f"prompts={path}"])) == 0
+    first, _ = read_rows(tmp_path / "several" / "attributions")
+    depass = DePass.from_pretrained(str(masked_folder))
+    for shown, ids, place in (
+        (first["patch_top"][0], [2, 5, 4, 8, 9, 3], 2),
+        (first["patch_top"][-1], [2, 4, 3], 1),  # the mask stays, and what the tokenizer adds
+    ):
+        chances = real_logits(depass.model, torch.tensor(ids))[place].softmax(0)
+        assert shown == pytest.approx(float(chances[6]), abs=1e-5)
+    right = answered_right(depass, [Example("0", "a [MASK] film", WORDS[_best(depass)])])
+    assert right == [0]
+
+
+def _best(depass: DePass) -> int:
+    return int(real_logits(depass.model, torch.tensor([2, 5, 4, 9, 3]))[2].argmax())
+
+
 @pytest.mark.parametrize("method", ["occlusion", "input_gradient", "random"])
 def test_other_methods_score_every_token(method: str) -> None:
     model, ids = encoder("bert"), prompt(7)
     scored = make_method(method, DePass(model)).attribute(input_ids=ids[None], target=Label(1))[0]
     assert abs(scored.value - float(real_logits(model, ids)[1])) < 1e-10
+    assert bool((scored.scores != 0).all())
+    masked = masked_model("bert")
+    scored = make_method(method, DePass(masked)).attribute(input_ids=ids[None], target=Masked(3, 5))[0]
+    assert abs(scored.value - float(real_logits(masked, ids)[3, 5])) < 1e-10
     assert bool((scored.scores != 0).all())
 
 
@@ -212,10 +379,12 @@ def test_a_token_is_ablated_wherever_it_is() -> None:
     (scored,) = depass.attribute(input_ids=ids[None], target=Label(1), rule="taylor")
     effects = ablation_effects(depass.decoder, [scored], replacement="zero")[0]
     assert set(effects) == set(range(6)), "all but the last"
-    (inside,) = DePass(encoder("bert", AutoModelForTokenClassification)).attribute(
-        input_ids=ids[None], target=Label(1, position=3)
-    )
-    with pytest.raises(DePassError, match="the label of token 3 of 7 cannot be followed"):
-        removal_curves(model, [inside], [[1]])
+    tagger = encoder("bert", AutoModelForTokenClassification)
+    (inside,) = DePass(tagger).attribute(input_ids=ids[None], target=Label(1, position=3))
+    (curves,) = removal_curves(tagger, [inside], [[1]])
+    for height, kept in ((curves.patch_top[0], ids), (curves.patch_top[-1], ids[3:4])):
+        place = 3 if len(kept) > 1 else 0
+        expected = float(real_logits(tagger, kept)[place].softmax(0)[1])
+        assert height == pytest.approx(expected, abs=1e-6), "the labelled token stays"
     with pytest.raises(DePassError, match="circuits are computed for causal models only"):
         depass.circuit(input_ids=ids[None], target=Label(1))

@@ -603,9 +603,17 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def derivatives(
-    model: Any, ids: Tensor, token: int, foil: int, *, half: bool = False
+    model: Any, ids: Tensor, token: int, foil: int, *, half: bool = False, position: int = -1
 ) -> tuple[Tensor, float, float]:
     """The derivative of a real model or classifier under a linear rule, without knowledge of its family.
+
+    Args:
+        model: the model.
+        ids: a text's token ids.
+        token: the token or label.
+        foil: the one that it is compared with.
+        half: the rule is `half`, not `taylor`.
+        position: where both are read, if not for a whole text.
 
     Returns:
         Each position's state at the first block times the derivative of the difference of logits by it, the
@@ -657,7 +665,7 @@ def derivatives(
                 logits = unembedded[0]
             if logits.ndim == 2:  # a classifier's, of its labels
                 logits = logits[:, None]
-            value = logits[0, -1, token] - logits[0, -1, foil]
+            value = logits[0, position, token] - logits[0, position, foil]
     finally:
         for handle in handles:
             handle.remove()

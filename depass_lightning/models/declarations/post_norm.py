@@ -86,7 +86,7 @@ POST_NORM: list[FamilySpec] = [
         _BERT,
         model_types=("distilbert",),
         blocks="transformer.layer",
-        head=None,
+        head=HeadSpec("", dense="vocab_transform", norm="vocab_layer_norm", activation="activation"),
         attention=replace(
             _BERT.attention, post_norm="sa_layer_norm", value="v_lin", output="out_lin", weights=None
         ),

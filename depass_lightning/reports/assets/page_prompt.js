@@ -37,7 +37,7 @@ function promptText(prompt, view, scale) {
     const row = rows.find((row) => start <= PROMPTS[row].target_position && PROMPTS[row].target_position < end);
     pieces.push({ i, start, end, row, node: appendPiece(place, prompt, { i, start, end, row, written, begins: begun != null }) });
     const given = prompt.change || prompt.target_position != null || prompt.answer_start != null;
-    if (!given && start <= prompt.position && prompt.position < end) appendAnswer(answerPlace(text, place, prompt), prompt);
+    if (!given && start <= prompt.read && prompt.read < end) appendAnswer(answerPlace(text, place, prompt), prompt);
   }
   const shadeBy = (shown) => pieces.forEach((piece) => paint(piece, shown, viewOf(shown), shown === prompt ? scale : strongest(viewOf(shown))));
   shadeBy(prompt);
@@ -92,10 +92,10 @@ function paint({ i, start, end, node }, prompt, view, scale) {
   node.classList.toggle("unmatched", scored && view.scores[i] == null);
 }
 
-// The model's next token, after the position at which the target is read.
+// The model's prediction, after the position at which it is read.
 function appendAnswer(text, prompt) {
   const wrong = prompt.rank != null && prompt.rank > 1;
-  const title = wrong ? "the model's next token, not the target" : "the model's next token";
+  const title = `the model's ${prompt.predicted}${wrong ? ", not the target" : ""}`;
   const begins = text.lastElementChild?.className === "section-name";
   text.append(begins ? "" : " ", element("span", { class: `answer${wrong ? " wrong" : ""}`, title }, bare(prompt.prediction)));
 }
