@@ -91,8 +91,7 @@ class _Freezer:
         norm = call_norm = self._norm("attention", self.probes.attention)
         value = parts.value.linear(dtype)
         if parts.value_scale != 1:
-            bias = None if value.bias is None else value.bias * parts.value_scale
-            value = AffineMap(value.weight * parts.value_scale, bias)
+            value = value.scaled(parts.value_scale)
         if parts.latent is not None:
             # Values are `W norm(V x)`: the norm's scale fixed, one map, whose scale joins the outer norm's.
             inner = parts.latent[0].linear(dtype)
@@ -186,7 +185,7 @@ class _Freezer:
         """A linear mixer in attention's place."""
         parts, dtype = self.block.attention, self.state.dtype
         seen = {**self.capture.mixed, "state": ((), self.state)}
-        if mixer.has_softmax:
+        if mixer.softmax is not None:
             seen["probabilities"] = (), self._mixture().whole()
         mixing = mixer.mixing(seen, dtype)
         norm = self._norm("attention", self.probes.attention)
@@ -233,6 +232,8 @@ class _Freezer:
         if parts.dense is not None:
             gates, neurons = self._recorded(parts.dense, "")
             gate, down = parts.dense.gate.linear(dtype), parts.dense.down.linear(dtype)
+            if parts.dense.gate_scale != 1:
+                gate = gate.scaled(parts.dense.gate_scale)
             down, scale = self._after_norm(down, "neurons", self.probes.neurons)
             if scale is not None:
                 neurons = self.capture.norms["neurons"][0].view(neurons.shape).to(dtype) * scale[..., None]
@@ -338,7 +339,9 @@ class _Freezer:
         """A dense MLP's pre-activations and neurons."""
         seen, shape = self.capture.seen, self.state.shape[:2]
         gates = parts.gate.of(seen[f"{name}gate"]).reshape(*shape, -1)
-        return gates.to(self.state.dtype), seen[f"{name}down"].reshape(*shape, -1).to(self.state.dtype)
+        return gates.to(self.state.dtype) * parts.gate_scale, seen[f"{name}down"].reshape(*shape, -1).to(
+            self.state.dtype
+        )
 
     def _with_shared(
         self, parts: ExpertsParts, gates: Tensor, neurons: Tensor, gate: AffineMap, down: AffineMap

@@ -84,7 +84,7 @@ class Capture:
             norm.register_forward_hook(self._norm(name)) for name, norm in norms.items() if norm is not None
         ]
         handles.append(attention.module.register_forward_pre_hook(self._call, with_kwargs=True))
-        if attention.mixer is None or attention.mixer.has_softmax:
+        if attention.mixer is None or attention.mixer.softmax is not None:
             hook = self._returned if attention.probabilities is None else self._asked(attention.probabilities)
             handles.append(attention.mixing.register_forward_hook(hook, with_kwargs=True))
         if attention.mixer is not None:

@@ -294,7 +294,8 @@ def _activations(decoder: Decoder) -> Iterator[list[_Activations]]:
 
 def _elementwise(block: Block) -> list[nn.Module]:
     """The leaf modules of a block's MLP that may be its activation function: no matrix, norm or dropout."""
-    attention = set(block.attention.module.modules())
+    mixer = block.attention.module  # where attention and a state space are side by side, the block
+    attention = set() if mixer is block.module else set(mixer.modules())
     norms = {block.attention.norm, block.attention.post_norm, block.mlp.norm, block.mlp.post_norm}
     return [
         module

@@ -13,6 +13,7 @@ from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import Projection
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.models.mixers.side_by_side import JoinedHeads
 from depass_lightning.sources import Heads, Module, Source
 
 Key = TypeVar("Key")
@@ -68,6 +69,11 @@ def place_of(decoder: Decoder, layer: int, kind: str) -> Place:
         DePassError: the neurons are those of a mixture of experts, which have no shared projection.
     """
     block = decoder.blocks[layer]
+    if kind not in ("neuron", "mlp") and isinstance(block.attention.output, JoinedHeads):
+        raise DePassError(
+            f"block {layer} has attention and a state space side by side, with an output map each, so that "
+            "no one place has their heads; take another source, or the method 'depass'"
+        )
     if kind == "head":
         return Place(block.attention.output.module, block.attention.heads, block.attention.output)
     if kind != "neuron":

@@ -33,6 +33,10 @@ class AffineMap:
         """Return the same map on a device."""
         return AffineMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
+    def scaled(self, factor: float) -> "AffineMap":
+        """Return the map times a factor."""
+        return AffineMap(self.weight * factor, None if self.bias is None else self.bias * factor)
+
     def joined(self, other: "AffineMap") -> "AffineMap":
         """Return one map with this map's outputs and then those of another map of the same inputs."""
         bias = None

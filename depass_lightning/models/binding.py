@@ -128,7 +128,8 @@ def _weights(
     """A block's declared factors of the residual stream past a sublayer, and of the sublayer's output."""
     read = []
     for name in (spec.residual_weight, spec.output_weight):
-        weight = None if name is None else getattr(module, name, None)
+        *path, last = (name or "").split(".")
+        weight = getattr(submodule(module, ".".join(path), owner), last, None)
         if name is not None and not isinstance(weight, Tensor | float | int):
             raise DePassError(f"{owner} has no factor '{name}', which its family's declaration names")
         read.append(weight)
@@ -143,7 +144,11 @@ def _attention(
     probabilities: Callable[..., Tensor] | None,
 ) -> AttentionParts:
     names = dict(spec.mixers)
-    mixers = [name for name, kind in names.items() if MIXERS[kind].fits(getattr(module, name, None))]
+    mixers = [
+        name
+        for name, kind in names.items()
+        if MIXERS[kind].fits(getattr(module, name, None) if name else module)
+    ]
     inside = submodule(module, mixers[0] if mixers else spec.module, owner)
     if mixers:
         return _mixer(spec, module, inside, names[mixers[0]], owner)
@@ -216,6 +221,7 @@ def _mixer(
         residual_weight=residual_weight,
         output_weight=output_weight,
         mixer=mixer,
+        weights=mixer.softmax,
     )
 
 
@@ -267,10 +273,11 @@ def _dense(spec: MLPSpec, inside: nn.Module, owner: str) -> DenseParts:
     gate = submodule(inside, spec.gate, owner)
     down = Projection(submodule(inside, spec.down, owner))
     norm = _optional(inside, spec.inner_norm, owner)
+    scale = 1.0 if spec.gate_scale is None else float(getattr(inside, spec.gate_scale))
     if spec.up == spec.gate:
         half = features(gate)[1] // 2
         return DenseParts(
             Projection(gate, slice(0, half)), Projection(gate, slice(half, 2 * half)), down, norm
         )
     up = _optional(inside, spec.up, owner)
-    return DenseParts(Projection(gate), None if up is None else Projection(up), down, norm)
+    return DenseParts(Projection(gate), None if up is None else Projection(up), down, norm, gate_scale=scale)

@@ -20,6 +20,7 @@ class DenseParts:
         up: the map to the second factor, if there is one.
         down: the map from the neurons.
         inner_norm: the norm before that map, if any.
+        gate_scale: a factor of the pre-activations.
         follows: the module that reads the neurons, if `down` is an identity that the model does not have.
     """
 
@@ -28,6 +29,7 @@ class DenseParts:
     down: Projection
     inner_norm: nn.Module | None = None
     follows: nn.Module | None = None
+    gate_scale: float = 1.0
 
     @property
     def reader(self) -> nn.Module:

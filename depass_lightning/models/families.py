@@ -18,7 +18,7 @@ FAMILIES: list[FamilySpec] = [*LITGPT, *DENSE, *CLASSIC, *POST_NORM, *MIXTURES, 
 # Unsupported architectures, by the reason why they cannot be decomposed into attention and MLPs.
 REFUSED = {
     "linear attention or a recurrence of a kind that is not declared": frozenset(
-        {"falcon_h1", "zamba", "zamba2", "rwkv", "xlstm"}
+        {"zamba", "zamba2", "rwkv", "xlstm"}
     ),
     "several residual streams that each block mixes": frozenset(
         {"deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text", "gemma3n", "gemma3n_text", "inkling2_text"}

@@ -108,6 +108,7 @@ class MLPSpec:
         gate: the map whose output is the neurons' pre-activation.
         up: the map whose output the activation is multiplied with; None for an MLP without a gate. The same
             name as `gate` where one map gives both, the gate first.
+        gate_scale: the attribute of `module` that is a factor of the pre-activation.
         down: the map that the neurons' values go through, back into the residual stream.
         inner_norm: the norm of the neurons' values, inside `module`, before that map.
         experts: the family's blocks may have a mixture of experts in place of these.
@@ -122,6 +123,7 @@ class MLPSpec:
     gate: str = "gate_proj"
     up: str | None = "up_proj"
     down: str = "down_proj"
+    gate_scale: str | None = None
     inner_norm: str | None = None
     experts: ExpertsSpec | None = None
     residual: ResidualNorm = "none"

@@ -33,6 +33,7 @@ from depass_lightning import (
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.engine.validate import validate
 from depass_lightning.methods import make_method
+from depass_lightning.methods.places import place_of
 from depass_lightning.models import families
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.models.spec import AttentionSpec, ExpertsSpec, MLPSpec
@@ -439,7 +440,17 @@ def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["lfm2", "bamba", "granitemoehybrid-dense", "qwen3_next", "nemotron_h", "mamba", "bert", "minimax"],
+    [
+        "lfm2",
+        "bamba",
+        "granitemoehybrid-dense",
+        "qwen3_next",
+        "nemotron_h",
+        "mamba",
+        "bert",
+        "minimax",
+        "falcon_h1",
+    ],
 )
 @pytest.mark.covering(4)
 def test_mixers_in_both_engines(name: str) -> None:
@@ -466,6 +477,13 @@ def test_heads_of_mixers_and_of_attention_are_told_apart() -> None:
         depass.attribute(input_ids=ids, source=Heads())
     with pytest.raises(DePassError, match=r"block 0 has a linear mixer.*Module\('mixer'\)"):
         depass.attribute(input_ids=ids, source=Module("attention"))
+
+
+def test_attention_and_a_state_space_side_by_side_are_one_mixer() -> None:
+    depass, ids = DePass(build("falcon_h1")), prompt(9)[None]
+    assert len(depass.attribute(input_ids=ids, source=Heads(0))[0].components) == 1 + (6 + 8) + 1
+    with pytest.raises(DePassError, match="side by side, with an output map each"):
+        place_of(depass.decoder, 0, "head")
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,18 @@ ZOO |= {
         for name in ("gemma4", "gemma4_unified")
     },
     "diffllama": ("diffllama", HEAD | {"attention_bias": True, "num_key_value_heads": 2}),
+    **{
+        name: (
+            "falcon_h1",
+            {key: value for key, value in MAMBA2.items() if key != "layer_types"}
+            | {"head_dim": 6 + 4 * normed, "mamba_d_ssm": 72, "projectors_bias": True, "attention_bias": True}
+            | {"mlp_multipliers": [1.7, 0.6], "ssm_multipliers": [0.8, 1.3, 0.7, 1.4, 0.9]}
+            | {"attention_in_multiplier": 1.2, "attention_out_multiplier": 0.7, "key_multiplier": 0.8}
+            | {"ssm_in_multiplier": 1.1, "ssm_out_multiplier": 0.8, "lm_head_multiplier": 1.5}
+            | {"mamba_rms_norm": normed, "mlp_bias": True, "pad_token_id": 0},
+        )
+        for name, normed in (("falcon_h1", False), ("falcon_h1-normed", True))
+    },
     "bailing_hybrid": (
         "bailing_hybrid",
         LATENT
@@ -452,7 +464,7 @@ class Frozen(Double):
     def __init__(self, *, half: bool = False) -> None:
         super().__init__()
         self.half = half
-        self.gate_is_next = False  # Mamba's gate has the next SiLU, with the values' projection as its input
+        self.before_gate = -1  # how many SiLUs come before that of a gate which is a part of the values' map
         self.slopes: list[Tensor] = []
         self.activated: list[Tensor] = []
 
@@ -484,9 +496,10 @@ class Frozen(Double):
             return z * (super().__torch_function__(function, types, args, kwargs) / z).detach()
         if function is nn.functional.silu:  # not of a module, as after a mixer's convolution
             result = args[0] * torch.sigmoid(args[0].detach())
-            if self.gate_is_next:
-                self.gate_is_next = False
-                return result.detach()
+            if self.before_gate >= 0:
+                self.before_gate -= 1
+                if self.before_gate < 0:
+                    return result.detach()
             if result.requires_grad:
                 self.activated.append(result)
             return result
@@ -498,8 +511,13 @@ class Frozen(Double):
             return self.slopes[-1]
         return result
 
-    def selected(self, _module: nn.Module, _inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        self.gate_is_next = True
+    def gate_after(self, count: int) -> Any:
+        """A hook after which the gate of a mixer without a gated norm has the SiLU after `count` others."""
+
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            self.before_gate = count
+
+        return hook
 
     def activation(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         z = inputs[0]
@@ -645,9 +663,14 @@ def derivatives(
         ),
         *(module.register_forward_hook(hold(rows)) for module, rows in mixer_values(model).items()),
         *(
-            module.register_forward_hook(frozen.selected)
+            module.register_forward_hook(frozen.gate_after(0))
             for name, module in model.named_modules()
             if name.endswith("x_proj")
+        ),
+        *(
+            module.in_proj.register_forward_hook(frozen.gate_after(1))
+            for module in model.modules()
+            if hasattr(module, "mup_vector") and isinstance(module.norm, nn.Identity)
         ),
         *(
             module.register_forward_pre_hook(hold_gate)

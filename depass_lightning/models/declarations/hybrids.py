@@ -45,6 +45,18 @@ _OLMO_FULL = (
 
 
 HYBRIDS: list[FamilySpec] = [
+    FamilySpec(
+        ("falcon_h1",),
+        final_norm="final_layernorm",
+        attention=AttentionSpec(mixers=(("", "attention_and_state_space"),)),
+        mlp=MLPSpec(
+            module="feed_forward",
+            norm="pre_ff_layernorm",
+            gate_scale="gate_multiplier",
+            output_weight="feed_forward.down_multiplier",
+        ),
+        logit_scale="lm_head_multiplier",
+    ),
     FamilySpec(("diffllama",), attention=AttentionSpec(mixers=(("self_attn", "differential_attention"),))),
     FamilySpec(
         ("minimax",),

@@ -7,6 +7,7 @@ from depass_lightning.models.mixers.gated_recurrence import GatedRecurrence
 from depass_lightning.models.mixers.lightning_attention import LightningAttention
 from depass_lightning.models.mixers.selective_scan import SelectiveScan
 from depass_lightning.models.mixers.short_convolution import ShortConvolution
+from depass_lightning.models.mixers.side_by_side import SideBySide
 from depass_lightning.models.mixers.state_space import StateSpace
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -18,6 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {
         LightningAttention,
         SelectiveScan,
         ShortConvolution,
+        SideBySide,
         StateSpace,
     )
 }

@@ -56,12 +56,12 @@ class Mixer(ABC):
         recorded: the modules whose inputs and outputs `mixing` reads.
         convolution: the module that has the convolution's weights.
         mixes: whether there is anything to mix.
-        has_softmax: whether `mixing` reads probabilities.
+        softmax: the attention module whose probabilities `mixing` reads, if any.
     """
 
     kind: ClassVar[str]
     mixes: ClassVar[bool] = True
-    has_softmax: ClassVar[bool] = False
+    softmax: nn.Module | None = None
     value: Projection
     output: Projection
     heads: int

@@ -18,11 +18,11 @@ class DifferentialAttention(Mixer):
     """DiffLlama's attention, whose heads are the pairs of softmaxes."""
 
     kind = "differential_attention"
-    has_softmax = True
 
     @override
     def __init__(self, module: Any) -> None:
-        self.module, self.size = module, 2 * module.head_dim
+        self.module = self.softmax = module
+        self.size = 2 * module.head_dim
         self.convolution = nn.Identity()
         self.output = Projection(module.o_proj)
         self.heads = self.output.shape[1] // self.size

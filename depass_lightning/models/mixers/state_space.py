@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from depass_lightning.models.affine import Projection, parameter_of
@@ -28,43 +28,49 @@ class StateSpace(Mixer):
         self.convolution = module.conv1d
         self.output = Projection(module.out_proj)
         self.value = Projection(module.in_proj, slice(self.channels, 2 * self.channels))
-        self.recorded = {"projection": module.in_proj, "norm": module.norm}
+        self.recorded: dict[str, nn.Module] = {"projection": module.in_proj}
+        if not isinstance(module.norm, nn.Identity):
+            self.recorded["norm"] = module.norm
 
     @override
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
         taps, bias = self._taps(dtype)
         width = len(taps)
-        _, inputs, steps = seen["projection"][1].to(dtype).split([self.channels, width, self.heads], 2)
+        projected = seen["projection"][1].to(dtype)
+        factors = getattr(self.module, "mup_vector", None)  # in Falcon-H1, of each output of the map
+        projected = projected if factors is None else projected * factors.to(projected)
+        gates, inputs, steps = projected.split([self.channels, width, self.heads], 2)
         after = convolved(inputs, taps)
         after = after if bias is None else after + bias
         sizes = [self.channels, self.groups * self.size, self.groups * self.size]
         value, entering, leaving = after.split(sizes, 2)
         entering, leaving = (self._by_head(torch.nn.functional.silu(part)) for part in (entering, leaving))
-        rate, shift, direct, weight = (
-            parameter_of(owner, name, dtype)
-            for owner, name in (
-                (self.module, "A_log"),
-                (self.module, "dt_bias"),
-                (self.module, "D"),
-                (self.module.norm, "weight"),
-            )
-        )
+        rate, shift, direct = (parameter_of(self.module, name, dtype) for name in ("A_log", "dt_bias", "D"))
         assert rate is not None
         assert shift is not None
         assert direct is not None
-        assert weight is not None
         steps = torch.nn.functional.softplus(steps + shift).clamp(*self.module.time_step_limit)
         products = torch.einsum("bnhs,bkhs->bhnk", leaving, entering)
         matrix = products * decays(-rate.exp() * steps) * steps.transpose(1, 2)[:, :, None]
-        group = getattr(self.module.norm, "group_size", self.channels)
         return Mixing(
             matrix=matrix + torch.diag_embed(direct[:, None].expand(-1, matrix.shape[-1])),
             before=None,
             taps=taps[: self.channels],
             constants=None if bias is None else bias[: self.channels],
             slopes=value.sigmoid(),  # SiLU over its input
-            gates=gates_of_norm(seen["norm"], weight, group, value.shape),
+            gates=self._normed_gates(seen, value.shape, dtype)
+            if "norm" in seen
+            else torch.nn.functional.silu(gates),
         )
+
+    def _normed_gates(
+        self, seen: Seen, shape: torch.Size, dtype: torch.dtype
+    ) -> Float[Tensor, "batch position channel"]:
+        norm = self.module.norm
+        weight = parameter_of(norm, "weight", dtype)
+        assert weight is not None
+        group = getattr(norm, "group_size", self.channels // getattr(norm, "n_groups", 1))
+        return gates_of_norm(seen["norm"], weight, group, shape)
 
     def _by_head(
         self, states: Float[Tensor, "batch position channel"]
