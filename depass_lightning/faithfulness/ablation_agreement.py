@@ -14,6 +14,7 @@ from depass_lightning.faithfulness.true_ablation import Replacement, Target, abl
 from depass_lightning.methods.random_scores import seed_of
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import prompts_of
+from depass_lightning.results.comparison import average_ranks
 
 TOP = 0.1  # fraction of the components
 
@@ -64,13 +65,7 @@ def agreement(
 
 def rank_correlation(a: Float[Tensor, "item"], b: Float[Tensor, "item"]) -> float | None:
     """Return Spearman's rank correlation, ties averaged; None where one of the two is constant."""
-    return _correlation(_ranks(a), _ranks(b))
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Return ranks from 1 for the lowest, ties averaged."""
-    _, places, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[places]
+    return _correlation(average_ranks(a), average_ranks(b))
 
 
 def _correlation(a: Tensor, b: Tensor) -> float | None:

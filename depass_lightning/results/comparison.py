@@ -47,9 +47,10 @@ def compare_scores(
     changes = sorted(
         zip(names, before.tolist(), after.tolist(), strict=True), key=lambda row: row[1] - row[2]
     )
+    ranks_before, ranks_after = average_ranks(before), average_ranks(after)
     return Comparison(
         cosine=_cosine(before, after),
-        spearman=_cosine(_centred_ranks(before), _centred_ranks(after)),
+        spearman=_cosine(ranks_before - ranks_before.mean(), ranks_after - ranks_after.mean()),
         gained=[row for row in changes if row[2] > row[1]],
         lost=[row for row in reversed(changes) if row[2] < row[1]],
     )
@@ -69,9 +70,7 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     return (one @ other).item() / norms if norms else 0.0
 
 
-def _centred_ranks(scores: Float[Tensor, " component"]) -> Float[Tensor, " component"]:
-    """Return each score's rank less the mean rank, equal scores sharing the mean of theirs."""
-    _, group, counts = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts - 1) / 2)[group]
-    return ranks - ranks.mean()
+def average_ranks(values: Float[Tensor, " item"]) -> Float[Tensor, " item"]:
+    """Return ranks from 1 for the lowest, ties averaged."""
+    _, group, counts = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts - 1) / 2)[group]
