@@ -11,6 +11,7 @@ from depass_lightning.engine.rules import rule_named
 from depass_lightning.errors import DePassError
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.results.circuit import Circuit
+from depass_lightning.results.circuit_edges import overlap
 
 EDGES = 50  # the largest edges, which runs are compared by
 CIRCUIT_SCALARS = ("circuit_overlap_first", "circuit_overlap_previous")
@@ -55,8 +56,8 @@ def overlaps(edges: Mapping[str, float], runs: Sequence[Mapping[str, float]]) ->
 
     A first run is compared with itself.
     """
-    scalars = {}
-    for name, before in zip(CIRCUIT_SCALARS, (runs[0], runs[-1]) if runs else (edges, edges), strict=True):
-        either = edges.keys() | before.keys()
-        scalars[name] = len(edges.keys() & before.keys()) / len(either) if either else 1.0
-    return scalars
+    earlier = (runs[0], runs[-1]) if runs else (edges, edges)
+    return {
+        name: overlap(before.keys(), edges.keys())
+        for name, before in zip(CIRCUIT_SCALARS, earlier, strict=True)
+    }

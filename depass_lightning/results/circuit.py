@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from depass_lightning.errors import DePassError
-from depass_lightning.results.circuit_edges import CircuitComparison, Edge
+from depass_lightning.results.circuit_edges import CircuitComparison, Edge, overlap
 from depass_lightning.results.component import Component, from_columns, to_columns
 from depass_lightning.results.score_file import read_result, write_result
 
@@ -205,11 +205,10 @@ class Circuit:
         if self.paths != other.paths or self.nodes[:-1] != other.nodes[:-1]:
             raise DePassError("only circuits with the same nodes and paths can be compared")
         before, after = (dict.fromkeys(circuit._largest(edges)) for circuit in (self, other))
-        either = len(before.keys() | after.keys())
         changes = {name: getattr(other, name) - getattr(self, name) for name in ("edges", "scores", "value")}
         return CircuitComparison(
             difference=replace(other, difference=None, **changes),
-            overlap=len(before.keys() & after.keys()) / either if either else 1.0,
+            overlap=overlap(before.keys(), after.keys()),
             appeared=[other._edge(index) for index in after if index not in before],
             vanished=[self._edge(index) for index in before if index not in after],
         )

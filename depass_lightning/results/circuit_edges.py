@@ -1,7 +1,8 @@
 """One edge of a circuit, and how two circuits differ."""
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from depass_lightning.results.component import Component
 
@@ -40,3 +41,9 @@ class CircuitComparison:
     overlap: float
     appeared: list[Edge]
     vanished: list[Edge]
+
+
+def overlap(before: Set[Any], after: Set[Any]) -> float:
+    """Return the fraction of the edges of either set that are in both; 1 if there are none."""
+    either = before | after
+    return len(before & after) / len(either) if either else 1.0
