@@ -47,19 +47,7 @@ def circuit_of(
     memory_budget: int | None = None,
     **options: Unpack[CircuitOptions],
 ) -> Circuit:
-    """Compute the edges between all nodes of a prompt.
-
-    Args:
-        decoder: the model.
-        tokenizer: its tokenizer, if there is one.
-        prompts: exactly one prompt.
-        target: what is explained.
-        memory_budget: bytes of working memory; None chooses them for the device.
-        options: those of `DePass.circuit`.
-
-    Raises:
-        DePassError: as for `DePass.circuit`.
-    """
+    """Compute the edges between all nodes of exactly one prompt, with the options of `DePass.circuit`."""
     if not decoder.causal:
         raise DePassError(
             f"{type(decoder.model).__name__} is an encoder; circuits are computed for causal models only"

@@ -68,19 +68,11 @@ class FlowLayout:
         return self.heads_of(len(self.heads))
 
     def heads_of(self, block: int) -> int:
-        """Return the number of a block's first head.
-
-        Args:
-            block: the block.
-        """
+        """Return the number of a block's first head."""
         return self.positions + 1 + sum(count + 1 for count in self.heads[:block]) * self.places
 
     def mlp_of(self, block: int) -> int:
-        """Return the number of a block's MLP, at the first position.
-
-        Args:
-            block: the block.
-        """
+        """Return the number of a block's MLP, at the first position."""
         return self.heads_of(block) + self.heads[block] * self.places
 
 

@@ -118,11 +118,7 @@ def _node_data(circuit: Circuit, node: Component, score: float) -> dict[str, Any
 
 
 def circuit_figure(circuit: Circuit) -> Figure:
-    """Draw a circuit's largest edges: layers upwards, tokens along the bottom.
-
-    Args:
-        circuit: the circuit.
-    """
+    """Draw a circuit's largest edges: layers upwards, tokens along the bottom."""
     small = circuit.prune(edges=DRAWN)
     layers = sorted({node.layer for node in small.nodes if node.layer is not None})
     places = _places(small, layers)
@@ -185,9 +181,6 @@ def circuit_tree(circuit: Circuit) -> Tree:
     """Return what flows into the target as a tree: the largest edges, and what flows into their sources.
 
     Each node is expanded once, where it is nearest to the target.
-
-    Args:
-        circuit: the circuit.
     """
     title = f"{visible(circuit.target)} = {signed(circuit.value)}"
     tree = Tree(Text.assemble((title, "bold"), f", {circuit.rule}"))

@@ -26,11 +26,7 @@ SCHEMA = 1  # of Neuronpedia's attribution graphs
 
 
 def graph_of(circuit: "Circuit") -> "networkx.MultiDiGraph":
-    """Return a circuit as a graph: nodes by index, edges by path, with scores.
-
-    Args:
-        circuit: the circuit.
-    """
+    """Return a circuit as a graph: nodes by index, edges by path, with scores."""
     graph = networkx.MultiDiGraph(target=circuit.target, value=circuit.value, rule=circuit.rule)
     for index, (node, score) in enumerate(zip(circuit.nodes, circuit.scores.tolist(), strict=True)):
         places = {"layer": node.layer, "index": node.index, "position": node.span and node.span[0]}
@@ -43,15 +39,7 @@ def graph_of(circuit: "Circuit") -> "networkx.MultiDiGraph":
 
 
 def export(circuit: "Circuit", path: str | os.PathLike[str]) -> None:
-    """Write a circuit in the format of a file's extension.
-
-    Args:
-        circuit: the circuit.
-        path: the file, which ends with .graphml or .json.
-
-    Raises:
-        DePassError: it ends with anything else.
-    """
+    """Write a circuit in the format of a file's extension, .graphml or .json."""
     suffix = Path(path).suffix
     if suffix == ".graphml":
         write_whole(path, "\n".join(networkx.generate_graphml(graph_of(circuit))).encode())

@@ -64,14 +64,7 @@ class NodePairs:
 
     @classmethod
     def of(cls, depass: DePass, examples: Sequence[Example], size: int, **options: Any) -> "NodePairs":
-        """Return the first prompts whose answer the model prefers to its foil.
-
-        Args:
-            depass: the model, with its tokenizer.
-            examples: prompts as `prompt_pairs` returns them.
-            size: the number of prompts at most.
-            options: `batch_size` and `progress` of `Method.attribute`.
-        """
+        """Return the first `size` prompts whose answer the model prefers to its foil."""
         assert depass.tokenizer is not None
         prompts, targets = (
             [example.prompt for example in examples],
@@ -163,14 +156,7 @@ def node_scores(
 
 
 class _Gradients:
-    """What the nodes of one prompt are, and the target's gradients with respect to them.
-
-    Args:
-        depass: the model, already set up to be run (`as_depass_runs`).
-        attribution: the prompt's nodes.
-        corrupted: the corrupted prompt's token ids.
-        steps: the number of gradients that are averaged.
-    """
+    """What the nodes of one prompt are, and the target's gradients with respect to them."""
 
     def __init__(
         self, depass: DePass, attribution: Attribution, corrupted: Sequence[int], steps: int
@@ -190,11 +176,7 @@ class _Gradients:
                 self.mean[key] = self.mean.get(key, 0) + gradient / steps
 
     def scores(self, substitutes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the scores of the methods that use gradients.
-
-        Args:
-            substitutes: what replaces the nodes, as `replaced` takes it.
-        """
+        """Return the scores of the methods that use gradients, for what replaces the nodes."""
         by_place: dict[str, dict[str, Tensor]] = {"atp": {}, "eap_ig": {}, "gradient_norm": {}}
         for key, activation in self.activations.items():  # [1, position, component, size]
             change = activation
