@@ -15,28 +15,39 @@ from depass_lightning.models.spec import FamilySpec, class_name
 
 FAMILIES: list[FamilySpec] = [*LITGPT, *DENSE, *CLASSIC, *POST_NORM, *MIXTURES, *HYBRIDS]
 
-# Unsupported architectures, by the reason why they cannot be decomposed into attention and MLPs.
+# Unsupported architectures, by what their blocks or inputs have that the decomposed pass does not cover.
 REFUSED = {
-    "linear attention or a recurrence of a kind that is not declared": frozenset(
-        {"zamba", "zamba2", "rwkv", "xlstm"}
+    "a recurrence that is linear once its gates are frozen, but is not implemented": frozenset({"xlstm"}),
+    "MLPs that also read the previous token's state": frozenset({"rwkv"}),
+    "a shared transformer that reads the embeddings again and writes only into a mixer's input": frozenset(
+        {"zamba", "zamba2"}
     ),
-    "several residual streams that each block mixes": frozenset(
+    "several residual streams, which each block mixes by weights that it computes from them": frozenset(
         {"deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text", "gemma3n", "gemma3n_text", "inkling2_text"}
     ),
-    "a third sublayer in its blocks, or values that another block computes": frozenset(
-        {"gemma4", "gemma4_text", "gemma4_assistant", "gemma4_unified", "gemma4_unified_text"}
-        | {"gemma4_unified_assistant", "longcat_flash", "xmod"}
+    "a third sublayer in its blocks, experts next to an MLP, or values of another block": frozenset(
+        {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
     ),
+    "keys and values of another model": frozenset({"gemma4_assistant", "gemma4_unified_assistant"}),
+    "two attentions and two MLPs in each block, and experts that write past the second attention": frozenset(
+        {"longcat_flash"}
+    ),
+    "a third sublayer in its blocks, an adapter for each language": frozenset({"xmod"}),
     "blocks that are applied repeatedly, inside an outer recurrence": frozenset({"hrm_text"}),
-    "norms multiplied by a gate of their input, or residual streams with biases": frozenset({"axk2", "zaya"}),
-    "a residual stream that each sublayer scales by a different factor": frozenset({"beam"}),
-    "convolutions after its sublayers, which also mix positions": frozenset({"inkling_text"}),
-    "attention output maps that a router selects for each position": frozenset({"jetmoe"}),
-    "values that are clamped, which is not linear": frozenset({"dbrx"}),
-    "experts whose inputs the router scales, so that their pre-activations depend on it": frozenset(
-        {"llama4", "llama4_text"}
+    "norms with a gate for each dimension, which are more than a scale of each position": frozenset({"axk2"}),
+    "a bias that is added to the residual stream itself, past each sublayer": frozenset({"zaya"}),
+    "gates of the heads with a bias that no map adds, which is not implemented": frozenset({"beam"}),
+    "convolutions after its MLPs, which mix positions": frozenset({"inkling_text"}),
+    "query and output maps that a router selects for each position, which is not implemented": frozenset(
+        {"jetmoe"}
     ),
-    "an activation that clamps both factors of a gated MLP": frozenset({"minimax_m3_vl_text"}),
+    "queries, keys and values that are clamped, and experts of another layout, which is not implemented": (
+        frozenset({"dbrx"})
+    ),
+    "experts whose inputs the router scales, which is not implemented": frozenset({"llama4", "llama4_text"}),
+    "a gated MLP without an activation module, whose second factor is clamped": frozenset(
+        {"minimax_m3_vl_text"}
+    ),
     "bytes that are grouped into patches instead of tokens": frozenset({"blt"}),
     "learned embeddings before the prompt's tokens": frozenset({"cpmant"}),
     "blocks that read another modality by cross-attention and are skipped without it": frozenset(

@@ -429,7 +429,11 @@ def test_a_family_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("rwkv", "linear attention"), ("albert", "an encoder"), ("deepseek_v4", "several residual streams")],
+    [
+        ("rwkv", "the previous token"),
+        ("albert", "an encoder"),
+        ("deepseek_v4", "several residual streams"),
+    ],
 )
 def test_what_cannot_be_decomposed_is_refused_by_name(kind: str, reason: str) -> None:
     model = build("llama")

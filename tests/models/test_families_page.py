@@ -75,6 +75,11 @@ def test_what_is_refused_is_listed() -> None:
     assert section(TEXT, "refused") == refused() == SECTIONS["refused"]()
 
 
+@pytest.mark.slow
+def test_encoders_are_supported_as_is_said() -> None:
+    assert section(TEXT, "encoders") == SECTIONS["encoders"]()
+
+
 def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
     precision, model, declaration = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -16,23 +16,30 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from depass_lightning import Contrast, DePass
+from depass_lightning import Contrast, DePass, DePassError, Label, Masked
 from depass_lightning.engine.norms import NormParameters
 from depass_lightning.engine.rules import RuleName
 from depass_lightning.engine.validate import validate
 from depass_lightning.models.affine import has_bias
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
-from depass_lightning.models.families import REFUSED, supported_model_types
+from depass_lightning.models.families import FAMILIES, REFUSED, supported_model_types
 from tests.conftest import ROOT
-from tests.reference.models import Double, distance, prompt
-from tests.reference.zoo import ALL, ZOO, build, derivatives
+from tests.reference.models import SMALL, Double, distance, prompt, randomise
+from tests.reference.zoo import ALL, BERT, ZOO, build, derivatives
 
 PAGE = ROOT / "docs" / "families.md"
 TARGET = Contrast(5, 7)
@@ -249,7 +256,42 @@ def types() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"types": types, "refused": refused}
+READINGS: dict[str, tuple[Any, Any]] = {
+    "classifies texts": (AutoModelForSequenceClassification, Label(1)),
+    "classifies tokens": (AutoModelForTokenClassification, Label(1, position=4)),
+    "masked words": (AutoModelForMaskedLM, Masked(3)),
+}
+
+
+def encoders() -> str:
+    """Which classes of each declared encoder are supported, from attributing tiny models, in Markdown."""
+    lines = [_line(["model type", *READINGS]), _line(["---"] * (1 + len(READINGS)))]
+    whole = SimpleNamespace(is_decoder=False)
+    families = [family for family in FAMILIES if family.model is None and not family.causal(whole)]
+    for kind in sorted(name for family in families for name in family.names):
+        cells = [_encoder_cell(kind, *reading) for reading in READINGS.values()]
+        if "yes" in cells:
+            lines.append(_line([f"`{kind}`", *cells]))
+    return "\n".join(lines)
+
+
+def _encoder_cell(kind: str, auto: Any, target: Any) -> str:
+    _, settings = ZOO.get(kind, (kind, {"dim": 36, "hidden_dim": 44, "n_layers": 3, "n_heads": 6}))
+    config = AutoConfig.for_model(kind, **(SMALL | BERT | settings | {"is_decoder": False}))
+    try:
+        model = auto.from_config(config)
+    except ValueError:
+        return "no such model"
+    randomise(model, 0)
+    try:
+        result = DePass(model.eval()).attribute(input_ids=prompt(9)[None], target=target)[0]
+    except DePassError:
+        return "refused"
+    assert result.completeness < 1e-4
+    return "yes"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"types": types, "encoders": encoders, "refused": refused}
 
 
 def section(text: str, name: str) -> str:
