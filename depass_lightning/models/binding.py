@@ -122,18 +122,17 @@ def _optional(module: nn.Module, path: str | None, owner: str) -> nn.Module | No
     return None if path is None else submodule(module, path, owner)
 
 
-def _weights(
-    spec: AttentionSpec | MLPSpec, module: nn.Module, owner: str
-) -> tuple[Tensor | float | None, Tensor | float]:
-    """A block's declared factors of the residual stream past a sublayer, and of the sublayer's output."""
-    read = []
-    for name in (spec.residual_weight, spec.output_weight):
-        *path, last = (name or "").split(".")
-        weight = getattr(submodule(module, ".".join(path), owner), last, None)
-        if name is not None and not isinstance(weight, Tensor | float | int):
-            raise DePassError(f"{owner} has no factor '{name}', which its family's declaration names")
-        read.append(weight)
-    return read[0], 1.0 if read[1] is None else read[1]
+def _past(spec: AttentionSpec | MLPSpec, module: nn.Module, owner: str) -> dict[str, Any]:
+    """What happens to the residual stream past a sublayer, and to the sublayer's output."""
+    fields: dict[str, Any] = {"residual": spec.residual}
+    for field in ("residual_weight", "output_weight"):
+        name: str | None = getattr(spec, field)
+        if name is not None:
+            *path, last = name.split(".")
+            fields[field] = getattr(submodule(module, ".".join(path), owner), last, None)
+            if not isinstance(fields[field], Tensor | float | int):
+                raise DePassError(f"{owner} has no factor '{name}', which its family's declaration names")
+    return fields
 
 
 def _attention(
@@ -163,7 +162,6 @@ def _attention(
         projection, norm = (submodule(inside, name, owner) for name in spec.latent)
         latent = Projection(projection, slice(0, features(value)[0])), norm
     rows = _value_rows(spec, features(value)[1], heads, size, owner)
-    residual_weight, output_weight = _weights(spec, module, owner)
     return AttentionParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
@@ -173,9 +171,7 @@ def _attention(
         output=output,
         heads=heads,
         in_mask=spec.in_mask,
-        residual=spec.residual,
-        residual_weight=residual_weight,
-        output_weight=output_weight,
+        **_past(spec, module, owner),
         gate=_gate(inside, spec.gate, heads, size, owner),
         probabilities=probabilities,
         weights=_optional(inside, spec.weights, owner),
@@ -209,7 +205,6 @@ def _mixer(
         raise DePassError(
             f"{owner}: {type(inside).__name__} is no mixer of kind '{kind}': {error}"
         ) from error
-    residual_weight, output_weight = _weights(spec, module, owner)
     return AttentionParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
@@ -217,9 +212,7 @@ def _mixer(
         value=mixer.value,
         output=mixer.output,
         heads=mixer.heads,
-        residual=spec.residual,
-        residual_weight=residual_weight,
-        output_weight=output_weight,
+        **_past(spec, module, owner),
         mixer=mixer,
         weights=mixer.softmax,
     )
@@ -256,16 +249,13 @@ def _mlp(spec: MLPSpec, module: nn.Module, config: Any, owner: str) -> MLPParts:
     post_norm = _optional(module, spec.post_norm, owner)
     if names is not None and experts is not None and names.post_norm is not None:
         post_norm = submodule(inside, names.post_norm, owner)
-    residual_weight, output_weight = _weights(spec, module, owner)
     return MLPParts(
         module=inside,
         norm=_optional(module, spec.norm, owner),
         post_norm=post_norm,
         dense=_dense(spec, inside, owner) if experts is None else None,
         experts=experts,
-        residual=spec.residual,
-        residual_weight=residual_weight,
-        output_weight=output_weight,
+        **_past(spec, module, owner),
     )
 
 

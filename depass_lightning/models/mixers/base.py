@@ -97,9 +97,26 @@ class Mixer(ABC):
     def _taps(
         self, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "channel tap"], Float[Tensor, "channel"] | None]:
-        weight, bias = (parameter_of(self.convolution, name, dtype) for name in ("weight", "bias"))
-        assert weight is not None
-        return weight[:, 0], bias
+        (weight,) = parameters_of(self.convolution, dtype, "weight")
+        return weight[:, 0], parameter_of(self.convolution, "bias", dtype)
+
+    def _convolved(
+        self, values: Float[Tensor, "batch position channel"]
+    ) -> tuple[Float[Tensor, "channel tap"], Float[Tensor, "channel"] | None, Tensor]:
+        """The convolution's taps and bias, and the values after it."""
+        taps, bias = self._taps(values.dtype)
+        after = convolved(values, taps)
+        return taps, bias, after if bias is None else after + bias
+
+
+def parameters_of(module: nn.Module, dtype: torch.dtype, *names: str) -> list[Tensor]:
+    """Read the parameters of a module that a mixer always has."""
+    tensors = []
+    for name in names:
+        tensor = parameter_of(module, name, dtype)
+        assert tensor is not None
+        tensors.append(tensor)
+    return tensors
 
 
 def convolved(

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from depass_lightning.models.affine import Projection, features, parameter_of
-from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, gates_of_norm
+from depass_lightning.models.affine import Projection, features
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, gates_of_norm, parameters_of
 
 
 class DifferentialAttention(Mixer):
@@ -35,12 +35,8 @@ class DifferentialAttention(Mixer):
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
         first, second = seen["probabilities"][1].to(dtype).chunk(2, 1)  # [batch, head, query, key]
         batch, positions, channels = len(first), first.shape[2], self.value.shape[0]
-        gates = gates_of_norm(
-            seen["norm"],
-            first.new_ones(self.size),
-            self.size,
-            torch.Size((batch, positions, self.heads * self.size)),
-        )
+        shape = torch.Size((batch, positions, self.heads * self.size))
+        gates = gates_of_norm(seen["norm"], first.new_ones(self.size), self.size, shape)
         return Mixing(
             matrix=first - self._factor(dtype) * second,
             before=None,
@@ -52,10 +48,6 @@ class DifferentialAttention(Mixer):
 
     def _factor(self, dtype: torch.dtype) -> torch.Tensor:
         """What the second softmax is multiplied by."""
-        factors = []
-        for pair in ("1", "2"):
-            query, key = (parameter_of(self.module, f"lambda_{side}{pair}", dtype) for side in "qk")
-            assert query is not None
-            assert key is not None
-            factors.append((query * key).sum().exp())
-        return factors[0] - factors[1] + self.module.lambda_init
+        names = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+        query, key, other_query, other_key = parameters_of(self.module, dtype, *names)
+        return (query * key).sum().exp() - (other_query * other_key).sum().exp() + self.module.lambda_init

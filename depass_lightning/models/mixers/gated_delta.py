@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from typing_extensions import override
 
-from depass_lightning.models.affine import Projection, features, parameter_of
-from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, decays, gates_of_norm
+from depass_lightning.models.affine import Projection, features
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, decays, gates_of_norm, parameters_of
 
 
 class GatedDelta(Mixer):
@@ -72,16 +72,13 @@ class GatedDelta(Mixer):
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
         read = {name: part.of(seen[name][1]).to(dtype) for name, part in self._parts.items()}
         query, key, value = read["query"], read["key"], read["value"]
-        taps, bias = self._taps(dtype)
-        after = convolved(torch.cat([query, key, value], 2), taps)
-        after = after if bias is None else after + bias
+        taps, bias, after = self._convolved(torch.cat([query, key, value], 2))
         query, key, value = after.split([query.shape[2], key.shape[2], value.shape[2]], 2)
         slopes = value.sigmoid()  # SiLU over its input
         query, key = (self._unit(torch.nn.functional.silu(part)) for part in (query, key))
         beta = self.largest_step * read["step"].sigmoid()
         logs = seen["logs"][1].to(dtype) if "logs" in seen else self._logs(read["decay"])
-        weight = parameter_of(self.norm, "weight", dtype)
-        assert weight is not None
+        (weight,) = parameters_of(self.norm, dtype, "weight")
         activation = ACT2FN[getattr(self.norm, "activation", "silu")]
         channels = value.shape[2]
         return Mixing(
@@ -95,9 +92,7 @@ class GatedDelta(Mixer):
 
     def _logs(self, decay: Float[Tensor, "batch position head"]) -> Float[Tensor, "batch position head"]:
         """The logarithms of the decays."""
-        rate, shift = (parameter_of(self.module, name, decay.dtype) for name in ("A_log", "dt_bias"))
-        assert rate is not None
-        assert shift is not None
+        rate, shift = parameters_of(self.module, decay.dtype, "A_log", "dt_bias")
         return -rate.exp() * torch.nn.functional.softplus(decay + shift)
 
     def _unit(

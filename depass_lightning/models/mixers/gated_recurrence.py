@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from depass_lightning.models.affine import Projection, parameter_of
-from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, decays
+from depass_lightning.models.affine import Projection
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, decays, parameters_of
 
 
 class GatedRecurrence(Mixer):
@@ -37,8 +37,7 @@ class GatedRecurrence(Mixer):
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
         taps, bias = self._taps(dtype)
         values = seen["recurrence"][0][0].to(dtype)  # [batch, position, channel], after the convolution
-        rate = parameter_of(self.recurrence, "recurrent_param", dtype)
-        assert rate is not None
+        (rate,) = parameters_of(self.recurrence, dtype, "recurrent_param")
         logs = -8 * self._gate("recurrent", values) * torch.nn.functional.softplus(rate)
         entering = (1 - (2 * logs).exp()).sqrt()
         entering[:, 0] = 1
@@ -55,10 +54,7 @@ class GatedRecurrence(Mixer):
         self, name: str, values: Float[Tensor, "batch position channel"]
     ) -> Float[Tensor, "batch position channel"]:
         """One of the gates, whose weights are a matrix for each group of channels."""
-        weight, bias = (
-            parameter_of(self.recurrence, f"{name}_gate_{part}", values.dtype) for part in ("weight", "bias")
-        )
-        assert weight is not None
-        assert bias is not None
+        names = (f"{name}_gate_weight", f"{name}_gate_bias")
+        weight, bias = parameters_of(self.recurrence, values.dtype, *names)
         groups = torch.einsum("bngi,gio->bngo", values.unflatten(2, (len(weight), -1)), weight)
         return (groups + bias).flatten(2).sigmoid()

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from depass_lightning.models.affine import Projection, features, parameter_of
-from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, gates_of_norm
+from depass_lightning.models.affine import Projection, features
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, gates_of_norm, parameters_of
 
 
 class LightningAttention(Mixer):
@@ -39,8 +39,7 @@ class LightningAttention(Mixer):
         before = seen["projection"][1].to(dtype).unflatten(2, (self.heads, 3, -1))
         after: Tensor = self.module.act_fn(before)
         query, key, value = after.unbind(3)  # [batch, position, head, size]
-        weight = parameter_of(self.module.norm, "weight", dtype)
-        assert weight is not None
+        (weight,) = parameters_of(self.module.norm, dtype, "weight")
         channels = value.flatten(2)
         norm = gates_of_norm(seen["norm"], weight, channels.shape[2], channels.shape)
         return Mixing(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from depass_lightning.models.affine import Projection, parameter_of
-from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, decays
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, decays, parameters_of
 
 
 class SelectiveScan(Mixer):
@@ -35,27 +35,16 @@ class SelectiveScan(Mixer):
 
     @override
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
-        taps, bias = self._taps(dtype)
         values, gates = seen["projection"][1].to(dtype).chunk(2, 2)
-        after = convolved(values, taps)
-        after = after if bias is None else after + bias
+        taps, bias, after = self._convolved(values)
         parts = seen["selection"][1].split([self.rank, self.size, self.size], 2)
         steps, entering, leaving = (
             (seen[name][1] if name in seen else part).to(dtype)
             for name, part in zip(("dt", "b", "c"), parts, strict=True)
         )
-        rate, direct, weight, shift = (
-            parameter_of(owner, name, dtype)
-            for owner, name in (
-                (self.module, "A_log"),
-                (self.module, "D"),
-                (self.module.dt_proj, "weight"),
-                (self.module.dt_proj, "bias"),
-            )
-        )
-        assert rate is not None
-        assert direct is not None
-        assert weight is not None
+        rate, direct = parameters_of(self.module, dtype, "A_log", "D")
+        (weight,) = parameters_of(self.module.dt_proj, dtype, "weight")
+        shift = parameter_of(self.module.dt_proj, "bias", dtype)
         steps = steps @ weight.T  # [batch, position, channel]
         steps = torch.nn.functional.softplus(steps if shift is None else steps + shift)
         matrix = self._matrix(steps, entering, leaving, -rate.exp())

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from depass_lightning.models.affine import Projection, parameter_of
-from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, convolved, decays, gates_of_norm
+from depass_lightning.models.affine import Projection
+from depass_lightning.models.mixers.base import Mixer, Mixing, Seen, decays, gates_of_norm, parameters_of
 
 
 class StateSpace(Mixer):
@@ -34,21 +34,16 @@ class StateSpace(Mixer):
 
     @override
     def mixing(self, seen: Seen, dtype: torch.dtype) -> Mixing:
-        taps, bias = self._taps(dtype)
-        width = len(taps)
+        width = self.channels + 2 * self.groups * self.size
         projected = seen["projection"][1].to(dtype)
         factors = getattr(self.module, "mup_vector", None)  # in Falcon-H1, of each output of the map
         projected = projected if factors is None else projected * factors.to(projected)
         gates, inputs, steps = projected.split([self.channels, width, self.heads], 2)
-        after = convolved(inputs, taps)
-        after = after if bias is None else after + bias
+        taps, bias, after = self._convolved(inputs)
         sizes = [self.channels, self.groups * self.size, self.groups * self.size]
         value, entering, leaving = after.split(sizes, 2)
         entering, leaving = (self._by_head(torch.nn.functional.silu(part)) for part in (entering, leaving))
-        rate, shift, direct = (parameter_of(self.module, name, dtype) for name in ("A_log", "dt_bias", "D"))
-        assert rate is not None
-        assert shift is not None
-        assert direct is not None
+        rate, shift, direct = parameters_of(self.module, dtype, "A_log", "dt_bias", "D")
         steps = torch.nn.functional.softplus(steps + shift).clamp(*self.module.time_step_limit)
         products = torch.einsum("bnhs,bkhs->bhnk", leaving, entering)
         matrix = products * decays(-rate.exp() * steps) * steps.transpose(1, 2)[:, :, None]
@@ -67,8 +62,7 @@ class StateSpace(Mixer):
         self, seen: Seen, shape: torch.Size, dtype: torch.dtype
     ) -> Float[Tensor, "batch position channel"]:
         norm = self.module.norm
-        weight = parameter_of(norm, "weight", dtype)
-        assert weight is not None
+        (weight,) = parameters_of(norm, dtype, "weight")
         group = getattr(norm, "group_size", self.channels // getattr(norm, "n_groups", 1))
         return gates_of_norm(seen["norm"], weight, group, shape)
 
