@@ -173,11 +173,7 @@ class FrozenAttention:
     def convolved(
         self, values: Float[Tensor, "batch position channel"]
     ) -> Float[Tensor, "batch position channel"]:
-        """What is mixed of the value map's outputs.
-
-        Args:
-            values: the value heads' values side by side.
-        """
+        """What is mixed of the value heads' values, which are side by side."""
         return values if self.convolution is None else self.convolution(values[:, :, None])[:, :, 0]
 
     def mixed(

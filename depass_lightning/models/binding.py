@@ -23,14 +23,7 @@ from depass_lightning.models.spec import (
 
 
 def bind(spec: FamilySpec, index: int, module: nn.Module, config: Any, owner: str) -> Block:
-    """Bind a declaration to one block.
-
-    Args:
-        spec: the family's declaration.
-        index: the block's number.
-        module: the block.
-        config: the model's configuration.
-        owner: what the block is called in an error.
+    """Bind a declaration to one block, which errors call `owner`.
 
     Raises:
         DePassError: the block lacks a declared submodule.

@@ -16,30 +16,15 @@ from depass_lightning.models.spec import ResidualNorm
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """The modules of an attention sublayer.
+    """The modules and settings that `AttentionSpec` names, of one block.
 
     Args:
-        module: the attention module, which returns the probabilities second.
         value: the value map, which reads `latent` if there is one.
-        output: the output map.
-        heads: the number of query heads.
-        norm: what it reads the residual stream through, if there is one.
-        post_norm: the norm after its output, if any.
         latent: the map to the latent and the norm after it.
-        in_mask: the name of an argument that eager attention would count twice; see `AttentionSpec`.
-        residual: which norm is on the residual stream itself; see `AttentionSpec`.
-        residual_weight: what the residual stream is multiplied with past it, if anything.
-        output_weight: what its output is multiplied with.
         gate: the map to the gates, one for each head or for each of the output map's inputs.
         mixer: the linear mixer in attention's place, if there is one.
         probabilities: computes them, if the module does not return them.
-        weights: the module that returns the probabilities, if that is not `module`.
-        inner_norm: the norm before the output map, if any.
         output_bias: what is added after the output map, in addition to its bias.
-        value_norm: the norm of each head's values, if any.
-        value_scale: a factor of the values.
-        gate_activation: what follows the map to the gates; see `AttentionSpec`.
-        scaled_heads: heads' outputs are scaled by further factors; see `AttentionSpec`.
     """
 
     module: nn.Module
@@ -77,17 +62,10 @@ class AttentionParts:
 
 @dataclass(frozen=True)
 class MLPParts:
-    """The modules of an MLP sublayer, which is dense or a mixture of experts.
+    """The modules and settings that `MLPSpec` names, of one block.
 
     Args:
-        module: the MLP, or the block where its maps stand there.
-        norm: what it reads the residual stream through, if there is one.
-        post_norm: the norm after its output, if any.
-        dense: its maps.
-        experts: or its experts.
-        residual: which norm is on the residual stream itself; see `AttentionSpec`.
-        residual_weight: what the residual stream is multiplied with past it, if anything.
-        output_weight: what its output is multiplied with.
+        dense: the maps, of an MLP that is no mixture of experts.
         absent: the block has no MLP.
     """
 
@@ -166,11 +144,7 @@ class Block:
         return self.module if self.ends is None else self.ends[1]
 
     def factor(self, parts: AttentionParts | MLPParts) -> float:
-        """Return what a sublayer's output is multiplied with.
-
-        Args:
-            parts: one of the two sublayers.
-        """
+        """What a sublayer's output is multiplied with."""
         return self.scale * float(parts.output_weight)
 
     @property

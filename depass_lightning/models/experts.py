@@ -13,14 +13,9 @@ from depass_lightning.models.affine import AffineMap, Projection, base_of, param
 
 @dataclass(frozen=True)
 class DenseParts:
-    """The maps of an MLP, and the norm of its neurons; see `MLPSpec`.
+    """The maps of an MLP, and the norm of its neurons, as `MLPSpec` names them.
 
     Args:
-        gate: the map to the pre-activations.
-        up: the map to the second factor, if there is one.
-        down: the map from the neurons.
-        inner_norm: the norm before that map, if any.
-        gate_scale: a factor of the pre-activations.
         follows: the module that reads the neurons, if `down` is an identity that the model does not have.
     """
 
@@ -39,14 +34,7 @@ class DenseParts:
 
 @dataclass(frozen=True)
 class ExpertsParts:
-    """The modules of a mixture of experts.
-
-    Args:
-        module: the experts, called with states, indices and weights.
-        shared: the MLP that every position goes through, if there is one.
-        shared_gate: the map whose sigmoid scales the shared MLP's output.
-        scale: a factor of the experts' output.
-    """
+    """The modules that `ExpertsSpec` names, and the factor of their output."""
 
     module: nn.Module
     shared: DenseParts | None

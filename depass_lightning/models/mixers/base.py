@@ -73,11 +73,7 @@ class Mixer(ABC):
 
     @classmethod
     def fits(cls, module: nn.Module | None) -> bool:
-        """Return whether a block's module of the declared name is this mixer.
-
-        Args:
-            module: the module; None where the block has none.
-        """
+        """Return whether a block's module of the declared name is this mixer."""
         return module is not None
 
     @abstractmethod
@@ -122,12 +118,7 @@ def parameters_of(module: nn.Module, dtype: torch.dtype, *names: str) -> list[Te
 def convolved(
     values: Float[Tensor, "batch position *rest channel"], taps: Float[Tensor, "channel tap"]
 ) -> Float[Tensor, "batch position *rest channel"]:
-    """Convolve each channel over positions; no position sees a later one.
-
-    Args:
-        values: what is convolved.
-        taps: each channel's weights, the position itself last.
-    """
+    """Convolve each channel over positions, by taps of which the position itself has the last."""
     count, total = values.shape[1], torch.zeros_like(values)
     for tap in range(taps.shape[1]):
         back = taps.shape[1] - 1 - tap
@@ -137,11 +128,7 @@ def convolved(
 
 
 def decays(logs: Float[Tensor, "batch position head"]) -> Float[Tensor, "batch head query key"]:
-    """How much of each earlier position's input is left at each position.
-
-    Args:
-        logs: the logarithm of each position's decay.
-    """
+    """How much of each earlier position's input is left at each position, from decays' logarithms."""
     sums = logs.transpose(1, 2).cumsum(2)  # [batch, head, position]
     between = sums[..., :, None] - sums[..., None, :]
     later = torch.ones_like(between[0, 0], dtype=torch.bool).triu(1)

@@ -110,14 +110,7 @@ def delta_rule(
     beta: Float[Tensor, "batch position head"],
     decay: Float[Tensor, "batch position head"] | Float[Tensor, "batch position head size"],
 ) -> Float[Tensor, "batch head query key"]:
-    """The matrix from a head's values to its outputs under a gated delta rule.
-
-    Args:
-        query: the queries.
-        key: the keys, of length one.
-        beta: the step sizes.
-        decay: the logarithms of the decays, of each head or of each channel of the keys.
-    """
+    """The matrix from values to outputs for keys of length one, step sizes, and the decays' logarithms."""
     steps = beta.transpose(1, 2)[..., None]  # [batch, head, position, 1]
     overlap = _decayed(key, key, decay) * steps
     same = torch.eye(key.shape[1], device=key.device, dtype=key.dtype)

@@ -22,11 +22,10 @@ class JoinedHeads(Projection):
     """The value maps, or the output maps, of two kinds of heads as one map.
 
     Args:
-        parts: the maps; their `device` is not used.
-        heads: how many heads each has.
+        heads: how many heads each part has.
         size: the size of a head in the joined map.
-        weights: a factor of each map's weight.
-        biases: a factor of each map's bias.
+        weights: a factor of each part's weight.
+        biases: a factor of each part's bias.
         reads: whether heads are the maps' inputs, and not their outputs.
     """
 
@@ -66,14 +65,7 @@ class JoinedHeads(Projection):
 
 
 def widened(table: Tensor, side: int, heads: int, size: int) -> Tensor:
-    """Fill up each head of one side of a table with zeros.
-
-    Args:
-        table: the table.
-        side: the dimension that has the heads, one after another.
-        heads: how many there are.
-        size: the size of a head in the result.
-    """
+    """Fill up each of the heads on one side of a table with zeros, to a size."""
     split = table.movedim(side, -1).unflatten(-1, (heads, -1))
     return nn.functional.pad(split, (0, size - split.shape[-1])).flatten(-2).movedim(-1, side)
 
