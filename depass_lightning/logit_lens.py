@@ -1,7 +1,8 @@
 """Logit lens: the tokens that neurons and directions promote through the unembedding."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.depass import DePass
 from depass_lightning.engine.isolation import alone
-from depass_lightning.engine.norms import NormParameters
+from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.engine.record import record
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import device_of
 from depass_lightning.models.decoder import Decoder
+from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.circuit import Circuit
 from depass_lightning.results.component import Component
 from depass_lightning.sources import Source, Subspace
 
+LAYER_RULES = ("softmax", "max", "relu", "linear", "half", "taylor")  # those that are propagated forward
 CHUNK = 64  # directions whose logits over the whole vocabulary are in memory together
 
 
@@ -60,6 +63,84 @@ def promoted_tokens(
     return [(_words(depass, up, count), _words(depass, down, count)) for up, down in tokens]
 
 
+def next_tokens(depass: DePass, ids: Sequence[int], count: int = 5) -> list[list[dict[str, Any]]]:
+    """Return the model's most likely next tokens at every position of a prompt.
+
+    Args:
+        depass: the model.
+        ids: the prompt's token ids.
+        count: the number of tokens at each position.
+
+    Returns:
+        `[position][rank]`, each token's `id`, `text` and `probability`.
+
+    Raises:
+        DePassError: the model's values are not finite.
+    """
+    decoder = depass.decoder
+    names = OutputNames.of(decoder, depass.tokenizer)
+    row = torch.tensor([list(ids)], device=decoder.device)
+    lengths = torch.tensor([len(ids)], device=decoder.device)
+    with alone(decoder.model):
+        everywhere = torch.arange(len(ids), device=decoder.device)
+        recording = record(decoder, row, lengths, everywhere, keep_everything=False)
+    likely = []
+    for logits in recording.logits[0]:  # one position after another: the vocabulary may be large
+        top = logits.double().softmax(-1).topk(min(count, len(logits)))
+        likely.append(
+            [
+                {"id": token, "text": names.text_of(token), "probability": probability}
+                for probability, token in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
+        )
+    return likely
+
+
+@torch.no_grad()
+def layer_scores(depass: DePass, attribution: Attribution) -> Float[Tensor, "layer position"] | None:
+    """Return each token's part of the target's logit at every layer, as if it were read there.
+
+    The components of the tokens are read at the target's position through the final norm, with the scale
+    that it has for the state at that layer, and the unembedding. The last row is the tokens' scores.
+
+    Args:
+        depass: the model.
+        attribution: scores of tokens, or of spans of them, for a token's logit or the difference of two.
+
+    Returns:
+        One row for each block's input and one for the last block's output; None for other targets, sources
+        and methods, and for rules that are not propagated forward (`shap`, `dual`, rule files).
+    """
+    ids, position, decoder = attribution.target_ids, attribution.position, depass.decoder
+    names = OutputNames.of(decoder, depass.tokenizer)
+    plain = attribution.target == " − ".join(repr(names.text_of(token)) for token in ids)
+    from_tokens = attribution.layer == 0 and any(span is not None for span in attribution.positions)
+    forward = attribution.method == "depass" and attribution.attention_path == "content"
+    forward = forward and attribution.rule in LAYER_RULES and "compat" not in attribution.metadata
+    answers = attribution.answer_start is not None or bool(decoder.head.labels)
+    if not (ids and plain and from_tokens and forward) or answers:
+        return None
+    options: dict[str, Any] = {"rule": attribution.rule}
+    if attribution.metadata.get("temperature") is not None:
+        options["temperature"] = attribution.metadata["temperature"]
+    norm = _norm(decoder, decoder.final_norm, decoder.blocks[-1].attention.module)
+    tokens = torch.tensor(ids, device=decoder.device)
+    weights = torch.tensor([[1.0, *[-1.0] * (len(ids) - 1)]], device=decoder.device)
+    vector = decoder.summed_readout(tokens, weights)[0][0].to(decoder.dtype)
+    row = torch.tensor([attribution.token_ids[: position + 1]])
+    rows = []
+    for layer in depass.decompose_layers(input_ids=row, **options):
+        spans = [component.span is not None for component in layer.components]
+        states = layer.states[:, position].to(norm.weight)  # [component, hidden]
+        scale = states.new_ones(1, 1)
+        if decoder.final_norm is not None:
+            total = states.sum(0)[None, None]
+            normed = decoder.final_norm(total.to(decoder.model_dtype))
+            scale = FrozenNorm.fit(norm, total, normed, "the final norm").scale
+        rows.append((norm.direction(states) * scale[0] @ vector.to(states))[spans].cpu())
+    return torch.stack(rows)
+
+
 def notes_on(depass: DePass, source: Source, components: Sequence[Component]) -> dict[str, str]:
     """Describe which tokens neurons and single directions promote.
 
@@ -84,6 +165,31 @@ def notes_on(depass: DePass, source: Source, components: Sequence[Component]) ->
         elif component.kind == "subspace" and index is not None and len(bases[index]) == 1:
             directions[component.label] = bases[index][0]
     return _notes(depass, directions)
+
+
+@dataclass(frozen=True)
+class PageLens:
+    """What a run's page shows of the model itself.
+
+    Attributes:
+        depass: the model, with its tokenizer.
+        source: what the run's states were split into.
+    """
+
+    depass: DePass
+    source: Source
+
+    def notes(self, components: Sequence[Component]) -> dict[str, str]:
+        """Return what `notes_on` does."""
+        return notes_on(self.depass, self.source, components)
+
+    def prompt(self, attribution: Attribution) -> dict[str, Any]:
+        """Return one prompt's `likely` next tokens, and the `layers` of its tokens' scores."""
+        scores = layer_scores(self.depass, attribution)
+        return {
+            "likely": next_tokens(self.depass, attribution.token_ids[: attribution.position + 1]),
+            "layers": None if scores is None else scores.tolist(),
+        }
 
 
 def describe_nodes(depass: DePass, circuit: Circuit, edges: int = 60) -> Circuit:

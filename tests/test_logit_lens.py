@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from depass_lightning import DePass
+from depass_lightning import Contrast, DePass, LogOdds
 from depass_lightning.errors import DePassError
-from depass_lightning.logit_lens import notes_on, promoted_tokens
+from depass_lightning.logit_lens import layer_scores, next_tokens, notes_on, promoted_tokens
 from depass_lightning.prompts import prompts_of
 from depass_lightning.sources import Heads, Neurons, Source, Subspace, load_subspace
 
@@ -50,6 +50,45 @@ def test_neurons_and_single_directions_are_read_and_nothing_else(depass):
     assert notes(Subspace(1, [column, plane], names=["a", "b"])) == {"a": written}
     with pytest.raises(DePassError, match="64 numbers"):
         promoted_tokens(depass, torch.ones(2, 3))
+
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+
+
+@pytest.mark.parametrize("rule", ["half", "softmax"])
+def test_tokens_at_every_layer_sum_to_the_logit_lens_and_end_as_the_scores(depass, rule):
+    a = depass.attribute(PROMPT, Contrast(" Mary", " John"), rule=rule, temperature=0.3)
+    layers = layer_scores(depass, a)
+    assert layers is not None
+    torch.testing.assert_close(layers[-1], a.scores, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        passed = depass.model(input_ids=torch.tensor([a.token_ids]), output_hidden_states=True)
+        # Transformers norms the last of them.
+        states = [depass.model.model.norm(state) for state in passed.hidden_states[:-1]]
+        logits = torch.stack(
+            [depass.model.lm_head(state)[0, -1] for state in [*states, passed.hidden_states[-1]]]
+        )
+    token, foil = a.target_ids
+    torch.testing.assert_close(layers.sum(1), logits[:, token] - logits[:, foil], atol=1e-4, rtol=1e-4)
+
+
+def test_layers_are_for_the_logits_of_tokens_alone(depass):
+    for options in ({"target": LogOdds(" Mary")}, {"rule": "shap"}, {"source": Heads()}):
+        assert layer_scores(depass, depass.attribute(PROMPT, **{"rule": "half", **options})) is None
+    answer = depass.attribute(PROMPT, " Mary", rule="half")
+    layers = layer_scores(depass, answer)
+    assert layers is not None
+    assert layers.shape == (len(depass.decoder.blocks) + 1, len(answer.tokens))
+
+
+def test_the_likely_next_tokens_are_the_models_at_every_position(depass):
+    ids = depass.tokenizer(PROMPT)["input_ids"]
+    likely = next_tokens(depass, ids, count=2)
+    with torch.no_grad():
+        top = depass.model(input_ids=torch.tensor([ids])).logits[0].softmax(-1).topk(2)
+    assert [[token["id"] for token in tokens] for tokens in likely] == top.indices.tolist()
+    parts = [[token["probability"] for token in tokens] for tokens in likely]
+    torch.testing.assert_close(torch.tensor(parts), top.values, atol=1e-5, rtol=1e-4)
 
 
 def test_subspaces_are_read_from_files(tmp_path):

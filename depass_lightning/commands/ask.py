@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
+from depass_lightning.logit_lens import layer_scores, next_tokens
 from depass_lightning.methods.model_runs import as_depass_runs, run
 from depass_lightning.modules.attribution_module import Explained
 from depass_lightning.reports.ask_page import RuleChoice, SourceName
@@ -52,6 +53,7 @@ class AskedQuestion(BaseModel):
         source: what the state is split into.
         rule: how neurons are shared.
         edits: the words that are removed or replaced.
+        layers: whether each token's part of the answer is computed at every layer.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -63,6 +65,7 @@ class AskedQuestion(BaseModel):
     source: SourceName = "tokens"
     rule: RuleChoice = "auto"
     edits: Annotated[list[Edit], Field(max_length=MAX_EDITS)] = []
+    layers: bool = False
 
 
 class AskedModel:
@@ -95,10 +98,15 @@ class AskedModel:
         Raises:
             DePassError: a field is wrong, or what `DePass.attribute` raises.
         """
-        attribution = self.attribution(_question(asked))
-        data, settings = page_contents([attribution])
-        logits, _ = self._logits(_prompt_ids(attribution))
-        return {"data": data, "settings": settings, "next": self._likely(logits)}
+        question = _question(asked)
+        attribution = self.attribution(question)
+        example = self._example(question, attribution)
+        data, settings = page_contents([attribution], examples=[example])
+        return {
+            "data": data,
+            "settings": settings,
+            "next": [token | {"text": visible(token["text"])} for token in example["likely"][-1]],
+        }
 
     def change(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Return how the target's value changes where words are removed or replaced.
@@ -156,10 +164,18 @@ class AskedModel:
         Raises:
             DePassError: a field is wrong, or what `DePass.attribute` raises.
         """
-        attribution = self.attribution(_question(asked))
+        question = _question(asked)
+        attribution = self.attribution(question)
         title = f"What {model_name(self.name)} relies on"
         subtitle = f"{attribution.target} = {signed(attribution.value)}"
-        return page_html([attribution], title=title, subtitle=subtitle)
+        example = self._example(question, attribution)
+        return page_html([attribution], title=title, subtitle=subtitle, examples=[example])
+
+    def _example(self, question: AskedQuestion, attribution: Attribution) -> dict[str, Any]:
+        """Return what a page shows of the model itself."""
+        layers = layer_scores(self.depass, attribution) if question.layers else None
+        likely = next_tokens(self.depass, _prompt_ids(attribution), SHOWN)
+        return {"likely": likely, "layers": None if layers is None else layers.tolist()}
 
     def attribution(self, question: AskedQuestion) -> Attribution:
         """Return the attribution of a question; the last ones are kept.
@@ -170,7 +186,7 @@ class AskedModel:
         Raises:
             DePassError: what `DePass.attribute` raises.
         """
-        key = question.model_dump_json(exclude={"edits"})
+        key = question.model_dump_json(exclude={"edits", "layers"})
         if key not in self._attributions:
             prompt, target = self._resolved(question)
             attribution = self.depass.attribute(prompt, target, source=question.source, rule=question.rule)

@@ -1,6 +1,5 @@
 """Attribute a task's prompts with one model: an analysis, or one model of a comparison."""
 
-import functools
 import importlib.metadata
 import logging
 import platform
@@ -34,7 +33,7 @@ from depass_lightning.commands.outputs import Results, number_of, write_results
 from depass_lightning.commands.shell import first_process, print_stderr, waiting
 from depass_lightning.depass import DePass
 from depass_lightning.errors import DePassError
-from depass_lightning.logit_lens import notes_on
+from depass_lightning.logit_lens import PageLens
 from depass_lightning.methods import DePassMethod, Method, make_method
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.modules.attribution_module import AttributionModule, Explained
@@ -160,7 +159,7 @@ def _attribute(
         title=f"What {model_name(config.model.name)} relies on",
         subtitle=subtitle_of(config, task),
         size=config.report,
-        notes=functools.partial(notes_on, depass, source),
+        lens=PageLens(depass, source),
         generated=generates,
     )
     log_results(loggers, results)

@@ -66,6 +66,8 @@ class CheckLaunch(Callback):
 
 def _check(config: DictConfig, hydra: DictConfig) -> None:
     """Refuse a launch that cannot work."""
+    if config.get("serve") and hydra.mode == RunMode.MULTIRUN:
+        raise DePassError("serve=true serves one page until Ctrl-C, so that a sweep never ends; leave out -m")
     processes, strategy = _processes(config), _strategy(config)
     launcher = str(hydra.launcher._target_).rpartition(".")[2]
     sweep = hydra.mode == RunMode.MULTIRUN

@@ -1,7 +1,7 @@
 """The output files of an analysis (summary, page, figures) and its terminal output."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from depass_lightning.faithfulness import summarise
+from depass_lightning.logit_lens import PageLens
 from depass_lightning.reports.component_figures import attribution_figure
 from depass_lightning.reports.components import asked_for, complete, mean_of, strongest_of
 from depass_lightning.reports.figures import curves_figure, save_figure
@@ -54,7 +55,7 @@ def write_results(
     title: str,
     subtitle: str,
     size: DictConfig,
-    notes: Callable[[Sequence[Component]], Mapping[str, str]] | None = None,
+    lens: PageLens | None = None,
     generated: bool = False,
 ) -> Results:
     """Write the summary, the page and the figures of a run.
@@ -65,8 +66,9 @@ def write_results(
         about: further entries of the summary: model, settings, versions, time.
         title: the page's title.
         subtitle: the line below the title.
-        size: how many of the first prompts are on the page (`prompts`) and drawn as figures (`figures`).
-        notes: returns notes on components by their labels, such as the tokens that a neuron promotes.
+        size: how many of the first prompts are on the page (`prompts`) and drawn as figures (`figures`), and
+            whether the page shows them at every layer (`lens`).
+        lens: returns what the page shows of the model, such as the tokens that a neuron promotes.
         generated: whether each row is a generated token; the rows of a prompt are consecutive.
     """
     rows = RowFile(table)
@@ -86,6 +88,8 @@ def write_results(
     if len(counts) > size.prompts:
         subtitle = f"{subtitle}; the first {size.prompts:,} of {len(counts):,} prompts".lstrip("; ")
     examples = [example_of(row) for row in first]
+    if lens is not None and size.lens:
+        examples = [example | lens.prompt(a) for example, a in zip(examples, shown, strict=True)]
     if generated:
         examples = [example | _in_matrix(row) for example, row in zip(examples, first, strict=True)]
     write_page(
@@ -96,7 +100,7 @@ def write_results(
         summary=_shown(summary),
         examples=examples,
         components=SharedComponents(
-            mean, {} if notes is None or mean is None else notes(_leading_components([mean, *shown]))
+            mean, {} if lens is None or mean is None else lens.notes(_leading_components([mean, *shown]))
         ),
     )
     return Results(folder, rows, summary, page, generated)

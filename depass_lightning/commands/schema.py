@@ -174,6 +174,7 @@ class ReportSettings(StrictSettings, extra="forbid"):
     prompts: Many
     shown: Many
     figures: Many
+    lens: bool
 
 
 class WatchSettings(StrictSettings, extra="forbid"):

@@ -17,6 +17,7 @@ DRAWING = (
     "page_matrix.js",
     "page_heat.js",
     "page_compare.js",
+    "page_layers.js",
     "page_components.js",
     "page_facts.js",
     "page_list.js",

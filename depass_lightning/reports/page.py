@@ -42,6 +42,7 @@ SCRIPTS = (
     "page_matrix.js",
     "page_heat.js",
     "page_compare.js",
+    "page_layers.js",
     "page_components.js",
     "page_mean.js",
     "page_facts.js",
@@ -103,7 +104,8 @@ def write_page(
         examples: one per attribution: `id`; `answer`; `roles`, named character ranges of the prompt;
             `evidence`, as names of roles or as character ranges; `evidence_first`, whether a token of the
             evidence has the largest score; `correct`, whether the model's next token is the correct answer,
-            if known. Consecutive attributions with the same `matrix`, a name, are shown as the rows of one
+            if known; `likely` and `layers`, see `logit_lens.PageLens`.
+            Consecutive attributions with the same `matrix`, a name, are shown as the rows of one
             matrix, each labelled by its `row`: they are several targets of one prompt.
         components: the mean over prompts, shown first where components are not positions of the text, and
             notes on components.

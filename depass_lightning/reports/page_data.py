@@ -25,6 +25,8 @@ from depass_lightning.results.attribution import Attribution
 from depass_lightning.results.component import Component
 from depass_lightning.utils.sections import tokens_of
 
+LIKELY = 5  # next tokens at each position
+
 
 def prompt_data(
     name: str,
@@ -70,6 +72,11 @@ def prompt_data(
         "prediction": visible(attribution.prediction),
         "predicted": prediction_name(attribution),
         "answer_start": attribution.answer_start,
+        "likely": [
+            [[visible(token["text"]), rounded(token["probability"])] for token in tokens[:LIKELY]]
+            for tokens in example.get("likely") or ()
+        ],
+        "layers": [[rounded(score) for score in scores] for scores in example.get("layers") or ()],
         "facts": answer_facts(attribution),
         "probability": rounded(attribution.probability),
         "rank": attribution.rank,

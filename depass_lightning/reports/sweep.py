@@ -27,7 +27,6 @@ SCRIPTS = (
     "page_prompt.js",
     "page_sections.js",
     "page_heat.js",
-    "page_compare.js",
     "page_components.js",
     "sweep_numbers.js",
     "sweep_maps.js",

@@ -23,6 +23,7 @@ from depass_lightning.modules.attribution_module import AttributionModule
 from depass_lightning.modules.prompt_datamodule import PromptData, plan_batches
 from depass_lightning.storage import read_attributions, read_rows
 from tests.conftest import ROOT
+from tests.reports.test_page import data_of
 
 QUICK = ["print_config=false", "trainer.accelerator=cpu", "report.figures=1"]
 
@@ -67,6 +68,13 @@ def test_a_run_leaves_what_it_should(done):
         "summary.json",
     }
     assert OmegaConf.load(done / "config.yaml").task.size == 24
+
+
+def test_the_page_shows_layers_and_next_tokens_if_asked(tmp_path):
+    assert run(tmp_path, "task.size=2", "faithfulness=none", "report.figures=0", "report.lens=true") == 0
+    for prompt in data_of((tmp_path / "report.html").read_text(encoding="utf-8"))["prompts"]:
+        assert prompt["layers"][-1] == pytest.approx(prompt["views"]["tokens"]["scores"], abs=1e-4)
+        assert prompt["likely"][-1][0][0] == prompt["prediction"]
 
 
 def test_the_rows_are_the_librarys_own_attributions(done):

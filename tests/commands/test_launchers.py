@@ -113,6 +113,7 @@ REFUSED = [
     ("", True, (*DDP, "hydra/launcher=slurm"), "hydra/launcher=slurm_node hydra.launcher.tasks_per_node=2"),
     ("", True, ("hydra/launcher=slurm_node",), "4 of them, but the trainer wants 1"),
     ("", False, ("trainer.devices=2", "trainer.strategy=ddp_spawn"), "take ddp, or ddp_fork"),
+    ("", True, ("serve=true",), "serve=true serves one page .* leave out -m"),
     ("torchrun", False, DDP, "give hydra.run.dir="),
     ("torchrun", True, DDP, "give hydra.sweep.dir="),
     ("torchrun", False, ("hydra.run.dir=mine",), "give trainer.devices=2 trainer.strategy=ddp"),

@@ -95,8 +95,12 @@ def test_a_word_is_replaced_with_its_space(answers: AskedModel, depass: DePass) 
 
 
 def test_the_saved_page_is_the_offline_page(answers: AskedModel) -> None:
-    page = answers.page(asked())
-    assert data_of(page) == json.loads(json.dumps(answers.scores(asked())["data"]))
+    page = answers.page(asked(layers=True))
+    assert data_of(page) == json.loads(json.dumps(answers.scores(asked(layers=True))["data"]))
+    (prompt,) = data_of(page)["prompts"]
+    assert prompt["layers"][-1] == pytest.approx(prompt["views"]["tokens"]["scores"], abs=1e-4)
+    assert len(prompt["likely"]) == len(prompt["tokens"])
+    assert answers.scores(asked())["data"]["prompts"][0]["layers"] == []
     assert "What tiny relies on" in page
 
 
@@ -313,6 +317,12 @@ def test_a_prompt_is_typed_and_its_words_are_clicked(
         shown = "[...document.querySelectorAll('.token')].map((chip) => chip.firstChild.data)"
         assert browser.evaluate(shown) == [token["text"].strip() for token in expected["next"]]
 
+        over = "new PointerEvent('pointerover', {bubbles: true})"
+        browser.evaluate(f"document.querySelectorAll('.piece')[14].dispatchEvent({over})")
+        assert "next token: Mary" in browser.evaluate("document.getElementById('tip').textContent")
+        browser.evaluate("document.getElementById('layers').click()")
+        browser.until("document.querySelectorAll('.layers .matrix-band').length === 4")
+
         browser.evaluate("document.querySelectorAll('.versus')[1].click()")
         browser.until("document.querySelector('.equation').textContent.includes('−')")
         browser.evaluate("document.querySelectorAll('.piece')[2].click()")
@@ -327,9 +337,14 @@ def test_a_prompt_is_typed_and_its_words_are_clicked(
 
         state = browser.evaluate("location.hash")
         assert "edits=" in state
+        assert "layers=true" in state
         browser.evaluate("location.hash = ''")
         browser.evaluate(f"location.hash = {json.dumps(state)}")
         browser.until("document.querySelector('.compared') && document.querySelector('.piece.removed')")
+        browser.evaluate(f"location.hash = {json.dumps(state.replace('%22%22', '%22Anna%22'))}")
+        browser.until("document.querySelector('.after')?.textContent.includes('a word in its place')")
+        browser.evaluate("location.hash = 'prompt=Mary%20and%20John&source=heads'")
+        browser.until("document.querySelector('.change-panel')?.textContent.includes('choose a source')")
         hostile = quote("<img src=x onerror=alert(1)></script>")
         browser.evaluate(f"location.hash = 'prompt={hostile}'")
         browser.until("document.querySelector('.prompt').textContent.includes('onerror')")

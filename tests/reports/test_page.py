@@ -383,6 +383,25 @@ def test_a_browser_draws_the_page(tmp_path: Path) -> None:
     assert body.count("<polyline") == 4
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to open the page")
+def test_a_browser_draws_the_layers_and_the_next_tokens(tmp_path: Path) -> None:
+    count = len(nasty().tokens)
+    likely = [[{"id": 1, "text": NASTY, "probability": 0.5}] * 7] * count
+    example = {"likely": likely, "layers": [[0.0] * count, [1.0] * count]}
+    write_page(tmp_path / "page.html", [nasty()], title="T", examples=[example])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(data_of(page)["prompts"][0]["likely"][0]) == 5
+    assert [tag for tag, _ in Elements(page).found].count("script") == 2
+    pointing = (
+        'document.querySelector(".piece").dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));'
+    )
+    used = page.replace("http-equiv", "data-off").replace("</body>", f"<script>{pointing}</script></body>")
+    (tmp_path / "used.html").write_text(used, encoding="utf-8")
+    body = drawn(tmp_path, "used.html")
+    assert body.count('class="matrix-band"') == 2
+    assert "next token: &lt;script&gt;alert(1)&lt;/script&gt; 50%" in body
+
+
 def sectioned() -> list[Any]:
     """Return an attribution of a conversation and one of documents."""
     text = "<s>Hi. You?</s>Me.</s>"

@@ -4,7 +4,7 @@ const find = (id) => document.getElementById(id);
 const TOKEN = new URLSearchParams(location.search).get("token") ?? "";
 const THEME = "depass-theme";
 
-const EMPTY = { prompt: "", messages: null, target: null, foil: null, source: "tokens", rule: "auto", edits: [] };
+const EMPTY = { prompt: "", messages: null, target: null, foil: null, source: "tokens", rule: "auto", edits: [], layers: false };
 let asked = { ...EMPTY }; // the question of the drawn result
 let change = null; // how the target changes under `asked.edits`
 let drawn = null; // functions of the drawn result
@@ -147,7 +147,7 @@ function written(name) {
 function question() {
   const turns = [...find("turns").children].map((turn) => ({ role: turn.querySelector("select").value, content: turn.querySelector("textarea").value }));
   const about = inConversation() ? { messages: turns, prompt: null } : { prompt: find("prompt").value, messages: null };
-  return { ...about, target: written("target"), foil: written("foil"), source: find("source").value, rule: find("rule").value, edits: [] };
+  return { ...about, target: written("target"), foil: written("foil"), source: find("source").value, rule: find("rule").value, edits: [], layers: find("layers").checked };
 }
 
 function showNext(next) {
@@ -186,6 +186,7 @@ function remember() {
     if (typeof asked[name] === "number") fields.set(`${name}_id`, asked[name]);
   }
   for (const name of ["source", "rule"]) if (asked[name] !== EMPTY[name]) fields.set(name, asked[name]);
+  if (asked.layers) fields.set("layers", "true");
   if (asked.edits.length) fields.set("edits", JSON.stringify(asked.edits.map(({ start, end, text }) => [start, end, text])));
   history.replaceState(null, "", `#${fields}`);
 }
@@ -212,6 +213,7 @@ function readAddress() {
     chosen[name] = fields.has(`${name}_id`) ? Number(fields.get(`${name}_id`)) : null;
   }
   for (const name of ["source", "rule"]) find(name).value = fields.get(name) ?? EMPTY[name];
+  find("layers").checked = fields.get("layers") === "true";
   explain({ ...question(), edits });
 }
 
@@ -233,7 +235,7 @@ find("question").addEventListener("input", (event) => {
   if (event.target.id in chosen) chosen[event.target.id] = null;
   else if (event.target.tagName === "TEXTAREA") for (const name of ["target", "foil"]) if (chosen[name] != null) choose(name, null);
 });
-for (const name of ["source", "rule"]) find(name).addEventListener("change", () => drawn && find("question").requestSubmit());
+for (const name of ["source", "rule", "layers"]) find(name).addEventListener("change", () => drawn && find("question").requestSubmit());
 find("as-prompt").addEventListener("click", () => useConversation(false));
 find("as-messages").addEventListener("click", () => useConversation(true));
 find("add-turn").addEventListener("click", () => addTurn(nextRole(), "").focus());

@@ -1,12 +1,15 @@
 // Words that are removed from the prompt or replaced, and the change of the target: predicted and real.
 
-PANELS.push({ fits: (prompt) => inText(prompt.views.tokens) && prompt.answer_start == null, draw: changePanel });
+PANELS.push({ fits: () => true, draw: changePanel });
 
 const spanText = (prompt, span) => prompt.tokens.slice(...span).join("");
 
 function changePanel(prompt) {
   queueMicrotask(() => markRemoved(prompt)); // the prompt is drawn, but not yet on the page
-  if (!asked.edits.length) return element("p", { class: "change-panel elsewhere" }, "Click words of the prompt to remove them, and see what really changes.");
+  const hint = prompt.answer_start != null ? "Words can be removed where the answer is one token, or compared with one: without a word, the tokens of a longer answer would follow other text."
+    : !inText(prompt.views.tokens) ? "To remove words, choose a source that splits the text, such as tokens or words: heads and layers are no part of it."
+    : asked.edits.length ? null : "Click words of the prompt to remove them, and see what really changes.";
+  if (hint) return element("p", { class: "change-panel elsewhere" }, hint);
   const panel = element("div", { class: "panel change-panel", "aria-live": "polite" },
     element("div", { class: "panel-head" }, element("h2", {}, "Without these words"), element("button", { type: "button", class: "more", onclick: () => edit([]) }, "restore all")),
     element("ul", { class: "edits" }, ...asked.edits.map((one) => editRow(prompt, one))));
@@ -36,8 +39,10 @@ function compared() {
     return [element("dt", {}, `${name} change`), element("span", { class: "track" }, bar, axis), element("dd", {}, value == null ? "not predicted" : signed(value))];
   });
   const likely = change.next.slice(0, 3).map((token) => `${bare(token.text)} ${percent(token.probability)}`).join(", ");
+  const reason = asked.edits.some((one) => one.text) ? "a word's score is its contribution, and says nothing about a word in its place" : "the removed words are a part of a component, which has one score";
   return [element("dl", { class: "compared" }, ...cells),
-    element("p", { class: "after" }, `${PROMPTS[0].target}: ${signed(change.before)} → ${signed(change.after)}; the next token is now ${likely}`)];
+    change.predicted == null ? element("p", { class: "after" }, `Not predicted: ${reason}.`) : null,
+    element("p", { class: "after" }, `${PROMPTS[0].target}: ${signed(change.before)} → ${signed(change.after)}; the next token is now ${likely}`)].filter(Boolean);
 }
 
 const isRemoved = (span) => asked.edits.some((one) => one.start < span[1] && span[0] < one.end);

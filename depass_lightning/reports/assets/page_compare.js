@@ -62,6 +62,3 @@ function changeRows(prompt, view, changes, most) {
     );
   return element("ol", { class: "changes", "aria-label": "The largest changes" }, ...changes.slice(0, most).map(row));
 }
-
-// Each row's score of a component, for the tip.
-const scoresOf = (prompt, i) => (prompt.rows ?? []).map((row) => element("small", {}, `${row.label} ${viewOf(row).scores[i] == null ? "lacks it" : signed(viewOf(row).scores[i])}`));

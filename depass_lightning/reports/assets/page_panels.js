@@ -68,7 +68,17 @@ function light(i, node) {
   for (const part of lit) part.classList.add("lit");
   const marks = view.spans[i] ? prompt.marks.filter((mark) => mark.tokens.some((t) => within(t, view.spans[i]))) : [];
   const roles = marks.map((mark) => element("small", { class: "role" }, mark.name + (mark.right && mark.name !== "evidence" ? ", evidence" : "")));
-  showTip(node, bare(nameOf(prompt, view, i)), view, i, ...scoresOf(prompt, i), ...roles);
+  showTip(node, bare(nameOf(prompt, view, i)), view, i, ...scoresOf(prompt, i), ...roles, ...nextOf(prompt, view.spans[i]));
+}
+
+// Each row's score of a component, for the tip.
+const scoresOf = (prompt, i) => (prompt.rows ?? []).map((row) => element("small", {}, `${row.label} ${viewOf(row).scores[i] == null ? "lacks it" : signed(viewOf(row).scores[i])}`));
+
+// The likely next tokens after the last position of a component, for the tip.
+function nextOf(prompt, span) {
+  const likely = span && prompt.likely?.[span[1] - 1];
+  if (!likely) return [];
+  return [element("small", {}, `next token: ${likely.map(([text, part]) => `${bare(text)} ${percent(part)}`).join(" · ")}`)];
 }
 
 // A component's name and score, and its share of all supporting or opposing scores in its group.
