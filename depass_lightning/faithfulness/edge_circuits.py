@@ -53,7 +53,7 @@ def edge_layout(decoder: Decoder) -> FlowLayout:
     ):
         raise DePassError(
             f"edges cannot be ablated in {type(decoder.model).__name__}: it rescales its residual stream "
-            "between blocks, or has no norm before its output; measure circuits of nodes"
+            "between blocks, or has no norm before its output; take circuits=[nodes]"
         )
     return FlowLayout(0, tuple(block.attention.heads for block in blocks), by_position=False, paths=1)
 
