@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Preference,
         ProbeLogit,
         Reward,
+        Similarity,
         Token,
     )
     from depass_lightning.utils.sections import Conversation, Documents
@@ -76,6 +77,7 @@ __all__ = [
     "Preference",
     "ProbeLogit",
     "Reward",
+    "Similarity",
     "Spans",
     "Subspace",
     "Token",
@@ -99,7 +101,7 @@ _MODULES = {
     "results.generation": "Generation",
     "sources": "Components Heads Module Neurons Spans Subspace Tokens",
     "targets": "Continuation Contrast Direction Label LogOdds LogProb Masked Preference ProbeLogit "
-    "Reward Token",
+    "Reward Similarity Token",
     "utils.sections": "Conversation Documents",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""Targets: a token's or label's logit or probability, whole answers, a direction or a probe's logit."""
+"""Targets: a token's or label's logit or probability, whole answers, directions and similarities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from depass_lightning.errors import DePassError
 
 LogitReading = Literal["logit", "centred", "log_odds", "logprob"]  # what is explained of one token
 Reduction = Literal["sum", "mean"]
+Pooling = Literal["mean", "cls"]  # how an encoder's states become the embedding of a text
 
 
 @dataclass(frozen=True)
@@ -188,12 +189,37 @@ class Direction:
         vector: `[hidden]` the direction; not normalised.
         layer: the block whose input is read; negative counts from the end; None for the output of the last
             block, before the final norm.
-        position: the position that is read; negative counts from the prompt's end.
+        position: the position that is read; negative counts from the end; `mean` for the mean of all.
     """
 
     vector: Float[Tensor, "hidden"]
     layer: int | None = None
-    position: int = -1
+    position: int | Literal["mean"] = -1
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The cosine similarity of the text's embedding with that of another text, for an encoder without a head.
+
+    The value is the dot product of the pooled states with a vector: the other text's embedding, normalised,
+    divided by the norm of the text's own embedding. Both are frozen. Scores sum to the cosine similarity.
+
+    Args:
+        text: the other text.
+        pooling: the embedding is the `mean` of all tokens' last states, or that of the first one (`cls`).
+
+    Raises:
+        DePassError: there is no other text, or no such pooling.
+    """
+
+    text: str
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise DePassError(f"Similarity: the other text is {self.text!r}; give a text that is not empty")
+        if self.pooling not in get_args(Pooling):
+            raise DePassError(f"Similarity: pooling={self.pooling!r} is unknown; choose 'mean' or 'cls'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +321,7 @@ def _compared(
 
 LogitTarget = Token | Contrast | LogOdds | LogProb  # a weighted sum of logits at one position
 HeadTarget = Label | Reward | Masked  # of a classifier or a masked language model
-Target = LogitTarget | HeadTarget | Continuation | Preference | Direction | ProbeLogit
+Target = LogitTarget | HeadTarget | Continuation | Preference | Direction | ProbeLogit | Similarity
 TargetLike = Target | str | int | None
 # How a known answer's first token is explained.
 AnswerTarget = Literal["contrast", "token", "centred", "log_odds", "logprob"]
@@ -304,14 +330,7 @@ AnswerTarget = Literal["contrast", "token", "centred", "log_odds", "logprob"]
 def token_target(
     token: str | int | None, reading: LogitReading, position: int = -1, *, first: bool = False
 ) -> Token | LogOdds | LogProb:
-    """Return the target that one token is.
-
-    Args:
-        token: the token.
-        reading: what is explained of it.
-        position: the position whose next token is predicted.
-        first: use the first token of a text of several tokens.
-    """
+    """Return the target that one token is."""
     if reading == "log_odds":
         return LogOdds(token, position=position, first=first)
     if reading == "logprob":
@@ -322,23 +341,13 @@ def token_target(
 def answer_target(
     token: str | int | None, kind: AnswerTarget, position: int = -1, *, first: bool = False
 ) -> Token | LogOdds | LogProb:
-    """Return the target that an answer's token is, where there is no foil.
-
-    Args:
-        token: the token.
-        kind: "token" or "contrast", its logit; "centred", "log_odds" or "logprob".
-        position: the position whose next token is predicted.
-        first: use the first token of a text of several tokens.
-    """
+    """Return the target that an answer's token is, where there is no foil."""
     reading: LogitReading = "logit" if kind in ("contrast", "token") else kind
     return token_target(token, reading, position, first=first)
 
 
 def as_target(target: TargetLike) -> Target:
     """Convert text, an id or None to a `Token`; other targets are returned unchanged.
-
-    Args:
-        target: a target, a token's text or id, or None for the model's most likely next token.
 
     Raises:
         DePassError: the target is none of these.
@@ -350,7 +359,7 @@ def as_target(target: TargetLike) -> Target:
     raise DePassError(
         f"target {target!r} is a {type(target).__name__}; pass a token's text or id, Token(...), "
         "Contrast(...), LogOdds(...), LogProb(...), Label(...), Reward(), Masked(...), Continuation(...), "
-        "Preference(...), Direction(...), ProbeLogit(...), or None for the model's own next token"
+        "Preference(...), Direction(...), ProbeLogit(...), Similarity(...), or None for the model's own token"
     )
 
 

@@ -46,6 +46,8 @@ class OutputNames:
 
     def text_of(self, output: int) -> str:
         """Return the text of a token, with its leading space, or the name of a label."""
+        if self.head.kind == "embedding":
+            return ""  # a dimension
         labels = self.head.labels
         return labels[output] if labels else token_text(output, self.tokenizer)
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from depass_lightning.attribution.encoder_targets import embedding_of, only_mask
 from depass_lightning.attribution.logit_sum import target_ids
 from depass_lightning.attribution.output_names import OutputNames
 from depass_lightning.errors import DePassError
@@ -27,6 +29,7 @@ from depass_lightning.targets import (
     Preference,
     ProbeLogit,
     Reward,
+    Similarity,
     Target,
     Token,
     token_target,
@@ -48,7 +51,7 @@ class Read:
     """
 
     position: int
-    target: LogitTarget | Direction | ProbeLogit
+    target: LogitTarget | Direction | ProbeLogit | Similarity
     ids: list[int] | None = None
     weight: float = 1.0
     before: str | None = None
@@ -65,6 +68,7 @@ class Question:
         layer: the block whose input is read; the number of blocks for the last block's output.
         vector: `[hidden]` what the state is multiplied with, for a target inside the model.
         constant: what is added to that product.
+        other: `[hidden]` the other text's embedding, of length 1, for a similarity.
     """
 
     prompt: Prompt
@@ -73,6 +77,7 @@ class Question:
     layer: int
     vector: Float[Tensor, "hidden"] | None = None
     constant: float = 0.0
+    other: Float[Tensor, "hidden"] | None = None
 
     @classmethod
     def of(
@@ -107,7 +112,9 @@ class Question:
             text = prompt.text_until(position, inclusive=decoder.head.kind != "masked")
             ids = target_ids(logit_target, text, OutputNames.of(decoder, tokenizer))
             return cls(prompt, target, (Read(position, logit_target, ids, before=text),), layers)
-        position = prompt.resolve_position(target.position)
+        if isinstance(target, Similarity):
+            other = embedding_of(decoder, tokenizer, target)
+            return cls(prompt, target, _pooled(prompt, target, target.pooling), layers, other=other)
         name = type(target).__name__
         vector, constant = inner_reading(target, decoder.hidden_size)
         layer = layers
@@ -118,7 +125,7 @@ class Question:
                 f"{name} is read at layer {layer}, but the source begins at layer {last_source_layer}; read "
                 "it at a later layer"
             )
-        return cls(prompt, target, (Read(position, target),), layer, vector, constant)
+        return cls(prompt, target, _pooled(prompt, target, target.position), layer, vector, constant)
 
     @property
     def position(self) -> int:
@@ -131,9 +138,24 @@ class Question:
         return self.layer, self.vector is None
 
 
+def _pooled(
+    prompt: Prompt, target: Direction | ProbeLogit | Similarity, where: int | Literal["mean", "cls"]
+) -> tuple[Read, ...]:
+    """Return the reads of a target of states: at one position, at the first, or with equal weights at all."""
+    if where == "mean":
+        count = len(prompt.ids)
+        return tuple(Read(place, target, weight=1 / count) for place in range(count))
+    return (Read(0 if where == "cls" else prompt.resolve_position(where), target),)
+
+
 def _of_logits(decoder: Decoder, target: LogitTarget | HeadTarget) -> LogitTarget:
     """Return a target of the model's head as one of logits; refuse those that its outputs do not have."""
     labels, name, model = decoder.head.labels, type(target).__name__, type(decoder.model).__name__
+    if decoder.head.kind == "embedding":
+        raise DePassError(
+            f"{model} has no head that predicts tokens or labels; explain Similarity(text) or "
+            "Direction(...), or load the model with its head"
+        )
     if isinstance(target, HeadTarget):
         if isinstance(target, Masked) and decoder.head.kind != "masked":
             raise DePassError(f"{model} predicts no masked tokens; explain Token(...) or Label(...)")
@@ -161,7 +183,7 @@ def _position(
     position = None if isinstance(target, Reward) else target.position
     default = position is None or (position == -1 and not isinstance(target, Masked))
     if decoder.head.kind == "masked" and default:
-        return _only_mask(tokenizer, prompt)
+        return only_mask(tokenizer, prompt)
     if decoder.head.kind != "sequence":
         return prompt.resolve_position(-1 if position is None else position)
     if not default:
@@ -169,31 +191,6 @@ def _position(
             f"{type(decoder.model).__name__} labels a whole text, not its tokens; leave position= out"
         )
     return decoder.head.position_of(prompt.ids)
-
-
-def _only_mask(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> int:
-    """Return the position of a prompt's only mask token.
-
-    Raises:
-        DePassError: there is none or there are several, or no tokenizer shows which token it is.
-    """
-    mask = None if tokenizer is None else tokenizer.mask_token_id
-    if tokenizer is None or mask is None:
-        raise DePassError(
-            f"{prompt.name}: no tokenizer shows which token is the mask; give its position, Masked(position)"
-        )
-    places = [place for place, token in enumerate(prompt.ids) if token == mask]
-    if len(places) == 1:
-        return places[0]
-    if not places:
-        raise DePassError(
-            f"{prompt.name} has no mask token; put {tokenizer.mask_token!r} in place of the word that the "
-            "model predicts, or give a position, Masked(position)"
-        )
-    raise DePassError(
-        f"{prompt.name} has {len(places)} mask tokens, at positions {', '.join(map(str, places))}; give the "
-        f"one to explain, such as Masked({places[0]})"
-    )
 
 
 def _reads_of_answer(prompt: Prompt, target: Continuation) -> tuple[Read, ...]:
@@ -255,7 +252,9 @@ def check_continues(decoder: Decoder) -> None:
         DePassError: it is a classifier or a masked language model.
     """
     if decoder.head.kind != "causal":
-        instead = "Masked(...)" if decoder.head.kind == "masked" else "Label(...) or Reward()"
+        instead = {"masked": "Masked(...)", "embedding": "Similarity(...)"}.get(
+            decoder.head.kind, "Label(...) or Reward()"
+        )
         raise DePassError(
             f"{type(decoder.model).__name__} continues no text, so there is no answer to explain; take "
             f"{instead}"
@@ -329,7 +328,7 @@ def with_answer(
         )
     placed = [
         replace(target, position=prompt.resolve_position(target.position))
-        if isinstance(target, LogitTarget | Direction | ProbeLogit)
+        if isinstance(target, LogitTarget | Direction | ProbeLogit) and target.position != "mean"
         else target
         for target in targets
     ]

@@ -15,7 +15,7 @@ from depass_lightning.engine.adjoint import TargetGradient, at_readout, read_dir
 from depass_lightning.engine.record import Recording
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import Prompt
-from depass_lightning.targets import Continuation, Direction, LogitTarget
+from depass_lightning.targets import Continuation, Direction, LogitTarget, Similarity
 from depass_lightning.utils.tokenization import continuation
 
 READS = 64  # sums of logits that share one pass over the unembedding's rows
@@ -30,7 +30,8 @@ class ModelAnswer:
         name: the target in words.
         value: the model's value of the target.
         prediction: the text of the model's most likely next token; for a given answer the beginning of the
-            model's greedy answer, up to the first token that differs from the given one.
+            model's greedy answer, up to the first token that differs from the given one; of a similarity the
+            other text.
         ids: the tokens that the target names, the explained one first; empty for a target inside the model,
             and for a whole answer, whose tokens are part of the text.
         logits: the sums of logits that the target is, one for each position at which it is read; empty for a
@@ -125,6 +126,33 @@ class ModelAnswer:
         )
 
     @classmethod
+    def of_similarity(
+        cls, question: Question, states: Float[Tensor, "read hidden"], other: Float[Tensor, "hidden"]
+    ) -> "ModelAnswer":
+        """Read a cosine similarity, as sums of the states' dimensions with frozen weights.
+
+        Args:
+            question: the question.
+            states: the states that are pooled.
+            other: the other text's embedding, of length 1.
+
+        Raises:
+            DePassError: the value is not finite.
+        """
+        assert isinstance(question.target, Similarity)
+        weights = states.new_tensor([read.weight for read in question.reads])
+        embedding = weights @ states
+        vector, dimensions = other / embedding.norm(), torch.arange(len(other), device=other.device)
+        name = f"similarity to {shortened(question.target.text)!r}"
+        return cls(
+            name=name,
+            value=finite(float(embedding @ vector), name),
+            prediction=question.target.text,
+            ids=[],
+            logits=tuple(LogitSum(dimensions, weight * vector) for weight in weights),
+        )
+
+    @classmethod
     def of_vector(
         cls,
         question: Question,
@@ -153,6 +181,11 @@ def _greedy_answer(prompt: Prompt, answers: Sequence[tuple[Read, ModelAnswer]], 
     return continuation(ids, start, names.tokenizer)
 
 
+def shortened(text: str) -> str:
+    """Return the beginning of a text that is too long for a target's name."""
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
 def _name_of(prompt: Prompt, target: Continuation, reads: Sequence[Read], names: OutputNames) -> str:
     """Return an answer's name in results: the text of its explained tokens, and what is explained of them."""
     first, last = reads[0].position + 1, reads[-1].position + 2
@@ -160,7 +193,7 @@ def _name_of(prompt: Prompt, target: Continuation, reads: Sequence[Read], names:
         text = " ".join(prompt.tokens[first:last])
     else:
         text = continuation(prompt.ids[:last], first, names.tokenizer)
-    shown = repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
+    shown = repr(shortened(text))
     readings = {
         "logit": "",
         "centred": "centred logit",
@@ -195,9 +228,13 @@ def _answer(recording: Recording, names: OutputNames, row: int, question: Questi
     """Read the answer to one prompt's question."""
     places = [recording.kept.index(read.position) for read in question.reads]
     dtype, prompt, reads = recording.dtype, question.prompt, question.reads
+    if question.other is not None:
+        states = recording.logits[row, places].to(dtype)  # [read, hidden]
+        return ModelAnswer.of_similarity(question, states, question.other.to(states))
     if question.vector is not None:
-        state = recording.state(question.layer)[row, question.position]
-        value = float(state @ question.vector.to(state)) + question.constant
+        states = recording.state(question.layer)[row, [read.position for read in reads]]
+        weights = states.new_tensor([read.weight for read in reads])
+        value = float(weights @ states @ question.vector.to(states)) + question.constant
         return ModelAnswer.of_vector(question, value, recording.logits[row, places[0]].to(dtype), names)
     tokens = [
         ModelAnswer.of_token(
@@ -265,9 +302,14 @@ class Readout:
                 recording.decoder, [logits for answer in answers for logits in answer.logits]
             )
         else:
-            inside = [question.vector for _, question in rows if question.vector is not None]
-            vectors = torch.stack([vector.to(state) for vector in inside])
-            constants = vectors.new_tensor([question.constant for _, question in rows])
+            inside = [
+                (read.weight * question.vector.to(state), read.weight * question.constant)
+                for _, question in rows
+                if question.vector is not None
+                for read in question.reads
+            ]
+            vectors = torch.stack([vector for vector, _ in inside])
+            constants = vectors.new_tensor([constant for _, constant in inside])
         # [batch * target, read, hidden]
         padded = nn.utils.rnn.pad_sequence(list(vectors.to(state).split(counts)), batch_first=True)
         places = [

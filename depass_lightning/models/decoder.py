@@ -57,7 +57,7 @@ class Decoder:
         inner: nn.Module = self.model
         if spec.model is None:
             self.token_embedding: nn.Module = self.model.get_input_embeddings()
-            self.head = OutputHead.of(self.model)
+            self.head = OutputHead.of(self.model, causal=self.causal)
             inner = submodule(inner, spec.decoder, owner) if spec.decoder else self.model.get_decoder()
         else:
             self.token_embedding = submodule(inner, spec.model.embedding, owner)
@@ -96,7 +96,7 @@ class Decoder:
     def _bind_head(self, owner: str) -> None:
         """Bind what is between the last block and the output map, if anything, as an additional block."""
         spec, sizes = self.spec.head, (self.hidden_size, self.heads)
-        if spec is not None and not self.head.labels:
+        if spec is not None and self.head.predicts_tokens:
             norm, self.final_norm = self.final_norm, None
             head = submodule(self.model, spec.module, owner)
             self.blocks.append(bind_head(spec, len(self.blocks), norm, head, sizes))
@@ -218,7 +218,7 @@ class Decoder:
     @property
     def vocabulary_size(self) -> int:
         """The number of tokens: the rows of the unembedding, or of a classifier's token embedding."""
-        return len(self.embedding) if self.head.labels else self.outputs
+        return self.outputs if self.head.predicts_tokens else len(self.embedding)
 
     @property
     def outputs(self) -> int:
@@ -228,7 +228,7 @@ class Decoder:
     @property
     def logit_scale(self) -> float:
         """What the model multiplies the unembedding's output by; 1 for labels."""
-        if self.head.labels:
+        if not self.head.predicts_tokens:
             return 1.0
         spec = self.spec
         return configured(self.config, spec.logit_scale) / configured(self.config, spec.logit_divisor)
@@ -302,7 +302,7 @@ class Decoder:
             stand at.
         """
         kept: Tensor = positions.unique()
-        if self.head.labels:
+        if not self.head.predicts_tokens:
             logits = self.head.label_logits(self.model, input_ids, kept)
             return logits, logits, kept.tolist()
         seen: list[Tensor] = []

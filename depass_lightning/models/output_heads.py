@@ -13,7 +13,7 @@ from typing_extensions import override
 from depass_lightning.errors import DePassError
 from depass_lightning.models.affine import features
 
-HeadKind = Literal["causal", "masked", "sequence", "token"]
+HeadKind = Literal["causal", "masked", "sequence", "token", "embedding"]
 CLASSES: dict[str, HeadKind] = {
     "ForMaskedLM": "masked",
     "ForSequenceClassification": "sequence",
@@ -56,7 +56,8 @@ class OutputHead:
 
     Args:
         kind: `causal`, the next token at each position; `masked`, the token at each position; `sequence`, the
-            labels of a whole text, read at one position; `token`, the labels of each position.
+            labels of a whole text, read at one position; `token`, the labels of each position;
+            `embedding`, no head: the outputs are the dimensions of each position's last state.
         output: the map, with a row for each token or label.
         labels: the labels' names, in the order of the rows; empty for tokens.
         independent: whether labels do not exclude each other, as in a multi-label classifier or for the only
@@ -73,9 +74,18 @@ class OutputHead:
     padding: int | None = None
     pooled: PooledHead | None = None
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the outputs are tokens, and not labels or the dimensions of a state."""
+        return self.kind in ("causal", "masked")
+
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "OutputHead":
+    def of(cls, model: PreTrainedModel, *, causal: bool = True) -> "OutputHead":
         """Find a model's output head.
+
+        Args:
+            model: the model.
+            causal: a token sees only those before it; other models need no head.
 
         Raises:
             DePassError: the model has no head, or its labels are not those of its configuration.
@@ -83,6 +93,12 @@ class OutputHead:
         owner, kind = type(model).__name__, _kind(model)
         if kind in ("causal", "masked"):
             unembedding = model.get_output_embeddings()
+            if unembedding is None and not causal:
+                embedding: Any = model.get_input_embeddings()
+                size: int = model.config.hidden_size
+                same = nn.Linear(size, size, bias=False, device=embedding.weight.device)
+                nn.init.eye_(same.weight)
+                return cls("embedding", same.requires_grad_(requires_grad=False))
             if unembedding is None:
                 raise DePassError(f"{owner} has no unembedding; load it with AutoModelForCausalLM")
             return cls(kind, unembedding)
@@ -116,7 +132,7 @@ class OutputHead:
     def label_logits(
         self, model: PreTrainedModel, input_ids: Int[Tensor, "batch position"], positions: Int[Tensor, "kept"]
     ) -> Float[Tensor, "batch kept label"]:
-        """Run a classifier on right-padded ids, and read its labels' logits at some positions.
+        """Run a classifier on right-padded ids, and read its labels' logits, or an encoder's states.
 
         The decoder and the head are called separately, since a classifier refuses batches if its
         configuration has no padding token.
@@ -124,7 +140,8 @@ class OutputHead:
         states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         if self.pooled is not None:
             states = self.pooled(states)
-        return self.output(states[:, positions.to(states.device)])
+        states = states[:, positions.to(states.device)]
+        return states if self.kind == "embedding" else self.output(states)
 
     def probabilities(self, logits: Float[Tensor, "*rows output"]) -> Float[Tensor, "*rows output"]:
         """The outputs' probabilities."""

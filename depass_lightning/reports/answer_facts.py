@@ -12,8 +12,11 @@ PARTS = {
 }
 
 
+COMPARED = "compared with"  # of an embedding, in place of a prediction
+
+
 def prediction_name(attribution: Attribution) -> str:
-    """Return what an attribution's prediction is: a next or masked token, a label, or an answer's start.
+    """Return what an attribution's prediction is: a token, a label, an answer's start, another text.
 
     Args:
         attribution: the attribution.
@@ -22,8 +25,8 @@ def prediction_name(attribution: Attribution) -> str:
         return "the more likely answer"
     if attribution.metadata.get("labels"):
         return "most likely label"
-    if attribution.metadata.get("encoder") == "masked":
-        return "masked token"
+    if attribution.metadata.get("encoder") in ("masked", "embedding"):
+        return "masked token" if attribution.metadata["encoder"] == "masked" else COMPARED
     return "model's answer begins" if attribution.whole_answer else "next token"
 
 
@@ -33,6 +36,8 @@ def prediction_text(attribution: Attribution) -> str:
     Args:
         attribution: the attribution.
     """
+    if prediction_name(attribution) == COMPARED and not attribution.prediction:
+        return ""  # an encoder without a head predicts nothing
     text = f"{prediction_name(attribution)} {visible(attribution.prediction)!r}"
     if attribution.rank is not None:
         text += f"; the target is the model's {ordinal(attribution.rank)} choice"

@@ -88,7 +88,8 @@ def tokens_figure(attribution: Attribution, dark: bool = False) -> Figure:
     _headline(axes, attribution, theme, height)
     for box in boxes:
         _draw_token(axes, box, theme, height - HEAD - LINE * (box.line + 0.5))
-    _draw_answer(axes, answer, theme, height - HEAD - LINE * (answer.line + 0.5), attribution.correct)
+    if answer.text:
+        _draw_answer(axes, answer, theme, height - HEAD - LINE * (answer.line + 0.5), attribution.correct)
     draw_scale(axes, full_score(attribution), theme)
     _draw_elsewhere(axes, attribution, theme)
     return figure

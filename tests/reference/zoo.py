@@ -6,6 +6,7 @@ wherever the family allows it, so that none is mistaken for another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -621,7 +622,14 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def derivatives(
-    model: Any, ids: Tensor, token: int, foil: int, *, half: bool = False, position: int = -1
+    model: Any,
+    ids: Tensor,
+    token: int = 0,
+    foil: int = 1,
+    *,
+    half: bool = False,
+    position: int = -1,
+    read: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, float, float]:
     """The derivative of a real model or classifier under a linear rule, without knowledge of its family.
 
@@ -632,6 +640,7 @@ def derivatives(
         foil: the one that it is compared with.
         half: the rule is `half`, not `taylor`.
         position: where both are read, if not for a whole text.
+        read: computes the value from the last states `[position, hidden]` of a model without a head.
 
     Returns:
         Each position's state at the first block times the derivative of the difference of logits by it, the
@@ -680,7 +689,8 @@ def derivatives(
     ]
     try:
         with frozen:
-            logits = model(ids[None], use_cache=False).logits
+            output = model(ids[None], use_cache=False)
+            logits = output.last_hidden_state if read else output.logits
             caps = (
                 getattr(model.config, cap, None) for cap in ("final_logit_softcapping", "logits_soft_cap")
             )
@@ -688,7 +698,7 @@ def derivatives(
                 logits = unembedded[0]
             if logits.ndim == 2:  # a classifier's, of its labels
                 logits = logits[:, None]
-            value = logits[0, position, token] - logits[0, position, foil]
+            value = read(logits[0]) if read else logits[0, position, token] - logits[0, position, foil]
     finally:
         for handle in handles:
             handle.remove()

@@ -95,7 +95,8 @@ function paint({ i, start, end, node }, prompt, view, scale) {
 // The model's prediction, after the position at which it is read.
 function appendAnswer(text, prompt) {
   const wrong = prompt.rank != null && prompt.rank > 1;
-  const title = `the model's ${prompt.predicted}${wrong ? ", not the target" : ""}`;
+  const title = `${prompt.predicted}${wrong ? ", not the target" : ""}`;
+  if (!prompt.prediction) return;
   const begins = text.lastElementChild?.className === "section-name";
   text.append(begins ? "" : " ", element("span", { class: `answer${wrong ? " wrong" : ""}`, title }, bare(prompt.prediction)));
 }
