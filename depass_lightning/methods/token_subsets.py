@@ -227,6 +227,9 @@ class ContextCite(SurrogateBaseline):
         weights = torch.zeros(count, dtype=torch.float64)
         if varies.any():
             inputs = (indicators - indicators.mean(0))[:, varies] / scale[varies]
-            lasso = Lasso(alpha=self.alpha, max_iter=ITERATIONS).fit(inputs.numpy(), outputs.numpy())
+            # Without a random state it draws from NumPy's global generator, which a training shares.
+            lasso = Lasso(alpha=self.alpha, max_iter=ITERATIONS, random_state=0).fit(
+                inputs.numpy(), outputs.numpy()
+            )
             weights[varies] = torch.from_numpy(lasso.coef_).double() / scale[varies]
         return weights

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import pickle
 import random
 from datetime import timedelta
 from pathlib import Path
@@ -51,7 +52,7 @@ class Witness(Callback):
                 "attention": pl_module.inside.lm.config._attn_implementation,
                 "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
                 "random": (random.getstate(), torch.get_rng_state().tolist()),
-                "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
+                "numpy": pickle.dumps(np.random.get_state()),
             }
         )
 
@@ -380,7 +381,7 @@ def test_a_training_that_fails_starts_no_run(tmp_path: Path) -> None:
 
 def test_what_training_had_is_put_back() -> None:
     def drawn() -> tuple[Any, ...]:
-        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
+        return random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist()
 
     def fail_inside() -> None:
         with isolated():

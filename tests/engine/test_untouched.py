@@ -1,5 +1,6 @@
 """The model is left exactly as it was found, whatever happens, and its mode does not change the result."""
 
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -44,7 +45,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
         "places": {name: tensor.data_ptr() for name, tensor in model.state_dict().items()},
         "versions": {name: parameter._version for name, parameter in model.named_parameters()},
         "python": random.getstate(),
-        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
+        "numpy": pickle.dumps(np.random.get_state()),
         "gradients on": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
