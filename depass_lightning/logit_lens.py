@@ -22,6 +22,7 @@ from depass_lightning.results.component import Component
 from depass_lightning.sources import Source, Subspace
 
 LAYER_RULES = ("softmax", "max", "relu", "linear", "half", "taylor")  # those that are propagated forward
+LAYER_BYTES = 2**30  # of all tokens' states at one layer, at most
 CHUNK = 64  # directions whose logits over the whole vocabulary are in memory together
 
 
@@ -109,7 +110,8 @@ def layer_scores(depass: DePass, attribution: Attribution) -> Float[Tensor, "lay
 
     Returns:
         One row for each block's input and one for the last block's output; None for other targets, sources
-        and methods, and for rules that are not propagated forward (`shap`, `dual`, rule files).
+        and methods, for rules that are not propagated forward (`shap`, `dual`, rule files), and for prompts
+        whose tokens' states at all positions exceed 1 GiB, about 680 tokens of a hidden size of 576.
     """
     ids, position, decoder = attribution.target_ids, attribution.position, depass.decoder
     names = OutputNames.of(decoder, depass.tokenizer)
@@ -118,7 +120,8 @@ def layer_scores(depass: DePass, attribution: Attribution) -> Float[Tensor, "lay
     forward = attribution.method == "depass" and attribution.attention_path == "content"
     forward = forward and attribution.rule in LAYER_RULES and "compat" not in attribution.metadata
     answers = attribution.answer_start is not None or bool(decoder.head.labels)
-    if not (ids and plain and from_tokens and forward) or answers:
+    large = (position + 1) ** 2 * decoder.hidden_size * decoder.dtype.itemsize > LAYER_BYTES
+    if not (ids and plain and from_tokens and forward) or answers or large:
         return None
     options: dict[str, Any] = {"rule": attribution.rule}
     if attribution.metadata.get("temperature") is not None:

@@ -72,13 +72,15 @@ def test_tokens_at_every_layer_sum_to_the_logit_lens_and_end_as_the_scores(depas
     torch.testing.assert_close(layers.sum(1), logits[:, token] - logits[:, foil], atol=1e-4, rtol=1e-4)
 
 
-def test_layers_are_for_the_logits_of_tokens_alone(depass):
+def test_layers_are_for_the_logits_of_tokens_alone(depass, monkeypatch):
     for options in ({"target": LogOdds(" Mary")}, {"rule": "shap"}, {"source": Heads()}):
         assert layer_scores(depass, depass.attribute(PROMPT, **{"rule": "half", **options})) is None
     answer = depass.attribute(PROMPT, " Mary", rule="half")
     layers = layer_scores(depass, answer)
     assert layers is not None
     assert layers.shape == (len(depass.decoder.blocks) + 1, len(answer.tokens))
+    monkeypatch.setattr("depass_lightning.logit_lens.LAYER_BYTES", 15 * 15 * 64 * 4 - 1)
+    assert layer_scores(depass, answer) is None
 
 
 def test_the_likely_next_tokens_are_the_models_at_every_position(depass):
