@@ -23,7 +23,7 @@ def main(steps=60, every=20, folder="logs/training_loop"):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    monitor = ProbeMonitor(model, tokenizer, tasks.load("known", split="new-test"), size=8, max_overhead=0.5)
+    monitor = ProbeMonitor(model, tokenizer, tasks.load("known", split="new-test"), size=8)
     sinks = [FunctionSink(show)]
     batches = (batch for _ in iter(int, 1) for batch in loader)
     monitor.start()

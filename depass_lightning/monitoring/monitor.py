@@ -44,7 +44,7 @@ from depass_lightning.monitoring.results import Result, result_of
 from depass_lightning.monitoring.runner import Failure, Outcome, ProbeRunner, isolated, report_failures
 from depass_lightning.monitoring.sinks import Sink
 from depass_lightning.monitoring.sources import Sources, fitting, name_sources
-from depass_lightning.monitoring.throttle import Throttle
+from depass_lightning.monitoring.throttle import FREE_SECONDS, Throttle
 from depass_lightning.utils.distributed import from_all, from_first, place, sharing
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class ProbeMonitor:
             "token", without the foil; "centred", that less the mean logit; "log_odds", the token against all
             others; "logprob", its log-probability; "own", the model's most likely next token.
         answer: "whole" explains all tokens of an answer, "first" only its first token.
-        max_overhead: the largest fraction of the wall time that probes may take (`due`); None for no limit.
+        max_overhead: the largest fraction of the wall time for probes (`due`), past a first minute; or None.
         faithfulness: the number of probes of each set for which token removal is measured.
         circuit: also write each set's mean circuit, by a linear rule (`half` for `auto`), and compare its
             largest edges with earlier runs'.
@@ -142,7 +142,7 @@ class ProbeMonitor:
         source: Sources = None,
         target: TargetKind = "contrast",
         answer: AnswerPart = "whole",
-        max_overhead: float | None = None,
+        max_overhead: float | None = 0.05,
         faithfulness: int = 4,
         circuit: bool = False,
         batch_size: int = 8,
@@ -177,7 +177,7 @@ class ProbeMonitor:
         self.faithfulness, self.circuit = faithfulness, circuit
         self.on_error: Literal["log", "raise"] = on_error
         self.settings: RuleOptions = {"rule": AUTO, **settings}
-        self.throttle = Throttle(max_overhead)
+        self.throttle = Throttle(max_overhead, free=FREE_SECONDS)
         self.history: dict[str, History] = {}
         self.sets: dict[str, list[ProbePrompt]] = {}
         self.step: int | None = None

@@ -1,6 +1,7 @@
 """How often the probes may run: a limit on the fraction of wall time that they take.
 
 1. A run that would lift the fraction above the limit, at the cost of the last one, is skipped.
+   The first seconds of all runs together are free, so that a short training is watched whole.
 2. Each skipped run doubles the number of occasions (validations, steps, checkpoints) from one run to
    the next, so that runs are spread evenly rather than bunched.
 3. A run after which less than half of the limit is spent halves that number again.
@@ -12,6 +13,8 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
+FREE_SECONDS = 60.0
+
 
 class Throttle:
     """Measures the fraction of wall time that the probes take, and decides whether to run.
@@ -19,11 +22,18 @@ class Throttle:
     Args:
         limit: the largest fraction; None for no limit.
         clock: returns the time in seconds.
+        free: the seconds that all runs together may take before the limit is enforced.
     """
 
-    def __init__(self, limit: float | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        limit: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        free: float = 0.0,
+    ) -> None:
         self.limit = limit
         self.clock = clock
+        self.free = free
         self.every = 1
         self.start()
 
@@ -64,7 +74,7 @@ class Throttle:
 
     def has_room(self) -> bool:
         """Count an occasion, and return whether to use it; a change of the interval is logged."""
-        if self.limit is None:
+        if self.limit is None or self._spent + self._last <= self.free:
             return True
         self._waited += 1
         if self._waited < self.every:

@@ -80,6 +80,25 @@ def test_expensive_runs_stay_below_the_limit_and_are_spread(caplog: pytest.LogCa
     assert "above max_overhead=5%" in said[0]
 
 
+def test_the_limit_is_enforced_once_the_free_seconds_are_spent() -> None:
+    clock = Clock()
+    pace = Throttle(0.05, clock, free=3.0)
+    used = []
+    for i in range(6):
+        clock.now += 1.0
+        if pace.has_room():
+            clock.now += 1.0
+            pace.spend(1.0)
+            used.append(i)
+    assert used == [0, 1, 2]
+    assert pace.every > 1
+
+
+def test_a_monitor_has_a_limit_by_default() -> None:
+    throttle = DePassCallback(list(PROMPTS)).monitor.throttle
+    assert (throttle.limit, throttle.free) == (0.05, 60.0)
+
+
 def test_it_comes_back_where_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     pace = Throttle(0.1, clock)
