@@ -58,7 +58,8 @@ class Decoder:
         if spec.model is None:
             self.token_embedding: nn.Module = self.model.get_input_embeddings()
             self.head = OutputHead.of(self.model, causal=self.causal)
-            inner = submodule(inner, spec.decoder, owner) if spec.decoder else self.model.get_decoder()
+            if self.head.kind != "embedding":  # else the model is its own decoder
+                inner = submodule(inner, spec.decoder, owner) if spec.decoder else self.model.get_decoder()
         else:
             self.token_embedding = submodule(inner, spec.model.embedding, owner)
             self.head = OutputHead("causal", submodule(inner, spec.model.unembedding, owner))

@@ -58,7 +58,7 @@ REFUSED = {
     ),
     "audio input that only its processor prepares": frozenset({"moss_transcribe_diarize"}),
     "an encoder of a kind that is not declared": frozenset(
-        {"deberta", "deberta-v2", "albert", "t5", "mt5", "umt5", "m2m_100", "modernbert"}
+        {"deberta", "albert", "t5", "mt5", "umt5", "m2m_100"}
     ),
 }
 

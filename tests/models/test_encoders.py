@@ -64,10 +64,21 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Their classifiers are read in another way; their window of attention and relative positions are at work.
+OTHERS: dict[str, dict[str, Any]] = {
+    "modernbert": CLASSIC
+    | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 4, "global_attn_every_n_layers": 2}
+    | {"norm_bias": True, "attention_bias": True, "mlp_bias": True},
+    "deberta-v2": CLASSIC
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+    | {"norm_rel_ebd": "layer_norm", "position_biased_input": False},
+}
+EVERY = KINDS | OTHERS
+
 
 def encoder(kind: str, auto: Any = AutoModelForSequenceClassification, **changes: Any) -> Any:
     """A tiny random encoder with a classifier of three labels in float64, in evaluation mode."""
-    model = auto.from_config(AutoConfig.for_model(kind, **KINDS[kind] | {"num_labels": 3} | changes))
+    model = auto.from_config(AutoConfig.for_model(kind, **EVERY[kind] | {"num_labels": 3} | changes))
     randomise(model, 0)
     stay_in_float64(model.double().eval())
     return model
@@ -104,8 +115,8 @@ def test_scores_are_the_real_models_derivatives(kind: str, rule: Any, auto: Any)
 
 
 @pytest.mark.parametrize("rule", ["taylor", "half"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.covering(5)
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.covering(7)
 def test_scores_of_masked_tokens_are_the_real_models_derivatives(kind: str, rule: Any) -> None:
     """At a position inside the text, by the same oracle; the head's norm and activation are frozen, too."""
     model, ids = masked_model(kind), prompt(9)
@@ -145,8 +156,8 @@ def embedding_of(model: Any, ids: Tensor, pooling: str) -> Tensor:
 
 @pytest.mark.parametrize("rule", ["taylor", "half"])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.covering(5)
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.covering(7)
 def test_scores_of_similarities_are_the_real_models_derivatives(kind: str, pooling: Any, rule: Any) -> None:
     """With both norms frozen; the value is the cosine similarity that torch computes."""
     model, ids = encoder(kind, AutoModel, vocab_size=len(WORDS)), prompt(9) % len(WORDS)

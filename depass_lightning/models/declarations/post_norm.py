@@ -49,6 +49,14 @@ _BERT_PRE_NORM = replace(
     attention=replace(_BERT.attention, norm="attention.ln", post_norm=None, residual="none"),
     mlp=_BERT.mlp_with(norm="ln", post_norm=None, residual="none"),
 )
+_MODERNBERT = FamilySpec(
+    ("modernbert-decoder",),
+    decoder="model",
+    final_norm="final_norm",
+    head=HeadSpec("lm_head", norm="norm"),
+    attention=AttentionSpec(module="attn", norm="attn_norm", output="Wo"),
+    mlp=replace(FUSED, norm="mlp_norm", gate="Wi", up="Wi", down="Wo"),
+)
 _ROBERTA_HEAD = HeadSpec("lm_head", norm="layer_norm")
 
 POST_NORM: list[FamilySpec] = [
@@ -124,12 +132,18 @@ POST_NORM: list[FamilySpec] = [
         attention=replace(_BERT_PRE_NORM.attention, norm="attention.self_attn_layer_norm"),
         mlp=_BERT_PRE_NORM.mlp_with(norm="LayerNorm"),
     ),
-    FamilySpec(
-        ("modernbert-decoder",),
-        decoder="model",
-        final_norm="final_norm",
-        head=HeadSpec("lm_head", norm="norm"),
-        attention=AttentionSpec(module="attn", norm="attn_norm", output="Wo"),
-        mlp=replace(FUSED, norm="mlp_norm", gate="Wi", up="Wi", down="Wo"),
+    replace(
+        _BERT,
+        model_types=("deberta-v2",),
+        attention=replace(_BERT.attention, value="self.value_proj"),
+        causal=lambda _config: False,
+    ),
+    _MODERNBERT,
+    replace(
+        _MODERNBERT,
+        model_types=("modernbert",),
+        head=HeadSpec("head", norm="norm"),
+        attention=replace(_MODERNBERT.attention, value="Wqkv", layout="concatenated"),
+        causal=lambda _config: False,
     ),
 ]
