@@ -204,7 +204,7 @@ def test_ddp_in_a_sweep_is_refused_at_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_sweep_through_every_launcher(tmp_path: Path) -> None:
-    """On the embedded model: two tasks and two sources, one job after another and side by side."""
+    """On the bundled model: two tasks and two sources, sequentially and in parallel."""
     assert command(tmp_path / "basic", *SWEEP).returncode == 0
     wanted = scores_of(tmp_path / "basic/sweep")
     assert len(wanted) == 4
@@ -218,14 +218,14 @@ def test_the_same_sweep_through_every_launcher(tmp_path: Path) -> None:
 def test_two_processes_in_a_sweep_and_under_torchrun(tmp_path: Path) -> None:
     many = ("task.size=12", "batch_size=2", *QUICK[1:])
     assert command(tmp_path / "one", *many, "hydra.run.dir=run").returncode == 0
-    wanted = read_rows(tmp_path / "one/run/attributions", ["id", "scores"])
+    wanted = read_rows(tmp_path / "one/run/attributions")
     done = command(tmp_path / "sweep", "-m", "seed=0,0", *many, *DDP, "hydra.sweep.dir=run")
     assert done.returncode == 0, done.stderr
     starter = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     done = command(tmp_path / "torchrun", *many, *DDP, "hydra.run.dir=run", before=starter)
     assert done.returncode == 0, done.stderr
     for run in ("sweep/run/0", "sweep/run/1", "torchrun/run"):
-        rows = read_rows(tmp_path / run / "attributions", ["id", "scores"])
+        rows = read_rows(tmp_path / run / "attributions")
         assert [row["id"] for row in rows] == [row["id"] for row in wanted]
         for row, one in zip(rows, wanted, strict=True):
             assert row["scores"] == pytest.approx(one["scores"], abs=1e-5)
