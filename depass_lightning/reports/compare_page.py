@@ -126,7 +126,8 @@ def compared_data(
         "rows": rows,
         "relative": relative,
         "value": rounded(attributions[-1].value - first.value),
-        "change": max(1 - comparison.cosine for comparison in comparisons),
+        # Rounded: equal scores would otherwise be listed with a change of 2e-16.
+        "change": max(0.0, *(round(1 - comparison.cosine, 6) for comparison in comparisons)),
         "rank": None,
         "settings": {},
     }
