@@ -54,7 +54,7 @@ class Prompt:
     sections: tuple[Section, ...] = ()
     answer_start: int | None = None
 
-    def resolve_position(self, position: int) -> int:
+    def resolve_position(self, position: object) -> int:
         """Turn a position that may count from the end into an index.
 
         Raises:

@@ -180,12 +180,12 @@ def _position(
     target: LogitTarget | HeadTarget,
 ) -> int:
     """Return where a target is read."""
-    position = None if isinstance(target, Reward) else target.position
-    default = position is None or (position == -1 and not isinstance(target, Masked))
+    position = -1 if isinstance(target, Reward) else target.position
+    default = position == (None if isinstance(target, Masked) else -1)
     if decoder.head.kind == "masked" and default:
         return only_mask(tokenizer, prompt)
     if decoder.head.kind != "sequence":
-        return prompt.resolve_position(-1 if position is None else position)
+        return prompt.resolve_position(position)
     if not default:
         raise DePassError(
             f"{type(decoder.model).__name__} labels a whole text, not its tokens; leave position= out"

@@ -281,7 +281,7 @@ def test_no_name_leads_out_of_its_folder(tmp_path):
 def test_probe_sets_are_written_below_the_runs_folder(tmp_path):
     history = SimpleNamespace(as_json=dict)
     for name in ("../../../esc", "/esc"):
-        found: Any = SimpleNamespace(name=name, step=0, history=history, attributions=[])
+        found: Any = SimpleNamespace(name=name, step=0, history=history, circuit=None, attributions=[])
         write_maps(found, tmp_path / "a" / "b")
     written = list(tmp_path.rglob("history.json"))
     assert len(written) == 2
