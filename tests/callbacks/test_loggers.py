@@ -136,6 +136,7 @@ def records(run: Path) -> Iterator[Any]:
     """Read the file of an offline run: a header of 7 bytes, then LevelDB's log of protobuf records.
 
     The log is made of blocks of 32 KiB; a record that spans several is cut into pieces of types 2, 3 and 4.
+    The last one may be half written.
     """
     [file] = run.glob("run-*.wandb")
     data, at, parts = file.read_bytes(), 7, b""
@@ -145,6 +146,8 @@ def records(run: Path) -> Iterator[Any]:
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
