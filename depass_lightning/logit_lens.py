@@ -23,6 +23,7 @@ from depass_lightning.sources import Source, Subspace
 
 LAYER_RULES = ("softmax", "max", "relu", "linear", "half", "taylor")  # those that are propagated forward
 LAYER_BYTES = 2**30  # of all tokens' states at one layer, at most
+TOLERANCE = 1e-2  # between the last layer's row and the scores, of the largest
 CHUNK = 64  # directions whose logits over the whole vocabulary are in memory together
 
 
@@ -109,9 +110,11 @@ def layer_scores(depass: DePass, attribution: Attribution) -> Float[Tensor, "lay
         attribution: scores of tokens, or of spans of them, for a token's logit or the difference of two.
 
     Returns:
-        One row for each block's input and one for the last block's output; None for other targets, sources
-        and methods, for rules that are not propagated forward (`shap`, `dual`, rule files), and for prompts
-        whose tokens' states at all positions exceed 1 GiB, about 680 tokens of a hidden size of 576.
+        One row for each block's input and one for the last block's output; None for other models, targets,
+        sources and methods, for rules that are not propagated forward (`shap`, `dual`, rule files), and for
+        prompts whose tokens' states at all positions exceed 1 GiB, about 680 tokens of a hidden size of 576.
+        None also where the last row differs from the scores: a competing rule splits spans in another way
+        than tokens, and `Tokens(exclude_first=False)` lets the first token compete.
     """
     ids, position, decoder = attribution.target_ids, attribution.position, depass.decoder
     names = OutputNames.of(decoder, depass.tokenizer)
@@ -119,7 +122,7 @@ def layer_scores(depass: DePass, attribution: Attribution) -> Float[Tensor, "lay
     from_tokens = attribution.layer == 0 and any(span is not None for span in attribution.positions)
     forward = attribution.method == "depass" and attribution.attention_path == "content"
     forward = forward and attribution.rule in LAYER_RULES and "compat" not in attribution.metadata
-    answers = attribution.answer_start is not None or bool(decoder.head.labels)
+    answers = attribution.answer_start is not None or decoder.head.kind != "causal"
     large = (position + 1) ** 2 * decoder.hidden_size * decoder.dtype.itemsize > LAYER_BYTES
     if not (ids and plain and from_tokens and forward) or answers or large:
         return None
@@ -141,7 +144,18 @@ def layer_scores(depass: DePass, attribution: Attribution) -> Float[Tensor, "lay
             normed = decoder.final_norm(total.to(decoder.model_dtype))
             scale = FrozenNorm.fit(norm, total, normed, "the final norm").scale
         rows.append((norm.direction(states) * scale[0] @ vector.to(states))[spans].cpu())
-    return torch.stack(rows)
+    scores = torch.stack(rows)
+    if not _sums_to(scores[-1], attribution):
+        return None
+    return scores
+
+
+def _sums_to(tokens: Float[Tensor, "position"], attribution: Attribution) -> bool:
+    """Return whether tokens' scores, summed over each component's tokens, are the attribution's."""
+    pairs = zip(attribution.positions, attribution.scores.tolist(), strict=True)
+    summed = [(float(tokens[slice(*span)].sum()), score) for span, score in pairs if span is not None]
+    largest = max(abs(total) for total, _ in summed)
+    return all(abs(total - score) <= TOLERANCE * largest for total, score in summed)
 
 
 def notes_on(depass: DePass, source: Source, components: Sequence[Component]) -> dict[str, str]:
@@ -187,7 +201,9 @@ class PageLens:
         return notes_on(self.depass, self.source, components)
 
     def prompt(self, attribution: Attribution) -> dict[str, Any]:
-        """Return one prompt's `likely` next tokens, and the `layers` of its tokens' scores."""
+        """Return one prompt's `likely` next tokens, and the `layers` of its tokens' scores, if any."""
+        if self.depass.decoder.head.kind != "causal":
+            return {"likely": None, "layers": None}
         scores = layer_scores(self.depass, attribution)
         return {
             "likely": next_tokens(self.depass, attribution.token_ids[: attribution.position + 1]),

@@ -33,7 +33,7 @@ def only_mask(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> int:
         )
     raise DePassError(
         f"{prompt.name} has {len(places)} mask tokens, at positions {', '.join(map(str, places))}; give the "
-        f"one to explain, such as Masked({places[0]})"
+        f"one to explain, such as Masked({places[0]}) in Python; a command takes texts with one mask"
     )
 
 
@@ -43,14 +43,19 @@ def embedding_of(
     """Return the embedding of a similarity's other text, divided by its norm.
 
     Raises:
-        DePassError: the model has a head, or the text cannot be read.
+        DePassError: the model has a head, there is no tokenizer, or the text cannot be read.
     """
     if decoder.head.kind != "embedding":
         raise DePassError(
             f"{type(decoder.model).__name__} is no encoder without a head, which a Similarity takes; load "
             "one with AutoModel"
         )
-    (prompt,) = prompts_of(decoder, tokenizer, target.text, None, None)
+    if tokenizer is None:
+        raise DePassError("the other text of a Similarity needs a tokenizer; use DePass(model, tokenizer)")
+    try:
+        (prompt,) = prompts_of(decoder, tokenizer, target.text, None, None)
+    except DePassError as error:
+        raise DePassError(f"Similarity, the other text {target.text!r:.60}: {error}") from error
     ids = torch.tensor([prompt.ids], device=decoder.device)
     with alone(decoder.model), undisturbed(decoder.model, attention=None):
         states, _, _ = decoder.logits(ids, torch.arange(ids.shape[1], device=ids.device))

@@ -114,7 +114,13 @@ class Question:
             return cls(prompt, target, (Read(position, logit_target, ids, before=text),), layers)
         if isinstance(target, Similarity):
             other = embedding_of(decoder, tokenizer, target)
-            return cls(prompt, target, _pooled(prompt, target, target.pooling), layers, other=other)
+            return cls(
+                prompt,
+                target,
+                _pooled(prompt, target, 0 if target.pooling == "cls" else "mean"),
+                layers,
+                other=other,
+            )
         name = type(target).__name__
         vector, constant = inner_reading(target, decoder.hidden_size)
         layer = layers
@@ -139,13 +145,13 @@ class Question:
 
 
 def _pooled(
-    prompt: Prompt, target: Direction | ProbeLogit | Similarity, where: int | Literal["mean", "cls"]
+    prompt: Prompt, target: Direction | ProbeLogit | Similarity, where: int | Literal["mean"]
 ) -> tuple[Read, ...]:
-    """Return the reads of a target of states: at one position, at the first, or with equal weights at all."""
+    """Return the reads of a target of states: at one position, or with equal weights at all."""
     if where == "mean":
-        count = len(prompt.ids)
+        count = len(prompt.ids) if prompt.answer_start is None else prompt.answer_start
         return tuple(Read(place, target, weight=1 / count) for place in range(count))
-    return (Read(0 if where == "cls" else prompt.resolve_position(where), target),)
+    return (Read(prompt.resolve_position(where), target),)
 
 
 def _of_logits(decoder: Decoder, target: LogitTarget | HeadTarget) -> LogitTarget:

@@ -235,7 +235,7 @@ def _answer(recording: Recording, names: OutputNames, row: int, question: Questi
         states = recording.state(question.layer)[row, [read.position for read in reads]]
         weights = states.new_tensor([read.weight for read in reads])
         value = float(weights @ states @ question.vector.to(states)) + question.constant
-        return ModelAnswer.of_vector(question, value, recording.logits[row, places[0]].to(dtype), names)
+        return ModelAnswer.of_vector(question, value, recording.logits[row, places[-1]].to(dtype), names)
     tokens = [
         ModelAnswer.of_token(
             read,

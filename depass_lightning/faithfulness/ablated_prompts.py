@@ -69,7 +69,12 @@ def answers_of(
     """
     inner: Any = unwrapped(model)
     known = isinstance(inner, PreTrainedModel) and not families_of_class(inner)
-    head = OutputHead.of(inner) if known else OutputHead("causal", inner)
+    head = OutputHead.of(inner, causal=False) if known else OutputHead("causal", inner)
+    if head.kind == "embedding":
+        raise DePassError(
+            f"{type(inner).__name__} has no head, so that no answer's probability can be measured; load it "
+            "with its head, such as AutoModelForCausalLM; a Similarity cannot be measured by removal"
+        )
 
     def work(batch: list[int]) -> list[AnswerReading]:
         asked = [prompts[i] for i in batch]

@@ -27,7 +27,7 @@ from depass_lightning.engine.norms import FrozenNorm, NormParameters
 from depass_lightning.errors import DePassError
 from depass_lightning.faithfulness.true_ablation import contrast
 from depass_lightning.methods.model_runs import embeddings_replaced, run
-from depass_lightning.methods.places import place_of
+from depass_lightning.methods.places import place_of, separate_mlp
 from depass_lightning.models.block import Block
 from depass_lightning.models.decoder import Decoder
 from depass_lightning.prompts import pad
@@ -43,19 +43,27 @@ def edge_layout(decoder: Decoder) -> FlowLayout:
     Raises:
         DePassError: the residual stream is not the sum of what nodes write.
     """
+    reason = _obstacle(decoder)
+    if reason is not None:
+        raise DePassError(f"edges cannot be ablated in {type(decoder.model).__name__}: {reason}")
+    return FlowLayout(0, tuple(block.attention.heads for block in decoder.blocks), by_position=False, paths=1)
+
+
+def _obstacle(decoder: Decoder) -> str | None:
+    """Return why the residual stream is not the sum of what modules write, if it is not."""
     blocks = decoder.blocks
     sublayers = [part for block in blocks for part in (block.attention, block.mlp)]
-    if (
-        decoder.final_norm is None
-        or not decoder.causal
-        or any(part.residual != "none" or part.residual_weight is not None for part in sublayers)
-        or any(block.attention.norm in [*block.attention.module.modules()][1:] for block in blocks)
-    ):
-        raise DePassError(
-            f"edges cannot be ablated in {type(decoder.model).__name__}: it rescales its residual stream "
-            "between blocks, or has no norm before its output; take circuits=[nodes]"
-        )
-    return FlowLayout(0, tuple(block.attention.heads for block in blocks), by_position=False, paths=1)
+    if not decoder.causal:
+        return "it is an encoder"
+    if any(part.residual != "none" or part.residual_weight is not None for part in sublayers):
+        return "it rescales its residual stream between blocks; take circuits=[nodes]"
+    if decoder.final_norm is None:
+        return "it has no norm before its output; take circuits=[nodes]"
+    if any(block.attention.norm in [*block.attention.module.modules()][1:] for block in blocks):
+        return "its attention contains the norm before it; take circuits=[nodes]"
+    if any(block.attention.module is block.module or not separate_mlp(block) for block in blocks):
+        return "some blocks have no attention, or run their experts without a module of their own"
+    return None
 
 
 def possible_edges(decoder: Decoder) -> Bool[Tensor, "from to"]:

@@ -84,9 +84,9 @@ class Batch:
     @property
     def real(self) -> Tensor:
         """`[batch, position]`, true where a position is not padding."""
-        places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        ends = self.positions[:, None] if self.decoder.causal else self.ids.shape[1]  # an encoder's are equal
-        return places <= ends
+        places = torch.arange(self.ids.shape[1], device=self.ids.device).expand(self.ids.shape)
+        # An encoder's texts have equal lengths.
+        return places <= (self.positions[:, None] if self.decoder.causal else self.ids.shape[1])
 
     @property
     def answers(self) -> list[ModelAnswer]:

@@ -23,7 +23,8 @@ from depass_lightning.sources import Source
 class AblationBaseline(TokenBaseline):
     """A method that runs the model on prompts without some of their tokens.
 
-    Where `how="remove"` would leave nothing, the last token stays.
+    Where `how="remove"` would leave nothing, the last token stays. An encoder always keeps the token at which
+    the target is read, such as the mask.
 
     Raises:
         DePassError: `how` is unknown, or there are no rows.
@@ -76,11 +77,26 @@ class AblationBaseline(TokenBaseline):
             with embeddings_replaced(batch.decoder, embeddings):
                 return run(batch.decoder, batch.ids[rows], batch.positions[rows])[1]
         kept = batch.real[rows] & ~removed
+        if not batch.decoder.causal:
+            return self._encoded(batch, rows, kept)
         empty = ~kept.any(1)
         kept[empty, batch.positions[rows][empty]] = True  # a model needs one token to read
         both = zip(batch.ids[rows].cpu(), kept.cpu(), strict=True)
         ids = pad([row[left].tolist() for row, left in both])
         return run(batch.decoder, ids.to(batch.ids.device), kept.sum(1) - 1)[1]
+
+    def _encoded(self, batch: Batch, rows: Tensor, kept: Tensor) -> Tensor:
+        """Return an encoder's logits, which padding would change: texts of equal length run together."""
+        read = batch.positions[rows][:, None]
+        kept = kept.scatter(1, read, True)
+        places, lengths = kept.cumsum(1).gather(1, read)[:, 0] - 1, kept.sum(1)
+        parts, order = [], []
+        for length in lengths.unique().tolist():
+            part = (lengths == length).nonzero()[:, 0]
+            ids = batch.ids[rows[part]][kept[part]].view(len(part), length)
+            parts.append(run(batch.decoder, ids, places[part])[1])
+            order.append(part)
+        return torch.cat(parts)[torch.cat(order).argsort().to(parts[0].device)]
 
 
 class Occlusion(AblationBaseline):

@@ -76,6 +76,11 @@ def place_of(decoder: Decoder, layer: int, kind: str) -> Place:
         )
     if kind == "head":
         return Place(block.attention.output.module, block.attention.heads, block.attention.output)
+    if kind == "mlp" and not separate_mlp(block):
+        raise DePassError(
+            f"block {layer} of {type(decoder.model).__name__} runs its experts itself, so that no one module "
+            "gives its MLP's output; take another source, or the method 'depass'"
+        )
     if kind != "neuron":
         return Place(_adding(block, kind), 1)
     if block.mlp.dense is None:
@@ -86,6 +91,11 @@ def place_of(decoder: Decoder, layer: int, kind: str) -> Place:
     return Place(block.mlp.dense.down.module, block.mlp.width, block.mlp.dense.down)
 
 
+def separate_mlp(block: Block) -> bool:
+    """Return whether one module, other than the block, gives what the MLP writes."""
+    return block.mlp.dense is not None or block.mlp.module is not block.module
+
+
 def places_in(decoder: Decoder, source: Source) -> list[Place]:
     """Return where a source's components are, one place for each of its layers.
 
@@ -94,12 +104,22 @@ def places_in(decoder: Decoder, source: Source) -> list[Place]:
         source: `Heads`, `Neurons` or `Module`.
 
     Raises:
-        DePassError: as for `place_of`.
+        DePassError: as for `place_of`, or a block lacks what is asked for.
     """
     kind = "head" if isinstance(source, Heads) else "neuron"
     if isinstance(source, Module):
         kind = source.module
-    return [place_of(decoder, layer, kind) for layer in source.layers(len(decoder.blocks))]
+    layers = source.layers(len(decoder.blocks))
+    for layer in layers:
+        block = decoder.blocks[layer]
+        mixer, of_mlp = block.attention.mixer, kind in ("neuron", "mlp")
+        if block.mlp.absent if of_mlp else mixer is not None and not mixer.mixes:
+            missing = "MLP" if of_mlp else "attention"
+            raise DePassError(
+                f"block {layer} of {type(decoder.model).__name__} has no {missing} that could be read; give "
+                f"the layer of a block that has one, or take the method 'depass'"
+            )
+    return [place_of(decoder, layer, kind) for layer in layers]
 
 
 def _adding(block: Block, kind: str) -> nn.Module:

@@ -112,6 +112,11 @@ class ReAGent(SubsetBaseline):
         self, batch: Batch, row: int
     ) -> tuple[Int[Tensor, "position choice"], Float[Tensor, "position choice"]]:
         """Return the likeliest other tokens at each position, any at the first, with their likelihoods."""
+        if batch.decoder.head.kind != "causal":
+            raise DePassError(
+                f"{self.name} replaces tokens by a language model's next tokens, and "
+                f"{type(batch.decoder.model).__name__} predicts none; take occlusion or shapley"
+            )
         ids, length = batch.ids[row], len(batch.rows[row])
         positions = torch.arange(length, device=ids.device)
         logits = batch.decoder.logits(ids[None, :length], positions)[0][0, :-1].to(batch.decoder.dtype)

@@ -36,8 +36,9 @@ Values = Callable[[Bool[Tensor, "subset candidate"]], Float[Tensor, "subset *rea
 class SubsetBaseline(AblationBaseline):
     """A method that is fitted to the target's value on subsets of a prompt's tokens or spans.
 
-    Special tokens and a template, which stand for no text, are never removed and score zero; with documents,
-    only these are removed. What is drawn depends on the seed and the prompt alone.
+    Special tokens and a template, which stand for no text, and an encoder's token at which the target is
+    read are never removed and score zero; with documents, only these are removed. What is drawn depends on
+    the seed and the prompt alone.
 
     Raises:
         DePassError: `how` is unknown, or a number is less than one.
@@ -79,7 +80,9 @@ class SubsetBaseline(AblationBaseline):
         """Return the numbers of the components of one prompt that stand for text."""
         prompt, count = batch.prompts[row], len(batch.rows[row])
         text = ablatable(prompt.text, prompt.sections, prompt.offsets, count)
-        return owners[[i for i in text if i < count]].unique()
+        # An encoder keeps the token at which the target is read.
+        read = None if batch.decoder.causal else int(batch.positions[row])
+        return owners[[i for i in text if i < count and i != read]].unique()
 
     def _values(self, batch: Batch, row: int, owners: Tensor, candidates: Tensor) -> Values:
         def values(kept: Tensor) -> Tensor:

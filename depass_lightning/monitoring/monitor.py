@@ -167,14 +167,13 @@ class ProbeMonitor:
                 f"there is no setting {unknown[0]!r}; there are {', '.join(RuleOptions.__annotations__)}"
             )
         check_target_kind(target, answer)
-        self.probes = name_sets(probes)
+        self.probes, self.sources = name_sets(probes), name_sources(source)
         self.size, self.batch_size = size, batch_size
-        self.sources = name_sources(source)
-        self.alarms = name_alarms(alarms, (*SCALARS, *CIRCUIT_SCALARS, "failed"), self.probes, control)
-        self.control, self.logged = control, scalars
+        known = (*SCALARS, *(CIRCUIT_SCALARS if circuit else ()), "failed")
+        self.alarms = name_alarms(alarms, known, self.probes, control)
         self.target: TargetKind = target
         self.answer: AnswerPart = answer
-        self.faithfulness, self.circuit = faithfulness, circuit
+        self.control, self.logged, self.faithfulness, self.circuit = control, scalars, faithfulness, circuit
         self.on_error: Literal["log", "raise"] = on_error
         self.settings: RuleOptions = {"rule": AUTO, **settings}
         self.throttle = Throttle(max_overhead, free=FREE_SECONDS)
@@ -371,7 +370,8 @@ class ProbeMonitor:
             for index, source in enumerate(self.sources):
                 key = name if len(self.sources) == 1 else f"{name}/{source}"
                 history = self.history.get(key, History())
-                result = result_of(key, step, probes, outcomes, index, history, control.get(source))
+                options = history, control.get(source), self.circuit and index == 0
+                result = result_of(key, step, probes, outcomes, index, *options)
                 if name == self.control:
                     control[source] = result.changes()
                 if record:

@@ -1,5 +1,6 @@
 """The result of one run of the probes, for one set and one source."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from depass_lightning.monitoring.history import (
     similarities,
     summarise,
 )
-from depass_lightning.monitoring.probe_circuits import largest_edges, overlaps
+from depass_lightning.monitoring.probe_circuits import CIRCUIT_SCALARS, largest_edges, overlaps
 from depass_lightning.monitoring.probe_sets import ProbePrompt
 from depass_lightning.monitoring.runner import Finding, Outcome
 from depass_lightning.results.attribution import Attribution
@@ -107,6 +108,7 @@ def result_of(
     index: int,
     history: History,
     control: Mapping[str, Sequence[float]] | None = None,
+    circuit: bool = False,
 ) -> Result:
     """Measure a source's attributions.
 
@@ -118,6 +120,7 @@ def result_of(
         index: the source's index.
         history: the runs so far, without this one.
         control: the control prompts' changes of each scalar since their first run.
+        circuit: whether circuits are compared; their overlaps are NaN where every prompt failed.
     """
     scored = [(probes[i], outcome) for i, outcome in sorted(outcomes.items()) if isinstance(outcome, Finding)]
     asked = [probe for probe, _ in scored]
@@ -131,11 +134,13 @@ def result_of(
     metrics = summarise(rows, _scalars(probes, rows, history))
     metrics["failed"] = float(len(probes) - len(scored))
     circuits = [finding.circuit for _, finding in scored if finding.circuit is not None]
-    circuit = Circuit.mean(circuits) if circuits and index == 0 else None
-    if circuit is not None:
-        metrics |= overlaps(largest_edges(circuit), [*history.circuits.values()])
+    mean = Circuit.mean(circuits) if circuits and circuit else None
+    if mean is not None:
+        metrics |= overlaps(largest_edges(mean), [*history.circuits.values()])
+    elif circuit:
+        metrics |= dict.fromkeys(CIRCUIT_SCALARS, math.nan)
     bands = history.null_band(metrics, control or {})
-    return Result(name, step, asked, attributions, curves, drifts, rows, metrics, history, bands, circuit)
+    return Result(name, step, asked, attributions, curves, drifts, rows, metrics, history, bands, mean)
 
 
 def _scalars(

@@ -79,6 +79,9 @@ class ProbeRunner:
     circuit: bool = False
 
     def __post_init__(self) -> None:
+        if self.circuit and not self.depass.decoder.causal:
+            name = type(self.depass.model).__name__
+            raise DePassError(f"circuit=True is for causal models, and {name} is an encoder; leave it out")
         self.circuit_options = circuit_options(self.settings) if self.circuit else {}
 
     def outcomes(self, probes: Sequence[ProbePrompt], removal: int = 0) -> list[Outcome]:

@@ -1,7 +1,7 @@
 """How often the probes may run: a limit on the fraction of wall time that they take.
 
 1. A run that would lift the fraction above the limit, at the cost of the last one, is skipped.
-   The first seconds of all runs together are free, so that a short training is watched whole.
+   The first seconds of all runs together are not counted, so that a short training is watched whole.
 2. Each skipped run doubles the number of occasions (validations, steps, checkpoints) from one run to
    the next, so that runs are spread evenly rather than bunched.
 3. A run after which less than half of the limit is spent halves that number again.
@@ -22,7 +22,7 @@ class Throttle:
     Args:
         limit: the largest fraction; None for no limit.
         clock: returns the time in seconds.
-        free: the seconds that all runs together may take before the limit is enforced.
+        free: the seconds that all runs together may take before the limit is enforced on what follows.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Throttle:
         self.limit = limit
         self.clock = clock
         self.free = free
-        self.every = 1
         self.start()
 
     def start(self) -> None:
         """Start to measure, when training starts."""
+        self.every = 1
         self._began = self.clock()
         self._spent = self._last = 0.0
         self._waited = 0
@@ -79,7 +79,7 @@ class Throttle:
         self._waited += 1
         if self._waited < self.every:
             return False
-        share = self._after(self._last)
+        share = self._after(self._last - self.free)
         if share > self.limit:
             self._change(self.every * 2, share)
             return False

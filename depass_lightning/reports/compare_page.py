@@ -127,7 +127,7 @@ def compared_data(
         "relative": relative,
         "value": rounded(attributions[-1].value - first.value),
         # Rounded: equal scores would otherwise be listed with a change of 2e-16.
-        "change": max(0.0, *(round(1 - comparison.cosine, 6) for comparison in comparisons)),
+        "change": max([0.0, *(round(1 - comparison.cosine, 6) for comparison in comparisons)]),
         "rank": None,
         "settings": {},
     }

@@ -1,19 +1,25 @@
 """`circuit=True`: a set's mean circuit at every run, and how its largest edges change between runs."""
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from depass_lightning import Circuit, DePass, DePassError
 from depass_lightning.callbacks import DePassCallback
 from depass_lightning.monitoring import ProbeMonitor, probe_circuits
 from depass_lightning.monitoring.history import History
 from depass_lightning.monitoring.sinks import MLflowSink, Sink, TensorBoardSink, WandbSink
-from tests.reference.training import PROMPTS, OwnModule, fit, trainer
+from tests.reference.models import SMALL
+from tests.reference.training import PROMPTS, OwnModule, fit, tokenizer, trainer
 
 
 @pytest.fixture
@@ -87,3 +93,28 @@ def test_a_rule_without_circuits_ends_training_before_it_begins(tmp_path: Path) 
     with pytest.raises(DePassError, match="circuit=True needs a linear rule, not 'softmax'"):
         fit(trainer(tmp_path, [DePassCallback(list(PROMPTS), circuit=True, rule="softmax")]), module)
     assert module.losses == []
+
+
+def test_what_has_no_circuit_is_refused_at_once() -> None:
+    model = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("bert", **SMALL | {"num_key_value_heads": 6, "pad_token_id": 0})
+    )
+    with pytest.raises(DePassError, match="circuit=True is for causal models, and BertForSequence"):
+        ProbeMonitor(model, tokenizer(), list(PROMPTS), circuit=True, faithfulness=0)
+    with pytest.raises(DePassError, match="circuit_overlap_previous"):
+        ProbeMonitor(None, None, list(PROMPTS), alarms=["circuit_overlap_previous below 0.5"])
+
+
+def test_overlaps_are_missing_where_every_probe_failed(tmp_path: Path) -> None:
+    module = OwnModule()
+    callback = DePassCallback(list(PROMPTS), circuit=True, every_n_steps=2, faithfulness=0)
+
+    class Break(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+            if trainer.global_step == 3:
+                module.inside.lm.lm_head.weight.data.fill_(math.nan)
+
+    run = trainer(tmp_path, [Break(), callback], max_steps=4, max_epochs=-1)
+    fit(run, module)
+    for name in ("similarity_first", *probe_circuits.CIRCUIT_SCALARS):
+        assert math.isnan(run.callback_metrics[f"depass/probes/{name}"]), name

@@ -92,6 +92,11 @@ def test_the_limit_is_enforced_once_the_free_seconds_are_spent() -> None:
             used.append(i)
     assert used == [0, 1, 2]
     assert pace.every > 1
+    pace.start()
+    assert pace.every == 1
+    clock.now += 60.0
+    pace.spend(3.0)
+    assert pace.has_room(), "the free seconds are not counted: (6 - 3) of 60 seconds, not 6 of 63"
 
 
 def test_a_monitor_has_a_limit_by_default() -> None:

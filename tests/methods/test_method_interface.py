@@ -28,6 +28,7 @@ from depass_lightning.faithfulness import (
     CitationRemoval,
     ComponentMasking,
     TokenRemoval,
+    ablation_effects,
 )
 from depass_lightning.methods import METHODS, Baseline, DePassMethod, make_method
 from tests.conftest import ROOT
@@ -255,3 +256,15 @@ def test_what_is_measured_has_a_configuration() -> None:
         "masking": ComponentMasking(list(MASKED), seed=5),
         "citations": CitationRemoval(seed=5),
     }
+
+
+def test_mlps_without_a_module_of_their_own_are_refused() -> None:
+    """Granite's blocks call their experts themselves: the block's output is not what its MLP writes."""
+    depass = DePass(zoo.build("granitemoe"))
+    (scored,) = depass.attribute(input_ids=prompt(5)[None], target=3, source=Module("mlp"), rule="half")
+    for ask in (
+        lambda: make_method("atp", depass, Module("mlp")),
+        lambda: ablation_effects(depass.decoder, [scored], "zero"),
+    ):
+        with pytest.raises(DePassError, match="block 0 of GraniteMoeForCausalLM runs its experts itself"):
+            ask()

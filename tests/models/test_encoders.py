@@ -467,7 +467,7 @@ def _best(depass: DePass) -> int:
     return int(real_logits(depass.model, torch.tensor([2, 5, 4, 9, 3]))[2].argmax())
 
 
-@pytest.mark.parametrize("method", ["occlusion", "input_gradient", "random"])
+@pytest.mark.parametrize("method", ["input_gradient", "random"])
 def test_other_methods_score_every_token(method: str) -> None:
     model, ids = encoder("bert"), prompt(7)
     scored = make_method(method, DePass(model)).attribute(input_ids=ids[None], target=Label(1))[0]

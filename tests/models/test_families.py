@@ -506,3 +506,11 @@ def test_experts_that_are_not_routed_to_take_no_part() -> None:
         own = depass.attribute(input_ids=ids, target=TARGET, source=Neurons(last))[0]
         used = int((own.scores[1 : depass.decoder.blocks[last].mlp.width + 1] != 0).sum())
         assert 0 < used < depass.decoder.blocks[last].mlp.width
+
+
+def test_lightning_attention_over_long_blocks() -> None:
+    """A whole block's decay is 0 for the fastest head in float32, and has no power."""
+    model = build("minimax", block_size=256, max_position_embeddings=1024)
+    (scored,) = DePass(model).attribute(input_ids=prompt(300)[None], target=5, rule="half")
+    assert bool(scored.scores.isfinite().all())
+    assert scored.completeness < 1e-5

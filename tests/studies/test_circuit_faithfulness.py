@@ -206,10 +206,13 @@ def test_wrong_settings_are_refused(tiny: DePass, tmp_path: Path) -> None:
         ({"methods": []}, "methods are half.*got none"),
         ({"circuits": ["edges"], "methods": ["patching"]}, "methods for edges are half.*got none"),
         ({"ablations": ["noise"]}, "ablations are zero.*got noise"),
+        ({"circuits": None}, "circuits is a list of names; got None"),
+        ({"circuits": "nodes"}, "circuits is a list of names; got 'nodes'"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
     ]
     for options, message in wrong:
         with pytest.raises(DePassError, match=message):
             CircuitFaithfulness(**options)
+    assert CircuitFaithfulness(circuits=["edges", "edges"]).circuits == ("edges",)
     with pytest.raises(DePassError, match="choose other tasks"):
         CircuitFaithfulness(tasks=["agreement"], pool=2).run(tiny, tmp_path)

@@ -59,5 +59,5 @@ class LightningAttention(Mixer):
         positions = torch.arange(like.shape[1], device=like.device)
         block, place = positions // size, positions % size
         apart = block[:, None] - block
-        across = query[:, place] * key[:, place].mT * (-rate * size).exp() ** (apart - 1)
+        across = query[:, place] * key[:, place].mT * (-rate * size).exp() ** (apart - 1).clamp(min=0)
         return torch.where(apart == 0, within[0][:, place][:, :, place], across * (apart > 0))

@@ -92,6 +92,11 @@ class CircuitFaithfulness:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("tasks", "circuits", "methods", "ablations"):
+            chosen = getattr(self, name)
+            if isinstance(chosen, str) or not isinstance(chosen, Sequence):
+                raise DePassError(f"{name} is a list of names; got {chosen!r}")
+            object.__setattr__(self, name, tuple(dict.fromkeys(chosen)))
         for name, chosen, known in (
             ("tasks", self.tasks, tuple(PAIRS)),
             ("circuits", self.circuits, tuple(PARTS)),
