@@ -51,6 +51,7 @@ class Browser:
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
         self.call("Page.navigate", url=address)
+        self.until("document.readyState === 'complete'")  # before, no script listens to keys
 
     def __enter__(self) -> Self:
         return self
