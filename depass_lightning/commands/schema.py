@@ -169,9 +169,9 @@ class TargetSettings(StrictSettings, extra="forbid"):
 
 
 class ReportSettings(StrictSettings, extra="forbid"):
-    """The size of the report."""
+    """The size of the report; a page needs a prompt."""
 
-    prompts: Many
+    prompts: Count
     shown: Many
     figures: Many
     lens: bool

@@ -93,6 +93,11 @@ class OutputHead:
         owner, kind = type(model).__name__, _kind(model)
         if kind in ("causal", "masked"):
             unembedding = model.get_output_embeddings()
+            if unembedding is None and not causal and model.base_model is not model:
+                raise DePassError(
+                    f"{owner} has a head that is not supported; load it with AutoModelForMaskedLM, as a "
+                    "classifier, or with AutoModel for its states"
+                )
             if unembedding is None and not causal:
                 embedding: Any = model.get_input_embeddings()
                 size: int = model.config.hidden_size

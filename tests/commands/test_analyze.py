@@ -44,7 +44,7 @@ def run(folder, *overrides):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A run on the embedded model, with everything left as it is but the number of prompts."""
+    """A run on the bundled model, with everything left as it is but the number of prompts."""
     folder = tmp_path_factory.mktemp("run")
     assert run(folder, "task.size=24") == 0
     return folder

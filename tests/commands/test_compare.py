@@ -25,7 +25,7 @@ FEW = ("task=known", "task.size=4", "faithfulness=none", "report.figures=0")
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The embedded model with other weights: as a folder, and as a checkpoint of a training of it."""
+    """The bundled model with other weights: as a folder, and as a checkpoint of a training of it."""
     depass, folder = DePass.from_pretrained("tiny"), tmp_path_factory.mktemp("models")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

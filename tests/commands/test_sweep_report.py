@@ -42,7 +42,7 @@ NOTHING = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's weights after a training that changed them."""
+    """The bundled model's weights after a training that changed them."""
     model = DePass.from_pretrained("tiny").model
     state = {f"model.{name}": 1.01 * value for name, value in model.state_dict().items()}
     path = tmp_path_factory.mktemp("training") / "last.ckpt"
@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """A sweep on the embedded model, of which no run has failed."""
+    """A sweep on the bundled model, of which no run has failed."""
     folder = tmp_path_factory.mktemp("sweep")
     for name, asked in RUNS.items():
         assert run(folder / name, "task.size=3", *QUICK, *asked) == 0

@@ -48,6 +48,7 @@ compare=[1,2]                        | compare.0=1
 timeline=3                               | timeline=3
 checkpoint=7                         | checkpoint=7
 report.prompts=x                     | report.prompts='x'
+report.prompts=0                     | greater than or equal to 1
 report.prompts=-1                    | report.prompts=-1
 report.prompts=null                  | report.prompts=None
 report.shown=2.5                     | report.shown=2.5

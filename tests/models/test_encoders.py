@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedTokenizerFast,
@@ -214,6 +215,8 @@ def test_a_text_is_compared_with_another_one(tmp_path: Path, capsys: pytest.Capt
         depass.attribute(texts[0])
     with pytest.raises(DePassError, match=r"take Similarity\(...\)"):
         depass.attribute(texts[0], Continuation("film"))
+    with pytest.raises(DePassError, match="BertForQuestionAnswering has a head that is not supported"):
+        DePass(encoder("bert", AutoModelForQuestionAnswering))
     with pytest.raises(DePassError, match="is no encoder without a head"):
         DePass.from_pretrained("tiny").attribute("Mary", Similarity("John"))
     for wrong, message in ((" ", "not empty"), ("film", "choose 'mean' or 'cls'")):
